@@ -1,0 +1,341 @@
+"""Every option of every stage, its meaning and its default, in one place.
+
+One frozen dataclass per concern; a stage's configuration is a dataclass of these sections. The text in
+`option(default, help)` is what `mrlhf STAGE --help` prints. `config_io.py` fills them from YAML and from
+`--section.key VALUE`; `check` returns every contradiction that can be seen without opening a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from mrlhf.errors import ConfigError
+
+REQUIRED: Any = object()
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text. `REQUIRED` as default: the user must give it."""
+    if default is REQUIRED:
+        return field(metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = option(REQUIRED, "HF directory or hub id, mrlhf checkpoint, or a finished run's directory")
+    init: Literal["weights", "random"] = option("weights", "random: take only config and tokenizer of `path`, new weights from train.seed")
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "parameters and activations; bfloat16 keeps fp32 master weights and fp32 gradients")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = option(1, "ranks that share every layer's matrices")
+    pipeline_model_parallel_size: int = option(1, "ranks that share the layers")
+    virtual_pipeline_model_parallel_size: int | None = option(None, "interleaved pipeline chunks a rank (not in this version)")
+    context_parallel_size: int = option(1, "ranks that share a sequence (not in this version)")
+    expert_model_parallel_size: int = option(1, "ranks that share the experts (not in this version: no MoE family yet)")
+    sequence_parallel: bool = option(False, "split norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1")
+    timeout_minutes: float = option(10.0, "a collective that waits longer ends the run with an error")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = option(REQUIRED, "prefix written by tools/preprocess_data.py")
+    eval: str | None = option(None, "prefix of the evaluation split")
+    packing: bool = option(True, "true: a row is a pack (THD attention); false: a row is a sample (a pair), padded to the longest of its micro-batch")
+    padding_side: Literal["right", "left"] = option("right", "unpacked only; left is for rm")
+    shuffle: bool = option(True, "a new order every epoch, from train.seed")
+    seq_length: int | None = option(None, "refuse data that was made for another length; unset: take the data's")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = option(1e-5, "peak learning rate")
+    min_lr: float = option(0.0, "where the decay ends")
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = option("cosine", "schedule after the warm-up")
+    lr_warmup_steps: int = option(0, "linear warm-up from 0")
+    lr_wsd_decay_steps: int = option(0, "WSD: length of the final decay, in steps")
+    adam_beta1: float = option(0.9, "Adam")
+    adam_beta2: float = option(0.95, "Adam")
+    adam_eps: float = option(1e-8, "Adam")
+    weight_decay: float = option(0.0, "decoupled; not applied to norms and biases")
+    clip_grad: float = option(1.0, "largest global gradient norm; 0: no clipping")
+    use_distributed_optimizer: bool = option(True, "each data-parallel rank keeps its share of the optimizer state")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    output_dir: str = option(REQUIRED, "the run's directory; the same command again resumes it")
+    global_batch_size: int = option(REQUIRED, "rows an optimizer step: packs, or samples (pairs) when data.packing is false; ppo: answers a mini-batch")
+    micro_batch_size: int = option(1, "rows a forward pass")
+    num_epochs: float = option(1.0, "passes over the training data")
+    max_steps: int | None = option(None, "stop after so many optimizer steps (ppo: rollouts) whatever num_epochs says")
+    eval_interval: int = option(0, "evaluate every so many steps; 0: only at the end")
+    seed: int = option(1, "order of the data, new weights, sampling")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_interval: int = option(0, "save every so many steps; 0: only at the end")
+    keep_last: int = option(2, "whole checkpoints to keep")
+    save_optimizer: bool = option(True, "false: weights only in the last checkpoint (cannot be resumed)")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    log_interval: int = option(1, "console line every so many steps; metrics.jsonl always has every step")
+    tensorboard: bool = option(True, "write event files to <output_dir>/tensorboard where tensorboard is installed")
+    wandb_project: str | None = option(None, "log to this Weights & Biases project")
+    mlflow_experiment: str | None = option(None, "log to this MLflow experiment")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    aggregation: Literal["token", "sequence"] = option("token", "token: mean over all trained tokens of the step; sequence: mean of the samples' means")
+
+
+@dataclass(frozen=True)
+class RMConfig:
+    loss: Literal["sigmoid", "logexp"] = option("sigmoid", "-log sigmoid(d), or log(1 + exp(-d)) written so that it cannot overflow")
+    head_position: Literal["last"] = option("last", "the token whose value is the score: the one that closes the sequence")
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    beta: float = option(0.1, "strength of the pull to the reference")
+    loss: Literal["sigmoid", "ipo", "hinge"] = option("sigmoid", "the loss of the margin")
+    label_smoothing: float = option(0.0, "cDPO: share of pairs taken to be flipped")
+    length_normalize: bool = option(False, "mean instead of summed log-probs (ipo)")
+    nll_coef: float = option(0.0, "weight of the negative log-likelihood of the chosen answer")
+    reference: Literal["precompute", "online"] = option("precompute", "reference log-probs once before training, or a second model in memory")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    batch_size: int = option(REQUIRED, "prompts a rollout")
+    n: int = option(1, "answers a prompt")
+    max_new_tokens: int = option(128, "longest answer")
+    temperature: float = option(1.0, "also divides the trainer's logits")
+    top_p: float = option(1.0, "nucleus; 1: off")
+    top_k: int = option(-1, "-1: off")
+    tensor_parallel_size: int = option(1, "vLLM's; free of the trainer's, divides the world")
+    kv_cache_mib: int = option(256, "vLLM's key/value cache on each rank")
+    max_num_seqs: int = option(256, "answers vLLM decodes at once")
+    sleep: bool = option(True, "CUDA: free vLLM's memory while training")
+    correction: Literal["none", "tis", "icepop"] = option("none", "weigh the policy loss by exp(trainer - vLLM log-prob)")
+    correction_low: float = option(0.0, "lower bound of that weight")
+    correction_high: float = option(2.0, "upper bound of that weight")
+    samples_to_log: int = option(4, "answers of each rollout written to samples/step_N.jsonl")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    sources: tuple[str, ...] = option(REQUIRED, "model:DIR, file.py:function or http(s)://host[,http://host2]; weighted sum of all")
+    weights: tuple[float, ...] = option((), "a weight for each source; empty: 1 each")
+    normalize: bool = option(True, "reward models: (score - mean) / std with the statistics in their checkpoint")
+    clip: float = option(10.0, "the sequence score is clipped to +- this")
+    http_timeout_s: float = option(30.0, "of one request")
+    http_retries: int = option(4, "after a failed request, with back-off")
+    http_batch_size: int = option(64, "answers a request")
+    http_token_env: str | None = option(None, "name of the environment variable that holds the bearer token")
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    coef: float = option(0.05, "beta; 0: no reference model is built")
+    kind: Literal["k1", "k2", "k3"] = option("k1", "estimator of the divergence to the reference")
+    in_loss: bool = option(False, "add it to the loss instead of the token rewards")
+    target: float | None = option(None, "adaptive: steer coef so that the KL of an answer stays near this")
+    horizon: int = option(10000, "adaptive: answers over which coef may change by its own size")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    estimator: Literal["gae", "reinforce", "reinforce_baseline", "rloo", "grpo", "dr_grpo"] = option("gae", "gae trains a critic; the others need none")
+    epochs: int = option(1, "passes over each rollout")
+    clip_low: float = option(0.2, "ratio >= 1 - this")
+    clip_high: float = option(0.2, "ratio <= 1 + this")
+    dual_clip: float | None = option(None, "lower bound of the objective for negative advantages, e.g. 3")
+    ratio: Literal["token", "sequence"] = option("token", "sequence: gspo")
+    gamma: float = option(1.0, "discount")
+    lam: float = option(0.95, "GAE lambda")
+    entropy_coef: float = option(0.0, "bonus")
+    value_clip: float | None = option(0.2, "clip of the value's change; unset: none")
+    whiten_advantages: bool = option(True, "gae and the reinforce estimators: over all trained tokens of the rollout")
+    critic: str | None = option(None, "where the critic starts; unset: a local reward model, else model.path with a fresh head")
+    critic_lr: float = option(1e-5, "peak learning rate of the critic")
+    critic_warmup_steps: int = option(0, "rollouts that train only the critic")
+
+
+@dataclass(frozen=True)
+class PretrainStage:
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+@dataclass(frozen=True)
+class SFTStage(PretrainStage):
+    pass
+
+
+@dataclass(frozen=True)
+class RMStage:
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    rm: RMConfig = RMConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+@dataclass(frozen=True)
+class DPOStage:
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    dpo: DPOConfig = DPOConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+@dataclass(frozen=True)
+class PPOStage:
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    ppo: PPOConfig = PPOConfig()
+    kl: KLConfig = KLConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+@dataclass(frozen=True)
+class ScoreStage:
+    checkpoint: str = option(REQUIRED, "mrlhf checkpoint, run directory or HF directory")
+    data: str = option(REQUIRED, "prefix written by tools/preprocess_data.py")
+    output: str = option(REQUIRED, "jsonl file to write, one line a sample in data order")
+    packing: bool = option(True, "false: pad instead of pack")
+    padding_side: Literal["right", "left"] = option("right", "unpacked only; left for value heads")
+    micro_batch_size: int = option(1, "rows a forward pass")
+    temperature: float = option(1.0, "divides the logits")
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of parameters and activations")
+    parallel: ParallelConfig = ParallelConfig()
+
+
+@dataclass(frozen=True)
+class GenerateStage:
+    checkpoint: str = option(REQUIRED, "mrlhf checkpoint, run directory or HF directory")
+    prompts: str = option(REQUIRED, "jsonl with `prompt` (messages) or `input` (string) in every line")
+    output: str = option(REQUIRED, "jsonl to write: the line's columns and `completions`")
+    n: int = option(1, "answers a prompt")
+    temperature: float = option(1.0, "0: greedy")
+    top_p: float = option(1.0, "nucleus; 1: off")
+    top_k: int = option(-1, "-1: off")
+    max_new_tokens: int = option(128, "longest answer")
+    max_prompt_length: int | None = option(None, "refuse longer prompts; unset: what the model's length leaves")
+    seed: int = option(1, "answers are the same for the same seed, whatever the number of ranks")
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of parameters and activations")
+    tensor_parallel_size: int = option(1, "vLLM's; must divide the number of ranks")
+    kv_cache_mib: int = option(256, "vLLM's key/value cache on each rank")
+    max_num_seqs: int = option(256, "answers vLLM decodes at once")
+    input_template: str | None = option(None, "plain text template for tokenizers without a chat template")
+
+
+STAGES: dict[str, type] = {
+    "pretrain": PretrainStage,
+    "sft": SFTStage,
+    "rm": RMStage,
+    "dpo": DPOStage,
+    "ppo": PPOStage,
+    "score": ScoreStage,
+    "generate": GenerateStage,
+}
+
+_POSITIVE = (
+    "tensor_model_parallel_size pipeline_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr batch_size n "
+    "max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
+    "http_timeout_s http_batch_size max_prompt_length"
+).split()
+_NOT_NEGATIVE = (
+    "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature beta coef http_retries "
+    "critic_warmup_steps entropy_coef nll_coef samples_to_log correction_low critic_lr"
+).split()
+
+
+def check(config: Any) -> list[ConfigError]:
+    """All contradictions inside one stage's configuration; `where` is the dotted key."""
+    found: list[ConfigError] = []
+
+    def bad(key: str, what: str, expected: str | None = None, fix: str | None = None) -> None:
+        found.append(ConfigError(what, where=key, expected=expected, fix=fix))
+
+    def walk(prefix: str, node: Any) -> None:
+        for f in fields(node):
+            key, value = f"{prefix}{f.name}", getattr(node, f.name)
+            if is_dataclass(value):
+                walk(key + ".", value)
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                if f.name in _POSITIVE and not value > 0:
+                    bad(key, f"{key} = {value}", "a number above 0")
+                elif f.name in _NOT_NEGATIVE and not value >= 0:
+                    bad(key, f"{key} = {value}", "0 or more")
+
+    walk("", config)
+    if "parallel" in {f.name for f in fields(config)}:
+        p: ParallelConfig = config.parallel
+        for name in ("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
+            if getattr(p, name) not in (None, 1):
+                bad(f"parallel.{name}", f"parallel.{name} = {getattr(p, name)} is not supported by this version", "1", f"--parallel.{name} 1")
+        if p.sequence_parallel and p.tensor_model_parallel_size == 1:
+            bad("parallel.sequence_parallel", "parallel.sequence_parallel needs tensor_model_parallel_size > 1", fix="--parallel.sequence_parallel false")
+    if isinstance(config, (PretrainStage, RMStage, DPOStage, PPOStage)):
+        if config.data.padding_side == "left" and not isinstance(config, RMStage):
+            bad("data.padding_side", "data.padding_side = left is for rm only", "right")
+        if config.data.padding_side == "left" and config.data.packing:
+            bad("data.padding_side", "data.padding_side = left needs data.packing false", fix="--data.packing false")
+        if config.optim.lr_decay_style == "WSD" and config.optim.lr_wsd_decay_steps <= 0:
+            bad("optim.lr_wsd_decay_steps", "optim.lr_decay_style = WSD needs the length of its decay", fix="--optim.lr_wsd_decay_steps 100")
+        if config.train.global_batch_size % max(1, config.train.micro_batch_size):
+            bad(
+                "train.micro_batch_size",
+                f"train.micro_batch_size = {config.train.micro_batch_size} does not divide train.global_batch_size = {config.train.global_batch_size}",
+                "global = micro x accumulation x data-parallel ranks",
+            )
+    if isinstance(config, PPOStage):
+        answers = config.rollout.batch_size * config.rollout.n
+        if config.train.global_batch_size <= 0 or answers % config.train.global_batch_size:
+            bad(
+                "train.global_batch_size",
+                f"train.global_batch_size = {config.train.global_batch_size} does not divide rollout.batch_size x rollout.n = {answers}",
+                "a divisor: each rollout is cut into whole mini-batches",
+            )
+        if config.ppo.estimator in ("rloo", "grpo", "dr_grpo", "reinforce_baseline") and config.rollout.n < 2:
+            bad("rollout.n", f"ppo.estimator = {config.ppo.estimator} compares the answers of one prompt, and rollout.n = {config.rollout.n}", "2 or more")
+        if config.ppo.estimator in ("rloo", "grpo", "dr_grpo") and config.ppo.gamma != 1.0:
+            bad("ppo.gamma", f"ppo.estimator = {config.ppo.estimator} has gamma 1", "1.0", "--ppo.gamma 1.0")
+        if config.reward.weights and len(config.reward.weights) != len(config.reward.sources):
+            bad("reward.weights", f"{len(config.reward.weights)} weights for {len(config.reward.sources)} reward sources", "one for each")
+        if not config.reward.sources:
+            bad("reward.sources", "no reward source", "model:DIR, file.py:function or a URL")
+        if config.rollout.temperature == 0:
+            bad("rollout.temperature", "greedy answers have no gradient", "above 0")
+        if config.kl.target is not None and config.kl.coef == 0:
+            bad("kl.target", "kl.target steers kl.coef, which is 0", fix="--kl.coef 0.05")
+    return found

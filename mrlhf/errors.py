@@ -1,0 +1,75 @@
+"""Errors a user can cause. Each says what is wrong, where, what was expected and how to mend it.
+
+    ConfigError: sft.yaml:14: parallel.tensor_model_parallel_size = 3 does not divide model.num_attention_heads = 32
+      expected: 1, 2, 4 or 8
+      fix:      --parallel.tensor_model_parallel_size 4
+
+`Problems` collects several of them, so that one run shows everything that is wrong. The command line
+prints an `MrlhfError` once (rank 0) without a traceback and exits with status 2; anything else is ours
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class MrlhfError(ValueError):
+    """Base of every error caused by what the user gave us.
+
+    `where` is `file:line` or a config key; `expected` and `fix` are one-line texts or None.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, expected: str | None = None, fix: str | None = None):
+        self.what, self.where, self.expected, self.fix = what, where, expected, fix
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.fix:
+            lines.append(f"  fix:      {self.fix}")
+        return "\n".join(lines)
+
+
+class ConfigError(MrlhfError):
+    """The configuration (file or command line) cannot mean what the user wants."""
+
+
+class DataError(MrlhfError):
+    """A data file, record, template or tokenizer does not fit."""
+
+
+class CheckpointError(MrlhfError):
+    """A checkpoint or HF directory is missing, damaged or of another kind."""
+
+
+class RewardError(MrlhfError):
+    """A reward source failed, or gave a missing, non-finite or wrong-length answer."""
+
+
+class EnvironmentProblem(MrlhfError):
+    """The machine or an installed package does not fit (version, missing extra, device)."""
+
+
+class SeveralErrors(MrlhfError):
+    """More than one problem, shown together."""
+
+    def __init__(self, errors: list[MrlhfError]):
+        self.errors = errors
+        super().__init__("\n".join(f"{type(e).__name__}: {e.render()}" for e in errors))
+
+
+class Problems:
+    """Collects errors; `raise_if_any` raises the one, or all of them as `SeveralErrors`."""
+
+    def __init__(self) -> None:
+        self.errors: list[MrlhfError] = []
+
+    def add(self, error: MrlhfError) -> None:
+        self.errors.append(error)
+
+    def raise_if_any(self) -> None:
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise SeveralErrors(self.errors)
