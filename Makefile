@@ -1,0 +1,44 @@
+# Everything runs from a fresh clone with only Python 3.11+ and make.  PYTHON=python3.12 picks the interpreter, DEVICE=gpu the CUDA packages.
+PY := .venv/bin/python
+SEED ?= 1
+export PYTHON DEVICE
+
+.PHONY: help setup test gpu-test lint bench docs quickstart clean
+
+help:
+	@echo "make setup       .venv with everything (PYTHON=python3.12, DEVICE=gpu)"
+	@echo "make test        every test that needs no GPU"
+	@echo "make gpu-test    the tests that need one"
+	@echo "make lint        ruff and mypy"
+	@echo "make quickstart  corpus -> pretrain -> SFT -> RM -> PPO -> HF export -> report, on the CPU (SEED=1)"
+	@echo "make bench       every benchmarks/*.py"
+	@echo "make docs        docs/metrics.md from the code"
+	@echo "make clean       caches and build output (not .venv, not runs/)"
+
+setup:
+	@sh scripts/setup.sh
+
+test: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q
+
+gpu-test: setup
+	$(PY) -m pytest -q -m gpu
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: setup
+	@set -e; for script in benchmarks/*.py; do \
+		if [ -e "$$script" ]; then echo "$(PY) $$script"; $(PY) "$$script"; fi; \
+	done
+
+docs: setup
+	$(PY) -c "from pathlib import Path; from mrlhf.metrics import markdown_table; Path('docs').mkdir(exist_ok=True); Path('docs/metrics.md').write_text(markdown_table())"
+
+quickstart: setup
+	$(PY) examples/quickstart/run.py --seed $(SEED)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
