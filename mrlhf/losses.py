@@ -1,0 +1,221 @@
+"""Losses of pretrain, SFT, reward model and DPO, and the reductions that PPO shares.
+
+Every loss is `sum / denominator`. The denominator is what the mean runs over in the *whole optimizer
+step* (all micro-batches, data- and context-parallel ranks); the caller counts it and passes it, or passes
+1 to get the sum. `denominator=None` takes the mean over this call alone.
+
+Metrics are detached `[sum, count]` tensors: added over micro-batches and ranks, then divided, they give
+the exact mean. The few that are reduced by min or max instead say so and carry `[value, 1]`.
+
+Letters: B samples (rows), T tokens, P pairs, S sequences (B rows, or the segments of packed rows).
+The maths is fp32 whatever the input's dtype; what stands in a masked position, NaN included, never matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mrlhf.errors import ConfigError
+
+Metrics = dict[str, Tensor]
+
+
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises ConfigError unless `value` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ConfigError(f"{name} = {value!r} is unknown", expected=", ".join(allowed))
+
+
+def check_same_shape(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless all given tensors have one shape: broadcasting here would be a silent bug."""
+    shapes = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def fill_masked(x: Tensor, keep: Tensor) -> Tensor:
+    """fp32 `x` with 0 wherever `keep` (bool, same shape) is False; no value or gradient leaks from there."""
+    return x.float().masked_fill(~keep, 0.0)
+
+
+def sum_and_count(x: Tensor, keep: Tensor) -> Tensor:
+    """The metric `[sum of x over keep, number kept]`, detached fp32 [2]."""
+    return torch.stack([fill_masked(x.detach(), keep).sum(), keep.sum().float()])
+
+
+def sequence_means(x: Tensor, mask: Tensor, *, segment_ids: Tensor | None = None, num_segments: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean of `x` over the masked-in tokens of each sequence.
+
+    x, mask: [B, T]. A row is a sequence, unless `segment_ids` (long, same shape, sequence index of each
+    token in 0..num_segments-1; anything where the mask is 0) says which packed sequence a token belongs to.
+
+    Returns (mean_S, has_tokens_S): a sequence without masked-in tokens has mean 0 and has_tokens False.
+    Raises ValueError if segment_ids come without num_segments.
+    """
+    check_same_shape(x=x, mask=mask, segment_ids=segment_ids)
+    keep = mask.bool()
+    kept = fill_masked(x, keep)
+    if segment_ids is None:
+        sum_S, count_S = kept.sum(-1), keep.sum(-1).float()
+    else:
+        if num_segments is None:
+            raise ValueError("segment_ids need num_segments")
+        index = segment_ids.masked_fill(~keep, 0).flatten()
+        zeros_S = torch.zeros(num_segments, dtype=torch.float32, device=x.device)
+        sum_S = zeros_S.index_add(0, index, kept.flatten())
+        count_S = zeros_S.index_add(0, index, keep.flatten().float())
+    return sum_S / count_S.clamp(min=1), count_S > 0
+
+
+def reduce_loss(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    aggregation: str = "token",
+    denominator: Tensor | float | None = None,
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Reduces per-token losses x [B, T] to a scalar.
+
+    aggregation "token":    sum over masked-in tokens / denominator (number of such tokens).
+    aggregation "sequence": sum over sequences of their token means / denominator (number of sequences that have a masked-in token).
+    segment_ids, num_segments: see `sequence_means`; used by "sequence" alone.
+
+    Returns (loss, [sum, count]) with the second detached, before the division. No masked-in token: loss 0, still differentiable.
+    """
+    check_choice("aggregation", aggregation, ("token", "sequence"))
+    check_same_shape(x=x, mask=mask)
+    if aggregation == "token":
+        items, keep = x, mask.bool()
+    else:
+        items, keep = sequence_means(x, mask, segment_ids=segment_ids, num_segments=num_segments)
+    total = fill_masked(items, keep).sum()
+    count = keep.sum().float()
+    loss = total / (count.clamp(min=1) if denominator is None else denominator)
+    return loss, torch.stack([total.detach(), count])
+
+
+def masked_cross_entropy(
+    logps: Tensor,
+    mask: Tensor,
+    *,
+    denominator: Tensor | float | None = None,
+    aggregation: str = "token",
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
+) -> Tensor:
+    """Cross entropy -log p(target) over the trained tokens, in nats; a scalar.
+
+    logps [B, T]: log-prob of the target of each position. mask [B, T]: 1 where that target is trained.
+    denominator: trained tokens of the whole optimizer step, or the number of sequences with
+    aggregation="sequence" (mean of per-sequence means). segment_ids [B, T], num_segments: the sequence of
+    each token in packed rows (without them a row is a sequence). Sequences must be whole in this call.
+
+    Raises ConfigError for an unknown aggregation, ValueError for shapes that differ.
+    """
+    loss, _ = reduce_loss(
+        -logps, mask, aggregation=aggregation, denominator=denominator, segment_ids=segment_ids, num_segments=num_segments
+    )
+    return loss
+
+
+def pairwise_loss(
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    *,
+    margin: Tensor | float | None = None,
+    kind: str = "sigmoid",
+    denominator: Tensor | float | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Bradley-Terry loss of a reward model over P pairs (InstructGPT eq. 1; the margin as in Llama 2 eq. 2).
+
+    chosen_B, rejected_B [P]: scores. margin: [P] or a number, subtracted from the difference d = chosen - rejected - margin.
+    kind: "sigmoid" -log sigmoid(d), "logexp" log(1 + exp(-d)): two writings of one function, both safe for any d.
+    weight [P]: 0 marks a padding pair, which counts nowhere; 1 a real one. denominator: pairs of the whole optimizer step.
+
+    Returns (loss, metrics): accuracy (share with chosen > rejected), margin (chosen - rejected), mean_reward (over both) as
+    [sum, count]; min_reward and max_reward as [value, 1], reduced by min and max (+inf and -inf if all pairs are padding).
+    Raises ConfigError for an unknown kind, ValueError for shapes that differ.
+    """
+    check_choice("kind", kind, ("sigmoid", "logexp"))
+    margin_B = margin if isinstance(margin, Tensor) and margin.dim() else None
+    check_same_shape(chosen=chosen_B, rejected=rejected_B, margin=margin_B, weight=weight)
+    keep = torch.ones_like(chosen_B, dtype=torch.bool) if weight is None else weight.bool()
+    chosen_P, rejected_P = fill_masked(chosen_B, keep), fill_masked(rejected_B, keep)
+    difference_P = chosen_P - rejected_P
+    logit_P = difference_P if margin is None else difference_P - margin
+    loss_P = -F.logsigmoid(logit_P) if kind == "sigmoid" else torch.logaddexp(torch.zeros_like(logit_P), -logit_P)
+    loss, _ = reduce_loss(loss_P, keep, denominator=denominator)
+
+    scores_2P, keep_2P = torch.cat([chosen_P, rejected_P]).detach(), torch.cat([keep, keep])
+    one = torch.ones((), device=scores_2P.device)
+    metrics = {
+        "accuracy": sum_and_count(chosen_P > rejected_P, keep),
+        "margin": sum_and_count(difference_P, keep),
+        "mean_reward": sum_and_count(scores_2P, keep_2P),
+        "min_reward": torch.stack([scores_2P.masked_fill(~keep_2P, torch.inf).amin(), one]),
+        "max_reward": torch.stack([scores_2P.masked_fill(~keep_2P, -torch.inf).amax(), one]),
+    }
+    return loss, metrics
+
+
+def dpo_loss(
+    pc_B: Tensor,
+    pr_B: Tensor,
+    rc_B: Tensor,
+    rr_B: Tensor,
+    *,
+    beta: float,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    denominator: Tensor | float | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Direct preference optimisation over P pairs, from log-probs *summed* over each answer's tokens.
+
+    pc_B, pr_B [P]: policy, chosen and rejected. rc_B, rr_B [P]: reference, chosen and rejected. d = (pc - pr) - (rc - rr).
+    kind: "sigmoid" -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d), e = label_smoothing (DPO eq. 7; cDPO),
+          "ipo" (d - 1 / (2 beta))^2 (IPO eq. 17), "hinge" max(0, 1 - beta d) (SLiC). For length-normalised ipo pass means for sums.
+    weight [P]: 0 marks a padding pair, which counts nowhere. denominator: pairs of the whole optimizer step.
+
+    Returns (loss, metrics): rewards/{chosen,rejected} = beta (policy - reference), rewards/margins, rewards/accuracies,
+    logps/{chosen,rejected}, all [sum, count]. With policy == reference the sigmoid loss is ln 2.
+    Raises ConfigError for an unknown kind, beta <= 0 or a label_smoothing that does not apply; ValueError for shapes that differ.
+    """
+    check_choice("kind", kind, ("sigmoid", "ipo", "hinge"))
+    if not beta > 0:
+        raise ConfigError(f"beta = {beta} is not positive", expected="a number > 0, usually 0.01 to 0.5")
+    if not 0 <= label_smoothing < 0.5:
+        raise ConfigError(f"label_smoothing = {label_smoothing} is out of range", expected="0 <= label_smoothing < 0.5")
+    if label_smoothing and kind != "sigmoid":
+        raise ConfigError(f"label_smoothing = {label_smoothing} has no meaning for kind = {kind!r}", expected="0, or kind 'sigmoid'")
+    check_same_shape(policy_chosen=pc_B, policy_rejected=pr_B, reference_chosen=rc_B, reference_rejected=rr_B, weight=weight)
+
+    keep = torch.ones_like(pc_B, dtype=torch.bool) if weight is None else weight.bool()
+    pc_P, pr_P, rc_P, rr_P = (fill_masked(x, keep) for x in (pc_B, pr_B, rc_B, rr_B))
+    # policy - reference first: the two are close, so fp32 keeps the digits that chosen - rejected (hundreds of nats apart) loses
+    chosen_P, rejected_P = pc_P - rc_P, pr_P - rr_P
+    d_P = chosen_P - rejected_P
+    if kind == "sigmoid":
+        loss_P = -(1 - label_smoothing) * F.logsigmoid(beta * d_P) - label_smoothing * F.logsigmoid(-beta * d_P)
+    elif kind == "ipo":
+        loss_P = (d_P - 1 / (2 * beta)) ** 2
+    else:
+        loss_P = torch.relu(1 - beta * d_P)
+    loss, _ = reduce_loss(loss_P, keep, denominator=denominator)
+    metrics = {
+        "rewards/chosen": sum_and_count(beta * chosen_P, keep),
+        "rewards/rejected": sum_and_count(beta * rejected_P, keep),
+        "rewards/margins": sum_and_count(beta * d_P, keep),
+        "rewards/accuracies": sum_and_count(d_P > 0, keep),
+        "logps/chosen": sum_and_count(pc_P, keep),
+        "logps/rejected": sum_and_count(pr_P, keep),
+    }
+    return loss, metrics

@@ -1,0 +1,134 @@
+"""From scores to advantages: token rewards, GAE, discounted returns, group baselines, whitening.
+
+Letters: B answers (rows), T tokens, N answers of one prompt (a group).
+Masks are 1 on answer tokens. They are contiguous in a row but start anywhere: the prompt stands before, pads after.
+Whatever stands in a masked-out position, NaN included, is ignored, and comes out as 0. All maths is fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mrlhf.errors import ConfigError
+from mrlhf.losses import check_choice, check_same_shape, fill_masked
+
+ESTIMATORS = ("rloo", "grpo", "dr_grpo", "reinforce_baseline", "reinforce")
+VARIANCE_FLOOR = 1e-8
+GRPO_EPSILON = 1e-9
+
+
+def token_rewards(scores_B: Tensor, kl: Tensor, mask: Tensor, *, beta: float, clip: float | None = None) -> Tensor:
+    """-beta * kl on every answer token, plus the score on the last answer token. Returns [B, T].
+
+    scores_B [B]: one score an answer, clipped to +-clip if given. kl [B, T]: per-token estimate against the reference.
+    A row without answer tokens (a padding row) gets zeros. Raises ConfigError if clip <= 0, ValueError for shapes that differ.
+    """
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"reward clip = {clip} is not positive", expected="a number > 0, or null for no clip")
+    check_same_shape(kl=kl, mask=mask)
+    if scores_B.shape != mask.shape[:1]:
+        raise ValueError(f"scores {tuple(scores_B.shape)} do not fit mask {tuple(mask.shape)}")
+    keep = mask.bool()
+    score_B = scores_B.float() if clip is None else scores_B.float().clamp(-clip, clip)
+    answer_tokens_from_here = keep.flip(1).cumsum(1).flip(1)
+    is_last = keep & (answer_tokens_from_here == 1)
+    return -beta * fill_masked(kl, keep) + fill_masked(score_B[:, None].expand_as(kl), is_last)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman 2016, eq. 16), all [B, T].
+
+    delta_t = r_t + gamma V_{t+1} - V_t, V past the last answer token = 0;  A_t = delta_t + gamma lam A_{t+1};  R_t = A_t + V_t.
+    t + 1 is the next answer token of the row. Returns (advantages, returns). O(B T log T) work in O(log T) steps.
+    """
+    check_same_shape(rewards=rewards, values=values, mask=mask)
+    keep = mask.bool()
+    rewards_BT, values_BT = fill_masked(rewards, keep), fill_masked(values, keep)
+    value_from_here_BT = _scan_from_end(values_BT, (~keep).float())
+    next_values_BT = F.pad(value_from_here_BT[:, 1:], (0, 1))
+    deltas_BT = fill_masked(rewards_BT + gamma * next_values_BT - values_BT, keep)
+    advantages_BT = fill_masked(_scan_from_end(deltas_BT, _decay(keep, gamma * lam)), keep)
+    return advantages_BT, advantages_BT + values_BT
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """G_t = r_t + gamma G_{t+1} over the answer tokens of each row, [B, T] (REINFORCE++; gae with V = 0 and lam = 1)."""
+    check_same_shape(rewards=rewards, mask=mask)
+    keep = mask.bool()
+    return fill_masked(_scan_from_end(fill_masked(rewards, keep), _decay(keep, gamma)), keep)
+
+
+def whiten(x: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """(x - mean) / sqrt(max(variance, 1e-8)) over the masked-in positions, 0 elsewhere. [B, T] or [B].
+
+    Biased variance (divided by the count). With `group` the statistics run over the tokens of all its ranks (every rank must
+    call; shapes may differ): two all-reduces of two numbers and one, the second pass centred on the global mean, so the result
+    does not depend on how rows are spread over ranks. Pass the data-parallel group: ranks that hold the same rows must not count twice.
+    """
+    check_same_shape(x=x, mask=mask)
+    keep = mask.bool()
+    x_BT = fill_masked(x, keep)
+    sum_and_count = torch.stack([x_BT.sum(dtype=torch.float64), keep.sum().double()])
+    if group is not None:
+        dist.all_reduce(sum_and_count, group=group)
+    count = sum_and_count[1].clamp(min=1)
+    centred_BT = fill_masked(x_BT - (sum_and_count[0] / count).float(), keep)
+    squares = centred_BT.square().sum(dtype=torch.float64)
+    if group is not None:
+        dist.all_reduce(squares, group=group)
+    return centred_BT * (squares / count).clamp(min=VARIANCE_FLOOR).rsqrt().float()
+
+
+def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor:
+    """Scores minus a baseline from the other answers of the same prompt. [B] -> [B] fp32.
+
+    scores_B: the group_size answers of one prompt stand next to each other.
+    rloo: r - mean of the others (Ahmadian 2024).  grpo: (r - mean) / (unbiased std + 1e-9) (Shao 2024).
+    dr_grpo, reinforce_baseline: r - mean (Liu 2025; the latter is whitened by the caller).  reinforce: r, no baseline.
+    A group whose scores are all equal gives exactly 0 (but for reinforce).
+
+    Raises ConfigError for an unknown estimator, a group_size below 2 (below 1 for reinforce) or one that does not divide B.
+    """
+    check_choice("estimator", estimator, ESTIMATORS)
+    smallest = 1 if estimator == "reinforce" else 2
+    if group_size < smallest:
+        raise ConfigError(
+            f"group size {group_size} is too small for estimator {estimator!r}",
+            expected=f"at least {smallest} answers per prompt",
+            fix="sample more answers per prompt, or use estimator 'reinforce'",
+        )
+    if scores_B.dim() != 1 or scores_B.numel() % group_size:
+        raise ConfigError(
+            f"scores of shape {tuple(scores_B.shape)} do not split into groups of {group_size}",
+            expected=f"[B] with B a multiple of {group_size}",
+        )
+    if estimator == "reinforce":
+        return scores_B.float()
+
+    scores_GN = scores_B.float().view(-1, group_size)
+    centred_GN = scores_GN - scores_GN.mean(1, keepdim=True)
+    if estimator == "rloo":
+        centred_GN = centred_GN * (group_size / (group_size - 1))
+    elif estimator == "grpo":
+        centred_GN = centred_GN / (scores_GN.std(1, keepdim=True, unbiased=True) + GRPO_EPSILON)
+    # fp32: three scores of 0.1 have a mean of 0.1 + 1 ulp, which grpo's division would turn into an advantage near 1
+    all_equal_G1 = (scores_GN == scores_GN[:, :1]).all(1, keepdim=True)
+    return centred_GN.masked_fill(all_equal_G1, 0.0).flatten()
+
+
+def _decay(keep: Tensor, factor: float) -> Tensor:
+    """`factor` on answer tokens; 1 elsewhere, so that the chain passes through unchanged."""
+    return torch.where(keep, factor, 1.0).float()
+
+
+def _scan_from_end(x_BT: Tensor, decay_BT: Tensor) -> Tensor:
+    """y_t = x_t + decay_t y_{t+1} with y past the end = 0, by doubling: log2(T) vector steps in place of T."""
+    step, length = 1, x_BT.shape[1]
+    while step < length:
+        x_BT = x_BT + decay_BT * F.pad(x_BT[:, step:], (0, step))
+        decay_BT = decay_BT * F.pad(decay_BT[:, step:], (0, step))
+        step *= 2
+    return x_BT
