@@ -97,7 +97,7 @@ class Bad(ValueError):
     """A text that is not of the option's type; the message says what it is."""
 
 
-def options(stage_cls: type, prefix: str = "") -> dict[str, Option]:
+def options(stage_cls: Any, prefix: str = "") -> dict[str, Option]:
     """Dotted key -> Option, in the order of the dataclasses."""
     hints = typing.get_type_hints(stage_cls)
     found: dict[str, Option] = {}
@@ -334,18 +334,18 @@ def _convert_scalar(kind: Any, written: Written) -> Any:
 
 
 def _unknown(key: str, where: str, found: _Found, *, flag: bool) -> ConfigError:
-    """Names the nearest valid keys: the same last word anywhere, then a misspelling in the section, then anywhere."""
+    """Names the nearest valid keys: misspelt in its section, or right in another one, or misspelt anywhere."""
     known = list(found.known)
     section, _, leaf = key.rpartition(".")
     leaves = {k: k.rpartition(".")[2] for k in known}
     siblings = [k for k in known if k.rpartition(".")[0] == section]
     tops = list(dict.fromkeys(k.partition(".")[0] for k in known))
-    near = [k for k in known if leaves[k] == leaf]
-    near = near or difflib.get_close_matches(key, siblings if section else tops, n=2, cutoff=0.75)
-    near = near or difflib.get_close_matches(key, known, n=2, cutoff=0.75)
+    inside = {leaves[k]: k for k in siblings} if section else {top: top for top in tops}
+    near = [inside[word] for word in difflib.get_close_matches(leaf, inside, n=2, cutoff=0.7)]
+    near += [k for k in known if leaves[k] == leaf and k not in near]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not near:
-        spelt = difflib.get_close_matches(leaf, list(leaves.values()), n=1, cutoff=0.8)
-        near = [k for k in known if leaves[k] in spelt]
+        near = [k for k in known if leaves[k] in difflib.get_close_matches(leaf, list(leaves.values()), n=1, cutoff=0.8)]
     found.suspect.update(k for n in near for k in known if k == n or k.startswith(n + "."))
     hint = "; did you mean " + " or ".join(f"'{'--' if flag else ''}{n}'" for n in near[:3]) + "?" if near else ""
     valid = f"{section}: {', '.join(leaves[k] for k in siblings)}" if section and siblings else f"one of {', '.join(tops)}"
@@ -357,7 +357,7 @@ def _touches(problem: ConfigError, suspect: set[str]) -> bool:
     return problem.where in suspect or any(re.search(rf"\b{key.rpartition('.')[2]}\b(?!\.)", problem.what) for key in suspect)
 
 
-def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+def _build(cls: Any, values: dict[str, Any], prefix: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     sections = {name: _build(kind, values, f"{prefix}{name}.") for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     return cls(**sections, **{name: values[prefix + name] for name in hints if name not in sections})

@@ -42,10 +42,25 @@ _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("tokens / s / rank", ("perf/tokens_per_s_per_gpu",)),
 )
 _SUMMARY = (
-    "model.path model.init model.dtype data.train train.global_batch_size train.micro_batch_size train.num_epochs train.max_steps optim.lr "
-    "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size rollout.tensor_parallel_size rollout.batch_size rollout.n "
-    "ppo.estimator kl.coef dpo.beta reward.sources"
-).split()
+    "model.path",
+    "model.init",
+    "model.dtype",
+    "data.train",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.num_epochs",
+    "train.max_steps",
+    "optim.lr",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "rollout.tensor_parallel_size",
+    "rollout.batch_size",
+    "rollout.n",
+    "ppo.estimator",
+    "kl.coef",
+    "dpo.beta",
+    "reward.sources",
+)
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2")
 _MAX_SAMPLES = 8
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ class Tracker:
         if evaluation or step % self.log_interval == 0 or step in (self.start_step + 1, self.total_steps):
             print(self.console_line(step, values), flush=True)
         for name in list(self._sinks):
-            self._try(name, lambda name=name: self._sinks[name][0](step, values))
+            self._try(name, partial(self._sinks[name][0], step, values))
 
     def console_line(self, step: int, values: Mapping[str, float]) -> str:
         """`step  12/100 | loss 1.2345 | grad_norm 0.93 | lr 1.0e-04 | 1234 tok/s | ETA 0:03:12`"""
