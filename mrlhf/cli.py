@@ -100,7 +100,7 @@ def _run(argv: list[str]) -> int:
         return _status(importlib.import_module("mrlhf.dryrun").main(name, config))
 
     def stage() -> int:
-        return _guarded(lambda: _status(importlib.import_module(f"mrlhf.{name}").main(config)))
+        return _guarded(lambda: _status(importlib.import_module("mrlhf.rl.ppo" if name == "ppo" else f"mrlhf.{name}").main(config)))
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record

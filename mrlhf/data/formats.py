@@ -137,7 +137,7 @@ def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> Sample
                 expected="two conversations that share everything but the final assistant message",
                 fix="cut both after the first message that differs",
             )
-        stated = prompt[-1].get("content") if _is_messages(prompt) else prompt
+        stated = prompt[-1].get("content") if isinstance(prompt, list) and _is_messages(prompt) and prompt else prompt
         if prompt is not None and stated not in (chosen[-2]["content"], chosen[0]["content"]):
             raise RowProblem(
                 "pair_prompt",

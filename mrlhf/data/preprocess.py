@@ -109,7 +109,6 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
     problems = Problems()
     for error in check(config):
         problems.add(error)
-    template = None
     try:
         template = _template(config)
     except MrlhfError as error:
@@ -154,7 +153,7 @@ def _template(config: PreprocessConfig) -> Template:
     )
 
 
-_worker: Tokenise | None = None
+_worker: Tokenise
 
 
 def _start_worker(tokenise: Tokenise) -> None:
@@ -280,16 +279,17 @@ def _write(config: PreprocessConfig, template: Template, spool: _Spool, output: 
     else:
         packs = [[unit] for unit in range(len(units))]
 
+    masks = spool.masks
     ids_out = output.indexed("", spool.dtype)
-    mask_out = output.indexed("_loss_mask", np.dtype("uint8")) if spool.masks is not None else None
+    mask_out = output.indexed("_loss_mask", np.dtype("uint8")) if masks is not None else None
     has_margins = bool(spool.margins) and spool.margins[0] is not None
     margin_out = output.indexed("_margin", np.dtype("float32")) if has_margins else None
     for members in tqdm(packs, desc="write", unit=" packs", disable=None):
         lengths = np.concatenate([spool.lengths[each * u : each * (u + 1)] for u in members])
         spans = [slice(spool.starts[each * u], spool.starts[each * (u + 1)]) for u in members]
         ids_out.add_document(np.concatenate([spool.ids[s] for s in spans]), lengths)
-        if mask_out is not None:
-            mask_out.add_document(np.concatenate([spool.masks[s] for s in spans]), lengths)
+        if mask_out is not None and masks is not None:
+            mask_out.add_document(np.concatenate([masks[s] for s in spans]), lengths)
         if margin_out is not None:
             margin_out.add_document(np.asarray([spool.margins[u] for u in members], dtype=np.float32), [1] * len(members))
     if any(label != b"null" for label in spool.labels):

@@ -108,6 +108,7 @@ class Template:
             )
         self.tokenizer, self.loss_on = tokenizer, loss_on
         self.input_template, self.plain = input_template, input_template is not None
+        self._plain_text = input_template or ""
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         alternatives = "|".join(re.escape(t) for t in sorted(special, key=len, reverse=True))
         self._special = re.compile(alternatives or r"(?!)")
@@ -122,7 +123,7 @@ class Template:
         self.end_token: str | None = tokenizer.eos_token if append_eos else None
         self._append = append_eos
         if self.plain:
-            if input_template.count("{}") != 1:
+            if self._plain_text.count("{}") != 1:
                 raise ConfigError(f"--input-template {input_template!r} must hold {{}} once", expected='like "User: {}\\nAssistant: "')
             if append_eos and tokenizer.eos_token is None:
                 raise DataError(
@@ -138,6 +139,7 @@ class Template:
             self.chat_template = chat_template if chat_template is not None else tokenizer.get_chat_template()
             self._marked = bool(_GENERATION.search(self.chat_template))
             self._probe()
+        self._end = self.end_token or ""
         self.end_token_id: int | None = None if self.end_token is None else tokenizer.convert_tokens_to_ids(self.end_token)
         self._splits_exactly = self._check_pieces()
 
@@ -148,8 +150,8 @@ class Template:
         table: dict[str, str] = {}
         if isinstance(conversation, tuple):
             prompt, answer = (self._protect(part, table) for part in conversation)
-            before = self.input_template.replace("{}", prompt)
-            text = before + answer + (self.end_token if self._append else "")
+            before = self._plain_text.replace("{}", prompt)
+            text = before + answer + (self._end if self._append else "")
             return self._restore(text, [(len(before), len(text))], table)
         messages = self._protect(conversation, table)
         if self._marked:
@@ -167,7 +169,7 @@ class Template:
             prompt = [{"role": "user", "content": prompt}]
         protected = self._protect(prompt, table)
         if isinstance(protected, str):
-            text = self.input_template.replace("{}", protected)
+            text = self._plain_text.replace("{}", protected)
         else:
             text, _ = self._render(protected, add_generation_prompt=True)
         return self._restore(text, [], table)
@@ -238,7 +240,7 @@ class Template:
                     break
         at = -1 if self.end_token is None else text.find(self.end_token, behind)
         if at >= 0:
-            return at + len(self.end_token)
+            return at + len(self._end)
         if found < 0:
             raise RowProblem(
                 "turn_end",
@@ -250,8 +252,8 @@ class Template:
     def _finish(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         start, end = spans[-1]
         text = text[:end]
-        if self._append and not text.endswith(self.end_token):
-            text += self.end_token
+        if self._append and not text.endswith(self._end):
+            text += self._end
         spans[-1] = (start, len(text))
         return text, spans if self.loss_on == "all" else spans[-1:]
 
@@ -304,7 +306,9 @@ class Template:
         if not table:
             return Rendered(text, tuple(spans))
         originals = {marker: token for token, marker in table.items()}
-        parts, literal, shifts = [], [], []
+        parts: list[str] = []
+        literal: list[Span] = []
+        shifts: list[Span] = []
         last = grown = 0
         for found in self._marker.finditer(text):
             original = originals[found.group()]
@@ -366,7 +370,7 @@ class Template:
     def encode(self, items: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
         """[(ids int32 [T], mask uint8 [T])] of each item; plain text gets the tokenizer's bos where it has one, chat text never."""
         ordinary = [item.text for item in items if not item.literal]
-        batch = {"input_ids": [], "offset_mapping": []}
+        batch: Any = {"input_ids": [], "offset_mapping": []}
         if ordinary:
             batch = self.tokenizer(
                 ordinary, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, return_token_type_ids=False

@@ -72,7 +72,7 @@ class Tokenise:
                     rendered = [self.template.prompt(sample.prompt)]
                 ready.append((number, sample, rendered))
         if self.task == "pretrain":
-            texts = self.template.encode_text([sample.text for _, sample, _ in ready]) if ready else []
+            texts = self.template.encode_text([sample.text or "" for _, sample, _ in ready]) if ready else []
             for (number, _, _), ids in zip(ready, texts, strict=True):
                 with _Outcome(batch, chunk.path, number, self.on_empty):
                     self._add_text(batch, ids)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrlhf.errors import CheckpointError
+from mrlhf.config import ParallelConfig
+from mrlhf.errors import CheckpointError, ConfigError
 
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to this whatever TP is, so that checkpoint shapes do not depend on the layout
 
@@ -114,3 +115,40 @@ def spec_from_hf(config: dict[str, Any], *, where: str = "config.json") -> Model
         qk_norm=family == "qwen3",
         init_std=float(config.get("initializer_range", 0.02)),
     )
+
+
+def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int) -> list[ConfigError]:
+    """What does not divide: the model by TP and PP, the world by TP x PP."""
+    tp, pp, found = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, []
+    limits = {"num_attention_heads": spec.num_attention_heads, "num_key_value_heads (num_query_groups)": spec.num_query_groups}
+    limits |= {"intermediate_size": spec.ffn_hidden_size, "the padded vocabulary's unit": VOCAB_MULTIPLE}
+    wrong = [f"{name} = {size}" for name, size in limits.items() if size % tp]
+    if wrong:
+        good = [n for n in range(1, spec.num_query_groups + 1) if all(size % n == 0 for size in limits.values())]
+        found.append(
+            ConfigError(
+                f"parallel.tensor_model_parallel_size = {tp} does not divide the model's {', '.join(wrong)}",
+                where="parallel.tensor_model_parallel_size",
+                expected=", ".join(map(str, good)),
+                fix=f"--parallel.tensor_model_parallel_size {max(n for n in good if n <= max(tp, 1))}",
+            )
+        )
+    if spec.num_layers % pp:
+        good = [n for n in range(1, spec.num_layers + 1) if spec.num_layers % n == 0]
+        found.append(
+            ConfigError(
+                f"parallel.pipeline_model_parallel_size = {pp} does not divide the model's num_hidden_layers = {spec.num_layers}",
+                where="parallel.pipeline_model_parallel_size",
+                expected=", ".join(map(str, good)),
+            )
+        )
+    if world % (tp * pp):
+        found.append(
+            ConfigError(
+                f"{world} ranks cannot be cut into tensor {tp} x pipeline {pp}",
+                where="parallel",
+                expected=f"a multiple of {tp * pp} ranks",
+                fix=f"torchrun --nproc-per-node {tp * pp} -m mrlhf ...",
+            )
+        )
+    return found

@@ -23,6 +23,7 @@ import os
 import queue
 import sys
 import types
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,6 +237,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 def adapt_megatron() -> None:
     """Make megatron.core importable on this machine; once, before its first import."""
     check_megatron_version()
+    # "Transformer Engine and Apex are not installed", five times; `backends` says once what is used
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
     if not current().is_cuda:
         already = [name for name in sys.modules if name == _PREFIX or name.startswith(_PREFIX + ".")]
         assert not already, f"megatron.core was imported before mrlhf.parallel: {already[:3]}"

@@ -37,7 +37,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         # sums over this rank's part of: exp(z), the target's z, exp(z) * z, with z = logit / temperature - max
         sums_3N = torch.zeros(3, n, dtype=torch.float32, device=logits_NW.device)
         for c in _chunks(n, w) if real > 0 else []:
-            z = logits_NW[c, :real].float().div_(temperature).sub_(max_N[c, None])
+            z = (logits_NW[c, :real].float() / temperature).sub_(max_N[c, None])  # .float() of fp32 is no copy, the division is
             sums_3N[1, c] = torch.where(mine_N[c], z.gather(1, local_N[c, None].clamp(max=real - 1)).squeeze(1), 0.0)
             e = z.exp()
             sums_3N[0, c] = e.sum(-1)
@@ -49,31 +49,33 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         logps_N = sums_3N[1] - log_sum_N
         entropy_N = log_sum_N - sums_3N[2] / sums_3N[0] if with_entropy else torch.zeros_like(logps_N)
         ctx.save_for_backward(logits_NW, local_N, mine_N, max_N + log_sum_N, entropy_N)
-        ctx.temperature, ctx.with_entropy, ctx.real = temperature, with_entropy, real
-        if not with_entropy:
-            ctx.mark_non_differentiable(entropy_N)
-        return logps_N, entropy_N
+        ctx.temperature, ctx.real = temperature, real
+        ctx.set_materialize_grads(False)
+        is_top_N = sums_3N[1] == 0  # the target's z is 0 just where it is the maximum
+        ctx.mark_non_differentiable(is_top_N, *(() if with_entropy else (entropy_N,)))
+        return logps_N, entropy_N, is_top_N
 
     @staticmethod
-    def backward(ctx, grad_logps_N, grad_entropy_N):
+    def backward(ctx, grad_logps_N, grad_entropy_N, _):
         logits_NW, local_N, mine_N, log_z_N, entropy_N = ctx.saved_tensors
         grad_NW = torch.zeros_like(logits_NW)
         for c in _chunks(*logits_NW.shape) if ctx.real > 0 else []:
-            logp = logits_NW[c, : ctx.real].float().div_(ctx.temperature).sub_(log_z_N[c, None])
+            logp = (logits_NW[c, : ctx.real].float() / ctx.temperature).sub_(log_z_N[c, None])
             p = logp.exp()
             # d logp[target] / d z = onehot - p ;  d H / d z = -p (logp + H)
-            g = p * -grad_logps_N[c, None]
-            if ctx.with_entropy:
+            g = torch.zeros_like(p) if grad_logps_N is None else p * -grad_logps_N[c, None]
+            if grad_logps_N is not None:
+                g.scatter_add_(1, local_N[c, None].clamp(max=ctx.real - 1), torch.where(mine_N[c], grad_logps_N[c], 0.0)[:, None])
+            if grad_entropy_N is not None:
                 g.sub_(p.mul_(logp.add_(entropy_N[c, None])).mul_(grad_entropy_N[c, None]))
-            g.scatter_add_(1, local_N[c, None].clamp(max=ctx.real - 1), torch.where(mine_N[c], grad_logps_N[c], 0.0)[:, None])
             grad_NW[c, : ctx.real] = g.div_(ctx.temperature).to(grad_NW.dtype)
         return grad_NW, None, None, None, None, None, None
 
 
 def vocab_parallel_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, *, vocab_size: int, group: dist.ProcessGroup | None = None, temperature: float = 1.0, with_entropy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p(target) and the entropy of softmax(logits / temperature), both fp32 and differentiable.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log p(target) and the entropy of softmax(logits / temperature), fp32 and differentiable, and whether the target is the most likely token.
 
     logits [..., V/TP] of this rank, targets [...] global ids, vocab_size the count of real rows (logits beyond
     it get probability 0), group the tensor-parallel group. The entropy is zeros unless asked for.
@@ -81,7 +83,8 @@ def vocab_parallel_logprobs(
     """
     tp = group is not None and group.size() > 1
     assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
-    logps, entropy = _VocabParallelLogProbs.apply(
+    found = _VocabParallelLogProbs.apply(
         logits.reshape(-1, logits.size(-1)), targets.reshape(-1), temperature, with_entropy, group if tp else None, group.rank() if tp else 0, vocab_size
     )
-    return logps.view(targets.shape), entropy.view(targets.shape)
+    logps, entropy, is_top = (x.view(targets.shape) for x in found)
+    return logps, entropy, is_top

@@ -1,0 +1,232 @@
+"""Checkpoints: Megatron's distributed format plus a manifest, whole or not there at all.
+
+    step_10/
+      mrlhf.json   manifest: stage, step, head, dtype, files with sizes, metadata (reward statistics ...)
+      hf/          config.json, tokenizer, generation config, byte for byte as they came
+      dist/        weights and optimizer state, torch_dist, independent of TP, PP and DP
+      critic/      (ppo) another checkpoint of the same form
+A save goes to `step_10.tmp`, is fsync'ed and renamed; `latest` follows by the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import mrlhf
+from mrlhf.errors import CheckpointError
+from mrlhf.models.hf_io import HFReader, copy_side_files, resolve_hf
+from mrlhf.models.spec import ModelSpec, read_hf_config, spec_from_hf
+
+MANIFEST, FORMAT = "mrlhf.json", 1
+_OPTIMIZER_FORMAT = "fully_reshardable"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on disk: a mrlhf checkpoint (`manifest`) or a HF directory (`manifest` empty)."""
+
+    path: Path
+    hf_dir: Path
+    spec: ModelSpec
+    head: str
+    manifest: dict[str, Any]
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return bool(self.manifest)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"not JSON: {error}", where=str(path)) from error
+
+
+def _latest(directory: Path) -> Path | None:
+    """The checkpoint a directory of checkpoints (or a run's directory) points at; without `latest` the newest whole one."""
+    for place in (directory, directory / "checkpoints"):
+        pointer = place / "latest"
+        if pointer.is_file():
+            name = pointer.read_text().strip()
+            if re.fullmatch(r"step_\d+", name) and (place / name / MANIFEST).is_file():
+                return place / name
+        steps = [p for p in place.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / MANIFEST).is_file()]
+        if steps:
+            return max(steps, key=lambda p: int(p.name[5:]))
+    return None
+
+
+def open_source(path: str) -> ModelSource:
+    """A mrlhf checkpoint, a run's directory (its latest checkpoint), a HF directory or a hub id.
+
+    Raises CheckpointError when it is none of them or its files are not all there.
+    """
+    directory = Path(path)
+    if directory.is_dir() and not (directory / MANIFEST).is_file():
+        directory = _latest(directory) or directory
+    if (directory / MANIFEST).is_file():
+        manifest = _json(directory / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(f"format {manifest.get('format')!r}", where=str(directory / MANIFEST), expected=str(FORMAT))
+        wrong = [f for f, size in manifest["files"].items() if not (directory / f).is_file() or (directory / f).stat().st_size != size]
+        if wrong:
+            raise CheckpointError(f"missing or of another size: {', '.join(wrong[:5])}", where=str(directory), fix="take an earlier checkpoint")
+        hf_dir = directory / "hf"
+        return ModelSource(directory, hf_dir, spec_from_hf(read_hf_config(hf_dir), where=str(hf_dir / "config.json")), manifest["head"], manifest)
+    directory = resolve_hf(path)
+    if not (directory / "config.json").is_file():
+        raise CheckpointError("neither a checkpoint nor a HF model", where=path, expected=f"{MANIFEST}, checkpoints/ or config.json in it")
+    config = read_hf_config(directory)
+    head = "value" if any(a.endswith("ForSequenceClassification") for a in config.get("architectures") or []) else "lm"
+    return ModelSource(directory, directory, spec_from_hf(config, where=str(directory / "config.json")), head, {})
+
+
+def _metadata() -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _dist_save(directory: Path, model: Any, optimizer: Any | None) -> None:
+    from megatron.core import dist_checkpointing
+
+    state = {"model": model.sharded_state_dict(metadata=_metadata())}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=_metadata())
+    dist_checkpointing.save(state, str(directory), content_metadata={"distrib_optim_sharding_type": _OPTIMIZER_FORMAT})
+
+
+def load_weights(source: ModelSource, model: Any, *, head: str, seed: int) -> None:
+    """Fill a built model from `source`. An LM gives a value model everything but its head, which is drawn from `seed`.
+
+    Raises CheckpointError for the other direction: a value model has no LM head to give.
+    """
+    from mrlhf.models.gpt import RandomSource, fill
+
+    if head == "lm" and source.head == "value":
+        raise CheckpointError("it holds a value model, which has no LM head", where=str(source.path), expected="an LM checkpoint")
+    new_head = head == "value" and source.head == "lm"
+    if source.is_checkpoint:
+        from megatron.core import dist_checkpointing
+
+        state = model.sharded_state_dict(metadata=_metadata())
+        if new_head:
+            state = {k: v for k, v in state.items() if not k.startswith("output_layer.")}
+        with torch.no_grad():
+            loaded = dist_checkpointing.load({"model": state}, str(source.path / "dist"))["model"]
+            missing, unexpected = model.load_state_dict(loaded, strict=False)
+        missing = [k for k in missing if not k.endswith("_extra_state") and not (new_head and k.startswith("output_layer."))]
+        assert not missing and not unexpected, (missing, unexpected)
+    else:
+        reader = HFReader(source.path)
+        reader.check(source.spec, head=source.head)
+        fill(model, source.spec, _WithHead(reader, RandomSource(source.spec, head=head, seed=seed)) if new_head else reader, head=head)
+    if new_head and source.is_checkpoint:
+        fill(model, source.spec, RandomSource(source.spec, head=head, seed=seed), head=head, only="output_layer.")
+
+
+@dataclass(frozen=True)
+class _WithHead:
+    """HF tensors, and a drawn value head."""
+
+    reader: HFReader
+    head: Any
+
+    def read(self, block: Any) -> torch.Tensor:
+        return (self.head if block.hf == "score.weight" else self.reader).read(block)
+
+
+def load_optimizer(directory: Path, model: Any, optimizer: Any) -> None:
+    """Weights and optimizer state of a checkpoint directory, whatever layout wrote it."""
+    from megatron.core import dist_checkpointing
+
+    sharded = model.sharded_state_dict(metadata=_metadata())
+    state = {"model": sharded, "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_metadata())}
+    with torch.no_grad():
+        loaded = dist_checkpointing.load(state, str(directory / "dist"))
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: temporary name, fsync, rename."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    _fsync(tmp)
+    os.replace(tmp, path)
+
+
+def _manifest(directory: Path, *, stage: str, step: int, head: str, dtype: str, resumable: bool, extra: dict[str, Any]) -> None:
+    files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+    for name in files:
+        _fsync(directory / name)
+    manifest = {"format": FORMAT, "mrlhf": mrlhf.__version__, "stage": stage, "step": step, "head": head, "dtype": dtype, "resumable": resumable, **extra}
+    write_text(directory / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of a checkpoint: `name` is "" for the main one, or the sub-directory."""
+
+    name: str
+    model: Any
+    optimizer: Any | None
+    head: str
+    hf_dir: Path
+
+
+def save(target: Path, parts: list[Part], *, stage: str, step: int, dtype: str, extra: dict[str, Any], keep_last: int | None = None) -> None:
+    """Collective. Writes `target` under a temporary name and renames it; then `latest`; then drops the oldest."""
+    main = dist.get_rank() == 0
+    tmp = target.with_name(target.name + ".tmp")
+    if main:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        for part in parts:
+            (tmp / part.name / "dist").mkdir(parents=True)
+            copy_side_files(part.hf_dir, tmp / part.name / "hf")
+    dist.barrier()
+    for part in parts:
+        _dist_save(tmp / part.name / "dist", part.model, part.optimizer)
+    dist.barrier()
+    if main:
+        for part in reversed(parts):  # the main one last: its manifest counts the others' files
+            resumable = part.optimizer is not None
+            _manifest(tmp / part.name, stage=stage, step=step, head=part.head, dtype=dtype, resumable=resumable, extra=extra if not part.name else {})
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(tmp, target)
+        _fsync(target.parent)
+        if keep_last is not None:
+            write_text(target.parent / "latest", target.name + "\n")
+            steps = sorted((int(p.name[5:]), p) for p in target.parent.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
+            for _, old in steps[:-keep_last]:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def latest_resumable(run_dir: Path) -> ModelSource | None:
+    """The newest whole checkpoint of a run that has its optimizer state, or None."""
+    found = _latest(run_dir / "checkpoints")
+    if found is None:
+        return None
+    source = open_source(str(found))
+    return source if source.manifest["resumable"] else None

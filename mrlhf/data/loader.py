@@ -1,0 +1,207 @@
+"""Samples -> micro-batches, packed or padded, and the order in which a run meets them.
+
+Legend: B rows, T tokens of a row, N samples of the micro-batch, P pairs.
+Packed: one row [1, T] of all samples and cu_seqlens; unpacked: a row a sample. Either way a sample is found
+by `segments_BT` (its number at each of its tokens, N at padding) and `last_N` (flat index of its last token),
+so that a loss is written once for both.
+
+The order is a function of (seed, epoch) alone and a step is a slice of it: the data position is the step
+number, and does not depend on the number of ranks. An epoch's end is filled up with rows of weight 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from mrlhf.data.indexed import PackedDataset
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`mask[t]` = 1 where token t is trained; weight 0 = a filler that counts nowhere; `index` in the dataset."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    index: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Position t predicts `targets_BT[t]` (the next token of the same sample) and counts by `mask_BT[t]`."""
+
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    mask_BT: torch.Tensor  # float
+    segments_BT: torch.Tensor
+    last_N: torch.Tensor
+    weights_N: torch.Tensor
+    index_N: torch.Tensor
+    lengths: tuple[int, ...]
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+    attention_mask: torch.Tensor | None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths)
+
+    def to(self, device: str) -> MicroBatch:
+        if device == "cpu":
+            return self
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+    def sum_N(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """Sum over each sample's tokens: [N]."""
+        out = torch.zeros(self.num_samples + 1, dtype=x_BT.dtype, device=x_BT.device)
+        return out.index_add(0, self.segments_BT.reshape(-1), x_BT.reshape(-1))[:-1]
+
+    def last(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """The value at each sample's last token: [N]."""
+        return x_BT.reshape(-1)[self.last_N]
+
+    def split(self, x_BT: torch.Tensor) -> list[torch.Tensor]:
+        """Each sample's own values, first token first."""
+        flat = x_BT.reshape(-1)
+        return [flat[last - length + 1 : last + 1] for last, length in zip(self.last_N.tolist(), self.lengths, strict=True)]
+
+
+def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padding_side: str = "right") -> MicroBatch:
+    """One micro-batch. `pad_multiple`: T becomes a multiple of it (the tensor-parallel size, for sequence parallelism).
+
+    Padding of a pack is a sample of its own to the attention. Left-padded rows get an attention mask.
+    """
+    lengths = [len(s.tokens) for s in samples]
+    n = len(samples)
+    if packing:
+        total = sum(lengths)
+        width = -(-total // pad_multiple) * pad_multiple
+        rows, starts = 1, np.cumsum([0, *lengths[:-1]])
+    else:
+        width = -(-max(lengths) // pad_multiple) * pad_multiple
+        rows, starts = n, np.arange(n) * width
+        if padding_side == "left":
+            starts = starts + width - np.array(lengths)
+    tokens, targets = np.zeros(rows * width, np.int64), np.zeros(rows * width, np.int64)
+    mask, segments = np.zeros(rows * width, np.float32), np.full(rows * width, n, np.int64)
+    for i, (sample, start, length) in enumerate(zip(samples, starts, lengths, strict=True)):
+        end = start + length
+        tokens[start:end] = sample.tokens
+        targets[start : end - 1] = sample.tokens[1:]
+        if sample.weight:
+            mask[start : end - 1] = sample.mask[1:]
+        segments[start:end] = i
+    cu, max_seqlen, attention_mask = None, width, None
+    if packing:
+        bounds = [*starts.tolist(), sum(lengths)]
+        cu = torch.tensor(bounds if bounds[-1] == width else [*bounds, width], dtype=torch.int32)
+        max_seqlen = int((cu[1:] - cu[:-1]).max())
+    elif padding_side == "left":
+        real = torch.from_numpy(segments.reshape(rows, width) < n)
+        # a padding query looks at itself, or its softmax would have nothing to sum over
+        may_look = (real[:, None, :] & torch.ones(width, width, dtype=torch.bool).tril()) | torch.eye(width, dtype=torch.bool)
+        attention_mask = ~may_look[:, None]
+    shape = (rows, width)
+    return MicroBatch(
+        tokens_BT=torch.from_numpy(tokens.reshape(shape)),
+        targets_BT=torch.from_numpy(targets.reshape(shape)),
+        mask_BT=torch.from_numpy(mask.reshape(shape)),
+        segments_BT=torch.from_numpy(segments.reshape(shape)),
+        last_N=torch.from_numpy(np.asarray(starts) + np.array(lengths) - 1),
+        weights_N=torch.tensor([s.weight for s in samples], dtype=torch.float32),
+        index_N=torch.tensor([s.index for s in samples]),
+        lengths=tuple(lengths),
+        cu_seqlens=cu,
+        max_seqlen=max_seqlen,
+        attention_mask=attention_mask,
+    )
+
+
+class Order:
+    """Rows of step 1, 2, ...: a permutation an epoch, cut into global batches; -1 fills the last batch up."""
+
+    def __init__(self, num_rows: int, *, global_batch_size: int, num_epochs: float, max_steps: int | None, seed: int, shuffle: bool) -> None:
+        self.num_rows, self.batch, self.seed, self.shuffle = num_rows, global_batch_size, seed, shuffle
+        self.total_rows = max(1, round(num_rows * num_epochs))
+        self.total_steps = math.ceil(self.total_rows / global_batch_size)
+        if max_steps is not None:
+            self.total_rows = max(self.total_rows, max_steps * global_batch_size)
+            self.total_steps = max_steps
+        self._permutation: tuple[int, np.ndarray] | None = None
+
+    def _row(self, position: int) -> int:
+        if position >= self.total_rows:
+            return -1
+        epoch, at = divmod(position, self.num_rows)
+        if not self.shuffle:
+            return at
+        if self._permutation is None or self._permutation[0] != epoch:
+            self._permutation = (epoch, np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_rows))
+        return int(self._permutation[1][at])
+
+    def rows(self, step: int) -> list[int]:
+        """Of step 1, 2, ... total_steps."""
+        return [self._row(i) for i in range((step - 1) * self.batch, step * self.batch)]
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after this step."""
+        return min(step * self.batch, self.total_rows) / self.num_rows
+
+
+class Loader:
+    """Micro-batches of this data-parallel rank. A row is a pack, or a sample (a pair for preference data)."""
+
+    def __init__(
+        self, dataset: PackedDataset, *, packing: bool, micro_batch_size: int, dp_rank: int, dp_size: int, pad_multiple: int = 1, padding_side: str = "right"
+    ) -> None:
+        self.dataset, self.packing, self.micro_batch_size = dataset, packing, micro_batch_size
+        self.dp_rank, self.dp_size, self.pad_multiple, self.padding_side = dp_rank, dp_size, pad_multiple, padding_side
+        self.group = 2 if dataset.task == "preference" else 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.dataset.num_packs if self.packing else self.dataset.num_samples // self.group
+
+    def samples(self, row: int) -> list[Sample]:
+        """Of one row; row -1 is a filler: the first row with weight 0."""
+        weight, row = (1.0, row) if row >= 0 else (0.0, 0)
+        d = self.dataset
+        first, end = (d.doc_index[row], d.doc_index[row + 1]) if self.packing else (row * self.group, (row + 1) * self.group)
+        return [Sample(d.tokens(i), d.mask(i), i, weight) for i in range(int(first), int(end))]
+
+    def micro_batches(self, rows: list[int]) -> list[MicroBatch]:
+        """This rank's share of a global batch, in order; len(rows) is a multiple of micro_batch_size x dp_size."""
+        unit = self.micro_batch_size * self.dp_size
+        assert len(rows) % unit == 0, (len(rows), unit)
+        found = []
+        for at in range(0, len(rows), unit):
+            start = at + self.dp_rank * self.micro_batch_size
+            samples = [s for row in rows[start : start + self.micro_batch_size] for s in self.samples(row)]
+            if self.group == 2 and not self.packing:  # cat(chosen, rejected) -> [2B, T]
+                samples = samples[0::2] + samples[1::2]
+            found.append(collate(samples, packing=self.packing, pad_multiple=self.pad_multiple, padding_side=self.padding_side))
+        return found
+
+    def pairs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices [P] into the samples of a preference micro-batch: the chosen, the rejected."""
+        n = torch.arange(batch.num_samples)
+        return (n[0::2], n[1::2]) if self.packing else (n[: len(n) // 2], n[len(n) // 2 :])
+
+    def margins(self, batch: MicroBatch) -> torch.Tensor | None:
+        """[P] of a preference micro-batch, or None where the data has none."""
+        chosen, _ = self.pairs(batch)
+        values = [self.dataset.margin(int(i) // 2) for i in batch.index_N[chosen.to(batch.index_N.device)].tolist()]
+        return None if values[0] is None else torch.tensor(values, dtype=torch.float32)
+
+    def in_order(self) -> Iterator[list[int]]:
+        """Rows of the whole set once, for evaluation and scoring, in slices every rank takes part in."""
+        unit = self.micro_batch_size * self.dp_size
+        for at in range(0, self.num_rows, unit):
+            rows = list(range(at, min(at + unit, self.num_rows)))
+            yield rows + [-1] * (unit - len(rows))

@@ -1,0 +1,121 @@
+"""Direct preference optimisation against a frozen reference: the model the run starts from.
+
+Legend: B rows, T tokens, W the rank's part of the vocabulary, N samples, P pairs.
+The reference's log-probs are computed once, before the first step, by the policy itself (it still is the
+reference then) and kept in the run's directory; `dpo.reference: online` keeps a second model instead.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mrlhf import supervised
+from mrlhf.config import DPOStage
+from mrlhf.data.loader import Loader, MicroBatch
+from mrlhf.engine import LossFn, Model, Trainer
+from mrlhf.losses import dpo_loss
+from mrlhf.parallel import state
+from mrlhf.parallel.logprobs import vocab_parallel_logprobs
+
+
+def answer_logps(model: Model, logits_BTW: torch.Tensor, batch: MicroBatch, *, mean: bool) -> torch.Tensor:
+    """[N]: log-prob of each answer, summed over its trained tokens (or their mean)."""
+    logps_BT, _, _ = vocab_parallel_logprobs(logits_BTW, batch.targets_BT, vocab_size=model.spec.vocab_size, group=model.tp_group)
+    sums_N = batch.sum_N(logps_BT * batch.mask_BT)
+    return sums_N / batch.sum_N(batch.mask_BT).clamp(min=1) if mean else sums_N
+
+
+def _logps_of(model: Model, batches: list[MicroBatch], *, mean: bool) -> list[torch.Tensor]:
+    """[N] of every micro-batch, without gradient."""
+
+    def per_token(logits_BTW: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        logps_BT, _, _ = vocab_parallel_logprobs(logits_BTW, batch.targets_BT, vocab_size=model.spec.vocab_size, group=model.tp_group)
+        return (logps_BT * batch.mask_BT)[None]
+
+    found = []
+    for batch, logps_1BT in zip(batches, model.forward(batches, per_token, channels=1), strict=True):
+        sums_N = batch.sum_N(logps_1BT[0].cpu())
+        found.append(sums_N / batch.sum_N(batch.mask_BT).clamp(min=1) if mean else sums_N)
+    return found
+
+
+def reference_logps(model: Model, loader: Loader, *, mean: bool) -> torch.Tensor:
+    """[samples of the dataset]: each answer's log-prob under the model as it is. Collective; the same on all ranks."""
+    found = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
+    for rows in loader.in_order():
+        batches = loader.micro_batches(rows)
+        for batch, logps_N in zip(batches, _logps_of(model, batches, mean=mean), strict=True):
+            real = batch.weights_N > 0
+            found[batch.index_N[real]] = logps_N[real].double()
+    return state.sum_over_data_parallel(found).float()
+
+
+def _precomputed(config: DPOStage, trainer: Trainer, loader: Loader) -> torch.Tensor:
+    """Computed by the first start of the run, read by later ones."""
+    path = Path(config.train.output_dir) / f"reference_{Path(loader.dataset.prefix).name}.pt"
+    box = [path.is_file()]
+    dist.broadcast_object_list(box, src=0)
+    if box[0]:
+        return torch.load(path, weights_only=True)
+    supervised.say(f"reference log-probs of {loader.dataset.num_samples} answers")
+    logps = reference_logps(trainer, loader, mean=config.dpo.length_normalize)
+    if state.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(logps, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+    return logps
+
+
+def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, reference: torch.Tensor) -> LossFn:
+    """Mean over the step's pairs of the DPO loss, plus nll_coef x mean over pairs of the chosen answer's token mean.
+
+    reference: log-prob of every answer of the loader's dataset, by sample index.
+    """
+    options, mean = config.dpo, config.dpo.length_normalize
+
+    def loss(logits_BTW: torch.Tensor, batch: MicroBatch):
+        policy_N = answer_logps(trainer, logits_BTW, batch, mean=mean)
+        reference_N = reference[batch.index_N.cpu()].to(policy_N.device)
+        chosen, rejected = (i.to(policy_N.device) for i in loader.pairs(batch))
+        weight_P = batch.weights_N[chosen]
+        total, partials = dpo_loss(
+            policy_N[chosen],
+            policy_N[rejected],
+            reference_N[chosen],
+            reference_N[rejected],
+            beta=options.beta,
+            kind=options.loss,
+            label_smoothing=options.label_smoothing,
+            denominator=1.0,
+            weight=weight_P,
+        )
+        if options.nll_coef:
+            nll_P = -policy_N[chosen] / (1 if mean else batch.sum_N(batch.mask_BT)[chosen].clamp(min=1))
+            total = total + options.nll_coef * (nll_P * weight_P).sum()
+        return total, weight_P.sum(), partials
+
+    return loss
+
+
+def main(config: DPOStage) -> None:
+    online = config.dpo.reference == "online"
+    references: dict[str, torch.Tensor] = {}
+    frozen: list[Model] = []
+
+    def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
+        if online:
+            if not frozen:
+                frozen.append(Model(trainer.source, config.parallel, head="lm", dtype=config.model.dtype, seed=config.train.seed))
+            references[loader.dataset.prefix] = torch.zeros(loader.dataset.num_samples)
+        else:
+            references[loader.dataset.prefix] = _precomputed(config, trainer, loader)
+        return preference_loss(config, trainer, loader, references[loader.dataset.prefix])
+
+    def before_step(loader: Loader, batches: list[MicroBatch]) -> None:
+        for batch, logps_N in zip(batches, _logps_of(frozen[0], batches, mean=config.dpo.length_normalize), strict=True):
+            references[loader.dataset.prefix][batch.index_N] = logps_N
+
+    supervised.train("dpo", config, head="lm", make_loss=make_loss, before_step=before_step if online else None)

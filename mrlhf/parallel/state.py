@@ -1,0 +1,121 @@
+"""Process groups: torchrun's world cut into tensor-, pipeline- and data-parallel groups by Megatron.
+
+Rank order is Megatron's "tp-dp-pp": rank = tp + TP * (dp + DP * pp). A plain process without torchrun is a
+world of one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from mrlhf.config import ParallelConfig
+from mrlhf.errors import ConfigError
+from mrlhf.parallel import device
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks there are of each kind."""
+
+    world: int
+    tp: int
+    pp: int
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp)
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(tp, dp, pp) of a rank."""
+        return rank % self.tp, rank // self.tp % self.dp, rank // (self.tp * self.dp)
+
+    def describe(self, *, global_batch: int, micro_batch: int) -> str:
+        accumulation = global_batch // (micro_batch * self.dp)
+        return (
+            f"global {global_batch} = micro {micro_batch} x accumulation {accumulation} x dp {self.dp}   "
+            f"({self.world} ranks = tp {self.tp} x pp {self.pp} x dp {self.dp})"
+        )
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_batch(train: Any, parallel: ParallelConfig, world: int) -> list[ConfigError]:
+    """The global batch must be micro_batch_size x data-parallel ranks x a whole accumulation."""
+    dp = world // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    unit = train.micro_batch_size * max(dp, 1)
+    if train.global_batch_size % unit:
+        down = train.global_batch_size // unit * unit
+        return [
+            ConfigError(
+                f"train.global_batch_size = {train.global_batch_size} is not a multiple of micro_batch_size {train.micro_batch_size} x dp {dp} = {unit}",
+                where="train.global_batch_size",
+                expected=f"a multiple of {unit}",
+                fix=f"--train.global_batch_size {down or unit}",
+            )
+        ]
+    return []
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
+    """Start torch.distributed and Megatron's groups (after `spec.check_layout`: here sizes are taken to divide)."""
+    world = world_size()
+    here = device.current()
+    timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
+    if here.is_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            # vLLM's external_launcher reads these too
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        dist.init_process_group(here.backend, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Layout(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+
+
+def shutdown() -> None:
+    """Leave the groups in order; a rank that exits earlier would make the others report a lost peer."""
+    if dist.is_initialized():
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def from_last_stage(value: Any) -> Any:
+    """A small Python object of the last pipeline stage, on every stage."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group())
+    return box[0]
+
+
+def sum_over_data_parallel(x: torch.Tensor) -> torch.Tensor:
+    """Sum of a CPU tensor over the data-parallel ranks, on every rank."""
+    moved = x.to(device.current().name)
+    dist.all_reduce(moved, group=parallel_state.get_data_parallel_group())
+    return moved.to(x.device)

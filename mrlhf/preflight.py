@@ -1,0 +1,102 @@
+"""Everything that can be wrong with a run, found before it starts and shown at once.
+
+Used by every stage and by `--dry-run`; opens files, builds nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mrlhf.checkpoint import ModelSource, open_source
+from mrlhf.data.indexed import PackedDataset
+from mrlhf.data.template import tokenizer_fingerprint
+from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError, Problems
+from mrlhf.models.spec import check_layout
+from mrlhf.parallel import state
+
+TASKS = {"pretrain": "pretrain", "sft": "sft", "rm": "preference", "dpo": "preference", "ppo": "prompts"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage starts from."""
+
+    source: ModelSource
+    train: PackedDataset
+    eval: PackedDataset | None
+
+
+def open_data(prefix: str, *, key: str, task: str | None, source: ModelSource | None, seq_length: int | None) -> tuple[PackedDataset | None, list[MrlhfError]]:
+    """The dataset, and everything in which it does not fit the run. `key`: where the user wrote the prefix."""
+    try:
+        data = PackedDataset.open(prefix)
+    except DataError as error:
+        return None, [error]
+    found: list[MrlhfError] = []
+
+    def bad(what: str, expected: str, fix: str | None = None) -> None:
+        found.append(DataError(what, where=f"{key} = {prefix}", expected=expected, fix=fix))
+
+    if task is not None and data.task != task:
+        bad(f"the data was made with --task {data.task}", f"--task {task}", f"tools/preprocess_data.py --task {task} ...")
+    if seq_length is not None and data.meta["seq_length"] != seq_length:
+        bad(f"the data was made with --seq-length {data.meta['seq_length']}", f"data.seq_length = {seq_length}", f"--data.seq_length {data.meta['seq_length']}")
+    if source is not None:
+        limit = source.spec.max_position_embeddings
+        if int(data.lengths.max()) > limit:
+            bad(f"its longest sample has {int(data.lengths.max())} tokens", f"at most max_position_embeddings = {limit} of {source.path}")
+        theirs, ours = data.meta["tokenizer_fingerprint"], tokenizer_fingerprint(str(source.hf_dir))
+        if theirs != ours:
+            bad(
+                f"the data's tokenizer ({data.meta['tokenizer']}, fingerprint {theirs[:12]}) is not the model's ({source.hf_dir}, {ours[:12]})",
+                "one tokenizer for data and model",
+                f"tools/preprocess_data.py --tokenizer {source.hf_dir} ...",
+            )
+        elif data.meta["vocab_size"] > source.spec.vocab_size:
+            bad(f"the tokenizer has {data.meta['vocab_size']} ids", f"at most vocab_size = {source.spec.vocab_size} of {source.path}")
+    return data, found
+
+
+def check_run(stage: str, config: Any, *, world: int) -> Run:
+    """Opens model and data of a training stage. Raises every problem found, together."""
+    problems = Problems()
+    source = train = evaluation = None
+    try:
+        source = open_source(config.model.path)
+    except CheckpointError as error:
+        problems.add(CheckpointError(error.what, where=f"model.path: {error.where or config.model.path}", expected=error.expected, fix=error.fix))
+    if source is not None:
+        for error in check_layout(config.parallel, source.spec, world):
+            problems.add(error)
+        if stage != "rm" and source.head == "value":
+            problems.add(ConfigError(f"model.path = {config.model.path} holds a value model", where="model.path", expected="an LM checkpoint"))
+    for error in state.check_batch(config.train, config.parallel, world):
+        problems.add(error)
+    task = TASKS[stage]
+    train, found = open_data(config.data.train, key="data.train", task=task, source=source, seq_length=config.data.seq_length)
+    if config.data.eval is not None:
+        evaluation, more = open_data(config.data.eval, key="data.eval", task=task, source=source, seq_length=config.data.seq_length)
+        found += more
+    for problem in found:
+        problems.add(problem)
+    problems.raise_if_any()
+    assert source is not None and train is not None
+    return Run(source, train, evaluation)
+
+
+def check_prompt_budget(config: Any, run: Run) -> list[MrlhfError]:
+    """The longest prompt and answer together must fit the model."""
+    found: list[MrlhfError] = []
+    limit = run.source.spec.max_position_embeddings
+    for key, data in (("data.train", run.train), ("data.eval", run.eval)):
+        if data is not None and int(data.lengths.max()) + config.rollout.max_new_tokens > limit:
+            found.append(
+                ConfigError(
+                    f"the longest prompt ({int(data.lengths.max())} tokens) and rollout.max_new_tokens = {config.rollout.max_new_tokens} exceed {limit}",
+                    where=key,
+                    expected=f"max_position_embeddings = {limit} of {run.source.path}",
+                    fix=f"--rollout.max_new_tokens {max(1, limit - int(data.lengths.max()))}",
+                )
+            )
+    return found

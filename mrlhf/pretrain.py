@@ -1,0 +1,16 @@
+"""Pretraining: next-token prediction over every token of every document, on the loss of SFT."""
+
+from __future__ import annotations
+
+from mrlhf import supervised
+from mrlhf.config import PretrainStage
+from mrlhf.data.loader import Loader
+from mrlhf.engine import LossFn, Trainer
+from mrlhf.sft import language_model_loss
+
+
+def main(config: PretrainStage) -> None:
+    def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
+        return language_model_loss(trainer, aggregation=config.loss.aggregation)
+
+    supervised.train("pretrain", config, head="lm", make_loss=make_loss)

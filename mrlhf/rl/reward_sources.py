@@ -1,0 +1,128 @@
+"""The rewards of a run: every source of `reward.sources`, built once, asked for each rollout, summed with weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mrlhf.checkpoint import ModelSource, open_source
+from mrlhf.config import PPOStage
+from mrlhf.data.loader import MicroBatch
+from mrlhf.data.template import tokenizer_fingerprint
+from mrlhf.engine import Model
+from mrlhf.errors import CheckpointError, ConfigError, MrlhfError, RewardError
+from mrlhf.models.spec import check_layout
+from mrlhf.parallel import state
+from mrlhf.rl.rewards import HttpReward, RewardSource, load_function, parse_source, score_with_function
+from mrlhf.rl.rollout import Rollout
+from mrlhf.rm import score_micro_batches
+
+
+def _sources(config: PPOStage) -> list[RewardSource]:
+    weights = config.reward.weights or (1.0,) * len(config.reward.sources)
+    return [parse_source(text, weight=w) for text, w in zip(config.reward.sources, weights, strict=True)]
+
+
+def critic_source(config: PPOStage, actor: ModelSource) -> ModelSource:
+    """`ppo.critic`, else the first local reward model, else the actor's model (with a fresh head)."""
+    if config.ppo.critic:
+        return open_source(config.ppo.critic)
+    local = [s.spec for s in _sources(config) if s.kind == "model"]
+    return open_source(local[0]) if local else actor
+
+
+class Rewards:
+    """Functions and HTTP run on rank 0 and their scores travel; reward models run on all ranks."""
+
+    def __init__(self, config: PPOStage, actor: ModelSource, tokenizer: Any) -> None:
+        self.config, self.tokenizer, self.sources = config, tokenizer, _sources(config)
+        self.models: dict[str, Model] = {}
+        for source in self.sources:
+            if source.kind == "model":
+                self.models[source.spec] = Model(open_source(source.spec), config.parallel, head="value", dtype=config.model.dtype, seed=config.train.seed)
+        self.functions = {s.spec: load_function(s) for s in self.sources if s.kind == "function"}
+        r = config.reward
+        self.http = {
+            s.spec: HttpReward(s.urls, timeout_s=r.http_timeout_s, retries=r.http_retries, batch_size=r.http_batch_size, token_env=r.http_token_env)
+            for s in self.sources
+            if s.kind == "http"
+        }
+
+    @staticmethod
+    def check(config: PPOStage, actor: ModelSource) -> list[MrlhfError]:
+        """Everything wrong with the sources and the critic's start, before anything is built."""
+        found: list[MrlhfError] = []
+        try:
+            sources = _sources(config)
+        except ConfigError as error:
+            return [ConfigError(error.what, where="reward.sources", expected=error.expected, fix=error.fix)]
+        models = [("reward.sources", s.spec) for s in sources if s.kind == "model"]
+        if config.ppo.critic:
+            models.append(("ppo.critic", config.ppo.critic))
+        for key, path in models:
+            try:
+                model = open_source(path)
+            except CheckpointError as error:
+                found.append(CheckpointError(error.what, where=f"{key}: {error.where or path}", expected=error.expected, fix=error.fix))
+                continue
+            if key == "reward.sources" and model.head != "value":
+                found.append(CheckpointError("it holds a language model, which gives no score", where=f"{key} = {path}", expected="a reward model (mrlhf rm)"))
+            if tokenizer_fingerprint(str(model.hf_dir)) != tokenizer_fingerprint(str(actor.hf_dir)):
+                found.append(CheckpointError("its tokenizer is not the actor's", where=f"{key} = {path}", expected=f"the tokenizer of {actor.hf_dir}"))
+            found += check_layout(config.parallel, model.spec, state.world_size())
+        for source in sources:
+            if source.kind == "function":
+                try:
+                    load_function(source)
+                except ConfigError as error:
+                    found.append(ConfigError(error.what, where="reward.sources", expected=error.expected, fix=error.fix))
+        return found
+
+    def score(self, rollout: Rollout, batches: list[MicroBatch]) -> tuple[torch.Tensor, dict[str, float]]:
+        """([B] weighted sum on every rank, {"reward/<source>": mean}). Collective. Raises RewardError on all ranks."""
+        total_B, parts = torch.zeros(rollout.size), {}
+        for source in self.sources:
+            scores_B = self._model_scores(source, rollout, batches) if source.kind == "model" else self._outside_scores(source, rollout)
+            total_B += source.weight * scores_B
+            parts[f"reward/{source.kind}:{source.spec.rsplit('/', 1)[-1]}"] = float(scores_B.mean())
+        return total_B, parts
+
+    def _model_scores(self, source: RewardSource, rollout: Rollout, batches: list[MicroBatch]) -> torch.Tensor:
+        model = self.models[source.spec]
+        scores_B = torch.zeros(rollout.size, dtype=torch.float64)
+        for batch, scores_N in zip(batches, score_micro_batches(model, batches), strict=True):
+            scores_B[batch.index_N] = scores_N.double()
+        scores_B = state.sum_over_data_parallel(scores_B).float()
+        if not bool(scores_B.isfinite().all()):
+            raise RewardError(f"reward model {source.spec!r} gave a score that is not finite")
+        statistics = model.source.manifest
+        if self.config.reward.normalize and "reward_mean" in statistics:
+            scores_B = (scores_B - statistics["reward_mean"]) / statistics["reward_std"]
+        return scores_B
+
+    def _outside_scores(self, source: RewardSource, rollout: Rollout) -> torch.Tensor:
+        answer: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            prompts = [self.tokenizer.decode(p) for p in rollout.prompts]
+            completions = [self.tokenizer.decode(a.tokens, skip_special_tokens=True) for a in rollout.answers]
+            try:
+                if source.kind == "http":
+                    answer[0] = self.http[source.spec].score(prompts, completions, labels=rollout.labels)
+                else:
+                    answer[0] = score_with_function(
+                        self.functions[source.spec],
+                        prompts,
+                        completions,
+                        labels=rollout.labels,
+                        prompt_ids=rollout.prompts,
+                        completion_ids=[a.tokens for a in rollout.answers],
+                        source=source.spec,
+                    )
+            except RewardError as error:  # the other ranks wait for the broadcast: they must hear of it
+                answer[1] = error.render()
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise RewardError(answer[1])
+        return torch.tensor(answer[0], dtype=torch.float32)

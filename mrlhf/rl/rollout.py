@@ -1,0 +1,108 @@
+"""A rollout: prompts -> answers from every vLLM replica, and the per-token tables that PPO computes on.
+
+Legend: B answers of the rollout (all ranks), A tokens of the longest answer, T tokens of a micro-batch row,
+N samples of a micro-batch. Answer b belongs to prompt b // n. Every rank holds the whole rollout's tables
+[B, A] (a few floats a token); a data-parallel rank computes the rows of its share and they are summed up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mrlhf.data.loader import MicroBatch, Sample, collate
+from mrlhf.parallel import state
+from mrlhf.rl.vllm_engine import Answer, Sampling, VLLMEngine
+
+if TYPE_CHECKING:
+    from mrlhf.engine import Model
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """`prompts[b]`, `answers[b]`, `labels[b]` of every answer; `mask_BA` 1 on its tokens."""
+
+    prompts: list[list[int]]
+    answers: list[Answer]
+    labels: list[Any]
+
+    @property
+    def size(self) -> int:
+        return len(self.answers)
+
+    def lengths_B(self) -> torch.Tensor:
+        return torch.tensor([len(a.tokens) for a in self.answers])
+
+    def mask_BA(self) -> torch.Tensor:
+        lengths_B = self.lengths_B()
+        return (torch.arange(int(lengths_B.max()))[None] < lengths_B[:, None]).float()
+
+    def rollout_logps_BA(self) -> torch.Tensor:
+        """vLLM's log-probs."""
+        out_BA = torch.zeros(self.size, int(self.lengths_B().max()))
+        for b, answer in enumerate(self.answers):
+            out_BA[b, : len(answer.tokens)] = torch.tensor(answer.logps)
+        return out_BA
+
+    def sample(self, b: int) -> Sample:
+        """Prompt and answer as one sequence whose answer tokens are trained."""
+        prompt, answer = self.prompts[b], self.answers[b].tokens
+        mask = np.concatenate([np.zeros(len(prompt), np.uint8), np.ones(len(answer), np.uint8)])
+        return Sample(np.array(prompt + answer, np.int64), mask, b)
+
+
+def request_seed(*parts: int) -> int:
+    """One seed for each (run seed, step, answer): independent of ranks and replicas."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])
+
+
+def generate(
+    engine: VLLMEngine, prompts: Sequence[list[int]], *, n: int, sampling: Sampling, seed: int, step: int, labels: Sequence[Any], replicas: int, replica: int
+) -> Rollout:
+    """n answers a prompt. Collective: replicas take every replicas-th prompt, and all ranks get all answers."""
+    mine = range(replica, len(prompts), replicas)
+    requests = [(p, i) for p in mine for i in range(n)]
+    answers = engine.generate([prompts[p] for p, _ in requests], [request_seed(seed, step, p, i) for p, i in requests], sampling)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, dict(zip(requests, answers, strict=True)))
+    everything = {key: answer for part in parts for key, answer in part.items()}
+    keys = [(p, i) for p in range(len(prompts)) for i in range(n)]
+    return Rollout([prompts[p] for p, _ in keys], [everything[k] for k in keys], [labels[p] for p, _ in keys])
+
+
+def micro_batches(rollout: Rollout, rows: Sequence[int], *, micro_batch_size: int, dp_rank: int, dp_size: int, packing: bool, pad_multiple: int) -> list[MicroBatch]:
+    """This rank's share of `rows`; their number is a multiple of micro_batch_size x dp_size."""
+    unit = micro_batch_size * dp_size
+    assert len(rows) % unit == 0, (len(rows), unit)
+    starts = [at + dp_rank * micro_batch_size for at in range(0, len(rows), unit)]
+    return [collate([rollout.sample(b) for b in rows[s : s + micro_batch_size]], packing=packing, pad_multiple=pad_multiple) for s in starts]
+
+
+def spread(batch: MicroBatch, table_BA: torch.Tensor) -> torch.Tensor:
+    """Rows of a table at the positions of a micro-batch that predict those tokens: like tokens_BT, 0 elsewhere."""
+    out_BT = torch.zeros(batch.mask_BT.shape, device=batch.mask_BT.device)
+    index_N = batch.index_N.cpu()
+    lengths_N = batch.sum_N(batch.mask_BT).long().cpu()
+    values = torch.cat([table_BA[b, :length] for b, length in zip(index_N.tolist(), lengths_N.tolist(), strict=True)])
+    out_BT[batch.mask_BT.bool()] = values.to(out_BT)
+    return out_BT
+
+
+def table(
+    model: Model, batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *, shape: tuple[int, int], channels: int = 1
+) -> list[torch.Tensor]:
+    """`fn(output, batch)` -> [channels, B, T] at the predicting positions, as `channels` tables [B, A] on every rank, zeros beyond an answer."""
+    tables = torch.zeros(channels, *shape, dtype=torch.float64)
+    for batch, output_CBT in zip(batches, model.forward(batches, fn, channels=channels), strict=True):
+        keep = batch.mask_BT.bool()
+        lengths = batch.sum_N(batch.mask_BT).long().tolist()
+        for c in range(channels):
+            rows = output_CBT[c].cpu()[keep].double().split(lengths)
+            for b, row in zip(batch.index_N.tolist(), rows, strict=True):
+                tables[c, b, : len(row)] = row
+    return [t.float() for t in state.sum_over_data_parallel(tables)]

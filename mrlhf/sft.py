@@ -1,0 +1,45 @@
+"""Supervised fine-tuning: cross entropy of the trained tokens (the last assistant turn, by the data's mask).
+
+Legend: B rows, T tokens, W the rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mrlhf import supervised
+from mrlhf.config import SFTStage
+from mrlhf.data.loader import Loader, MicroBatch
+from mrlhf.engine import LossFn, Trainer
+from mrlhf.losses import masked_cross_entropy, sum_and_count
+from mrlhf.parallel.logprobs import vocab_parallel_logprobs
+
+
+def language_model_loss(trainer: Trainer, *, aggregation: str) -> LossFn:
+    """-log p of each trained token given those before it in its sample; the mean is over the step's tokens or sequences."""
+
+    def loss(logits_BTW: torch.Tensor, batch: MicroBatch):
+        logps_BT, entropy_BT, is_top_BT = vocab_parallel_logprobs(
+            logits_BTW, batch.targets_BT, vocab_size=trainer.spec.vocab_size, group=trainer.tp_group, with_entropy=True
+        )
+        total = masked_cross_entropy(
+            logps_BT, batch.mask_BT, denominator=1.0, aggregation=aggregation, segment_ids=batch.segments_BT, num_segments=batch.num_samples + 1
+        )
+        keep_BT = batch.mask_BT.bool()
+        tokens = keep_BT.sum()
+        count = tokens if aggregation == "token" else (batch.sum_N(batch.mask_BT) > 0).sum()
+        partials = {
+            "mean_token_accuracy": sum_and_count(is_top_BT, keep_BT),
+            "entropy": sum_and_count(entropy_BT, keep_BT),
+            "num_tokens": torch.stack([tokens.float(), torch.ones_like(tokens, dtype=torch.float32)]),
+        }
+        return total, count, partials
+
+    return loss
+
+
+def main(config: SFTStage) -> None:
+    def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
+        return language_model_loss(trainer, aggregation=config.loss.aggregation)
+
+    supervised.train("sft", config, head="lm", make_loss=make_loss)

@@ -1,0 +1,188 @@
+"""The loop that pretrain, sft, rm and dpo share: data -> step -> log -> evaluate -> save. A stage brings its loss."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mrlhf import checkpoint, metrics, preflight
+from mrlhf.config_io import diff, dump_yaml, load_config
+from mrlhf.data.loader import Loader, MicroBatch, Order
+from mrlhf.engine import LossFn, Trainer
+from mrlhf.errors import ConfigError
+from mrlhf.parallel import device, state
+from mrlhf.tracking import Tracker
+
+# what may differ between the first command and the one that resumes it
+_FREE_TO_CHANGE = ("parallel.", "logging.", "checkpoint.", "train.output_dir", "train.eval_interval")
+
+
+def check_resume(config: Any, output_dir: Path) -> None:
+    """Refuse to go on with a run under another configuration, showing what differs."""
+    before = output_dir / "config.yaml"
+    if before.is_file():
+        changed = [line for line in diff(load_config(type(config), str(before), []), config) if not line.startswith(_FREE_TO_CHANGE)]
+        if changed:
+            raise ConfigError(
+                f"the run in {output_dir} was started with another configuration: {'; '.join(changed)}",
+                where="train.output_dir",
+                fix="the first command again, or another --train.output_dir",
+            )
+
+
+def say(text: str) -> None:
+    """One line on rank 0."""
+    if state.is_main():
+        print(text, flush=True)
+
+
+def make_tracker(stage: str, config: Any, *, total_steps: int, done: int) -> Tracker:
+    """The run directory's writer; `done` finished steps."""
+    return Tracker(
+        config.train.output_dir,
+        config_yaml=dump_yaml(config),
+        env={"device": device.current().describe(), "world_size": state.world_size()},
+        is_main=state.is_main(),
+        stage=stage,
+        total_steps=total_steps,
+        start_step=done,
+        log_interval=config.logging.log_interval,
+        tensorboard=config.logging.tensorboard,
+        wandb_project=config.logging.wandb_project,
+        mlflow_experiment=config.logging.mlflow_experiment,
+    )
+
+
+def memory_gib() -> float:
+    """Largest device memory reserved; on CPU the largest resident size of this process."""
+    if device.current().is_cuda:
+        return torch.cuda.max_memory_reserved() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / (1024 if sys.platform == "darwin" else 1)
+
+
+def performance(trainer: Trainer, *, tokens: int, mean_length: float, seconds: float, world: int) -> dict[str, float]:
+    """perf/*, time/step_s and memory/*; `tokens` read by all ranks in `seconds`."""
+    tflops = trainer.spec.flops_per_token(mean_length) * tokens / seconds / world / 1e12
+    found = {
+        "time/step_s": seconds,
+        "perf/tokens_per_s_per_gpu": tokens / seconds / world,
+        "perf/tflops": tflops,
+        "memory/max_reserved_gib": memory_gib(),
+    }
+    if device.current().is_cuda and "H100" in torch.cuda.get_device_name():
+        found["perf/mfu"] = tflops / 989.0  # dense bf16 of an H100 SXM
+    return found
+
+
+def evaluate(trainer: Trainer, loader: Loader, loss_fn: LossFn, before: Callable | None = None) -> dict[str, float]:
+    """Every row of the set once."""
+    partials = []
+    for rows in loader.in_order():
+        batches = loader.micro_batches(rows)
+        if before:
+            before(loader, batches)
+        partials.append(trainer.evaluate(batches, loss_fn))
+    partials = metrics.merge(partials)
+    return {f"eval/{k}": v for k, v in metrics.finalize(partials).items()}
+
+
+def train(
+    stage: str,
+    config: Any,
+    *,
+    head: str,
+    make_loss: Callable[[Trainer, Loader], LossFn],
+    before_step: Callable[[Loader, list[MicroBatch]], None] | None = None,
+    finish: Callable[[Trainer, Loader], dict[str, Any]] | None = None,
+) -> None:
+    """Run a supervised stage from its configuration to its last checkpoint.
+
+    `make_loss(trainer, loader)` gives the loss function (called before the first step, with the starting weights);
+    `before_step(loader, batches)` may prepare it for a step; `finish(trainer, eval_loader)` gives what goes into
+    the last checkpoint's metadata. Started again with the same configuration it goes on from the newest checkpoint.
+    """
+    run = preflight.check_run(stage, config, world=state.world_size())
+    output_dir = Path(config.train.output_dir)
+    check_resume(config, output_dir)
+    layout = state.initialize(config.parallel, seed=config.train.seed)
+    _, dp, _ = layout.coordinates(dist.get_rank())
+    say(f"device: {device.current().describe()}")
+    say(layout.describe(global_batch=config.train.global_batch_size, micro_batch=config.train.micro_batch_size))
+
+    def make_loader(data: Any) -> Loader:
+        return Loader(
+            data,
+            packing=config.data.packing,
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=dp,
+            dp_size=layout.dp,
+            pad_multiple=layout.tp if config.parallel.sequence_parallel else 1,
+            padding_side=config.data.padding_side,
+        )
+
+    loader = make_loader(run.train)
+    eval_loader = make_loader(run.eval) if run.eval is not None else None
+    order = Order(
+        loader.num_rows,
+        global_batch_size=config.train.global_batch_size,
+        num_epochs=config.train.num_epochs,
+        max_steps=config.train.max_steps,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+    random_init = config.model.init == "random"
+    trainer = Trainer(
+        run.source, config.parallel, config.optim, head=head, dtype=config.model.dtype, seed=config.train.seed, total_steps=order.total_steps, random_init=random_init
+    )
+    say(f"model: {run.source.spec.family}, {run.source.spec.num_parameters:,} parameters, {config.model.dtype}, Adam: {trainer.adam}")
+    loss_fn = make_loss(trainer, loader)
+    eval_loss_fn = make_loss(trainer, eval_loader) if eval_loader is not None else None
+
+    done, resumed = 0, checkpoint.latest_resumable(output_dir)
+    if resumed is not None:
+        done = int(resumed.manifest["step"])
+        trainer.resume(resumed.path, done)
+        say(f"resumed from {resumed.path}")
+    tracker = make_tracker(stage, config, total_steps=order.total_steps, done=done)
+
+    def save(step: int, extra: dict[str, Any]) -> None:
+        keep_optimizer = step < order.total_steps or config.checkpoint.save_optimizer
+        checkpoint.save(
+            output_dir / "checkpoints" / f"step_{step}",
+            [trainer.part(with_optimizer=keep_optimizer)],
+            stage=stage,
+            step=step,
+            dtype=config.model.dtype,
+            extra=extra,
+            keep_last=config.checkpoint.keep_last,
+        )
+
+    for step in range(done + 1, order.total_steps + 1):
+        start = time.perf_counter()
+        batches = loader.micro_batches(order.rows(step))
+        waited = time.perf_counter() - start
+        if before_step:
+            before_step(loader, batches)
+        found = trainer.step(batches, loss_fn)
+        seconds = time.perf_counter() - start
+        lengths = [n for b in batches for n in b.lengths]
+        log = {f"train/{k}": v for k, v in found.items()} | {"train/epoch": order.epoch(step), "time/data_s": waited}
+        # this rank's share stands for the others'
+        log |= performance(trainer, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world)
+        tracker.log(step, log)
+        last = step == order.total_steps
+        if eval_loader is not None and eval_loss_fn is not None and (last or (config.train.eval_interval and step % config.train.eval_interval == 0)):
+            tracker.log(step, evaluate(trainer, eval_loader, eval_loss_fn, before_step))
+        if last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0):
+            save(step, finish(trainer, eval_loader or loader) if finish and last else {})
+    tracker.close()
+    say(f"finished: {output_dir / 'checkpoints'}")
+    state.shutdown()

@@ -1,0 +1,26 @@
+"""The tokenizer of a HF directory, and the ids that end an answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mrlhf.data.template import load_tokenizer
+
+
+def load(hf_dir: Path) -> Any:
+    """Raises DataError where there is none."""
+    return load_tokenizer(str(hf_dir))
+
+
+def stop_ids(hf_dir: Path, tokenizer: Any) -> tuple[int, ...]:
+    """eos of the tokenizer and of generation_config.json or config.json."""
+    found = {tokenizer.eos_token_id}
+    for file in ("generation_config.json", "config.json"):
+        path = hf_dir / file
+        if path.is_file():
+            value = json.loads(path.read_text()).get("eos_token_id")
+            found |= set(value) if isinstance(value, list) else {value}
+            break
+    return tuple(sorted(i for i in found if i is not None))

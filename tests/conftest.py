@@ -1,0 +1,159 @@
+"""Small real things for the tests: random HF models of each family with a trained tokenizer, data, torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{TESTS}",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+        "TORCH_COMPILE_DISABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+
+
+def run(*command: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """A command from the repository root; its output goes into the failure's message."""
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    if check and done.returncode:
+        raise AssertionError(f"{command} exited with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def torchrun(ranks: int, *args: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node ranks ARGS` on a free port."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    return run(*launcher, *args, check=check, timeout=timeout)
+
+
+def mrlhf(*args: object, ranks: int = 1, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The command line, plain or under torchrun."""
+    if ranks == 1:
+        return run(sys.executable, "-m", "mrlhf", *args, check=check, timeout=timeout)
+    return torchrun(ranks, "-m", "mrlhf", *args, check=check, timeout=timeout)
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def make_tokenizer(directory: Path, texts: list[str], vocab_size: int = 320) -> None:
+    """A byte-level BPE with ChatML tokens, saved as a HF tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(directory)
+
+
+def make_hf_model(directory: Path, family: str, *, vocab_size: int, seed: int = 0, tied: bool = False, **changes: object) -> None:
+    """Random weights with every parameter away from its neutral value, so that a wrong mapping shows."""
+    import torch
+    import transformers as t
+
+    classes = {
+        "llama": (t.LlamaConfig, t.LlamaForCausalLM),
+        "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM),
+        "qwen3": (t.Qwen3Config, t.Qwen3ForCausalLM),
+    }
+    make_config, make_model = classes[family]
+    values = dict(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    config = make_config(**{**values, **changes})
+    torch.manual_seed(seed)
+    model = make_model(config).float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.add_(torch.randn_like(p) * 0.1)
+            if name.endswith("bias"):
+                p.normal_(0, 0.1)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(directory)
+
+
+def conversations(n: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    """Chats of varied length, some with a system turn or two user turns."""
+    import random
+
+    rng = random.Random(seed)
+    words = "red green blue one two three four apple pear plum sun moon rain snow".split()
+
+    def text(k: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(rng.randint(1, k)))
+
+    found = []
+    for i in range(n):
+        chat = [{"role": "system", "content": "Answer."}] if i % 3 == 0 else []
+        for _ in range(1 + i % 2):
+            chat += [{"role": "user", "content": text(8)}, {"role": "assistant", "content": text(6)}]
+        found.append(chat)
+    return found
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with HF models qwen2/, llama/, qwen3/ (one tokenizer) and data prefixes sft, pref, prompts, text."""
+    root = tmp_path_factory.mktemp("world")
+    chats = conversations(48)
+    texts = [m["content"] for chat in chats for m in chat] + ["system user assistant"]
+    for family in ("qwen2", "llama", "qwen3"):
+        make_tokenizer(root / family, texts)
+        make_hf_model(root / family, family, vocab_size=323)
+    pairs = [{"prompt": c[:-1], "chosen": [c[-1]], "rejected": [d[-1]]} for c, d in zip(chats, conversations(48, seed=1), strict=True)]
+    prompts = [{"prompt": c[:-1], "label": len(c)} for c in chats]
+    sources = {
+        ("sft", "sft"): [{"messages": c} for c in chats],
+        ("pref", "preference"): pairs,
+        ("prompts", "prompts"): prompts,
+        ("text", "pretrain"): [{"text": t} for t in texts],
+    }
+    for (name, task), rows in sources.items():
+        file = write_jsonl(root / f"{name}.jsonl", rows)
+        run(sys.executable, "tools/preprocess_data.py", "--task", task, "--input", file, "--tokenizer", root / "qwen2", "--output-prefix", root / name,
+            "--seq-length", 160)  # fmt: skip
+    return root
