@@ -62,6 +62,8 @@ METRICS: dict[str, Metric] = {
     "train/logps/chosen": Metric("log-prob of the chosen answer (summed over its tokens)", "nats", "mean"),
     "train/logps/rejected": Metric("log-prob of the rejected answer (summed over its tokens)", "nats", "mean"),
     # ppo
+    "train/score/mean": Metric("(eval) score of greedy answers to the evaluation prompts", "score", "mean"),
+    "train/response_length/mean": Metric("(eval) length of those answers", "tokens", "mean"),
     "actor/pg_loss": Metric("clipped policy loss", "", "mean"),
     "actor/pg_clipfrac": Metric("answer tokens at which the clip held", "share", "mean"),
     "actor/ppo_kl": Metric("KL from the policy that sampled, estimated by old - new log-prob", "nats", "mean"),

@@ -14,11 +14,13 @@ What is changed in vLLM, on CPU alone and for this process:
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import shutil
 import tempfile
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +139,9 @@ class VLLMEngine:
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         on_cuda = device.current().is_cuda
+        # vLLM probes for triton in ways that make torch and triton stubs talk; nothing is lost without it on CPU
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         try:
             import vllm
         except ImportError as error:
@@ -172,10 +177,17 @@ class VLLMEngine:
             shutil.rmtree(config_only)
         model = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
         self.parameters: dict[str, torch.Tensor] = {n: p.data for n, p in model.named_parameters()}
-        expected = set(vllm_map(spec, tp=tp, rank=dist.get_rank() % tp))
         if spec.tied:
             self.parameters.pop("lm_head.weight", None)
-        assert set(self.parameters) == expected, sorted(set(self.parameters) ^ expected)
+        expected = vllm_map(spec, tp=tp, rank=dist.get_rank() % tp)
+        misfits = sorted(set(self.parameters) ^ set(expected))
+        misfits += [n for n, blocks in expected.items() if n in self.parameters and any(b.offset + b.length > self.parameters[n].size(b.dim) for b in blocks)]
+        if misfits:
+            raise EnvironmentProblem(
+                f"vLLM {vllm.__version__} builds {spec.family} otherwise than mrlhf's weight map says: {', '.join(misfits[:4])}",
+                where=str(hf_dir / "config.json"),
+                expected="head_dim = hidden_size / num_attention_heads for llama and qwen2",
+            )
 
     def weights_changed(self) -> None:
         """After every write to `parameters`: answers cached from older weights must not be continued."""
@@ -193,6 +205,10 @@ class VLLMEngine:
     def wake_cache(self) -> None:
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
+
+    def shutdown(self) -> None:
+        """Leave vLLM's groups while torch's default group still stands; collective."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:
         """One answer a prompt, seeds[i] deciding the i-th: the same whatever else is in the batch or in other replicas.
