@@ -158,7 +158,8 @@ def load_optimizer(directory: Path, model: Any, optimizer: Any) -> None:
         optimizer.load_state_dict(loaded["optimizer"])
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Push a file's content, or a directory's names, to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -170,14 +171,14 @@ def write_text(path: Path, text: str) -> None:
     """Whole or not at all: temporary name, fsync, rename."""
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_text(text)
-    _fsync(tmp)
+    fsync(tmp)
     os.replace(tmp, path)
 
 
 def _manifest(directory: Path, *, stage: str, step: int, head: str, dtype: str, resumable: bool, extra: dict[str, Any]) -> None:
     files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
     for name in files:
-        _fsync(directory / name)
+        fsync(directory / name)
     manifest = {"format": FORMAT, "mrlhf": mrlhf.__version__, "stage": stage, "step": step, "head": head, "dtype": dtype, "resumable": resumable, **extra}
     write_text(directory / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
 
@@ -198,7 +199,9 @@ def save(target: Path, parts: list[Part], *, stage: str, step: int, dtype: str, 
     main = dist.get_rank() == 0
     tmp = target.with_name(target.name + ".tmp")
     if main:
-        shutil.rmtree(tmp, ignore_errors=True)
+        left = target.parent.glob("step_*.tmp") if keep_last is not None else ()
+        for unfinished in {tmp, *left}:  # of saves that were killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         tmp.mkdir(parents=True)
         for part in parts:
             (tmp / part.name / "dist").mkdir(parents=True)
@@ -214,7 +217,7 @@ def save(target: Path, parts: list[Part], *, stage: str, step: int, dtype: str, 
         if target.exists():
             shutil.rmtree(target)
         os.rename(tmp, target)
-        _fsync(target.parent)
+        fsync(target.parent)
         if keep_last is not None:
             write_text(target.parent / "latest", target.name + "\n")
             steps = sorted((int(p.name[5:]), p) for p in target.parent.glob("step_*") if re.fullmatch(r"step_\d+", p.name))

@@ -20,6 +20,7 @@ from mrlhf.models.weights.blocks import Block
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HARMLESS = (".rotary_emb.inv_freq",)
+_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def resolve_hf(path: str) -> Path:
@@ -72,9 +73,10 @@ class HFReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
-    def dtype(self) -> torch.dtype:
-        """Of the embedding."""
-        return self.read(Block("model.embed_tokens.weight", 0, 0, 1, 0)).dtype
+    def dtype_name(self, name: str) -> str:
+        """float32, bfloat16 or float16; safetensors' own word for others."""
+        found = self._slice(name).get_dtype()
+        return _DTYPE_NAMES.get(found, found)
 
     def check(self, spec: ModelSpec, *, head: str) -> None:
         """Every expected tensor is there with its shape, and no other. Raises CheckpointError naming both sides."""
@@ -89,10 +91,10 @@ class HFReader:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """config, tokenizer, generation config, chat template: every small file that holds no weights, byte for byte."""
+    """config, tokenizer, generation config, chat template: every small file that holds no weights, byte for byte (indices of weight files go with the weights)."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and file.name != INDEX:
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
 
 

@@ -25,11 +25,16 @@ def _sources(config: PPOStage) -> list[RewardSource]:
     return [parse_source(text, weight=w) for text, w in zip(config.reward.sources, weights, strict=True)]
 
 
+def model_sources(config: PPOStage) -> list[str]:
+    """Where the local reward models are."""
+    return [s.spec for s in _sources(config) if s.kind == "model"]
+
+
 def critic_source(config: PPOStage, actor: ModelSource) -> ModelSource:
     """`ppo.critic`, else the first local reward model, else the actor's model (with a fresh head)."""
     if config.ppo.critic:
         return open_source(config.ppo.critic)
-    local = [s.spec for s in _sources(config) if s.kind == "model"]
+    local = model_sources(config)
     return open_source(local[0]) if local else actor
 
 
@@ -58,7 +63,7 @@ class Rewards:
             sources = _sources(config)
         except ConfigError as error:
             return [ConfigError(error.what, where="reward.sources", expected=error.expected, fix=error.fix)]
-        models = [("reward.sources", s.spec) for s in sources if s.kind == "model"]
+        models = [("reward.sources", path) for path in model_sources(config)]
         if config.ppo.critic:
             models.append(("ppo.critic", config.ppo.critic))
         for key, path in models:

@@ -1,0 +1,82 @@
+"""`mrlhf STAGE --dry-run`: no GPU, no torchrun, nothing written. Every problem at once, else what the run would be.
+
+The number of ranks is WORLD_SIZE where set (WORLD_SIZE=64 mrlhf sft ... --dry-run), else the smallest that the
+parallel sizes allow.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from mrlhf import preflight
+from mrlhf.config import GenerateStage, PPOStage, ScoreStage
+from mrlhf.data.indexed import PackedDataset
+from mrlhf.data.template import show_trained
+from mrlhf.parallel.state import Layout
+from mrlhf.plan import GIB, memory_table
+from mrlhf.tokenizer import load
+
+
+def _first_sample(data: PackedDataset, tokenizer: Any) -> str:
+    mask = data.mask(0) if data.has_mask else None
+    return show_trained(tokenizer, data.tokens(0), mask)
+
+
+def _training(stage: str, config: Any) -> None:
+    p = config.parallel
+    smallest = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    if isinstance(config, PPOStage):
+        smallest = math.lcm(smallest, config.rollout.tensor_parallel_size)
+    world = int(os.environ.get("WORLD_SIZE", smallest))
+    others = {}
+    if isinstance(config, PPOStage):
+        from mrlhf.checkpoint import open_source
+        from mrlhf.rl.ppo import check
+        from mrlhf.rl.reward_sources import critic_source, model_sources
+
+        run = check(config, world)
+        if config.ppo.estimator == "gae":
+            others["critic"] = critic_source(config, run.source).spec
+        others |= {f"reward {path}": open_source(path).spec for path in model_sources(config)}
+    else:
+        run = preflight.check_run(stage, config, world=world)
+    spec, train = run.source.spec, config.train
+    layout = Layout(world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size)
+    print(f"model    {run.source.path}: {spec.family}, {spec.num_parameters:,} parameters, {config.model.dtype}")
+    print(f"batch    {layout.describe(global_batch=train.global_batch_size, micro_batch=train.micro_batch_size)}")
+    data = run.train
+    rows = data.num_packs if config.data.packing else data.num_samples
+    if stage == "ppo":
+        rollouts = train.max_steps or math.ceil(data.num_samples * train.num_epochs / config.rollout.batch_size)
+        answers = config.rollout.batch_size * config.rollout.n
+        print(f"steps    {rollouts} rollouts of {config.rollout.batch_size} prompts x {config.rollout.n} answers, "
+              f"{config.ppo.epochs * (answers // train.global_batch_size)} updates each")  # fmt: skip
+    else:
+        rows //= 2 if data.task == "preference" and not config.data.packing else 1
+        print(f"steps    {train.max_steps or math.ceil(rows * train.num_epochs / train.global_batch_size)} of {rows:,} rows x {train.num_epochs:g} epochs")
+    print(f"data     {data.prefix}: {data.num_samples:,} samples in {data.num_packs:,} packs, {data.meta['num_tokens']:,} tokens")
+    table = memory_table(stage, config, spec, world=world, others=others)
+    print("memory   a rank, without activations: " + ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in table))
+    print(f"         together {sum(size for _, size in table) / GIB:.2f} GiB")
+    print("first sample, [[trained]]:")
+    print(_first_sample(data, load(run.source.hf_dir)))
+
+
+def main(stage: str, config: Any) -> None:
+    if isinstance(config, ScoreStage):
+        from mrlhf.score import check as check_score
+
+        check_score(config, int(os.environ.get("WORLD_SIZE", config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size)))
+    elif isinstance(config, GenerateStage):
+        from mrlhf.generate import check as check_generate
+        from mrlhf.generate import read_prompts
+
+        source, _ = check_generate(config, int(os.environ.get("WORLD_SIZE", config.tensor_parallel_size)))
+        limit = config.max_prompt_length or source.spec.max_position_embeddings - config.max_new_tokens
+        records, _ = read_prompts(config, load(source.hf_dir), limit)
+        print(f"{len(records)} prompts")
+    else:
+        _training(stage, config)
+    print("nothing wrong was found")

@@ -1,0 +1,45 @@
+"""Memory of a rank, from the same numbers that build the model. Activations are not in it: they depend on the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mrlhf.config import PPOStage
+from mrlhf.models.spec import ModelSpec
+
+GIB = 2**30
+
+
+def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, trained: bool, distributed_optimizer: bool) -> int:
+    """Weights, and for a trained model fp32 gradients, Adam's two moments and (bf16) fp32 master weights, of the fullest rank.
+
+    Layers are cut by TP x PP; the embedding and the head by TP, each on one stage.
+    """
+    vocabulary = spec.padded_vocab_size * spec.hidden_size
+    ends = spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2) + spec.hidden_size
+    layers = spec.num_parameters - ends
+    at_ends = vocabulary if pp > 1 or spec.tied else 2 * vocabulary
+    parameters = layers // (tp * pp) + at_ends // tp
+    weight = 4 if dtype == "float32" else 2
+    if not trained:
+        return parameters * weight
+    state = 8 + (4 if dtype == "bfloat16" else 0)
+    return parameters * (weight + 4) + parameters * state // (dp if distributed_optimizer else 1)
+
+
+def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others: dict[str, ModelSpec]) -> list[tuple[str, int]]:
+    """[(what, bytes a rank)]; `others`: further models of ppo by role (critic, reward)."""
+    p = config.parallel
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    cut = {"dtype": config.model.dtype, "tp": tp, "pp": pp, "dp": max(1, world // (tp * pp)), "distributed_optimizer": config.optim.use_distributed_optimizer}
+    rows = [("actor" if stage == "ppo" else "model", model_bytes(spec, **cut, trained=True))]
+    if isinstance(config, PPOStage):
+        rows += [(role, model_bytes(other, **cut, trained=role == "critic")) for role, other in others.items()]
+        if config.kl.coef > 0:
+            rows.append(("reference", model_bytes(spec, **cut, trained=False)))
+        rollout_tp = config.rollout.tensor_parallel_size
+        rows.append(("vLLM weights", model_bytes(spec, dtype=config.model.dtype, tp=rollout_tp, pp=1, dp=1, trained=False, distributed_optimizer=False)))
+        rows.append(("vLLM key/value cache", config.rollout.kv_cache_mib << 20))
+    elif stage == "dpo" and config.dpo.reference == "online":
+        rows.append(("reference", model_bytes(spec, **cut, trained=False)))
+    return rows
