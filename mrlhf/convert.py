@@ -16,7 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
+
+import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first import, which comes next)
+
+# isort: split
+import torch.distributed as dist
 
 from mrlhf import checkpoint, tokenizer
 from mrlhf.checkpoint import ModelSource, open_source
@@ -40,7 +44,7 @@ _VERIFY_LENGTHS = (5, 23, 12, 48)
 def _start() -> None:
     if state.world_size() > 1:
         raise EnvironmentProblem(f"{state.world_size()} processes", expected="one: a converter runs without torchrun")
-    if not parallel_state.model_parallel_is_initialized():
+    if not dist.is_initialized():
         state.initialize(ParallelConfig(), seed=1)
 
 
@@ -67,7 +71,9 @@ def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str
     found = {name: reader.dtype_name(name) for name in hf_shapes(source.spec, head=source.head)}
     odd = sorted(set(found.values()) - set(DTYPES))
     if odd:
-        raise CheckpointError(f"tensors of type {', '.join(odd)}", where=str(source.path), expected=", ".join(DTYPES), fix="save the model unquantised")
+        raise CheckpointError(
+            f"tensors of type {', '.join(odd)}", where=str(source.path), expected=", ".join(DTYPES), fix="save the model unquantised"
+        )
     stored = dtype or ("bfloat16" if set(found.values()) == {"bfloat16"} else "float32")
     extra: dict[str, Any] = {"converted_from": hf}
     if dtype is None:
@@ -80,7 +86,9 @@ def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str
 
 
 @torch.no_grad()
-def hf_tensors(model: torch.nn.Module, spec: ModelSpec, *, head: str, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+def hf_tensors(
+    model: torch.nn.Module, spec: ModelSpec, *, head: str, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """HF's tensors of a model that this process holds whole, one at a time, without padding rows.
 
     Raises CheckpointError where a finite value has no finite counterpart in its dtype (float16).
@@ -181,7 +189,9 @@ def _padding(config: Mapping[str, Any], hf_dir: Path, notes: list[str]) -> dict[
     if pad is None:
         pad = loaded.pad_token_id
     if pad is not None and pad == loaded.eos_token_id:
-        notes.append(f"pad_token_id set to null: {pad} also closes sequences, and transformers would score the token before it; batch size 1 only")
+        notes.append(
+            f"pad_token_id set to null: {pad} also closes sequences, and transformers would score the token before it; batch size 1 only"
+        )
         pad = None
     return {} if pad == config.get("pad_token_id") else {"pad_token_id": pad}
 
@@ -200,7 +210,11 @@ class Comparison:
         return self.max_abs <= TOLERANCE  # False for nan
 
     def describe(self) -> str:
-        return f"{self.what}: max |difference| {self.max_abs:.3e}, mean {self.mean_abs:.3e} of {self.count:,} values; tolerance {TOLERANCE:g}: {'ok' if self.ok else 'FAILED'}"
+        verdict = "ok" if self.ok else "FAILED"
+        return (
+            f"{self.what}: max |difference| {self.max_abs:.3e}, mean {self.mean_abs:.3e} of {self.count:,} values; "
+            f"tolerance {TOLERANCE:g}: {verdict}"
+        )
 
 
 def verify(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
@@ -226,7 +240,9 @@ def verify(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
 
     reader = HFReader(theirs.path)
     stored = DTYPES[source.manifest["dtype"]] if source.is_checkpoint else torch.float32
-    ours, head_1H = _megatron_outputs(source, samples, {name: DTYPES[reader.dtype_name(name)] for name in hf_shapes(source.spec, head=theirs.head)})
+    ours, head_1H = _megatron_outputs(
+        source, samples, {name: DTYPES[reader.dtype_name(name)] for name in hf_shapes(source.spec, head=theirs.head)}
+    )
     wanted = _hf_outputs(theirs, samples, stored, head_1H)
     worst, total, count = 0.0, 0.0, 0
     for packing in (True, False):
@@ -240,7 +256,9 @@ def verify(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
 
 
 @torch.no_grad()
-def _megatron_outputs(source: ModelSource, samples: list[Sample], dtypes: Mapping[str, torch.dtype]) -> tuple[dict[bool, list[torch.Tensor]], torch.Tensor | None]:
+def _megatron_outputs(
+    source: ModelSource, samples: list[Sample], dtypes: Mapping[str, torch.dtype]
+) -> tuple[dict[bool, list[torch.Tensor]], torch.Tensor | None]:
     """({packing: [T, V] or [T, 1] of each sample}, the value head's weight)."""
     spec, head = source.spec, source.head
     model = Model(source, ParallelConfig(), head=head, dtype="float32", seed=1)

@@ -169,11 +169,12 @@ class Loader:
         return self.dataset.num_packs if self.packing else self.dataset.num_samples // self.group
 
     def samples(self, row: int) -> list[Sample]:
-        """Of one row; row -1 is a filler: the first row with weight 0."""
+        """Of one row; row -1 is a filler: the first row with weight 0. Prompts have no mask: nothing is trained."""
         weight, row = (1.0, row) if row >= 0 else (0.0, 0)
         d = self.dataset
         first, end = (d.doc_index[row], d.doc_index[row + 1]) if self.packing else (row * self.group, (row + 1) * self.group)
-        return [Sample(d.tokens(i), d.mask(i), i, weight) for i in range(int(first), int(end))]
+        indices = range(int(first), int(end))
+        return [Sample(d.tokens(i), d.mask(i) if d.has_mask else np.zeros(d.lengths[i], np.uint8), i, weight) for i in indices]
 
     def micro_batches(self, rows: list[int]) -> list[MicroBatch]:
         """This rank's share of a global batch, in order; len(rows) is a multiple of micro_batch_size x dp_size."""

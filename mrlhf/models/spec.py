@@ -78,6 +78,11 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, float | None]:
     return theta, float(rope["factor"])
 
 
+def _partial_rotary(config: dict[str, Any]) -> float:
+    rope = config.get("rope_parameters") or {}
+    return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+
+
 def spec_from_hf(config: dict[str, Any], *, where: str = "config.json") -> ModelSpec:
     """Raises CheckpointError for families and fields that this version cannot express."""
     family = config.get("model_type")
@@ -88,14 +93,23 @@ def spec_from_hf(config: dict[str, Any], *, where: str = "config.json") -> Model
         "mlp_bias": bool(config.get("mlp_bias")),
         "use_sliding_window": bool(config.get("use_sliding_window")),
         "attention_bias": bool(config.get("attention_bias")) and family != "qwen2",
-        "partial_rotary_factor": config.get("partial_rotary_factor", 1.0) != 1.0,
+        "partial_rotary_factor": _partial_rotary(config) != 1.0,
         "attention_dropout": config.get("attention_dropout", 0.0) != 0.0,
         "quantization_config": config.get("quantization_config") is not None,
         "pretraining_tp": config.get("pretraining_tp", 1) != 1,
     }
     for key, is_bad in refused.items():
         if is_bad:
-            raise CheckpointError(f"{key} = {config.get(key)!r} cannot be expressed in this version", where=where)
+            raise CheckpointError(
+                f"{key} = {config.get(key, config.get('rope_parameters'))!r} cannot be expressed in this version", where=where
+            )
+    needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    # transformers' own defaults for these differ between families and versions
+    needed += () if family == "llama" else ("num_key_value_heads",)
+    needed += ("head_dim",) if family == "qwen3" else ()
+    missing = [key for key in needed if key not in config]
+    if missing:
+        raise CheckpointError(f"{', '.join(missing)} missing", where=where)
     heads, theta_factor = int(config["num_attention_heads"]), _rope(config, where)
     return ModelSpec(
         family=family,

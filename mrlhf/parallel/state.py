@@ -119,3 +119,11 @@ def sum_over_data_parallel(x: torch.Tensor) -> torch.Tensor:
     moved = x.to(device.current().name)
     dist.all_reduce(moved, group=parallel_state.get_data_parallel_group())
     return moved.to(x.device)
+
+
+def gather_from_data_parallel(value: Any) -> list[Any]:
+    """The Python objects of all data-parallel ranks, in their order, on the first of each group; [] on the others."""
+    group = parallel_state.get_data_parallel_group()
+    box: list[Any] = [None] * group.size() if group.rank() == 0 else []
+    dist.gather_object(value, box or None, group=group, group_dst=0)
+    return box

@@ -1,0 +1,49 @@
+"""A HF model -> a mrlhf checkpoint that loads under any TP, PP and DP.
+
+    python tools/convert/hf_to_megatron.py --hf DIR_or_hub_id --output DIR [--head value] [--dtype bfloat16] [--verify]
+
+Exits with 0, with 1 when --verify found a difference, with 2 and the reason when the input does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mrlhf.tool import run_tool  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made.add_argument("--hf", required=True, help="HF directory or hub id, safetensors")
+    made.add_argument("--output", required=True, type=Path, help="checkpoint directory to write; must not exist")
+    made.add_argument(
+        "--head",
+        choices=("lm", "value"),
+        help="value: a scalar head, drawn from --seed where the model has none (default: what the model has)",
+    )
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the stored weights (default: the file's own)")
+    made.add_argument("--seed", type=int, default=1, help="of a new value head (default: 1)")
+    made.add_argument("--verify", action="store_true", help="run both models on random tokens and compare")
+    return made
+
+
+def convert(args: argparse.Namespace) -> int:
+    from mrlhf.convert import hf_to_megatron, verify
+
+    made = hf_to_megatron(args.hf, args.output, head=args.head, dtype=args.dtype, seed=args.seed)
+    print(
+        f"{args.hf} -> {made.path}: {made.spec.family}, {made.spec.num_parameters:,} parameters, {made.manifest['dtype']}, head {made.head}"
+    )
+    if args.verify:
+        compared = verify(made, args.hf)
+        print(compared.describe())
+        return 0 if compared.ok else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(parser(), convert))

@@ -1,0 +1,37 @@
+"""Does a mrlhf checkpoint compute what a HF directory computes? Random tokens, packed and unpacked, fp32.
+
+    python tools/convert/verify.py --checkpoint DIR --hf DIR [--part critic]
+
+Exits with 0, with 1 when the largest difference exceeds the tolerance, with 2 and the reason when the two cannot be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mrlhf.tool import run_tool  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run's directory: its latest")
+    made.add_argument("--hf", required=True, help="HF directory or hub id")
+    made.add_argument("--part", choices=("actor", "critic"), default="actor", help="which model of a PPO checkpoint (default: actor)")
+    made.add_argument("--seed", type=int, default=0, help="of the random tokens (default: 0)")
+    return made
+
+
+def compare(args: argparse.Namespace) -> int:
+    from mrlhf.convert import open_part, verify
+
+    compared = verify(open_part(args.checkpoint, "" if args.part == "actor" else args.part), args.hf, seed=args.seed)
+    print(compared.describe())
+    return 0 if compared.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(parser(), compare))
