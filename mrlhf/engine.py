@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first import, which comes next)
+
+# isort: split
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

@@ -1,0 +1,38 @@
+"""Under torchrun: two PPO steps, then greedy answers to 32 prompts from vLLM with the weights it was given in memory.
+
+usage: ppo_program.py OUTPUT.json --section.key VALUE ...
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from dataclasses import replace
+
+    import torch.distributed as dist
+
+    from mrlhf import checkpoint
+    from mrlhf.config import PPOStage
+    from mrlhf.config_io import load_config
+    from mrlhf.parallel import state
+    from mrlhf.rl.ppo import PPO, check
+
+    config = load_config(PPOStage, None, sys.argv[2:])
+    run = check(config, state.world_size())
+    layout = state.initialize(config.parallel, seed=config.train.seed)
+    ppo = PPO(config, run, layout)
+    ppo.sync_weights()
+    logs = [ppo.step(step)[0] for step in (1, 2)]
+    rollout = ppo.generate(run.train, list(range(32)), step=0, n=1, sampling=replace(ppo.sampling, temperature=0.0))
+    checkpoint.save(Path(config.train.output_dir), [ppo.actor.part(with_optimizer=False)], stage="ppo", step=2, dtype=config.model.dtype, extra={})
+    if dist.get_rank() == 0:
+        answers = [a.tokens for a in rollout.answers]
+        Path(sys.argv[1]).write_text(json.dumps({"logs": logs, "prompts": rollout.prompts, "answers": answers, "pieces": ppo.reshard.remote_pieces}))
+    ppo.engine.shutdown()
+    state.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""PPO on the real engines: vLLM has the trainer's weights, ratios start at 1, and no layout changes a number."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TESTS, metrics, mrlhf, run, torchrun
+
+LAYOUTS = {
+    "tp2, vllm tp2": (2, {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": "true", "rollout.tensor_parallel_size": 2}),
+    "pp2, vllm 2 x tp1": (2, {"parallel.pipeline_model_parallel_size": 2, "rollout.tensor_parallel_size": 1}),
+    "tp2 x pp2, vllm 2 x tp2": (
+        4,
+        {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2, "rollout.tensor_parallel_size": 2},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reward_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rm")
+    mrlhf("rm", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "pref", "--train.output_dir", out,
+          "--train.global_batch_size", 4, "--optim.lr", 1e-3)  # fmt: skip
+    return out
+
+
+def options(world: Path, reward_model: Path, **changes: object) -> list[object]:
+    values = {
+        "model.path": world / "qwen2",
+        "model.dtype": "float32",
+        "data.train": world / "prompts",
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 2,
+        "train.max_steps": 2,
+        "optim.lr": 1e-3,
+        "optim.lr_decay_style": "constant",
+        "ppo.epochs": 2,
+        "rollout.batch_size": 8,
+        "rollout.n": 2,
+        "rollout.max_new_tokens": 12,
+        "rollout.temperature": 0.8,
+        "rollout.kv_cache_mib": 64,
+        "reward.sources": f"model:{reward_model}",
+        **changes,
+    }
+    return [part for key, value in values.items() for part in (f"--{key}", value)]
+
+
+@pytest.fixture(scope="module")
+def results(world: Path, reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, Path]]:
+    found = {}
+    for name, (ranks, layout) in LAYOUTS.items():
+        out = tmp_path_factory.mktemp("ppo")
+        args = options(world, reward_model, **layout, **{"train.output_dir": out / "checkpoint"})
+        torchrun(ranks, TESTS / "rl/ppo_program.py", out / "result.json", *args)
+        found[name] = (json.loads((out / "result.json").read_text()), out)
+    return found
+
+
+def test_first_ratio_is_one_and_vllm_agrees_with_the_trainer(results: dict[str, tuple[dict, Path]]) -> None:
+    for result, _ in results.values():
+        for log in result["logs"]:
+            assert log["actor/ratio_max_dev"] < 1e-5
+            assert log["rollout/logprob_abs_diff_max"] < 1e-3
+            assert log["rollout/kl_mismatch"] < 1e-6
+        assert result["logs"][0]["objective/kl"] == pytest.approx(0, abs=1e-6)
+        assert result["logs"][1]["objective/kl"] != 0, "the update did not reach vLLM"
+
+
+def test_the_layout_changes_no_number(results: dict[str, tuple[dict, Path]]) -> None:
+    first, *others = (result["logs"] for result, _ in results.values())
+    keys = [k for k in first[0] if k.startswith(("actor/", "critic/", "objective/", "response_length/", "reward/")) and "ratio_max_dev" not in k]
+    assert "actor/grad_norm" in keys and "critic/vf_loss" in keys
+    for logs in others:
+        for key in keys:
+            assert logs[0][key] == pytest.approx(first[0][key], rel=2e-3, abs=2e-5), key  # after Adam steps on fp32 noise
+    pieces = {name: result["pieces"] for name, (result, _) in results.items()}
+    assert pieces["tp2, vllm tp2"] == 0, "with one layout on both sides nothing moves between ranks"
+    assert pieces["pp2, vllm 2 x tp1"] > 0
+
+
+def test_greedy_answers_equal_transformers_on_the_export(results: dict[str, tuple[dict, Path]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for result, out in results.values():
+        run(sys.executable, "tools/convert/megatron_to_hf.py", "--checkpoint", out / "checkpoint", "--output", out / "hf")
+        model = AutoModelForCausalLM.from_pretrained(out / "hf", dtype=torch.float32)
+        assert len(result["prompts"]) == 32
+        for prompt, answer in zip(result["prompts"], result["answers"], strict=True):
+            ids = torch.tensor([prompt])
+            expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+            assert answer == expected[0, len(prompt) :].tolist()
+
+
+def test_grpo_with_every_option(world: Path, reward_model: Path, tmp_path: Path) -> None:
+    extra = {"ppo.estimator": "grpo", "train.output_dir": tmp_path, "kl.in_loss": "true", "kl.kind": "k3", "ppo.entropy_coef": 0.01, "ppo.dual_clip": 3,
+             "rollout.correction": "tis", "loss.aggregation": "sequence", "ppo.ratio": "sequence", "data.eval": world / "prompts"}  # fmt: skip
+    mrlhf("ppo", *options(world, reward_model, **extra))
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert "critic/vf_loss" not in lines[0] and lines[0]["actor/ratio_max_dev"] < 1e-5
+    assert "eval/score/mean" in lines[-1]
+    assert (tmp_path / "samples/step_1.jsonl").is_file()

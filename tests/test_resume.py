@@ -1,0 +1,63 @@
+"""A run that was killed and started again is the run that was never killed, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT, environment, metrics, mrlhf
+
+_TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
+
+
+def comparable(run_dir: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if not k.startswith(_TIMES)} for line in metrics(run_dir)]
+
+
+def kill_after(run_dir: Path, step: int, args: list[object]) -> None:
+    """Start the command, SIGKILL all of it once `step` is logged and its checkpoint of an earlier step is whole."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mrlhf", *map(str, args)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    log, end = run_dir / "metrics.jsonl", time.monotonic() + 240
+    while not (log.is_file() and len(log.read_text().splitlines()) >= step and (run_dir / "checkpoints/latest").is_file()):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def check(tmp_path: Path, args: list[object], *, kill_at: int) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    mrlhf(*args, "--train.output_dir", whole)
+    kill_after(broken, kill_at, [*args, "--train.output_dir", broken])
+    before = len(metrics(broken))
+    again = mrlhf(*args, "--train.output_dir", broken)
+    assert "resumed from" in again.stdout
+    assert comparable(whole) == comparable(broken)
+    assert before < len(metrics(whole)), "nothing was left to resume"
+    last = sorted((whole / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))[-1].name
+    for path in (whole, broken):
+        assert json.loads((path / "checkpoints" / last / "mrlhf.json").read_text())["step"] == int(last[5:])
+        mrlhf("score", "--checkpoint", path, "--data", args[args.index("--data.train") + 1], "--output", path / "scores.jsonl", "--dtype", "float32")
+    assert (whole / "scores.jsonl").read_bytes() == (broken / "scores.jsonl").read_bytes()
+
+
+def test_sft_killed_and_resumed(world: Path, tmp_path: Path) -> None:
+    args = ["sft", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "sft", "--train.global_batch_size", 2,
+            "--train.num_epochs", 5, "--optim.lr", 1e-3, "--optim.lr_warmup_steps", 3, "--checkpoint.save_interval", 4]  # fmt: skip
+    check(tmp_path, args, kill_at=7)
+
+
+def test_ppo_killed_and_resumed(world: Path, tmp_path: Path) -> None:
+    args = ["ppo", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "prompts", "--train.global_batch_size", 8,
+            "--train.max_steps", 5, "--optim.lr", 1e-4, "--checkpoint.save_interval", 2, "--rollout.batch_size", 8, "--rollout.n", 2, "--ppo.epochs", 2,
+            "--rollout.max_new_tokens", 12, "--rollout.kv_cache_mib", 64, "--kl.target", 0.1, "--kl.horizon", 200,
+            "--reward.sources", "examples/rewards/length_penalty.py:length_penalty"]  # fmt: skip
+    check(tmp_path, args, kill_at=3)
