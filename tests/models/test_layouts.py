@@ -1,0 +1,50 @@
+"""Every family's logits equal transformers' under every layout; new weights do not depend on the layout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TESTS, run, torchrun
+from zoo import KINDS, make_zoo
+
+LAYOUTS = ("1", "tp2", "tp2+sp", "pp2")
+Results = dict[str, dict]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    zoo = make_zoo(tmp_path_factory.mktemp("zoo"))
+    program = TESTS / "models/layouts_program.py"
+    outputs = (run(sys.executable, program, zoo, "1"), torchrun(2, program, zoo, *LAYOUTS[1:]))
+    found: Results = {}
+    for done in outputs:
+        found |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_transformers_packed_and_unpacked(results: Results, layout: str, kind: str) -> None:
+    assert results[layout][kind] < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_is_near(results: Results, layout: str) -> None:
+    assert 1e-4 < results[layout]["bfloat16"] < 0.2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("what", ["values", "random"])
+def test_new_weights_do_not_depend_on_the_layout(results: Results, layout: str, what: str) -> None:
+    """The value head of a seed, and a whole model of a seed."""
+    assert results[layout][what] == pytest.approx(results["1"][what], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vocab_parallel_logprobs(results: Results, layout: str) -> None:
+    errors = results[layout]["logprobs"]
+    assert max(errors["logps"], errors["entropy"], errors["grad"]) < 5e-6
+    assert errors["is_top"] == 0
