@@ -80,9 +80,13 @@ def open_source(path: str) -> ModelSource:
             raise CheckpointError(f"format {manifest.get('format')!r}", where=str(directory / MANIFEST), expected=str(FORMAT))
         wrong = [f for f, size in manifest["files"].items() if not (directory / f).is_file() or (directory / f).stat().st_size != size]
         if wrong:
-            raise CheckpointError(f"missing or of another size: {', '.join(wrong[:5])}", where=str(directory), fix="take an earlier checkpoint")
+            raise CheckpointError(
+                f"missing or of another size: {', '.join(wrong[:5])}", where=str(directory), fix="take an earlier checkpoint"
+            )
         hf_dir = directory / "hf"
-        return ModelSource(directory, hf_dir, spec_from_hf(read_hf_config(hf_dir), where=str(hf_dir / "config.json")), manifest["head"], manifest)
+        return ModelSource(
+            directory, hf_dir, spec_from_hf(read_hf_config(hf_dir), where=str(hf_dir / "config.json")), manifest["head"], manifest
+        )
     directory = resolve_hf(path)
     if not (directory / "config.json").is_file():
         raise CheckpointError("neither a checkpoint nor a HF model", where=path, expected=f"{MANIFEST}, checkpoints/ or config.json in it")
@@ -94,7 +98,10 @@ def open_source(path: str) -> ModelSource:
 def _metadata() -> dict[str, Any]:
     from megatron.core import parallel_state
 
-    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {
+        "distrib_optim_sharding_type": _OPTIMIZER_FORMAT,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
 
 
 def _dist_save(directory: Path, model: Any, optimizer: Any | None) -> None:
@@ -179,7 +186,16 @@ def _manifest(directory: Path, *, stage: str, step: int, head: str, dtype: str, 
     files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
     for name in files:
         fsync(directory / name)
-    manifest = {"format": FORMAT, "mrlhf": mrlhf.__version__, "stage": stage, "step": step, "head": head, "dtype": dtype, "resumable": resumable, **extra}
+    manifest = {
+        "format": FORMAT,
+        "mrlhf": mrlhf.__version__,
+        "stage": stage,
+        "step": step,
+        "head": head,
+        "dtype": dtype,
+        "resumable": resumable,
+        **extra,
+    }
     write_text(directory / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
 
 
@@ -194,7 +210,9 @@ class Part:
     hf_dir: Path
 
 
-def save(target: Path, parts: list[Part], *, stage: str, step: int, dtype: str, extra: dict[str, Any], keep_last: int | None = None) -> None:
+def save(
+    target: Path, parts: list[Part], *, stage: str, step: int, dtype: str, extra: dict[str, Any], keep_last: int | None = None
+) -> None:
     """Collective. Writes `target` under a temporary name and renames it; then `latest`; then drops the oldest."""
     main = dist.get_rank() == 0
     tmp = target.with_name(target.name + ".tmp")
@@ -213,7 +231,15 @@ def save(target: Path, parts: list[Part], *, stage: str, step: int, dtype: str, 
     if main:
         for part in reversed(parts):  # the main one last: its manifest counts the others' files
             resumable = part.optimizer is not None
-            _manifest(tmp / part.name, stage=stage, step=step, head=part.head, dtype=dtype, resumable=resumable, extra=extra if not part.name else {})
+            _manifest(
+                tmp / part.name,
+                stage=stage,
+                step=step,
+                head=part.head,
+                dtype=dtype,
+                resumable=resumable,
+                extra=extra if not part.name else {},
+            )
         if target.exists():
             shutil.rmtree(target)
         os.rename(tmp, target)

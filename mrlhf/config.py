@@ -26,7 +26,9 @@ def option(default: Any, help: str) -> Any:
 class ModelConfig:
     path: str = option(REQUIRED, "HF directory or hub id, mrlhf checkpoint, or a finished run's directory")
     init: Literal["weights", "random"] = option("weights", "random: take only config and tokenizer of `path`, new weights from train.seed")
-    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "parameters and activations; bfloat16 keeps fp32 master weights and fp32 gradients")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "bfloat16", "parameters and activations; bfloat16 keeps fp32 master weights and fp32 gradients"
+    )
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = option(None, "interleaved pipeline chunks a rank (not in this version)")
     context_parallel_size: int = option(1, "ranks that share a sequence (not in this version)")
     expert_model_parallel_size: int = option(1, "ranks that share the experts (not in this version: no MoE family yet)")
-    sequence_parallel: bool = option(False, "split norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1")
+    sequence_parallel: bool = option(
+        False, "split norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1"
+    )
     timeout_minutes: float = option(10.0, "a collective that waits longer ends the run with an error")
 
 
@@ -44,7 +48,9 @@ class ParallelConfig:
 class DataConfig:
     train: str = option(REQUIRED, "prefix written by tools/preprocess_data.py")
     eval: str | None = option(None, "prefix of the evaluation split")
-    packing: bool = option(True, "true: a row is a pack (THD attention); false: a row is a sample (a pair), padded to the longest of its micro-batch")
+    packing: bool = option(
+        True, "true: a row is a pack (THD attention); false: a row is a sample (a pair), padded to the longest of its micro-batch"
+    )
     padding_side: Literal["right", "left"] = option("right", "unpacked only; left is for rm")
     shuffle: bool = option(True, "a new order every epoch, from train.seed")
     seq_length: int | None = option(None, "refuse data that was made for another length; unset: take the data's")
@@ -68,7 +74,9 @@ class OptimConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     output_dir: str = option(REQUIRED, "the run's directory; the same command again resumes it")
-    global_batch_size: int = option(REQUIRED, "rows an optimizer step: packs, or samples (pairs) when data.packing is false; ppo: answers a mini-batch")
+    global_batch_size: int = option(
+        REQUIRED, "rows an optimizer step: packs, or samples (pairs) when data.packing is false; ppo: answers a mini-batch"
+    )
     micro_batch_size: int = option(1, "rows a forward pass")
     num_epochs: float = option(1.0, "passes over the training data")
     max_steps: int | None = option(None, "stop after so many optimizer steps (ppo: rollouts) whatever num_epochs says")
@@ -93,7 +101,9 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    aggregation: Literal["token", "sequence"] = option("token", "token: mean over all trained tokens of the step; sequence: mean of the samples' means")
+    aggregation: Literal["token", "sequence"] = option(
+        "token", "token: mean over all trained tokens of the step; sequence: mean of the samples' means"
+    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,9 @@ class DPOConfig:
     label_smoothing: float = option(0.0, "cDPO: share of pairs taken to be flipped")
     length_normalize: bool = option(False, "mean instead of summed log-probs (ipo)")
     nll_coef: float = option(0.0, "weight of the negative log-likelihood of the chosen answer")
-    reference: Literal["precompute", "online"] = option("precompute", "reference log-probs once before training, or a second model in memory")
+    reference: Literal["precompute", "online"] = option(
+        "precompute", "reference log-probs once before training, or a second model in memory"
+    )
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,9 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    estimator: Literal["gae", "reinforce", "reinforce_baseline", "rloo", "grpo", "dr_grpo"] = option("gae", "gae trains a critic; the others need none")
+    estimator: Literal["gae", "reinforce", "reinforce_baseline", "rloo", "grpo", "dr_grpo"] = option(
+        "gae", "gae trains a critic; the others need none"
+    )
     epochs: int = option(1, "passes over each rollout")
     clip_low: float = option(0.2, "ratio >= 1 - this")
     clip_high: float = option(0.2, "ratio <= 1 + this")
@@ -302,16 +316,27 @@ def check(config: Any) -> list[ConfigError]:
         p: ParallelConfig = config.parallel
         for name in ("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
             if getattr(p, name) not in (None, 1):
-                bad(f"parallel.{name}", f"parallel.{name} = {getattr(p, name)} is not supported by this version", "1", f"--parallel.{name} 1")
+                bad(
+                    f"parallel.{name}",
+                    f"parallel.{name} = {getattr(p, name)} is not supported by this version",
+                    "1",
+                    f"--parallel.{name} 1",
+                )
         if p.sequence_parallel and p.tensor_model_parallel_size == 1:
-            bad("parallel.sequence_parallel", "parallel.sequence_parallel needs tensor_model_parallel_size > 1", fix="--parallel.sequence_parallel false")
+            bad(
+                "parallel.sequence_parallel",
+                "parallel.sequence_parallel needs tensor_model_parallel_size > 1",
+                fix="--parallel.sequence_parallel false",
+            )
     if isinstance(config, (PretrainStage, RMStage, DPOStage, PPOStage)):
         if config.data.padding_side == "left" and not isinstance(config, RMStage):
             bad("data.padding_side", "data.padding_side = left is for rm only", "right")
         if config.data.padding_side == "left" and config.data.packing:
             bad("data.padding_side", "data.padding_side = left needs data.packing false", fix="--data.packing false")
         if config.optim.lr_decay_style == "WSD" and config.optim.lr_wsd_decay_steps <= 0:
-            bad("optim.lr_wsd_decay_steps", "optim.lr_decay_style = WSD needs the length of its decay", fix="--optim.lr_wsd_decay_steps 100")
+            bad(
+                "optim.lr_wsd_decay_steps", "optim.lr_decay_style = WSD needs the length of its decay", fix="--optim.lr_wsd_decay_steps 100"
+            )
         if config.train.global_batch_size % max(1, config.train.micro_batch_size):
             bad(
                 "train.micro_batch_size",
@@ -327,7 +352,11 @@ def check(config: Any) -> list[ConfigError]:
                 "a divisor: each rollout is cut into whole mini-batches",
             )
         if config.ppo.estimator in ("rloo", "grpo", "dr_grpo", "reinforce_baseline") and config.rollout.n < 2:
-            bad("rollout.n", f"ppo.estimator = {config.ppo.estimator} compares the answers of one prompt, and rollout.n = {config.rollout.n}", "2 or more")
+            bad(
+                "rollout.n",
+                f"ppo.estimator = {config.ppo.estimator} compares the answers of one prompt, and rollout.n = {config.rollout.n}",
+                "2 or more",
+            )
         if config.ppo.estimator in ("rloo", "grpo", "dr_grpo") and config.ppo.gamma != 1.0:
             bad("ppo.gamma", f"ppo.estimator = {config.ppo.estimator} has gamma 1", "1.0", "--ppo.gamma 1.0")
         if config.reward.weights and len(config.reward.weights) != len(config.reward.sources):

@@ -55,7 +55,9 @@ def _training(stage: str, config: Any) -> None:
               f"{config.ppo.epochs * (answers // train.global_batch_size)} updates each")  # fmt: skip
     else:
         rows //= 2 if data.task == "preference" and not config.data.packing else 1
-        print(f"steps    {train.max_steps or math.ceil(rows * train.num_epochs / train.global_batch_size)} of {rows:,} rows x {train.num_epochs:g} epochs")
+        print(
+            f"steps    {train.max_steps or math.ceil(rows * train.num_epochs / train.global_batch_size)} of {rows:,} rows x {train.num_epochs:g} epochs"
+        )
     print(f"data     {data.prefix}: {data.num_samples:,} samples in {data.num_packs:,} packs, {data.meta['num_tokens']:,} tokens")
     table = memory_table(stage, config, spec, world=world, others=others)
     print("memory   a rank, without activations: " + ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in table))
@@ -68,7 +70,10 @@ def main(stage: str, config: Any) -> None:
     if isinstance(config, ScoreStage):
         from mrlhf.score import check as check_score
 
-        check_score(config, int(os.environ.get("WORLD_SIZE", config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size)))
+        check_score(
+            config,
+            int(os.environ.get("WORLD_SIZE", config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size)),
+        )
     elif isinstance(config, GenerateStage):
         from mrlhf.generate import check as check_generate
         from mrlhf.generate import read_prompts

@@ -42,7 +42,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Model:
     """This rank's part of a GPT model: forward passes only (reference, reward model, scoring)."""
 
-    def __init__(self, source: ModelSource, parallel: ParallelConfig, *, head: str, dtype: str, seed: int, random_init: bool = False) -> None:
+    def __init__(
+        self, source: ModelSource, parallel: ParallelConfig, *, head: str, dtype: str, seed: int, random_init: bool = False
+    ) -> None:
         self.source, self.spec, self.head, self.dtype = source, source.spec, head, dtype
         self.config = gpt.transformer_config(self.spec, parallel, dtype=DTYPES[dtype])
         self.module = gpt.build_model(self.spec, self.config, head=head)
@@ -72,7 +74,9 @@ class Model:
         )
 
     @torch.no_grad()
-    def forward(self, micro_batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *, channels: int) -> list[torch.Tensor]:
+    def forward(
+        self, micro_batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *, channels: int
+    ) -> list[torch.Tensor]:
         """`fn(output, batch)` -> fp32 [channels, B, T] of every micro-batch, on every pipeline stage, without gradient."""
         self.chunk.eval()
 
@@ -86,7 +90,11 @@ class Model:
             if not self.is_last_stage:
                 outputs = [torch.empty(channels, *b.tokens_BT.shape, device=self.device) for b in micro_batches]
             for output in outputs:
-                dist.broadcast(output, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group())
+                dist.broadcast(
+                    output,
+                    src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                    group=parallel_state.get_pipeline_model_parallel_group(),
+                )
         return outputs
 
     def _loss_step(self, loss_fn: LossFn) -> Callable:

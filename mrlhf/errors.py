@@ -11,6 +11,8 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class MrlhfError(ValueError):
     """Base of every error caused by what the user gave us.
@@ -67,6 +69,9 @@ class Problems:
 
     def add(self, error: MrlhfError) -> None:
         self.errors.append(error)
+
+    def extend(self, errors: Iterable[MrlhfError]) -> None:
+        self.errors.extend(errors)
 
     def raise_if_any(self) -> None:
         if len(self.errors) == 1:

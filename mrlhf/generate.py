@@ -56,10 +56,10 @@ def check(config: GenerateStage, world: int) -> tuple[ModelSource, ParallelConfi
     source = open_source(config.checkpoint)
     parallel = ParallelConfig(tensor_model_parallel_size=config.tensor_parallel_size)
     problems = Problems()
-    for error in check_rollout(source.spec, tp=config.tensor_parallel_size, world=world, key="tensor_parallel_size") or check_layout(
-        parallel, source.spec, world
-    ):
-        problems.add(error)
+    problems.extend(
+        check_rollout(source.spec, tp=config.tensor_parallel_size, world=world, key="tensor_parallel_size")
+        or check_layout(parallel, source.spec, world)
+    )
     if source.head != "lm":
         problems.add(CheckpointError("it holds a value model, which writes no text", where=config.checkpoint, expected="a language model"))
     if not Path(config.output).resolve().parent.is_dir():
@@ -86,7 +86,9 @@ def main(config: GenerateStage) -> None:
         max_num_seqs=config.max_num_seqs,
         seed=config.seed,
     )
-    make_reshard(source.spec, layout, rollout_tp=config.tensor_parallel_size, rank=dist.get_rank()).exchange(model.parameters(), engine.parameters)
+    make_reshard(source.spec, layout, rollout_tp=config.tensor_parallel_size, rank=dist.get_rank()).exchange(
+        model.parameters(), engine.parameters
+    )
     engine.weights_changed()
     del model
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens, stop_ids(source.hf_dir, tokenizer))

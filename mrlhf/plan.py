@@ -31,14 +31,25 @@ def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others
     """[(what, bytes a rank)]; `others`: further models of ppo by role (critic, reward)."""
     p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    cut = {"dtype": config.model.dtype, "tp": tp, "pp": pp, "dp": max(1, world // (tp * pp)), "distributed_optimizer": config.optim.use_distributed_optimizer}
+    cut = {
+        "dtype": config.model.dtype,
+        "tp": tp,
+        "pp": pp,
+        "dp": max(1, world // (tp * pp)),
+        "distributed_optimizer": config.optim.use_distributed_optimizer,
+    }
     rows = [("actor" if stage == "ppo" else "model", model_bytes(spec, **cut, trained=True))]
     if isinstance(config, PPOStage):
         rows += [(role, model_bytes(other, **cut, trained=role == "critic")) for role, other in others.items()]
         if config.kl.coef > 0:
             rows.append(("reference", model_bytes(spec, **cut, trained=False)))
         rollout_tp = config.rollout.tensor_parallel_size
-        rows.append(("vLLM weights", model_bytes(spec, dtype=config.model.dtype, tp=rollout_tp, pp=1, dp=1, trained=False, distributed_optimizer=False)))
+        rows.append(
+            (
+                "vLLM weights",
+                model_bytes(spec, dtype=config.model.dtype, tp=rollout_tp, pp=1, dp=1, trained=False, distributed_optimizer=False),
+            )
+        )
         rows.append(("vLLM key/value cache", config.rollout.kv_cache_mib << 20))
     elif stage == "dpo" and config.dpo.reference == "online":
         rows.append(("reference", model_bytes(spec, **cut, trained=False)))

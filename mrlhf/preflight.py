@@ -27,7 +27,9 @@ class Run:
     eval: PackedDataset | None
 
 
-def open_data(prefix: str, *, key: str, task: str | None, source: ModelSource | None, seq_length: int | None) -> tuple[PackedDataset | None, list[MrlhfError]]:
+def open_data(
+    prefix: str, *, key: str, task: str | None, source: ModelSource | None, seq_length: int | None
+) -> tuple[PackedDataset | None, list[MrlhfError]]:
     """The dataset, and everything in which it does not fit the run. `key`: where the user wrote the prefix."""
     try:
         data = PackedDataset.open(prefix)
@@ -41,7 +43,11 @@ def open_data(prefix: str, *, key: str, task: str | None, source: ModelSource | 
     if task is not None and data.task != task:
         bad(f"the data was made with --task {data.task}", f"--task {task}", f"tools/preprocess_data.py --task {task} ...")
     if seq_length is not None and data.meta["seq_length"] != seq_length:
-        bad(f"the data was made with --seq-length {data.meta['seq_length']}", f"data.seq_length = {seq_length}", f"--data.seq_length {data.meta['seq_length']}")
+        bad(
+            f"the data was made with --seq-length {data.meta['seq_length']}",
+            f"data.seq_length = {seq_length}",
+            f"--data.seq_length {data.meta['seq_length']}",
+        )
     if source is not None:
         limit = source.spec.max_position_embeddings
         if int(data.lengths.max()) > limit:
@@ -65,21 +71,22 @@ def check_run(stage: str, config: Any, *, world: int) -> Run:
     try:
         source = open_source(config.model.path)
     except CheckpointError as error:
-        problems.add(CheckpointError(error.what, where=f"model.path: {error.where or config.model.path}", expected=error.expected, fix=error.fix))
+        problems.add(
+            CheckpointError(error.what, where=f"model.path: {error.where or config.model.path}", expected=error.expected, fix=error.fix)
+        )
     if source is not None:
-        for error in check_layout(config.parallel, source.spec, world):
-            problems.add(error)
+        problems.extend(check_layout(config.parallel, source.spec, world))
         if stage != "rm" and source.head == "value":
-            problems.add(ConfigError(f"model.path = {config.model.path} holds a value model", where="model.path", expected="an LM checkpoint"))
-    for error in state.check_batch(config.train, config.parallel, world):
-        problems.add(error)
+            problems.add(
+                ConfigError(f"model.path = {config.model.path} holds a value model", where="model.path", expected="an LM checkpoint")
+            )
+    problems.extend(state.check_batch(config.train, config.parallel, world))
     task = TASKS[stage]
     train, found = open_data(config.data.train, key="data.train", task=task, source=source, seq_length=config.data.seq_length)
     if config.data.eval is not None:
         evaluation, more = open_data(config.data.eval, key="data.eval", task=task, source=source, seq_length=config.data.seq_length)
         found += more
-    for problem in found:
-        problems.add(problem)
+    problems.extend(found)
     problems.raise_if_any()
     assert source is not None and train is not None
     return Run(source, train, evaluation)

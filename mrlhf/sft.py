@@ -23,7 +23,12 @@ def language_model_loss(trainer: Trainer, *, aggregation: str) -> LossFn:
             logits_BTW, batch.targets_BT, vocab_size=trainer.spec.vocab_size, group=trainer.tp_group, with_entropy=True
         )
         total = masked_cross_entropy(
-            logps_BT, batch.mask_BT, denominator=1.0, aggregation=aggregation, segment_ids=batch.segments_BT, num_segments=batch.num_samples + 1
+            logps_BT,
+            batch.mask_BT,
+            denominator=1.0,
+            aggregation=aggregation,
+            segment_ids=batch.segments_BT,
+            num_segments=batch.num_samples + 1,
         )
         keep_BT = batch.mask_BT.bool()
         tokens = keep_BT.sum()

@@ -84,13 +84,13 @@ def performance(trainer: Trainer, *, tokens: int, mean_length: float, seconds: f
 
 def evaluate(trainer: Trainer, loader: Loader, loss_fn: LossFn, before: Callable | None = None) -> dict[str, float]:
     """Every row of the set once."""
-    partials = []
+    found = []
     for rows in loader.in_order():
         batches = loader.micro_batches(rows)
         if before:
             before(loader, batches)
-        partials.append(trainer.evaluate(batches, loss_fn))
-    partials = metrics.merge(partials)
+        found.append(trainer.evaluate(batches, loss_fn))
+    partials = metrics.merge(found)
     return {f"eval/{k}": v for k, v in metrics.finalize(partials).items()}
 
 
@@ -140,7 +140,14 @@ def train(
     )
     random_init = config.model.init == "random"
     trainer = Trainer(
-        run.source, config.parallel, config.optim, head=head, dtype=config.model.dtype, seed=config.train.seed, total_steps=order.total_steps, random_init=random_init
+        run.source,
+        config.parallel,
+        config.optim,
+        head=head,
+        dtype=config.model.dtype,
+        seed=config.train.seed,
+        total_steps=order.total_steps,
+        random_init=random_init,
     )
     say(f"model: {run.source.spec.family}, {run.source.spec.num_parameters:,} parameters, {config.model.dtype}, Adam: {trainer.adam}")
     loss_fn = make_loss(trainer, loader)
@@ -176,10 +183,16 @@ def train(
         lengths = [n for b in batches for n in b.lengths]
         log = {f"train/{k}": v for k, v in found.items()} | {"train/epoch": order.epoch(step), "time/data_s": waited}
         # this rank's share stands for the others'
-        log |= performance(trainer, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world)
+        log |= performance(
+            trainer, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world
+        )
         tracker.log(step, log)
         last = step == order.total_steps
-        if eval_loader is not None and eval_loss_fn is not None and (last or (config.train.eval_interval and step % config.train.eval_interval == 0)):
+        if (
+            eval_loader is not None
+            and eval_loss_fn is not None
+            and (last or (config.train.eval_interval and step % config.train.eval_interval == 0))
+        ):
             tracker.log(step, evaluate(trainer, eval_loader, eval_loss_fn, before_step))
         if last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0):
             save(step, finish(trainer, eval_loader or loader) if finish and last else {})

@@ -40,7 +40,17 @@ def run(*command: object, check: bool = True, timeout: float = 300) -> subproces
 
 def torchrun(ranks: int, *args: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node ranks ARGS` on a free port."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        ranks,
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    )
     return run(*launcher, *args, check=check, timeout=timeout)
 
 

@@ -22,7 +22,12 @@ def comparable(run_dir: Path) -> list[dict[str, float]]:
 def kill_after(run_dir: Path, step: int, args: list[object]) -> None:
     """Start the command, SIGKILL all of it once `step` is logged and its checkpoint of an earlier step is whole."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "mrlhf", *map(str, args)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-m", "mrlhf", *map(str, args)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     log, end = run_dir / "metrics.jsonl", time.monotonic() + 240
     while not (log.is_file() and len(log.read_text().splitlines()) >= step and (run_dir / "checkpoints/latest").is_file()):
@@ -45,7 +50,17 @@ def check(tmp_path: Path, args: list[object], *, kill_at: int) -> None:
     last = sorted((whole / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))[-1].name
     for path in (whole, broken):
         assert json.loads((path / "checkpoints" / last / "mrlhf.json").read_text())["step"] == int(last[5:])
-        mrlhf("score", "--checkpoint", path, "--data", args[args.index("--data.train") + 1], "--output", path / "scores.jsonl", "--dtype", "float32")
+        mrlhf(
+            "score",
+            "--checkpoint",
+            path,
+            "--data",
+            args[args.index("--data.train") + 1],
+            "--output",
+            path / "scores.jsonl",
+            "--dtype",
+            "float32",
+        )
     assert (whole / "scores.jsonl").read_bytes() == (broken / "scores.jsonl").read_bytes()
 
 

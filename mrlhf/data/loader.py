@@ -126,7 +126,9 @@ def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padd
 class Order:
     """Rows of step 1, 2, ...: a permutation an epoch, cut into global batches; -1 fills the last batch up."""
 
-    def __init__(self, num_rows: int, *, global_batch_size: int, num_epochs: float, max_steps: int | None, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, num_rows: int, *, global_batch_size: int, num_epochs: float, max_steps: int | None, seed: int, shuffle: bool
+    ) -> None:
         self.num_rows, self.batch, self.seed, self.shuffle = num_rows, global_batch_size, seed, shuffle
         self.total_rows = max(1, round(num_rows * num_epochs))
         self.total_steps = math.ceil(self.total_rows / global_batch_size)
@@ -158,7 +160,15 @@ class Loader:
     """Micro-batches of this data-parallel rank. A row is a pack, or a sample (a pair for preference data)."""
 
     def __init__(
-        self, dataset: PackedDataset, *, packing: bool, micro_batch_size: int, dp_rank: int, dp_size: int, pad_multiple: int = 1, padding_side: str = "right"
+        self,
+        dataset: PackedDataset,
+        *,
+        packing: bool,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        pad_multiple: int = 1,
+        padding_side: str = "right",
     ) -> None:
         self.dataset, self.packing, self.micro_batch_size = dataset, packing, micro_batch_size
         self.dp_rank, self.dp_size, self.pad_multiple, self.padding_side = dp_rank, dp_size, pad_multiple, padding_side

@@ -83,7 +83,11 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
 def _layer_spec(config: TransformerConfig) -> ModuleSpec:
     qk_norm = QKNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear, q_layernorm=qk_norm, k_layernorm=qk_norm
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -162,7 +166,9 @@ class RandomSource:
             elif "norm" in name:
                 value = torch.ones(shape)
             else:
-                generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7], "big"))
+                generator = torch.Generator().manual_seed(
+                    int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7], "big")
+                )
                 std = self.spec.init_std
                 if name == "score.weight":
                     std = 1 / math.sqrt(self.spec.hidden_size + 1)

@@ -35,7 +35,8 @@ def resolve_hf(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except Exception as error:  # the hub client has no common base class for network and not-found errors
         raise CheckpointError(
-            f"no such directory, and the hub does not give it: {path!r} ({type(error).__name__})", expected="a HF directory, a mrlhf checkpoint or a hub id"
+            f"no such directory, and the hub does not give it: {path!r} ({type(error).__name__})",
+            expected="a HF directory, a mrlhf checkpoint or a hub id",
         ) from error
 
 
@@ -54,7 +55,9 @@ class HFReader:
             with safe_open(directory / SINGLE, "pt") as f:
                 self.files = dict.fromkeys(f.keys(), SINGLE)
         else:
-            raise CheckpointError("no safetensors weights", where=str(directory), expected=f"{SINGLE} or {INDEX}", fix="save the model with safetensors")
+            raise CheckpointError(
+                "no safetensors weights", where=str(directory), expected=f"{SINGLE} or {INDEX}", fix="save the model with safetensors"
+            )
         self._open: dict[str, Any] = {}
 
     def _slice(self, name: str) -> Any:
@@ -82,8 +85,12 @@ class HFReader:
         """Every expected tensor is there with its shape, and no other. Raises CheckpointError naming both sides."""
         expected = hf_shapes(spec, head=head)
         missing = sorted(set(expected) - set(self.files))
-        unknown = sorted(n for n in set(self.files) - set(expected) if not n.endswith(_HARMLESS) and not (spec.tied and n == "lm_head.weight"))
-        wrong = [f"{n} {self.shape(n)} instead of {expected[n]}" for n in expected if n in self.files and self.shape(n) != expected[n]]
+        unknown = sorted(
+            n for n in set(self.files) - set(expected) if not n.endswith(_HARMLESS) and not (spec.tied and n == "lm_head.weight")
+        )
+        wrong = [
+            f"{n} {self.shape(n)} instead of {shape}" for n, shape in expected.items() if n in self.files and self.shape(n) != shape
+        ]
         found = [f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for what, names in
                  (("missing", missing), ("not known", unknown), ("of another shape", wrong)) if names]  # fmt: skip
         if found:
@@ -124,4 +131,6 @@ def write_safetensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor
     for i, file in enumerate(names):
         os.rename(directory / f"part-{i}", directory / file)
     weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n")
+    (directory / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    )

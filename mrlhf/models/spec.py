@@ -103,7 +103,7 @@ def spec_from_hf(config: dict[str, Any], *, where: str = "config.json") -> Model
             raise CheckpointError(
                 f"{key} = {config.get(key, config.get('rope_parameters'))!r} cannot be expressed in this version", where=where
             )
-    needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    needed: tuple[str, ...] = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     # transformers' own defaults for these differ between families and versions
     needed += () if family == "llama" else ("num_key_value_heads",)
     needed += ("head_dim",) if family == "qwen3" else ()

@@ -14,24 +14,41 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 
 
-def _sdpa(q_bnsd: torch.Tensor, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor, scale: float | None, mask: torch.Tensor | None = None) -> torch.Tensor:
+def _sdpa(
+    q_bnsd: torch.Tensor, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor, *, scale: float | None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     return F.scaled_dot_product_attention(
         q_bnsd, k_bgsd, v_bgsd, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q_bnsd.size(1) != k_bgsd.size(1)
     )
 
 
-def packed_attention(q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float | None) -> torch.Tensor:
+def packed_attention(
+    q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float | None
+) -> torch.Tensor:
     """Causal attention within each sample. The samples must cover all t tokens."""
     if q_tnd.is_cuda and q_tnd.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
         return varlen_attn(
-            q_tnd, k_tgd, v_tgd, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0), enable_gqa=q_tnd.size(1) != k_tgd.size(1)
+            q_tnd,
+            k_tgd,
+            v_tgd,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            scale=scale,
+            window_size=(-1, 0),
+            enable_gqa=q_tnd.size(1) != k_tgd.size(1),
         )
     cu = cu_seqlens.tolist()
     assert cu[-1] == q_tnd.size(0), (cu[-1], q_tnd.shape)
+
+    def one(x_tnd: torch.Tensor, a: int, b: int) -> torch.Tensor:
+        return x_tnd[a:b].transpose(0, 1).unsqueeze(0)
+
     pieces = [
-        _sdpa(*(x[a:b].transpose(0, 1).unsqueeze(0) for x in (q_tnd, k_tgd, v_tgd)), scale).squeeze(0).transpose(0, 1)
+        _sdpa(one(q_tnd, a, b), one(k_tgd, a, b), one(v_tgd, a, b), scale=scale).squeeze(0).transpose(0, 1)
         for a, b in zip(cu[:-1], cu[1:], strict=True)
         if b > a
     ]
@@ -41,7 +58,18 @@ def packed_attention(q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tens
 class CoreAttention(MegatronModule):
     """Takes the place of Megatron's DotProductAttention (which materialises s x s and refuses packed input)."""
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None, cp_comm_type=None, pg_collection=None, **_):
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+        **_,
+    ):
         super().__init__(config)
         assert (config.attention_dropout if attention_dropout is None else attention_dropout) == 0, "no attention dropout in RLHF"
         self.scale = softmax_scale
@@ -51,5 +79,5 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is not None:
             return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q, self.scale)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out_sbnd = _sdpa(q, k, v, self.scale, None if attention_mask is None else ~attention_mask).permute(2, 0, 1, 3)
+        out_sbnd = _sdpa(q, k, v, scale=self.scale, mask=None if attention_mask is None else ~attention_mask).permute(2, 0, 1, 3)
         return out_sbnd.reshape(out_sbnd.size(0), out_sbnd.size(1), -1)

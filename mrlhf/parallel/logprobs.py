@@ -73,7 +73,13 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
 
 def vocab_parallel_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, *, vocab_size: int, group: dist.ProcessGroup | None = None, temperature: float = 1.0, with_entropy: bool = False
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log p(target) and the entropy of softmax(logits / temperature), fp32 and differentiable, and whether the target is the most likely token.
 
@@ -81,10 +87,17 @@ def vocab_parallel_logprobs(
     it get probability 0), group the tensor-parallel group. The entropy is zeros unless asked for.
     The gradient of the logits is that of this rank's part.
     """
-    tp = group is not None and group.size() > 1
+    if group is not None and group.size() == 1:
+        group = None
     assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
     found = _VocabParallelLogProbs.apply(
-        logits.reshape(-1, logits.size(-1)), targets.reshape(-1), temperature, with_entropy, group if tp else None, group.rank() if tp else 0, vocab_size
+        logits.reshape(-1, logits.size(-1)),
+        targets.reshape(-1),
+        temperature,
+        with_entropy,
+        group,
+        0 if group is None else group.rank(),
+        vocab_size,
     )
     logps, entropy, is_top = (x.view(targets.shape) for x in found)
     return logps, entropy, is_top

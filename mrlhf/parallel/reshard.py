@@ -81,9 +81,12 @@ def _pieces(dst: int, target: str, block: BlockLike, holders: list[tuple[int, st
     raise AssertionError(f"no rank holds {block.hf} {missing}")
 
 
-def make_plan(sources: Sequence[Shard], targets: Sequence[Shard], *, distance: Callable[[int, int], tuple[int, ...]]) -> dict[str, list[Piece]]:
+def make_plan(
+    sources: Sequence[Shard], targets: Sequence[Shard], *, distance: Callable[[int, int], tuple[int, ...]]
+) -> dict[str, list[Piece]]:
     """HF tensor -> pieces of all ranks. `distance(src, dst)`: smaller is preferred; a rank's own copy always wins."""
-    holders, plan = _holders(sources), {}
+    holders = _holders(sources)
+    plan: dict[str, list[Piece]] = {}
     for dst, shard in enumerate(targets):
         for target, blocks in shard.items():
             for block in blocks:
@@ -99,7 +102,9 @@ class Reshard:
     parameters in place.
     """
 
-    def __init__(self, sources: Sequence[Shard], targets: Sequence[Shard], *, distance: Callable[[int, int], tuple[int, ...]], rank: int) -> None:
+    def __init__(
+        self, sources: Sequence[Shard], targets: Sequence[Shard], *, distance: Callable[[int, int], tuple[int, ...]], rank: int
+    ) -> None:
         self.rank, self.world = rank, len(sources)
         plan = make_plan(sources, targets, distance=distance)
         self._buckets: list[list[Piece]] = []  # of this rank: what it sends, receives or copies

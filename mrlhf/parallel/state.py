@@ -110,7 +110,9 @@ def from_last_stage(value: Any) -> Any:
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group())
+    dist.broadcast_object_list(
+        box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+    )
     return box[0]
 
 

@@ -64,7 +64,12 @@ class PPO:
         # whole rollouts only: the last one goes on into a new epoch, no prompt is dropped
         rollouts = config.train.max_steps or math.ceil(rows * config.train.num_epochs / rollout.batch_size)
         self.order = Order(
-            rows, global_batch_size=rollout.batch_size, num_epochs=config.train.num_epochs, max_steps=rollouts, seed=seed, shuffle=config.data.shuffle
+            rows,
+            global_batch_size=rollout.batch_size,
+            num_epochs=config.train.num_epochs,
+            max_steps=rollouts,
+            seed=seed,
+            shuffle=config.data.shuffle,
         )
         self.updates_per_rollout = ppo.epochs * (self.answers // config.train.global_batch_size)
         updates = rollouts * self.updates_per_rollout
@@ -73,14 +78,22 @@ class PPO:
         self.critic: Trainer | None = None
         if ppo.estimator == "gae":
             optim = replace(config.optim, lr=ppo.critic_lr, min_lr=min(config.optim.min_lr, ppo.critic_lr))
-            self.critic = Trainer(critic_source(config, run.source), config.parallel, optim, head="value", dtype=dtype, seed=seed, total_steps=updates)
+            self.critic = Trainer(
+                critic_source(config, run.source), config.parallel, optim, head="value", dtype=dtype, seed=seed, total_steps=updates
+            )
         self.reference: Model | None = None
         if config.kl.coef > 0:
             self.reference = Model(run.source, config.parallel, head="lm", dtype=dtype, seed=seed)
-        self.kl = FixedKL(config.kl.coef) if config.kl.target is None else AdaptiveKL(config.kl.coef, target=config.kl.target, horizon=config.kl.horizon)
+        self.kl = (
+            FixedKL(config.kl.coef)
+            if config.kl.target is None
+            else AdaptiveKL(config.kl.coef, target=config.kl.target, horizon=config.kl.horizon)
+        )
         self.tokenizer = load(run.source.hf_dir)
         self.rewards = Rewards(config, run.source, self.tokenizer)
-        self.sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stop_ids(run.source.hf_dir, self.tokenizer))
+        self.sampling = Sampling(
+            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stop_ids(run.source.hf_dir, self.tokenizer)
+        )
         self.engine = VLLMEngine(
             run.source.spec,
             run.source.hf_dir,
@@ -152,7 +165,9 @@ class PPO:
         """[B, A]: the head at the position before each answer token."""
         assert self.critic is not None
         shape = (rollout.size, int(rollout.lengths_B().max()))
-        return table(self.critic, self.batches(rollout, range(rollout.size)), lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape)[0]
+        return table(
+            self.critic, self.batches(rollout, range(rollout.size)), lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape
+        )[0]
 
     def advantages(
         self, scores_B: torch.Tensor, kl_BA: torch.Tensor, values_BA: torch.Tensor | None, mask_BA: torch.Tensor
@@ -203,7 +218,9 @@ class PPO:
                 **pieces,
             )
             if ppo.entropy_coef:
-                total = total - ppo.entropy_coef * reduce_loss(entropy_BT, batch.mask_BT, aggregation=aggregation, denominator=1.0, **pieces)[0]
+                total = (
+                    total - ppo.entropy_coef * reduce_loss(entropy_BT, batch.mask_BT, aggregation=aggregation, denominator=1.0, **pieces)[0]
+                )
             if config.kl.in_loss and ref_BA is not None:
                 kl_BT = kl_estimate(logps_BT, spread(batch, ref_BA), kind=config.kl.kind)
                 total = total + self.kl.value * reduce_loss(kl_BT, batch.mask_BT, aggregation=aggregation, denominator=1.0, **pieces)[0]
@@ -216,7 +233,12 @@ class PPO:
         def loss(values_BT1: torch.Tensor, batch: MicroBatch):
             values_BT = values_BT1.squeeze(-1)
             total, partials = value_loss(
-                values_BT, spread(batch, old_values_BA), spread(batch, returns_BA), batch.mask_BT, clip=self.config.ppo.value_clip, denominator=1.0
+                values_BT,
+                spread(batch, old_values_BA),
+                spread(batch, returns_BA),
+                batch.mask_BT,
+                clip=self.config.ppo.value_clip,
+                denominator=1.0,
             )
             return total, batch.mask_BT.sum(), partials
 
@@ -270,8 +292,18 @@ class PPO:
         with timer("reshard"):
             log |= self.sync_weights()
         seconds = timer.seconds | {"timing_s/step": time.perf_counter() - start}
-        kl_B = kl_BA.sum(-1) if config.kl.kind == "k1" else (kl_estimate(old_BA, ref_BA, kind="k1") * mask_BA).sum(-1) if ref_BA is not None else torch.zeros(1)
-        log |= seconds | parts | self.describe(rollout, scores_B, rewards_BA, raw_BA, returns_BA, values_BA, kl_B, old_BA, rollout_BA, mask_BA, seconds)
+        kl_B = (
+            kl_BA.sum(-1)
+            if config.kl.kind == "k1"
+            else (kl_estimate(old_BA, ref_BA, kind="k1") * mask_BA).sum(-1)
+            if ref_BA is not None
+            else torch.zeros(1)
+        )
+        log |= (
+            seconds
+            | parts
+            | self.describe(rollout, scores_B, rewards_BA, raw_BA, returns_BA, values_BA, kl_B, old_BA, rollout_BA, mask_BA, seconds)
+        )
         log["actor/entropy"] = float((entropy_BA * mask_BA).sum() / mask_BA.sum())
         self.kl.update(float(kl_B.mean()), rollout.size)
         return log, self.samples(rollout, scores_B, kl_B)
@@ -353,12 +385,9 @@ def check(config: PPOStage, world: int) -> preflight.Run:
     """Everything that can be wrong, before anything is built."""
     run = preflight.check_run("ppo", config, world=world)
     problems = Problems()
-    for error in check_rollout(run.source.spec, tp=config.rollout.tensor_parallel_size, world=world, key="rollout.tensor_parallel_size"):
-        problems.add(error)
-    for error in preflight.check_prompt_budget(config, run):
-        problems.add(error)
-    for error in Rewards.check(config, run.source):
-        problems.add(error)
+    problems.extend(check_rollout(run.source.spec, tp=config.rollout.tensor_parallel_size, world=world, key="rollout.tensor_parallel_size"))
+    problems.extend(preflight.check_prompt_budget(config, run))
+    problems.extend(Rewards.check(config, run.source))
     problems.raise_if_any()
     return run
 
@@ -373,7 +402,9 @@ def main(config: PPOStage) -> None:
     say(layout.describe(global_batch=config.train.global_batch_size, micro_batch=config.train.micro_batch_size))
     ppo = PPO(config, run, layout)
     replicas = layout.world // config.rollout.tensor_parallel_size
-    say(f"vLLM: {replicas} replica(s) of tensor parallel {config.rollout.tensor_parallel_size}; reshard plan: {ppo.reshard.remote_pieces} pieces between ranks")
+    say(
+        f"vLLM: {replicas} replica(s) of tensor parallel {config.rollout.tensor_parallel_size}; reshard plan: {ppo.reshard.remote_pieces} pieces between ranks"
+    )
 
     done, resumed = 0, checkpoint.latest_resumable(output_dir)
     if resumed is not None:
@@ -412,4 +443,3 @@ def main(config: PPOStage) -> None:
     ppo.engine.shutdown()
     say(f"finished: {output_dir / 'checkpoints'}")
     state.shutdown()
-

@@ -46,11 +46,15 @@ class Rewards:
         self.models: dict[str, Model] = {}
         for source in self.sources:
             if source.kind == "model":
-                self.models[source.spec] = Model(open_source(source.spec), config.parallel, head="value", dtype=config.model.dtype, seed=config.train.seed)
+                self.models[source.spec] = Model(
+                    open_source(source.spec), config.parallel, head="value", dtype=config.model.dtype, seed=config.train.seed
+                )
         self.functions = {s.spec: load_function(s) for s in self.sources if s.kind == "function"}
         r = config.reward
         self.http = {
-            s.spec: HttpReward(s.urls, timeout_s=r.http_timeout_s, retries=r.http_retries, batch_size=r.http_batch_size, token_env=r.http_token_env)
+            s.spec: HttpReward(
+                s.urls, timeout_s=r.http_timeout_s, retries=r.http_retries, batch_size=r.http_batch_size, token_env=r.http_token_env
+            )
             for s in self.sources
             if s.kind == "http"
         }
@@ -73,9 +77,17 @@ class Rewards:
                 found.append(CheckpointError(error.what, where=f"{key}: {error.where or path}", expected=error.expected, fix=error.fix))
                 continue
             if key == "reward.sources" and model.head != "value":
-                found.append(CheckpointError("it holds a language model, which gives no score", where=f"{key} = {path}", expected="a reward model (mrlhf rm)"))
+                found.append(
+                    CheckpointError(
+                        "it holds a language model, which gives no score", where=f"{key} = {path}", expected="a reward model (mrlhf rm)"
+                    )
+                )
             if tokenizer_fingerprint(str(model.hf_dir)) != tokenizer_fingerprint(str(actor.hf_dir)):
-                found.append(CheckpointError("its tokenizer is not the actor's", where=f"{key} = {path}", expected=f"the tokenizer of {actor.hf_dir}"))
+                found.append(
+                    CheckpointError(
+                        "its tokenizer is not the actor's", where=f"{key} = {path}", expected=f"the tokenizer of {actor.hf_dir}"
+                    )
+                )
             found += check_layout(config.parallel, model.spec, state.world_size())
         for source in sources:
             if source.kind == "function":

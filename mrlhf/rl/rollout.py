@@ -62,7 +62,16 @@ def request_seed(*parts: int) -> int:
 
 
 def generate(
-    engine: VLLMEngine, prompts: Sequence[list[int]], *, n: int, sampling: Sampling, seed: int, step: int, labels: Sequence[Any], replicas: int, replica: int
+    engine: VLLMEngine,
+    prompts: Sequence[list[int]],
+    *,
+    n: int,
+    sampling: Sampling,
+    seed: int,
+    step: int,
+    labels: Sequence[Any],
+    replicas: int,
+    replica: int,
 ) -> Rollout:
     """n answers a prompt. Collective: replicas take every replicas-th prompt, and all ranks get all answers."""
     mine = range(replica, len(prompts), replicas)
@@ -75,12 +84,16 @@ def generate(
     return Rollout([prompts[p] for p, _ in keys], [everything[k] for k in keys], [labels[p] for p, _ in keys])
 
 
-def micro_batches(rollout: Rollout, rows: Sequence[int], *, micro_batch_size: int, dp_rank: int, dp_size: int, packing: bool, pad_multiple: int) -> list[MicroBatch]:
+def micro_batches(
+    rollout: Rollout, rows: Sequence[int], *, micro_batch_size: int, dp_rank: int, dp_size: int, packing: bool, pad_multiple: int
+) -> list[MicroBatch]:
     """This rank's share of `rows`; their number is a multiple of micro_batch_size x dp_size."""
     unit = micro_batch_size * dp_size
     assert len(rows) % unit == 0, (len(rows), unit)
     starts = [at + dp_rank * micro_batch_size for at in range(0, len(rows), unit)]
-    return [collate([rollout.sample(b) for b in rows[s : s + micro_batch_size]], packing=packing, pad_multiple=pad_multiple) for s in starts]
+    return [
+        collate([rollout.sample(b) for b in rows[s : s + micro_batch_size]], packing=packing, pad_multiple=pad_multiple) for s in starts
+    ]
 
 
 def spread(batch: MicroBatch, table_BA: torch.Tensor) -> torch.Tensor:
@@ -94,7 +107,12 @@ def spread(batch: MicroBatch, table_BA: torch.Tensor) -> torch.Tensor:
 
 
 def table(
-    model: Model, batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *, shape: tuple[int, int], channels: int = 1
+    model: Model,
+    batches: list[MicroBatch],
+    fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor],
+    *,
+    shape: tuple[int, int],
+    channels: int = 1,
 ) -> list[torch.Tensor]:
     """`fn(output, batch)` -> [channels, B, T] at the predicting positions, as `channels` tables [B, A] on every rank, zeros beyond an answer."""
     tables = torch.zeros(channels, *shape, dtype=torch.float64)

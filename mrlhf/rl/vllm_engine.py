@@ -125,7 +125,11 @@ def check_rollout(spec: ModelSpec, *, tp: int, world: int, key: str) -> list[Con
         )
     if not device.current().is_cuda and spec.head_dim not in _CPU_HEAD_DIMS:
         found.append(
-            ConfigError(f"vLLM's CPU attention has no kernel for head_dim = {spec.head_dim}", where="model", expected=", ".join(map(str, _CPU_HEAD_DIMS)))
+            ConfigError(
+                f"vLLM's CPU attention has no kernel for head_dim = {spec.head_dim}",
+                where="model",
+                expected=", ".join(map(str, _CPU_HEAD_DIMS)),
+            )
         )
     return found
 
@@ -134,7 +138,17 @@ class VLLMEngine:
     """One vLLM replica's rank. All ranks of the world construct it together; afterwards replicas are independent."""
 
     def __init__(
-        self, spec: ModelSpec, hf_dir: Path, *, dtype: str, tp: int, max_model_len: int, kv_cache_mib: int, max_num_seqs: int, seed: int, sleep: bool = False
+        self,
+        spec: ModelSpec,
+        hf_dir: Path,
+        *,
+        dtype: str,
+        tp: int,
+        max_model_len: int,
+        kv_cache_mib: int,
+        max_num_seqs: int,
+        seed: int,
+        sleep: bool = False,
     ) -> None:
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -181,7 +195,11 @@ class VLLMEngine:
             self.parameters.pop("lm_head.weight", None)
         expected = vllm_map(spec, tp=tp, rank=dist.get_rank() % tp)
         misfits = sorted(set(self.parameters) ^ set(expected))
-        misfits += [n for n, blocks in expected.items() if n in self.parameters and any(b.offset + b.length > self.parameters[n].size(b.dim) for b in blocks)]
+        misfits += [
+            n
+            for n, blocks in expected.items()
+            if n in self.parameters and any(b.offset + b.length > self.parameters[n].size(b.dim) for b in blocks)
+        ]
         if misfits:
             raise EnvironmentProblem(
                 f"vLLM {vllm.__version__} builds {spec.family} otherwise than mrlhf's weight map says: {', '.join(misfits[:4])}",

@@ -9,7 +9,7 @@ import sys
 
 def main() -> None:
     from mrlhf.checkpoint import open_source
-    from mrlhf.config import DPOConfig, DPOStage, DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+    from mrlhf.config import DataConfig, DPOConfig, DPOStage, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
     from mrlhf.data.indexed import PackedDataset
     from mrlhf.data.loader import Loader
     from mrlhf.dpo import preference_loss, reference_logps

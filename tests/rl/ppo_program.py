@@ -26,10 +26,14 @@ def main() -> None:
     ppo.sync_weights()
     logs = [ppo.step(step)[0] for step in (1, 2)]
     rollout = ppo.generate(run.train, list(range(32)), step=0, n=1, sampling=replace(ppo.sampling, temperature=0.0))
-    checkpoint.save(Path(config.train.output_dir), [ppo.actor.part(with_optimizer=False)], stage="ppo", step=2, dtype=config.model.dtype, extra={})
+    checkpoint.save(
+        Path(config.train.output_dir), [ppo.actor.part(with_optimizer=False)], stage="ppo", step=2, dtype=config.model.dtype, extra={}
+    )
     if dist.get_rank() == 0:
         answers = [a.tokens for a in rollout.answers]
-        Path(sys.argv[1]).write_text(json.dumps({"logs": logs, "prompts": rollout.prompts, "answers": answers, "pieces": ppo.reshard.remote_pieces}))
+        Path(sys.argv[1]).write_text(
+            json.dumps({"logs": logs, "prompts": rollout.prompts, "answers": answers, "pieces": ppo.reshard.remote_pieces})
+        )
     ppo.engine.shutdown()
     state.shutdown()
 

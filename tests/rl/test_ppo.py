@@ -11,7 +11,10 @@ import torch
 from conftest import TESTS, metrics, mrlhf, run, torchrun
 
 LAYOUTS = {
-    "tp2, vllm tp2": (2, {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": "true", "rollout.tensor_parallel_size": 2}),
+    "tp2, vllm tp2": (
+        2,
+        {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": "true", "rollout.tensor_parallel_size": 2},
+    ),
     "pp2, vllm 2 x tp1": (2, {"parallel.pipeline_model_parallel_size": 2, "rollout.tensor_parallel_size": 1}),
     "tp2 x pp2, vllm 2 x tp2": (
         4,
@@ -73,7 +76,9 @@ def test_first_ratio_is_one_and_vllm_agrees_with_the_trainer(results: dict[str, 
 
 def test_the_layout_changes_no_number(results: dict[str, tuple[dict, Path]]) -> None:
     first, *others = (result["logs"] for result, _ in results.values())
-    keys = [k for k in first[0] if k.startswith(("actor/", "critic/", "objective/", "response_length/", "reward/")) and "ratio_max_dev" not in k]
+    keys = [
+        k for k in first[0] if k.startswith(("actor/", "critic/", "objective/", "response_length/", "reward/")) and "ratio_max_dev" not in k
+    ]
     assert "actor/grad_norm" in keys and "critic/vf_loss" in keys
     for logs in others:
         for key in keys:
@@ -92,7 +97,9 @@ def test_greedy_answers_equal_transformers_on_the_export(results: dict[str, tupl
         assert len(result["prompts"]) == 32
         for prompt, answer in zip(result["prompts"], result["answers"], strict=True):
             ids = torch.tensor([prompt])
-            expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+            expected = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
+            )
             assert answer == expected[0, len(prompt) :].tolist()
 
 

@@ -9,7 +9,7 @@ from mrlhf.models.spec import VOCAB_MULTIPLE, ModelSpec
 from mrlhf.models.weights.blocks import Columns, Copy, GroupedQKV, Rule, Stacked, StackedQKV, Vocab
 
 _HF = "model.layers.{i}."
-_QKV = tuple(_HF + f"self_attn.{x}_proj." for x in "qkv")
+_Q, _K, _V = (_HF + f"self_attn.{x}_proj." for x in "qkv")
 _VLLM_VOCAB_MULTIPLE = 64
 
 
@@ -27,14 +27,14 @@ def megatron(spec: ModelSpec, head: str) -> dict[str, Rule]:
         "decoder.final_layernorm.weight": Copy("model.norm.weight", h),
         "output_layer.weight": output,
         layer + "input_layernorm.weight": Copy(_HF + "input_layernorm.weight", h),
-        layer + "self_attention.linear_qkv.weight": GroupedQKV(*(n + "weight" for n in _QKV), *attention),
+        layer + "self_attention.linear_qkv.weight": GroupedQKV(_Q + "weight", _K + "weight", _V + "weight", *attention),
         layer + "self_attention.linear_proj.weight": Columns(_HF + "self_attn.o_proj.weight", spec.num_attention_heads * spec.head_dim),
         layer + "pre_mlp_layernorm.weight": Copy(_HF + "post_attention_layernorm.weight", h),
         layer + "mlp.linear_fc1.weight": Stacked((_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), f),
         layer + "mlp.linear_fc2.weight": Columns(_HF + "mlp.down_proj.weight", f),
     }
     if spec.qkv_bias:
-        rules[layer + "self_attention.linear_qkv.bias"] = GroupedQKV(*(n + "bias" for n in _QKV), *attention)
+        rules[layer + "self_attention.linear_qkv.bias"] = GroupedQKV(_Q + "bias", _K + "bias", _V + "bias", *attention)
     if spec.qk_norm:
         for x in "qk":
             rules[layer + f"self_attention.{x}_layernorm.weight"] = Copy(_HF + f"self_attn.{x}_norm.weight", spec.head_dim)
@@ -50,7 +50,7 @@ def vllm(spec: ModelSpec) -> dict[str, Rule]:
         "model.norm.weight": Copy("model.norm.weight", h),
         _HF + "input_layernorm.weight": Copy(_HF + "input_layernorm.weight", h),
         _HF + "post_attention_layernorm.weight": Copy(_HF + "post_attention_layernorm.weight", h),
-        _HF + "self_attn.qkv_proj.weight": StackedQKV(*(n + "weight" for n in _QKV), *attention),
+        _HF + "self_attn.qkv_proj.weight": StackedQKV(_Q + "weight", _K + "weight", _V + "weight", *attention),
         _HF + "self_attn.o_proj.weight": Columns(_HF + "self_attn.o_proj.weight", spec.num_attention_heads * spec.head_dim),
         _HF + "mlp.gate_up_proj.weight": Stacked((_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), f),
         _HF + "mlp.down_proj.weight": Columns(_HF + "mlp.down_proj.weight", f),
@@ -58,7 +58,7 @@ def vllm(spec: ModelSpec) -> dict[str, Rule]:
     if not spec.tied:
         rules["lm_head.weight"] = Vocab("lm_head.weight", spec.vocab_size, _VLLM_VOCAB_MULTIPLE)
     if spec.qkv_bias:
-        rules[_HF + "self_attn.qkv_proj.bias"] = StackedQKV(*(n + "bias" for n in _QKV), *attention)
+        rules[_HF + "self_attn.qkv_proj.bias"] = StackedQKV(_Q + "bias", _K + "bias", _V + "bias", *attention)
     if spec.qk_norm:
         for x in "qk":
             rules[_HF + f"self_attn.{x}_norm.weight"] = Copy(_HF + f"self_attn.{x}_norm.weight", spec.head_dim)
