@@ -98,7 +98,7 @@ class HFReader:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """config, tokenizer, generation config, chat template: every small file that holds no weights, byte for byte (indices of weight files go with the weights)."""
+    """config, tokenizer, generation config, chat template: every small file that holds no weights (nor an index of them), byte for byte."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and not file.name.endswith(".index.json"):
