@@ -284,11 +284,11 @@ STAGES: dict[str, type] = {
 
 _POSITIVE = (
     "tensor_model_parallel_size pipeline_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr batch_size n "
-    "max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
-    "http_timeout_s http_batch_size max_prompt_length"
+    "beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
+    "http_timeout_s http_batch_size max_prompt_length value_clip"
 ).split()
 _NOT_NEGATIVE = (
-    "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature beta coef http_retries "
+    "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "
     "critic_warmup_steps entropy_coef nll_coef samples_to_log correction_low critic_lr"
 ).split()
 
@@ -367,4 +367,21 @@ def check(config: Any) -> list[ConfigError]:
             bad("rollout.temperature", "greedy answers have no gradient", "above 0")
         if config.kl.target is not None and config.kl.coef == 0:
             bad("kl.target", "kl.target steers kl.coef, which is 0", fix="--kl.coef 0.05")
+        if config.kl.target is not None and config.kl.horizon <= 0.2 * answers:
+            bad(
+                "kl.horizon",
+                f"kl.horizon = {config.kl.horizon} is too short for {answers} answers a rollout",
+                f"more than {0.2 * answers:g}",
+            )
+        if config.ppo.dual_clip is not None and config.ppo.dual_clip <= 1:
+            bad("ppo.dual_clip", f"ppo.dual_clip = {config.ppo.dual_clip}", "a number above 1 (usually 3), or null")
+        if config.rollout.correction_low > config.rollout.correction_high:
+            bad("rollout.correction_low", "rollout.correction_low is above rollout.correction_high")
+    if (
+        isinstance(config, DPOStage)
+        and config.dpo.label_smoothing
+        and not (config.dpo.loss == "sigmoid" and 0 < config.dpo.label_smoothing < 0.5)
+    ):
+        what = f"dpo.label_smoothing = {config.dpo.label_smoothing} with dpo.loss = {config.dpo.loss}"
+        bad("dpo.label_smoothing", what, "0, or below 0.5 with dpo.loss = sigmoid")
     return found

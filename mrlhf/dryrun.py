@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from mrlhf import preflight
 from mrlhf.config import GenerateStage, PPOStage, ScoreStage
 from mrlhf.data.indexed import PackedDataset
+from mrlhf.data.loader import Order
 from mrlhf.data.template import show_trained
 from mrlhf.parallel.state import Layout
 from mrlhf.plan import GIB, memory_table
+from mrlhf.supervised import check_resume
 from mrlhf.tokenizer import load
 
 
@@ -42,6 +45,7 @@ def _training(stage: str, config: Any) -> None:
         others |= {f"reward {path}": open_source(path).spec for path in model_sources(config)}
     else:
         run = preflight.check_run(stage, config, world=world)
+    check_resume(config, Path(config.train.output_dir))
     spec, train = run.source.spec, config.train
     layout = Layout(world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size)
     print(f"model    {run.source.path}: {spec.family}, {spec.num_parameters:,} parameters, {config.model.dtype}")
@@ -55,9 +59,15 @@ def _training(stage: str, config: Any) -> None:
               f"{config.ppo.epochs * (answers // train.global_batch_size)} updates each")  # fmt: skip
     else:
         rows //= 2 if data.task == "preference" and not config.data.packing else 1
-        print(
-            f"steps    {train.max_steps or math.ceil(rows * train.num_epochs / train.global_batch_size)} of {rows:,} rows x {train.num_epochs:g} epochs"
+        order = Order(
+            rows,
+            global_batch_size=train.global_batch_size,
+            num_epochs=train.num_epochs,
+            max_steps=train.max_steps,
+            seed=train.seed,
+            shuffle=False,
         )
+        print(f"steps    {order.total_steps}: {rows:,} rows x {order.epoch(order.total_steps):.3g} epochs")
     print(f"data     {data.prefix}: {data.num_samples:,} samples in {data.num_packs:,} packs, {data.meta['num_tokens']:,} tokens")
     table = memory_table(stage, config, spec, world=world, others=others)
     print("memory   a rank, without activations: " + ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in table))
