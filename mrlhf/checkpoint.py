@@ -109,6 +109,8 @@ def _dist_save(directory: Path, model: Any, optimizer: Any | None) -> None:
 
     state = {"model": model.sharded_state_dict(metadata=_metadata())}
     if optimizer is not None:
+        for part in optimizer.chained_optimizers:  # one that has not stepped yet (an actor while its critic warms up) has no state to save
+            part.init_state_fn(part.optimizer, part.config)
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=_metadata())
     dist_checkpointing.save(state, str(directory), content_metadata={"distrib_optim_sharding_type": _OPTIMIZER_FORMAT})
 

@@ -148,13 +148,16 @@ def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: s
     config, notes = _hf_config(source, None if own is not None else dtype or stored)
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    copy_side_files(source.hf_dir, temporary)
-    if config is not None:
-        (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    write_safetensors(temporary, hf_tensors(model.module, source.spec, head=source.head, dtypes=dtypes))
-    for file in temporary.iterdir():
-        checkpoint.fsync(file)
-    os.rename(temporary, output)
+    try:
+        copy_side_files(source.hf_dir, temporary)
+        if config is not None:
+            (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_safetensors(temporary, hf_tensors(model.module, source.spec, head=source.head, dtypes=dtypes))
+        for file in temporary.iterdir():
+            checkpoint.fsync(file)
+        os.rename(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     checkpoint.fsync(output.parent)
     return Export(output, source, tuple(notes))
 

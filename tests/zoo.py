@@ -37,6 +37,7 @@ def make_zoo(root: Path) -> Path:
     """Writes ROOT/KIND (fp32) and ROOT/KIND.pt: transformers' logits [T, V] of every sample, in fp32."""
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # two threads of a tiny matmul wait for each other on a busy machine
     root.mkdir(parents=True, exist_ok=True)
     for seed, (name, (family, changes)) in enumerate(KINDS.items()):
         make_hf_model(root / name, family, vocab_size=VOCAB, seed=seed, **changes)  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ def coverage(shapes: dict[str, tuple[int, ...]], shards: list[dict[str, list[Blo
             assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:], strict=False)), (name, taken)
             for b in blocks:
                 rows = found.setdefault((name, b.hf), [0] * shapes[b.hf][b.dim])
-                assert 0 <= b.start and b.start + b.length <= len(rows), (name, b)
+                assert b.start >= 0 and b.start + b.length <= len(rows), (name, b)
                 for i in range(b.start, b.start + b.length):
                     rows[i] += 1
     return found

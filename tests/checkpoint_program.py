@@ -1,0 +1,150 @@
+"""Saves under one layout, goes on under others; prints JSON. Under torchrun with 2 ranks, then alone.
+
+usage: checkpoint_program.py HF_DIR DATA_PREFIX WORK_DIR
+WORK_DIR/DTYPE/checkpoints/step_2 is saved by two ranks (tensor parallel) after two steps of SFT; every layout then takes
+steps 3 and 4 from it, the first one without having stopped. Alone it also saves, fails and converts; see `alone`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def make(source: str, parallel: Any, dtype: str, head: str = "lm", distributed: bool = True) -> Any:
+    from mrlhf.checkpoint import open_source
+    from mrlhf.config import OptimConfig
+    from mrlhf.engine import Trainer
+
+    optim = OptimConfig(lr=1e-3, lr_decay_style="linear", adam_beta2=0.999, weight_decay=0.01, use_distributed_optimizer=distributed)
+    return Trainer(open_source(source), parallel, optim, head=head, dtype=dtype, seed=1, total_steps=6)
+
+
+def save(trainer: Any, target: Path, *, dtype: str, step: int, keep_last: int | None = 2) -> None:
+    from mrlhf import checkpoint
+
+    checkpoint.save(target, [trainer.part()], stage="sft", step=step, dtype=dtype, extra={}, keep_last=keep_last)
+
+
+def steps(trainer: Any, prefix: str, n: int) -> list[dict[str, float]]:
+    import torch.distributed as dist
+
+    from mrlhf.data.indexed import PackedDataset
+    from mrlhf.data.loader import Loader
+    from mrlhf.parallel import state
+    from mrlhf.sft import language_model_loss
+
+    parallel = trainer.config
+    layout = state.Layout(dist.get_world_size(), parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    _, dp, _ = layout.coordinates(dist.get_rank())
+    loader = Loader(PackedDataset.open(prefix), packing=True, micro_batch_size=1, dp_rank=dp, dp_size=layout.dp, pad_multiple=2)
+    batches = [b for rows in loader.in_order() for b in loader.micro_batches(rows)]
+    loss = language_model_loss(trainer, aggregation="token")
+    return [{k: v for k, v in trainer.step(batches, loss).items() if k in ("loss", "grad_norm", "lr")} for _ in range(n)]
+
+
+def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
+    """A save that fails, a value model, a checkpoint of another dtype, an optimizer without steps and one that is not distributed."""
+    import os
+
+    import torch
+
+    from mrlhf import checkpoint
+    from mrlhf.checkpoint import open_source
+    from mrlhf.config import ParallelConfig
+    from mrlhf.engine import Model
+    from mrlhf.errors import CheckpointError
+
+    found: dict[str, Any] = {}
+    run, trainer = work / "killed/checkpoints", make(hf, ParallelConfig(), "float32", head="value")
+    save(trainer, run / "step_1", dtype="float32", step=1)
+    rename = os.rename
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    os.rename = fail
+    try:
+        save(trainer, run / "step_2", dtype="float32", step=2)
+    except KeyboardInterrupt:
+        found["after_failure"] = sorted(p.name for p in run.iterdir())
+        found["latest_after_failure"] = open_source(str(work / "killed")).manifest["step"]
+    os.rename = rename
+    (run / "step_9.tmp").mkdir()
+    for step in (3, 4, 5):
+        save(trainer, run / f"step_{step}", dtype="float32", step=step)
+    found["after_recovery"] = sorted(p.name for p in run.iterdir())
+    value = open_source(str(work / "killed"))
+    found["value_head"] = [value.head, value.manifest["step"]]
+    try:
+        Model(value, ParallelConfig(), head="lm", dtype="float32", seed=1)
+    except CheckpointError as error:
+        found["value_to_lm"] = str(error)
+    again = Model(value, ParallelConfig(), head="value", dtype="float32", seed=77)
+    found["value_reloaded"] = all(torch.equal(a, trainer.parameters()[name]) for name, a in again.parameters().items())
+
+    lm = open_source(str(work / "float32"))
+    heads = [Model(s, ParallelConfig(), head="value", dtype="float32", seed=3).parameters() for s in (lm, open_source(hf))]
+    found["fresh_head_same"] = torch.equal(*(h["output_layer.weight"] for h in heads))
+    body = Model(lm, ParallelConfig(), head="lm", dtype="float32", seed=1).parameters()
+    found["body_kept"] = all(torch.equal(v, body[k]) for k, v in heads[0].items() if not k.startswith("output_layer"))
+
+    half = open_source(str(work / "bfloat16"))
+    wide, narrow = (Model(half, ParallelConfig(), head="lm", dtype=d, seed=1).parameters() for d in ("float32", "bfloat16"))
+    found["bfloat16_as_float32"] = all(v.dtype == torch.float32 and torch.equal(v, narrow[k].float()) for k, v in wide.items())
+    rounded = Model(lm, ParallelConfig(), head="lm", dtype="bfloat16", seed=1).parameters()
+    found["float32_as_bfloat16"] = all(v.dtype == torch.bfloat16 and torch.equal(v, body[k].bfloat16()) for k, v in rounded.items())
+    resumable = checkpoint.latest_resumable(work / "float32")
+    found["latest_resumable"] = resumable and resumable.manifest["step"]
+
+    for name, distributed, before in (("unstepped", True, 0), ("whole_optimizer", False, 2)):
+        trainer = make(hf, ParallelConfig(), "float32", distributed=distributed)
+        steps(trainer, prefix, before)
+        save(trainer, work / name, dtype="float32", step=before, keep_last=None)
+        again = make(hf, ParallelConfig(), "float32", distributed=distributed)
+        again.resume(work / name, before)
+        found[name] = [steps(trainer, prefix, 2), steps(again, prefix, 2)]
+    return found
+
+
+def main() -> None:
+    hf, prefix, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    import torch.distributed as dist
+
+    from mrlhf.config import ParallelConfig
+    from mrlhf.parallel import state
+
+    # isort: split
+    from megatron.core import parallel_state
+
+    world = state.world_size()
+    layouts = {
+        "tp2": ParallelConfig(tensor_model_parallel_size=2),
+        "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+        "dp2": ParallelConfig(),
+        "tp2+sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    }
+    result: dict[str, Any] = {}
+    for name, parallel in layouts.items() if world == 2 else [("1", ParallelConfig())]:
+        state.initialize(parallel, seed=1)
+        for dtype in ("float32", "bfloat16") if name in ("tp2", "pp2", "1") else ("float32",):
+            saved = work / dtype / "checkpoints" / "step_2"
+            trainer = make(hf, parallel, dtype)
+            if name == "tp2":
+                result["first"] = steps(trainer, prefix, 2)
+                save(trainer, saved, dtype=dtype, step=2)
+            else:
+                trainer.resume(saved, 2)
+            result[f"{name} {dtype}"] = steps(trainer, prefix, 2)
+        if world == 1:
+            result |= alone(hf, prefix, work)
+        parallel_state.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""A checkpoint is whole or not there, and goes on under any layout as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TESTS, run, torchrun
+
+from mrlhf.checkpoint import open_source
+from mrlhf.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def found(world: Path, work: Path) -> dict[str, Any]:
+    args = (TESTS / "checkpoint_program.py", world / "qwen2", world / "sft", work)
+    result: dict[str, Any] = {}
+    for done in (torchrun(2, *args), run(sys.executable, *args)):
+        result |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("pp2", "float32"), ("dp2", "float32"), ("tp2+sp", "float32"), ("1", "float32"), ("pp2", "bfloat16"), ("1", "bfloat16")],
+)
+def test_goes_on_under_another_layout(found: dict[str, Any], layout: str, dtype: str) -> None:
+    """Weights, both moments, the step count and the schedule: all enter the loss of the second step after the load."""
+    tolerance = 1e-6 if dtype == "float32" else 2e-3
+    for ours, unbroken in zip(found[f"{layout} {dtype}"], found[f"tp2 {dtype}"], strict=True):
+        assert ours["loss"] == pytest.approx(unbroken["loss"], rel=tolerance)
+        assert ours["grad_norm"] == pytest.approx(unbroken["grad_norm"], rel=10 * tolerance)
+        assert ours["lr"] == unbroken["lr"]
+    assert found[f"{layout} {dtype}"][1]["loss"] < found["first"][0]["loss"]
+
+
+def test_failed_save_leaves_the_last_one(found: dict[str, Any]) -> None:
+    assert found["after_failure"] == ["latest", "step_1", "step_2.tmp"]
+    assert found["latest_after_failure"] == 1
+    assert found["after_recovery"] == ["latest", "step_4", "step_5"], "unfinished saves are cleared, the two newest kept"
+
+
+def test_heads(found: dict[str, Any]) -> None:
+    assert found["value_head"] == ["value", 5]
+    assert found["value_reloaded"], "a value model's own head is loaded, not drawn"
+    assert "no LM head" in found["value_to_lm"]
+    assert found["fresh_head_same"], "an LM's fresh head depends on the seed only"
+    assert found["body_kept"]
+
+
+def test_read_in_another_dtype(found: dict[str, Any]) -> None:
+    assert found["bfloat16_as_float32"] and found["float32_as_bfloat16"]
+    assert found["latest_resumable"] == 2
+
+
+@pytest.mark.parametrize("what", ["unstepped", "whole_optimizer"])
+def test_other_optimizer_states(found: dict[str, Any], what: str) -> None:
+    """An optimizer that has not stepped yet (an actor while its critic warms up), and use_distributed_optimizer false."""
+    unbroken, resumed = found[what]
+    assert resumed == unbroken
+
+
+@pytest.fixture
+def copied(found: dict[str, Any], work: Path, tmp_path: Path) -> Path:
+    """A run's directory to damage."""
+    return Path(shutil.copytree(work / "killed", tmp_path / "run"))
+
+
+def test_damage_is_found_when_it_is_opened(copied: Path) -> None:
+    assert open_source(str(copied)).path.name == "step_5"
+    file = max((copied / "checkpoints/step_5/dist").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"of another size: dist/{file.name}"):
+        open_source(str(copied))
+    file.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        open_source(str(copied))
+    assert open_source(str(copied / "checkpoints/step_4")).manifest["step"] == 4
+
+
+def test_latest_that_points_nowhere(copied: Path) -> None:
+    (copied / "checkpoints/latest").write_text("step_77\n")
+    assert open_source(str(copied)).path.name == "step_5"
+    (copied / "checkpoints/latest").write_text("../../etc\n")
+    assert open_source(str(copied / "checkpoints")).path.name == "step_5"
+    (copied / "checkpoints/step_5/mrlhf.json").unlink()
+    assert open_source(str(copied)).path.name == "step_4", "what has no manifest was never finished"
+
+
+def test_other_things_are_refused(copied: Path, tmp_path: Path) -> None:
+    manifest = copied / "checkpoints/step_5/mrlhf.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        open_source(str(copied))
+    manifest.write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        open_source(str(copied))
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a HF model"):
+        open_source(str(tmp_path))
+    with pytest.raises(CheckpointError, match="no such directory"):
+        open_source(str(tmp_path / "nothing"))
