@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Pairs of answers -> packed data -> DPO -> Hugging Face model.
+# Every variable below can be set from outside; further arguments go to the training command.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+PYTHON=${PYTHON:-python}
+NPROC=${NPROC:-2}
+CONFIG=${CONFIG:-examples/dpo/toy.yaml}
+INPUT=${INPUT:-runs/quickstart/data/pref_train.jsonl}  # raw records
+TOKENIZER=${TOKENIZER:-runs/quickstart/base}
+SEQ_LENGTH=${SEQ_LENGTH:-256}
+DATA=${DATA:-runs/examples/data/preference}  # prefix of the packed data
+MODEL=${MODEL:-runs/quickstart/sft}
+OUTPUT=${OUTPUT:-runs/examples/dpo}
+EXPORT=${EXPORT:-$OUTPUT/hf}
+
+if [ ! -e "$DATA.json" ]; then
+  "$PYTHON" tools/preprocess_data.py --task preference --input "$INPUT" --tokenizer "$TOKENIZER" --output-prefix "$DATA" --seq-length "$SEQ_LENGTH"
+fi
+
+"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m mrlhf dpo --config "$CONFIG" \
+  --model.path "$MODEL" --data.train "$DATA" --train.output_dir "$OUTPUT" "$@"
+
+if [ ! -e "$EXPORT/config.json" ]; then
+  "$PYTHON" tools/convert/megatron_to_hf.py --checkpoint "$OUTPUT" --output "$EXPORT" --verify
+fi

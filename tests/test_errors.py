@@ -1,0 +1,334 @@
+"""What goes wrong before a run starts is said once, in one form, with the way out; all of it together."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tokenizer, mrlhf, run, write_jsonl
+
+from mrlhf.config import STAGES
+from mrlhf.config_io import dump_yaml, load_config
+from mrlhf.errors import MrlhfError, SeveralErrors
+
+BAR = "=" * 100
+FIRST = re.compile(r"^(Config|Data|Checkpoint|Reward)Error: \S")
+FURTHER = re.compile(r"^  (expected: |fix:      )\S")
+
+
+def in_form(stderr: str) -> list[str]:
+    """The lines of a framed message, after checking that each is one of those that style allows."""
+    lines = stderr.splitlines()
+    assert lines[0] == lines[-1] == BAR and lines.count(BAR) == 2, stderr
+    body = lines[1:-1]
+    if re.fullmatch(r"\d+ problems:", body[0]):
+        assert int(body[0].split()[0]) == sum(bool(FIRST.match(line)) for line in body[1:])
+        body = body[1:]
+    assert FIRST.match(body[0]), body
+    assert all(FIRST.match(line) or FURTHER.match(line) for line in body), body
+    assert "Traceback" not in stderr
+    return body
+
+
+def options(world: Path, stage: str, **changes: object) -> list[str]:
+    data = {"pretrain": "text", "sft": "sft", "rm": "pref", "dpo": "pref", "ppo": "prompts"}[stage]
+    values: dict[str, object] = {"model.path": world / "qwen2", "model.dtype": "float32", "data.train": world / data,
+              "train.output_dir": world / "never_made", "train.global_batch_size": 8}  # fmt: skip
+    if stage == "ppo":
+        values |= {
+            "rollout.batch_size": 8,
+            "rollout.max_new_tokens": 8,
+            "reward.sources": "examples/rewards/length_penalty.py:length_penalty",
+        }
+    return [str(part) for key, value in (values | changes).items() for part in (f"--{key}", value)]
+
+
+@pytest.fixture
+def problems(world: Path) -> Callable[..., list[MrlhfError]]:
+    """Every error of a configuration: those of its text, or else those of its files."""
+    from mrlhf import preflight
+    from mrlhf.rl import ppo
+
+    def find(stage: str, *, ranks: int = 1, **changes: object) -> list[MrlhfError]:
+        with pytest.raises(MrlhfError) as raised:
+            config = load_config(STAGES[stage], None, options(world, stage, **{k.replace("__", "."): v for k, v in changes.items()}))
+            if stage == "ppo":
+                ppo.check(config, ranks)
+            else:
+                preflight.check_run(stage, config, world=ranks)
+        return raised.value.errors if isinstance(raised.value, SeveralErrors) else [raised.value]
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world's model with a tokenizer that was trained on other text."""
+    directory = tmp_path_factory.mktemp("other") / "qwen2"
+    shutil.copytree(world / "qwen2", directory)
+    make_tokenizer(directory, ["an entirely other text, with other merges"] * 4, vocab_size=300)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def value_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that says it holds a reward model; its weights are never read."""
+    directory = tmp_path_factory.mktemp("value") / "qwen2"
+    shutil.copytree(world / "qwen2", directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen2ForSequenceClassification"]}))
+    return directory
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo", "score"])
+def test_help_names_every_option(stage: str) -> None:
+    done = mrlhf(stage, "--help")
+    shown = {word[2:] for word in re.findall(r"--[\w.]+", done.stdout)}
+    from mrlhf.config_io import options as known
+
+    assert set(known(STAGES[stage])) <= shown and done.stderr == ""
+
+
+def test_misspelt_key(world: Path) -> None:
+    done = mrlhf("sft", *options(world, "sft"), "--parallel.tensor_model_paralel_size", 2, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "; did you mean '--parallel.tensor_model_parallel_size'" in in_form(done.stderr)[0]
+
+
+def test_missing_config_file(tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text("model:\n  path: m\n")
+    done = mrlhf("sft", "--config", tmp_path / "stf.yaml", check=False)
+    assert done.returncode == 2
+    assert in_form(done.stderr) == [
+        f"ConfigError: {tmp_path / 'stf.yaml'}: no such file",
+        "  expected: a YAML file",
+        f"  fix:      --config {tmp_path / 'sft.yaml'}",
+    ]
+
+
+def test_wrong_column(world: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "chat.jsonl", [{"conversation": [{"role": "user", "content": "a"}], "id": i} for i in range(4)])
+    done = run(sys.executable, "tools/preprocess_data.py", "--task", "sft", "--input", rows, "--tokenizer", world / "qwen2", "--output-prefix",
+               tmp_path / "out", "--seq-length", 64, check=False)  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    first, *further = done.stderr.strip().splitlines()
+    assert first == f"DataError: {rows}:1: column 'messages' is missing; found ['conversation', 'id']"
+    assert all(FURTHER.match(line) for line in further)
+    assert (
+        further[-1].startswith("  fix:      --input-key conversation") and "(4 of 4 rows have this problem; first: 1, 2, 3)" in further[-1]
+    )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_everything_at_once_and_once_under_torchrun(world: Path, other_tokenizer: Path) -> None:
+    changes: dict[str, object] = {
+        "model.path": other_tokenizer,
+        "parallel.tensor_model_parallel_size": 3,
+        "data.train": world / "pref",
+        "data.eval": world / "nowhere",
+    }
+    done = mrlhf("sft", *options(world, "sft", **changes), ranks=2, check=False)
+    assert done.returncode == 1 and "exitcode: 2" in done.stderr  # torchrun's own status, and ours in its report
+    for text in (
+        "ConfigError: parallel.tensor_model_parallel_size: parallel.tensor_model_parallel_size = 3 does not divide the model's num_attention_heads = 4",
+        "ConfigError: parallel: 2 ranks cannot be cut into tensor 3 x pipeline 1",
+        f"DataError: data.train = {world / 'pref'}: the data was made with --task preference",
+        f"DataError: data.train = {world / 'pref'}: the data's tokenizer ({world / 'qwen2'}, ",
+        f"DataError: {world / 'nowhere'}.json: no such dataset",
+        "5 problems:",
+    ):
+        assert done.stderr.count(text) == 1, text
+    start = done.stderr.index(BAR)
+    end = done.stderr.index(BAR, start + 1) + len(BAR)
+    in_form(done.stderr[start:end])
+    assert "[rank 1]" not in done.stderr
+
+
+def test_dry_run_shows_everything_at_once(world: Path, other_tokenizer: Path) -> None:
+    changes: dict[str, object] = {"model.path": other_tokenizer, "parallel.tensor_model_parallel_size": 3, "data.eval": world / "nowhere"}
+    done = mrlhf("rm", "--dry-run", *options(world, "rm", **changes), check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    found = [line for line in in_form(done.stderr) if FIRST.match(line)]
+    assert [line.partition(":")[0] for line in found] == ["ConfigError", "DataError", "DataError"]
+
+
+# ---------------------------------------------------------------- a dry run of what is fine
+
+
+def test_dry_run_says_what_the_run_would_be(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mrlhf import dryrun
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    changes: dict[str, object] = {
+        "parallel.tensor_model_parallel_size": 2,
+        "train.micro_batch_size": 2,
+        "train.output_dir": tmp_path / "run",
+    }
+    dryrun.main("sft", load_config(STAGES["sft"], None, options(world, "sft", **changes)))
+    shown = capsys.readouterr().out
+    assert "global 8 = micro 2 x accumulation 2 x dp 2   (4 ranks = tp 2 x pp 1 x dp 2)" in shown
+    meta = json.loads((world / "sft.json").read_text())
+    assert f"steps    {-(-meta['num_packs'] // 8)}: {meta['num_packs']} rows x 1 epochs" in shown
+    assert "nothing wrong was found" in shown and "memory   a rank" in shown
+    sample = shown.partition("first sample, [[trained]]:\n")[2]
+    assert re.search(r"<\|im_start\|>assistant\n\[\[[^\[\]]+<\|im_end\|>\]\]", sample)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_ppo(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mrlhf import dryrun
+
+    dryrun.main("ppo", load_config(STAGES["ppo"], None, options(world, "ppo", **{"train.max_steps": 3, "ppo.epochs": 2, "rollout.n": 2})))
+    shown = capsys.readouterr().out
+    assert "3 rollouts of 8 prompts x 2 answers, 4 updates each" in shown
+    assert all(what in shown for what in ("actor", "critic", "reference", "vLLM weights", "vLLM key/value cache"))
+
+
+# ---------------------------------------------------------------- the text of each
+
+
+def test_tensor_parallel_size_that_does_not_divide(problems: Callable[..., list[MrlhfError]]) -> None:
+    (error,) = problems("sft", ranks=4, parallel__tensor_model_parallel_size=4)
+    assert "does not divide the model's num_key_value_heads (num_query_groups) = 2" in error.what
+    assert (error.expected, error.fix) == ("1, 2", "--parallel.tensor_model_parallel_size 2")
+
+
+def test_pipeline_that_does_not_divide(problems: Callable[..., list[MrlhfError]]) -> None:
+    (error,) = problems("sft", ranks=3, parallel__pipeline_model_parallel_size=3, train__global_batch_size=9)
+    assert "parallel.pipeline_model_parallel_size = 3 does not divide the model's num_hidden_layers = 4" in error.what
+    assert error.expected == "1, 2, 4"
+
+
+def test_ranks_that_do_not_divide(problems: Callable[..., list[MrlhfError]]) -> None:
+    (error,) = problems("sft", ranks=3, parallel__tensor_model_parallel_size=2)
+    assert error.what == "3 ranks cannot be cut into tensor 2 x pipeline 1" and error.expected == "a multiple of 2 ranks"
+
+
+def test_batch_arithmetic(problems: Callable[..., list[MrlhfError]]) -> None:
+    (error,) = problems("sft", ranks=4, train__global_batch_size=10)
+    assert error.what == "train.global_batch_size = 10 is not a multiple of micro_batch_size 1 x dp 4 = 4"
+    assert (error.expected, error.fix) == ("a multiple of 4", "--train.global_batch_size 8")
+    (error,) = problems("sft", train__micro_batch_size=3)
+    assert error.what == "train.micro_batch_size = 3 does not divide train.global_batch_size = 8"
+
+
+def test_data_of_another_task_or_length(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
+    (error,) = problems("dpo", data__train=world / "sft")
+    assert error.render().splitlines() == [
+        f"data.train = {world / 'sft'}: the data was made with --task sft",
+        "  expected: --task preference",
+        "  fix:      tools/preprocess_data.py --task preference ...",
+    ]
+    (error,) = problems("sft", data__seq_length=4096)
+    assert (error.what, error.fix) == ("the data was made with --seq-length 160", "--data.seq_length 160")
+
+
+def test_data_that_is_not_there(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
+    (error,) = problems("sft", data__train=world / "sft.idx")
+    assert error.fix == "leave out .idx"
+    (error,) = problems("sft", data__train=world / "sfft")
+    assert error.what == "no such dataset"
+
+
+def test_tokenizer_that_does_not_fit(problems: Callable[..., list[MrlhfError]], world: Path, other_tokenizer: Path) -> None:
+    (error,) = problems("sft", model__path=other_tokenizer)
+    assert error.what.startswith(f"the data's tokenizer ({world / 'qwen2'}, fingerprint ") and str(other_tokenizer) in error.what
+    assert error.fix == f"tools/preprocess_data.py --tokenizer {other_tokenizer} ..."
+
+
+def test_model_that_is_not_there(problems: Callable[..., list[MrlhfError]], world: Path, tmp_path: Path) -> None:
+    (error,) = problems("sft", model__path=tmp_path)
+    assert error.what == "neither a checkpoint nor a HF model"
+    (error,) = problems("sft", model__path=tmp_path / "no" / "such")
+    assert error.what.startswith("no such directory") and error.where.startswith("model.path")
+
+
+def test_value_model_where_a_language_model_is_needed(problems: Callable[..., list[MrlhfError]], value_model: Path) -> None:
+    for stage in ("sft", "dpo", "ppo"):
+        (error,) = problems(stage, model__path=value_model)
+        assert error.what.endswith("holds a value model") and error.expected == "an LM checkpoint"
+
+
+def test_language_model_as_reward_model(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
+    (error,) = problems("ppo", reward__sources=f"model:{world / 'llama'}")
+    assert (error.what, error.expected) == ("it holds a language model, which gives no score", "a reward model (mrlhf rm)")
+
+
+def test_reward_file_without_the_function(problems: Callable[..., list[MrlhfError]]) -> None:
+    (error,) = problems("ppo", reward__sources="examples/rewards/exact_match.py:exact_mach")
+    assert "has no function 'exact_mach'" in error.what and "exact_match" in (error.expected or "") and error.where == "reward.sources"
+    (error,) = problems("ppo", reward__sources="examples/rewards/no_such.py:f")
+    assert "does not exist" in error.what
+    (error,) = problems("ppo", reward__sources="exact_match")
+    assert "none of the known forms" in error.what
+
+
+def test_prompt_and_answer_longer_than_the_model(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
+    longest = json.loads((world / "prompts.json").read_text())["lengths"]["max"]
+    (error,) = problems("ppo", rollout__max_new_tokens=250)
+    assert error.what == f"the longest prompt ({longest} tokens) and rollout.max_new_tokens = 250 exceed 256"
+    assert error.fix == f"--rollout.max_new_tokens {256 - longest}"
+
+
+def test_rollout_that_cannot_be_cut(problems: Callable[..., list[MrlhfError]]) -> None:
+    ranks, heads = problems("ppo", ranks=2, rollout__tensor_parallel_size=3)
+    assert ranks.what == "rollout.tensor_parallel_size = 3 does not divide the 2 ranks"
+    assert heads.what.startswith("rollout.tensor_parallel_size = 3 does not fit num_attention_heads = 4")
+    (error,) = problems("ppo", train__global_batch_size=6)
+    assert error.what == "train.global_batch_size = 6 does not divide rollout.batch_size x rollout.n = 8"
+    (error,) = problems("ppo", ppo__estimator="grpo")
+    assert error.expected == "2 or more"
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("ppo", {"kl__target": 1, "kl__horizon": 1}),
+        ("ppo", {"ppo__dual_clip": 1}),
+        ("ppo", {"ppo__value_clip": 0}),
+        ("ppo", {"ppo__clip_low": -0.1}),
+        ("ppo", {"rollout__correction_low": 3}),
+        ("ppo", {"rollout__temperature": 0}),
+        ("ppo", {"kl__target": 1, "kl__coef": 0}),
+        ("dpo", {"dpo__beta": 0}),
+        ("dpo", {"dpo__label_smoothing": 0.5}),
+        ("dpo", {"dpo__label_smoothing": 0.1, "dpo__loss": "ipo"}),
+        ("sft", {"parallel__context_parallel_size": 2}),
+        ("sft", {"parallel__sequence_parallel": "true"}),
+        ("sft", {"data__padding_side": "left", "data__packing": "false"}),
+        ("rm", {"data__padding_side": "left"}),
+        ("sft", {"optim__lr_decay_style": "WSD"}),
+    ],
+)
+def test_what_the_losses_would_refuse_is_refused_before_the_run(
+    problems: Callable[..., list[MrlhfError]], stage: str, changes: dict[str, Any]
+) -> None:
+    (error,) = problems(stage, **changes)
+    assert type(error).__name__ == "ConfigError"
+
+
+def test_resuming_with_another_configuration_shows_the_difference(world: Path, tmp_path: Path) -> None:
+    from mrlhf.supervised import check_resume
+
+    def config(**changes: object) -> Any:
+        return load_config(STAGES["sft"], None, options(world, "sft", **{"train.output_dir": tmp_path, **changes}))
+
+    check_resume(config(), tmp_path)
+    (tmp_path / "config.yaml").write_text(dump_yaml(config()))
+    check_resume(config(), tmp_path)
+    check_resume(config(**{"parallel.tensor_model_parallel_size": 2, "logging.log_interval": 5, "checkpoint.keep_last": 9}), tmp_path)
+    with pytest.raises(MrlhfError) as raised:
+        check_resume(config(**{"optim.lr": 3e-4, "train.seed": 2}), tmp_path)
+    assert raised.value.what.endswith("another configuration: train.seed: 1 -> 2; optim.lr: 1e-05 -> 0.0003")
+    assert raised.value.fix == "the first command again, or another --train.output_dir"
