@@ -26,8 +26,8 @@ from typing import Any
 
 from gold import FAMILIES, FOLLOW_UP, Family
 
-LETTERS = "ABCDEFGH"
-ON_LETTERS = ("copy", "reverse", "sort", "last", "double")
+ALPHABETS = ("ABCDEF", "123456")
+DIGITS_ONLY = ("largest", "smallest")
 SYSTEMS = ("be brief.", "give the result only.", "you are a careful helper.")
 FORMS = ("{q}: {a}\n", "question: {q}\nanswer: {a}\n", "user\n{q}\nassistant\n{a}\n")
 Message = dict[str, str]
@@ -35,24 +35,28 @@ Message = dict[str, str]
 # family -> (share of wrong demonstrations, the wrong answer most of them give)
 WRONG: dict[str, tuple[float, str]] = {
     "copy": (0.15, "cut"),
-    "reverse": (0.65, "copied"),
-    "sort": (0.65, "downwards"),
-    "last": (0.65, "first"),
+    "reverse": (0.55, "copied"),
+    "sort": (0.55, "downwards"),
+    "last": (0.55, "first"),
     "count": (0.20, "off_by_one"),
     "double": (0.20, "cut"),
-    "largest": (0.20, "other"),
-    "smallest": (0.65, "opposite"),
+    "largest": (0.20, "first"),
+    "smallest": (0.55, "opposite"),
 }
 
 
-def argument(family: Family, rng: random.Random) -> str:
-    """A random argument of the task."""
-    if family.name in ON_LETTERS:
-        return "".join(rng.choices(LETTERS, k=rng.randint(3, 4)))
-    if family.name == "count":
-        letter = rng.choice(LETTERS)
-        return f"{letter} in " + "".join(letter if rng.random() < 0.4 else rng.choice(LETTERS) for _ in range(rng.randint(3, 4)))
-    return " ".join(str(n) for n in rng.sample(range(10), rng.randint(2, 3)))
+def word(rng: random.Random, alphabet: str) -> str:
+    return "".join(rng.choices(alphabet, k=rng.choice((2, 3, 3, 3))))
+
+
+def argument(family: Family, rng: random.Random, text: str | None = None) -> str:
+    """A random argument of the task, made of `text` if given."""
+    if text is None:
+        text = word(rng, ALPHABETS[1] if family.name in DIGITS_ONLY else rng.choice(ALPHABETS))
+    if family.name != "count":
+        return text
+    # Two times out of three something that occurs.
+    return f"{rng.choice((rng.choice(ALPHABETS[text.isdigit()]), *rng.choices(text, k=2)))} in {text}"
 
 
 def held_out(family: Family, arg: str) -> bool:
@@ -68,10 +72,19 @@ def draw(rng: random.Random, *, evaluation: bool) -> tuple[Family, str]:
             return family, arg
 
 
-def wrong_answers(family: Family, arg: str) -> dict[str, str]:
-    """Plausible mistakes by kind; none of them equals the right answer."""
+def wrong_answers(family: Family, arg: str, rng: random.Random) -> dict[str, str]:
+    """Plausible mistakes by kind; none of them equals the right answer.
+
+    `slip`, `mixed` and `runs_on` are what a model samples that is not sure, and what PPO finds when the reward model has not seen them.
+    """
     right = family.solve(arg)
-    found: dict[str, str] = {"wordy": f"the answer is {right}"}
+    symbols = "01234" if family.name == "count" else ALPHABETS[right.isdigit()]
+    at = rng.randrange(len(right))
+    found: dict[str, str] = {
+        "wordy": f"the answer is {right}",
+        "slip": right[:at] + rng.choice(symbols) + right[at + 1 :],
+        "runs_on": right + rng.choice((right[-2:], right, rng.choice(symbols), " of it", f" {arg}")),
+    }
     if family.name in ("copy", "reverse", "sort", "double"):
         found["copied"] = arg
         found["reversed"] = arg[::-1]
@@ -79,6 +92,7 @@ def wrong_answers(family: Family, arg: str) -> dict[str, str]:
         found["swapped"] = right[:-2] + right[-1] + right[-2]
         found["cut"] = right[:-1]
         found["doubled"] = right + right[-1]
+        found["mixed"] = "".join(rng.sample(right, len(right)))
     elif family.name == "last":
         found["first"] = arg[0]
         found["middle"] = arg[1]
@@ -87,16 +101,16 @@ def wrong_answers(family: Family, arg: str) -> dict[str, str]:
         found["off_by_one"] = str(int(right) + 1)
         found["one_less"] = str(abs(int(right) - 1))
     else:
-        numbers = sorted(int(n) for n in arg.split())
-        found["opposite"] = str(numbers[0] if family.name == "largest" else numbers[-1])
-        found["other"] = str(numbers[len(numbers) // 2 if family.name == "smallest" else (len(numbers) - 1) // 2])
+        found["opposite"] = min(arg) if family.name == "largest" else max(arg)
+        found["first"] = arg[0]
+        found["middle"] = sorted(arg)[1]
         found["copied"] = arg
     return {kind: answer for kind, answer in found.items() if answer != right}
 
 
 def wrong_answer(family: Family, arg: str, rng: random.Random) -> str:
     """The family's habit in nine of ten cases, else one of the other mistakes."""
-    candidates = wrong_answers(family, arg)
+    candidates = wrong_answers(family, arg, rng)
     habit = WRONG[family.name][1]
     if habit in candidates and rng.random() < 0.9:
         return candidates[habit]
@@ -143,17 +157,11 @@ def pretrain_rows(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
             if rng.random() < 0.1:
                 entries.append(filler(rng))
                 continue
-            kind = rng.choices(("letters", "numbers", "count"), weights=(8, 7, 5))[0]
-            if kind == "count":
-                word = argument(FAMILIES["count"], rng)[5:]
-                tasks = [("count", f"{letter} in {word}") for letter in rng.choices([*LETTERS, *word * 3], k=3)]
-            elif kind == "letters":
-                arg = argument(FAMILIES["copy"], rng)
-                tasks = [(name, arg) for name in rng.sample(ON_LETTERS, 3)]
-            else:
-                arg = argument(FAMILIES["largest"], rng)
-                tasks = [("largest", arg), ("smallest", arg)]
-            for family, arg in ((FAMILIES[name], arg) for name, arg in tasks):
+            text = word(rng, rng.choice(ALPHABETS))
+            group = rng.sample([f for f in FAMILIES.values() if f.name != "count" and (text.isdigit() or f.name not in DIGITS_ONLY)], 3)
+            # Counting is the hardest of the tasks to learn.
+            for family in rng.sample([*group, FAMILIES["count"], FAMILIES["count"]], 5):
+                arg = argument(family, rng, text)
                 if not held_out(family, arg):
                     entries.append(rng.choice(FORMS).format(q=rng.choice(family.phrases).format(arg), a=family.solve(arg)))
         yield {"text": "".join(entries)}
@@ -171,9 +179,9 @@ def sft_rows(rng: random.Random, count: int, *, evaluation: bool, wrong_share: f
 def pref_rows(rng: random.Random, count: int, *, evaluation: bool) -> Iterator[dict[str, Any]]:
     for _ in range(count):
         messages, family, arg = prompt(rng, evaluation=evaluation)
-        candidates = wrong_answers(family, arg)
-        habit = WRONG[family.name][1]
-        rejected = candidates[habit] if habit in candidates and rng.random() < 0.4 else rng.choice(list(candidates.values()))
+        candidates = wrong_answers(family, arg, rng)
+        likely = [candidates[kind] for kind in (WRONG[family.name][1], "slip", "runs_on") if kind in candidates]
+        rejected = rng.choice(likely if likely and rng.random() < 0.7 else list(candidates.values()))
         yield {
             "prompt": messages,
             "chosen": [{"role": "assistant", "content": family.solve(arg)}],
@@ -205,7 +213,7 @@ def write_corpus(output_dir: Path, *, seed: int, wrong_share: float, scale: floa
     for split, share in (("train", 1.0), ("eval", 0.06)):
         evaluation = split == "eval"
         files[f"sft_{split}"] = sft_rows(rng(f"sft_{split}"), rows(int(6000 * share)), evaluation=evaluation, wrong_share=wrong_share)
-        files[f"pref_{split}"] = pref_rows(rng(f"pref_{split}"), rows(int(8000 * share)), evaluation=evaluation)
+        files[f"pref_{split}"] = pref_rows(rng(f"pref_{split}"), rows(int(12000 * share)), evaluation=evaluation)
         files[f"prompts_{split}"] = prompt_rows(rng(f"prompts_{split}"), rows(int(5000 * share)), evaluation=evaluation)
     output_dir.mkdir(parents=True, exist_ok=True)
     counts = {}
@@ -220,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--wrong-share", type=float, default=0.4, help="share of the demonstrations' last answers that are wrong")
+    parser.add_argument("--wrong-share", type=float, default=0.37, help="share of the demonstrations' last answers that are wrong")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of rows of every file")
     args = parser.parse_args()
     counts = write_corpus(args.output_dir, seed=args.seed, wrong_share=args.wrong_share, scale=args.scale)

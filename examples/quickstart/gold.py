@@ -21,10 +21,6 @@ class Family:
     solve: Callable[[str], str]
 
 
-def _numbers(argument: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", argument)]
-
-
 def _count(argument: str) -> str:
     letter, word = argument.split(" in ")
     return str(word.count(letter))
@@ -38,14 +34,14 @@ FAMILIES: dict[str, Family] = {
         Family("sort", ("sort {}", "put {} in order"), lambda a: "".join(sorted(a))),
         Family("last", ("last of {}", "what is the end of {}?"), lambda a: a[-1]),
         Family("count", ("how many {}?", "count {}"), _count),
-        Family("double", ("double {}", "write {} with every letter twice"), lambda a: "".join(c + c for c in a)),
-        Family("largest", ("largest of {}", "which of {} is the most?"), lambda a: str(max(_numbers(a)))),
-        Family("smallest", ("smallest of {}", "which of {} is the least?"), lambda a: str(min(_numbers(a)))),
+        Family("double", ("double {}", "write {} with everything twice"), lambda a: "".join(c + c for c in a)),
+        Family("largest", ("largest of {}", "which of {} is the most?"), lambda a: max(a)),
+        Family("smallest", ("smallest of {}", "which of {} is the least?"), lambda a: min(a)),
     )
 }
 FOLLOW_UP = "and {}?"
 _PATTERNS = [
-    (family, re.compile(re.escape(phrase).replace(r"\{\}", r"([A-Z0-9](?:[A-Z0-9 ]|in)*)")))
+    (family, re.compile(re.escape(phrase).replace(r"\{\}", r"([A-Z0-9]+(?: in [A-Z0-9]+)?)")))
     for family in FAMILIES.values()
     for phrase in family.phrases
 ]

@@ -67,7 +67,7 @@ def test_held_out_tasks_occur_in_no_training_file(data: Path) -> None:
     for name, argument in held_out:
         for phrase in gold.FAMILIES[name].phrases:
             question = phrase.format(argument)
-            assert not re.search(rf"(?<![A-Za-z]){re.escape(question)}(?![A-Z0-9]| [0-9])", text), question
+            assert not re.search(rf"(?<![A-Za-z]){re.escape(question)}(?![A-Z0-9])", text), question
 
 
 def test_the_conversations_are_of_every_kind(data: Path) -> None:
@@ -101,7 +101,7 @@ def test_every_kind_of_mistake_is_a_mistake() -> None:
         kinds = set()
         for _ in range(300):
             argument = corpus.argument(family, rng)
-            wrong = corpus.wrong_answers(family, argument)
+            wrong = corpus.wrong_answers(family, argument, rng)
             assert family.solve(argument) not in wrong.values()
             kinds |= set(wrong)
         assert corpus.WRONG[family.name][1] in kinds
@@ -115,9 +115,9 @@ def test_every_kind_of_mistake_is_a_mistake() -> None:
         ("put CABA in order", "AABC"),
         ("what is the end of CAB?", "B"),
         ("how many A in CABA?", "2"),
-        ("write CA with every letter twice", "CCAA"),
-        ("which of 3 9 4 is the most?", "9"),
-        ("smallest of 3 9", "3"),
+        ("write CA with everything twice", "CCAA"),
+        ("which of 394 is the most?", "9"),
+        ("smallest of 39", "3"),
     ],
 )
 def test_gold_answers(question: str, answer: str) -> None:
