@@ -13,7 +13,7 @@ from typing import Any
 from mrlhf.config import ParallelConfig
 from mrlhf.errors import CheckpointError, ConfigError
 
-VOCAB_MULTIPLE = 128  # the vocabulary is padded to this whatever TP is, so that checkpoint shapes do not depend on the layout
+VOCAB_MULTIPLE = 64  # padding of the vocabulary, whatever TP is: checkpoint shapes do not depend on the layout, and vLLM cuts it alike
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -103,11 +105,50 @@ def test_greedy_answers_equal_transformers_on_the_export(results: dict[str, tupl
             assert answer == expected[0, len(prompt) :].tolist()
 
 
-def test_grpo_with_every_option(world: Path, reward_model: Path, tmp_path: Path) -> None:
-    extra = {"ppo.estimator": "grpo", "train.output_dir": tmp_path, "kl.in_loss": "true", "kl.kind": "k3", "ppo.entropy_coef": 0.01, "ppo.dual_clip": 3,
-             "rollout.correction": "tis", "loss.aggregation": "sequence", "ppo.ratio": "sequence", "data.eval": world / "prompts"}  # fmt: skip
+class _LengthServer(BaseHTTPRequestHandler):
+    """A remote reward: the number of characters of each completion; its first request fails."""
+
+    requests = 0
+
+    def do_POST(self) -> None:
+        type(self).requests += 1
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = json.dumps({"scores": [float(len(c)) for c in body["completions"]]}).encode()
+        self.send_response(503 if self.requests == 1 else 200)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+
+def test_grpo_with_every_option_and_three_kinds_of_reward(world: Path, reward_model: Path, tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _LengthServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sources = f"model:{reward_model},examples/rewards/length_penalty.py:length_penalty,http://127.0.0.1:{server.server_port}/score"
+    extra = {
+        "train.output_dir": tmp_path,
+        "data.eval": world / "prompts",
+        "reward.sources": sources,
+        "reward.weights": "1,1,0.1",
+        "reward.clip": 100,
+        "ppo.estimator": "grpo",
+        "ppo.ratio": "sequence",
+        "ppo.entropy_coef": 0.01,
+        "ppo.dual_clip": 3,
+        "kl.in_loss": "true",
+        "kl.kind": "k3",
+        "loss.aggregation": "sequence",
+        "rollout.correction": "tis",
+    }
     mrlhf("ppo", *options(world, reward_model, **extra))
+    server.shutdown()
     lines = metrics(tmp_path)
+    parts = {k: v for k, v in lines[0].items() if k.startswith("reward/")}
+    assert len(parts) == 3 and _LengthServer.requests >= 4
+    model, function, http = (next(v for k, v in parts.items() if k.startswith("reward/" + kind)) for kind in ("model", "function", "http"))
+    assert http > 0 and function == 0
+    assert lines[0]["critic/score/mean"] == pytest.approx(model + function + 0.1 * http, rel=1e-5)
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert "critic/vf_loss" not in lines[0] and lines[0]["actor/ratio_max_dev"] < 1e-5
     assert "eval/score/mean" in lines[-1]
