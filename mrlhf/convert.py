@@ -27,7 +27,7 @@ from mrlhf.checkpoint import ModelSource, open_source
 from mrlhf.config import ParallelConfig
 from mrlhf.data.loader import MicroBatch, Sample, collate
 from mrlhf.engine import Model
-from mrlhf.errors import CheckpointError, DataError, EnvironmentProblem
+from mrlhf.errors import CheckpointError, EnvironmentProblem
 from mrlhf.models import gpt
 from mrlhf.models.hf_io import HFReader, copy_side_files, write_safetensors
 from mrlhf.models.spec import ModelSpec, read_hf_config
@@ -38,6 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOLERANCE = 1e-4  # of a logit in fp32; a wrong mapping is off by 1e-1 and more
 STAGE = "convert"
 _CLASSIFIER = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _VERIFY_LENGTHS = (5, 23, 12, 48)
 
 
@@ -183,11 +184,10 @@ def _hf_config(source: ModelSource, dtype: str | None) -> tuple[dict[str, Any] |
 
 def _padding(config: Mapping[str, Any], hf_dir: Path, notes: list[str]) -> dict[str, int | None]:
     """transformers scores the last token that is not `pad_token_id`: it must be known, and must not close sequences."""
-    try:
-        loaded = tokenizer.load(hf_dir)
-    except DataError as error:
-        notes.append(f"pad_token_id stays {config.get('pad_token_id')}: {error.what}")
+    if not any((hf_dir / file).is_file() for file in _TOKENIZER_FILES):  # transformers makes up a tokenizer of one id then
+        notes.append(f"pad_token_id stays {config.get('pad_token_id')}: the checkpoint has no tokenizer")
         return {}
+    loaded = tokenizer.load(hf_dir)
     pad = config.get("pad_token_id")
     if pad is None:
         pad = loaded.pad_token_id
