@@ -24,6 +24,7 @@ Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = [{"role": "user", "content": "a0b1"}, {"role": "assistant", "content": "c2d3"}]
 _MARKED_FIX = "--chat-template FILE with {% generation %} ... {% endgeneration %} around the assistant's turns"
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _FINGERPRINT_PROBE = "The quick brown fox, 1234567 times:\n\tdéjà vu 東京 🙂  <s></s><|im_start|> don't  \n\n  x = [1.5e-3];"
 
 
@@ -31,6 +32,9 @@ def load_tokenizer(path: str) -> Any:
     """The HF tokenizer in directory `path` (or hub id). Never runs code from it. Raises DataError."""
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise DataError("no such directory", where=path, expected="a directory with tokenizer.json", fix="--tokenizer DIR")
+    if os.path.isdir(path) and not any(f in _VOCABULARIES or f.endswith((".model", ".tiktoken")) for f in os.listdir(path)):
+        # transformers would make up an empty tokenizer from the model's type
+        raise DataError("no tokenizer files", where=path, expected="a directory with tokenizer.json", fix="copy the model's tokenizer there")
     from transformers import AutoTokenizer
 
     try:

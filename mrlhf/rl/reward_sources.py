@@ -49,6 +49,10 @@ class Rewards:
                 self.models[source.spec] = Model(
                     open_source(source.spec), config.parallel, head="value", dtype=config.model.dtype, seed=config.train.seed
                 )
+        if config.reward.normalize:
+            for path, model in self.models.items():
+                if "reward_mean" not in model.source.manifest and state.is_main():
+                    print(f"reward model {path} has no score statistics: its scores are not normalised", flush=True)
         self.functions = {s.spec: load_function(s) for s in self.sources if s.kind == "function"}
         r = config.reward
         self.http = {
