@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +90,28 @@ def test_large_configurations_pass_a_dry_run(
     shown = capsys.readouterr().out
     assert f"({ranks} ranks = " in shown and "8,030,261,248 parameters" in shown
     assert float(shown.partition("together ")[2].split()[0]) < 80, "an H100 has 80 GB, and activations must fit beside"
+
+
+def test_generated_docs_are_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for page, text in generate.pages().items():
+        assert page.read_text() == text, f"{page.name} is old: python docs/generate.py"
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), ROOT / "README.md"]),
+    ids=lambda p: f"{p.parent.name}/{p.name}",
+)
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+    for file in re.findall(r"`((?:mrlhf|tests|tools|examples|docs)/[\w./]+\.(?:py|yaml|sh|md|sbatch))`", text):
+        assert (ROOT / file).exists(), file
 
 
 def train(world: Path, stage: str, out: Path, *overrides: object, data: Path | None = None, **variables: object) -> list[dict[str, float]]:

@@ -1,0 +1,72 @@
+"""Writes what the docs take from the code: docs/metrics.md, and the option tables at the end of docs/configuration.md.
+
+    python docs/generate.py
+
+A test holds both files to what this prints.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from mrlhf.config import STAGES  # noqa: E402
+from mrlhf.config_io import Option, options  # noqa: E402
+from mrlhf.metrics import markdown_table  # noqa: E402
+
+MARK = "<!-- from here on written by docs/generate.py -->\n"
+METRICS = (
+    "# Metrics\n\nEvery number that a run logs, to the console, `metrics.jsonl` and the trackers. Written by docs/generate.py from\n"
+    "`mrlhf/metrics.py`; a key that is not in this table cannot be logged.\n\n"
+)
+
+
+def _default(option: Option) -> str:
+    if option.required:
+        return "required"
+    value = option.default
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return "none" if value == () else str(value)
+
+
+def _rows(found: dict[str, Option]) -> list[str]:
+    lines = ["| option | type | default | meaning |", "|---|---|---|---|"]
+    for key, option in found.items():
+        cells = (f"`{key}`", option.type_name, _default(option), option.help)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def option_tables() -> str:
+    """A table for each section, under the stages that have it, then the options of score and generate that have no section."""
+    sections: dict[str, dict[str, Option]] = {}
+    stages: dict[str, list[str]] = {}
+    for stage, cls in STAGES.items():
+        for key, option in options(cls).items():
+            section = key.rpartition(".")[0] or stage
+            sections.setdefault(section, {})[key] = option
+            if stage not in stages.setdefault(section, []):
+                stages[section].append(stage)
+    lines: list[str] = []
+    for section, found in sections.items():
+        title = f"the command `{section}`" if stages[section] == [section] and "." not in next(iter(found)) else f"`{section}`"
+        lines += [f"### {title}", "", f"Stages: {', '.join(stages[section])}.", "", *_rows(found), ""]
+    return "\n".join(lines)
+
+
+def pages() -> dict[Path, str]:
+    """Every file this script writes, with its content."""
+    configuration = HERE / "configuration.md"
+    kept, mark, _ = configuration.read_text(encoding="utf-8").partition(MARK)
+    assert mark, f"{configuration} has lost the line {MARK!r}"
+    return {HERE / "metrics.md": METRICS + markdown_table(), configuration: f"{kept}{MARK}\n{option_tables()}"}
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
