@@ -52,7 +52,10 @@ def open_data(
         limit = source.spec.max_position_embeddings
         if int(data.lengths.max()) > limit:
             bad(f"its longest sample has {int(data.lengths.max())} tokens", f"at most max_position_embeddings = {limit} of {source.path}")
-        theirs, ours = data.meta["tokenizer_fingerprint"], tokenizer_fingerprint(str(source.hf_dir))
+        try:
+            theirs, ours = data.meta["tokenizer_fingerprint"], tokenizer_fingerprint(str(source.hf_dir))
+        except DataError as error:
+            return data, [*found, error]
         if theirs != ours:
             bad(
                 f"the data's tokenizer ({data.meta['tokenizer']}, fingerprint {theirs[:12]}) is not the model's ({source.hf_dir}, {ours[:12]})",

@@ -247,6 +247,12 @@ def test_tokenizer_that_does_not_fit(problems: Callable[..., list[MrlhfError]], 
     assert error.fix == f"tools/preprocess_data.py --tokenizer {other_tokenizer} ..."
 
 
+def test_model_without_tokenizer_hides_nothing_else(problems: Callable[..., list[MrlhfError]], world: Path, tmp_path: Path) -> None:
+    shutil.copy(world / "qwen2/config.json", tmp_path)
+    tokenizer, data = problems("sft", model__path=tmp_path, data__eval=world / "nowhere")
+    assert (tokenizer.what, tokenizer.where) == ("no tokenizer files", str(tmp_path)) and data.what == "no such dataset"
+
+
 def test_model_that_is_not_there(problems: Callable[..., list[MrlhfError]], world: Path, tmp_path: Path) -> None:
     (error,) = problems("sft", model__path=tmp_path)
     assert error.what == "neither a checkpoint nor a HF model"
