@@ -254,10 +254,20 @@ def save(
     dist.barrier()
 
 
-def latest_resumable(run_dir: Path) -> ModelSource | None:
-    """The newest whole checkpoint of a run that has its optimizer state, or None."""
+def to_resume(run_dir: Path, *, total_steps: int) -> ModelSource | None:
+    """The newest whole checkpoint of a run; None for a new run.
+
+    Raises CheckpointError where the run is not finished and the checkpoint cannot be gone on from (weights only).
+    """
     found = _latest(run_dir / "checkpoints")
     if found is None:
         return None
     source = open_source(str(found))
-    return source if source.manifest["resumable"] else None
+    if source.manifest["step"] < total_steps and not source.manifest["resumable"]:
+        raise CheckpointError(
+            f"it has weights only and stands at step {source.manifest['step']} of {total_steps}",
+            where=str(source.path),
+            expected="a checkpoint with optimizer state (checkpoint.save_optimizer)",
+            fix="start from it: --model.path with another --train.output_dir",
+        )
+    return source

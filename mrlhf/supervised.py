@@ -138,6 +138,11 @@ def train(
         seed=config.train.seed,
         shuffle=config.data.shuffle,
     )
+    resumed = checkpoint.to_resume(output_dir, total_steps=order.total_steps)
+    done = 0 if resumed is None else int(resumed.manifest["step"])
+    if done >= order.total_steps:
+        say(f"already finished: {output_dir / 'checkpoints'}")
+        return state.shutdown()
     random_init = config.model.init == "random"
     trainer = Trainer(
         run.source,
@@ -153,9 +158,7 @@ def train(
     loss_fn = make_loss(trainer, loader)
     eval_loss_fn = make_loss(trainer, eval_loader) if eval_loader is not None else None
 
-    done, resumed = 0, checkpoint.latest_resumable(output_dir)
     if resumed is not None:
-        done = int(resumed.manifest["step"])
         trainer.resume(resumed.path, done)
         say(f"resumed from {resumed.path}")
     tracker = make_tracker(stage, config, total_steps=order.total_steps, done=done)

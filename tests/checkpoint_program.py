@@ -96,8 +96,8 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     found["bfloat16_as_float32"] = all(v.dtype == torch.float32 and torch.equal(v, narrow[k].float()) for k, v in wide.items())
     rounded = Model(lm, ParallelConfig(), head="lm", dtype="bfloat16", seed=1).parameters()
     found["float32_as_bfloat16"] = all(v.dtype == torch.bfloat16 and torch.equal(v, body[k].bfloat16()) for k, v in rounded.items())
-    resumable = checkpoint.latest_resumable(work / "float32")
-    found["latest_resumable"] = resumable and resumable.manifest["step"]
+    newest = checkpoint.to_resume(work / "float32", total_steps=9)
+    found["to_resume"] = newest and newest.manifest["step"]
 
     for name, distributed, before in (("unstepped", True, 0), ("whole_optimizer", False, 2)):
         trainer = make(hf, ParallelConfig(), "float32", distributed=distributed)

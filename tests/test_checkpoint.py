@@ -59,7 +59,7 @@ def test_heads(found: dict[str, Any]) -> None:
 
 def test_read_in_another_dtype(found: dict[str, Any]) -> None:
     assert found["bfloat16_as_float32"] and found["float32_as_bfloat16"]
-    assert found["latest_resumable"] == 2
+    assert found["to_resume"] == 2
 
 
 @pytest.mark.parametrize("what", ["unstepped", "whole_optimizer"])

@@ -68,6 +68,10 @@ def test_sft_killed_and_resumed(world: Path, tmp_path: Path) -> None:
     args = ["sft", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "sft", "--train.global_batch_size", 2,
             "--train.num_epochs", 5, "--optim.lr", 1e-3, "--optim.lr_warmup_steps", 3, "--checkpoint.save_interval", 4]  # fmt: skip
     check(tmp_path, args, kill_at=7)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "whole/checkpoints").rglob("*")}
+    again = mrlhf(*args, "--train.output_dir", tmp_path / "whole")
+    assert "already finished" in again.stdout
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "whole/checkpoints").rglob("*")}
 
 
 def test_ppo_killed_and_resumed(world: Path, tmp_path: Path) -> None:

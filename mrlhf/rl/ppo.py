@@ -51,6 +51,20 @@ class Timer:
         self.seconds[f"timing_s/{name}"] = self.seconds.get(f"timing_s/{name}", 0.0) + time.perf_counter() - start
 
 
+def make_order(config: PPOStage, num_prompts: int) -> Order:
+    """Prompts of rollout 1, 2, ...: whole rollouts only, the last one goes on into a new epoch, no prompt is dropped."""
+    batch = config.rollout.batch_size
+    rollouts = config.train.max_steps or math.ceil(num_prompts * config.train.num_epochs / batch)
+    return Order(
+        num_prompts,
+        global_batch_size=batch,
+        num_epochs=config.train.num_epochs,
+        max_steps=rollouts,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
 class PPO:
     """Models, engine and schedule of a run; `step` is one rollout and its updates."""
 
@@ -60,19 +74,9 @@ class PPO:
         _, self.dp_rank, _ = layout.coordinates(self.rank)
         ppo, rollout, seed = config.ppo, config.rollout, config.train.seed
         self.answers = rollout.batch_size * rollout.n
-        rows = run.train.num_samples
-        # whole rollouts only: the last one goes on into a new epoch, no prompt is dropped
-        rollouts = config.train.max_steps or math.ceil(rows * config.train.num_epochs / rollout.batch_size)
-        self.order = Order(
-            rows,
-            global_batch_size=rollout.batch_size,
-            num_epochs=config.train.num_epochs,
-            max_steps=rollouts,
-            seed=seed,
-            shuffle=config.data.shuffle,
-        )
+        self.order = make_order(config, run.train.num_samples)
         self.updates_per_rollout = ppo.epochs * (self.answers // config.train.global_batch_size)
-        updates = rollouts * self.updates_per_rollout
+        updates = self.order.total_steps * self.updates_per_rollout
         dtype = config.model.dtype
         self.actor = Trainer(run.source, config.parallel, config.optim, head="lm", dtype=dtype, seed=seed, total_steps=updates)
         self.critic: Trainer | None = None
@@ -400,22 +404,25 @@ def main(config: PPOStage) -> None:
     say = supervised.say
     say(f"device: {device.current().describe()}")
     say(layout.describe(global_batch=config.train.global_batch_size, micro_batch=config.train.micro_batch_size))
+    total = make_order(config, run.train.num_samples).total_steps
+    resumed = checkpoint.to_resume(output_dir, total_steps=total)
+    done = 0 if resumed is None else int(resumed.manifest["step"])
+    if done >= total:
+        say(f"already finished: {output_dir / 'checkpoints'}")
+        return state.shutdown()
     ppo = PPO(config, run, layout)
     replicas = layout.world // config.rollout.tensor_parallel_size
     say(
         f"vLLM: {replicas} replica(s) of tensor parallel {config.rollout.tensor_parallel_size}; reshard plan: {ppo.reshard.remote_pieces} pieces between ranks"
     )
 
-    done, resumed = 0, checkpoint.latest_resumable(output_dir)
     if resumed is not None:
-        done = int(resumed.manifest["step"])
         ppo.actor.resume(resumed.path, done * ppo.updates_per_rollout)
         if ppo.critic is not None:
             ppo.critic.resume(resumed.path / "critic", done * ppo.updates_per_rollout)
         ppo.kl.load_state_dict(resumed.manifest["kl"])
         say(f"resumed from {resumed.path}")
     ppo.sync_weights()
-    total = ppo.order.total_steps
     tracker = supervised.make_tracker("ppo", config, total_steps=total, done=done)
 
     for step in range(done + 1, total + 1):
