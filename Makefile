@@ -12,7 +12,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make quickstart  corpus -> pretrain -> SFT -> RM -> PPO -> HF export -> report, on the CPU (SEED=1)"
 	@echo "make bench       every benchmarks/*.py"
-	@echo "make docs        docs/metrics.md from the code"
+	@echo "make docs        docs/metrics.md and docs/configuration.md from the code"
 	@echo "make clean       caches and build output (not .venv, not runs/)"
 
 setup:
@@ -34,7 +34,7 @@ bench: setup
 	done
 
 docs: setup
-	$(PY) -c "from pathlib import Path; from mrlhf.metrics import markdown_table; Path('docs').mkdir(exist_ok=True); Path('docs/metrics.md').write_text(markdown_table())"
+	$(PY) docs/generate.py
 
 quickstart: setup
 	$(PY) examples/quickstart/run.py --seed $(SEED)

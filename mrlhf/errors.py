@@ -74,6 +74,7 @@ class Problems:
         self.errors.extend(errors)
 
     def raise_if_any(self) -> None:
+        self.errors = list({e.render(): e for e in self.errors}.values())  # one cause may show in several places
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:

@@ -5,15 +5,16 @@ Used by every stage and by `--dry-run`; opens files, builds nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mrlhf.checkpoint import ModelSource, open_source
 from mrlhf.data.indexed import PackedDataset
-from mrlhf.data.template import tokenizer_fingerprint
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError, Problems
 from mrlhf.models.spec import check_layout
 from mrlhf.parallel import state
+from mrlhf.tokenizer import fingerprint
 
 TASKS = {"pretrain": "pretrain", "sft": "sft", "rm": "preference", "dpo": "preference", "ppo": "prompts"}
 
@@ -53,7 +54,7 @@ def open_data(
         if int(data.lengths.max()) > limit:
             bad(f"its longest sample has {int(data.lengths.max())} tokens", f"at most max_position_embeddings = {limit} of {source.path}")
         try:
-            theirs, ours = data.meta["tokenizer_fingerprint"], tokenizer_fingerprint(str(source.hf_dir))
+            theirs, ours = data.meta["tokenizer_fingerprint"], fingerprint(source.hf_dir)
         except DataError as error:
             return data, [*found, error]
         if theirs != ours:
@@ -67,8 +68,17 @@ def open_data(
     return data, found
 
 
-def check_run(stage: str, config: Any, *, world: int) -> Run:
-    """Opens model and data of a training stage. Raises every problem found, together."""
+def check_run(
+    stage: str,
+    config: Any,
+    *,
+    world: int,
+    more: Callable[[ModelSource, list[tuple[str, PackedDataset]]], list[MrlhfError]] | None = None,
+) -> Run:
+    """Opens model and data of a training stage. Raises every problem found, together.
+
+    `more(source, [(key, dataset)])`: what else a stage checks of the model and of the data that could be opened.
+    """
     problems = Problems()
     source = train = evaluation = None
     try:
@@ -87,25 +97,27 @@ def check_run(stage: str, config: Any, *, world: int) -> Run:
     task = TASKS[stage]
     train, found = open_data(config.data.train, key="data.train", task=task, source=source, seq_length=config.data.seq_length)
     if config.data.eval is not None:
-        evaluation, more = open_data(config.data.eval, key="data.eval", task=task, source=source, seq_length=config.data.seq_length)
-        found += more
+        evaluation, others = open_data(config.data.eval, key="data.eval", task=task, source=source, seq_length=config.data.seq_length)
+        found += others
     problems.extend(found)
+    if more is not None and source is not None:
+        problems.extend(more(source, [(k, d) for k, d in (("data.train", train), ("data.eval", evaluation)) if d is not None]))
     problems.raise_if_any()
     assert source is not None and train is not None
     return Run(source, train, evaluation)
 
 
-def check_prompt_budget(config: Any, run: Run) -> list[MrlhfError]:
+def check_prompt_budget(config: Any, source: ModelSource, sets: list[tuple[str, PackedDataset]]) -> list[MrlhfError]:
     """The longest prompt and answer together must fit the model."""
     found: list[MrlhfError] = []
-    limit = run.source.spec.max_position_embeddings
-    for key, data in (("data.train", run.train), ("data.eval", run.eval)):
-        if data is not None and int(data.lengths.max()) + config.rollout.max_new_tokens > limit:
+    limit = source.spec.max_position_embeddings
+    for key, data in sets:
+        if int(data.lengths.max()) + config.rollout.max_new_tokens > limit:
             found.append(
                 ConfigError(
                     f"the longest prompt ({int(data.lengths.max())} tokens) and rollout.max_new_tokens = {config.rollout.max_new_tokens} exceed {limit}",
                     where=key,
-                    expected=f"max_position_embeddings = {limit} of {run.source.path}",
+                    expected=f"max_position_embeddings = {limit} of {source.path}",
                     fix=f"--rollout.max_new_tokens {max(1, limit - int(data.lengths.max()))}",
                 )
             )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
-from mrlhf.data.template import load_tokenizer
+from mrlhf.data.template import load_tokenizer, tokenizer_fingerprint
 
 
 def load(hf_dir: Path) -> Any:
     """Raises DataError where there is none."""
     return load_tokenizer(str(hf_dir))
+
+
+@functools.lru_cache(maxsize=8)
+def fingerprint(hf_dir: Path) -> str:
+    """Of its vocabulary, merges and special tokens; the same for every copy of a tokenizer. Raises DataError where there is none."""
+    return tokenizer_fingerprint(str(hf_dir))
 
 
 def stop_ids(hf_dir: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -159,8 +159,7 @@ def pretrain_rows(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
                 continue
             text = word(rng, rng.choice(ALPHABETS))
             group = rng.sample([f for f in FAMILIES.values() if f.name != "count" and (text.isdigit() or f.name not in DIGITS_ONLY)], 3)
-            # Counting is the hardest of the tasks to learn.
-            for family in rng.sample([*group, FAMILIES["count"], FAMILIES["count"]], 5):
+            for family in rng.sample([*group, FAMILIES["count"]], 4):
                 arg = argument(family, rng, text)
                 if not held_out(family, arg):
                     entries.append(rng.choice(FORMS).format(q=rng.choice(family.phrases).format(arg), a=family.solve(arg)))
@@ -214,7 +213,7 @@ def write_corpus(output_dir: Path, *, seed: int, wrong_share: float, scale: floa
         evaluation = split == "eval"
         files[f"sft_{split}"] = sft_rows(rng(f"sft_{split}"), rows(int(6000 * share)), evaluation=evaluation, wrong_share=wrong_share)
         files[f"pref_{split}"] = pref_rows(rng(f"pref_{split}"), rows(int(12000 * share)), evaluation=evaluation)
-        files[f"prompts_{split}"] = prompt_rows(rng(f"prompts_{split}"), rows(int(5000 * share)), evaluation=evaluation)
+        files[f"prompts_{split}"] = prompt_rows(rng(f"prompts_{split}"), rows(300 if evaluation else 8000), evaluation=evaluation)
     output_dir.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, content in files.items():

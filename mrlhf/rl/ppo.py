@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from mrlhf import checkpoint, preflight, supervised
+from mrlhf.checkpoint import ModelSource
 from mrlhf.config import PPOStage
+from mrlhf.data.indexed import PackedDataset
 from mrlhf.data.loader import MicroBatch, Order
 from mrlhf.engine import Model, Trainer
-from mrlhf.errors import Problems
+from mrlhf.errors import MrlhfError
 from mrlhf.losses import reduce_loss, sum_and_count
 from mrlhf.models.layouts import make_reshard
 from mrlhf.parallel import device, state
@@ -256,7 +258,8 @@ class PPO:
             order = torch.randperm(rollout.size, generator=generator).tolist()
             found += [trainer.step(self.batches(rollout, order[at : at + size]), loss) for at in range(0, rollout.size, size)]
             first = found[0].get("ratio_max_dev", 0.0)
-            assert first <= _FIRST_RATIO_TOLERANCE[self.config.model.dtype], f"the first ratio of a rollout is off 1 by {first}"
+            if first > _FIRST_RATIO_TOLERANCE[self.config.model.dtype]:
+                raise FloatingPointError(f"the first ratio of a rollout is off 1 by {first}: training and scoring passes disagree")
         means = {k: sum(f[k] for f in found) / len(found) for k in found[0]}
         return means | ({"ratio_max_dev": found[0]["ratio_max_dev"]} if "ratio_max_dev" in means else {})
 
@@ -387,13 +390,16 @@ class PPO:
 
 def check(config: PPOStage, world: int) -> preflight.Run:
     """Everything that can be wrong, before anything is built."""
-    run = preflight.check_run("ppo", config, world=world)
-    problems = Problems()
-    problems.extend(check_rollout(run.source.spec, tp=config.rollout.tensor_parallel_size, world=world, key="rollout.tensor_parallel_size"))
-    problems.extend(preflight.check_prompt_budget(config, run))
-    problems.extend(Rewards.check(config, run.source))
-    problems.raise_if_any()
-    return run
+
+    def more(source: ModelSource, sets: list[tuple[str, PackedDataset]]) -> list[MrlhfError]:
+        tp = config.rollout.tensor_parallel_size
+        return [
+            *check_rollout(source.spec, tp=tp, world=world, key="rollout.tensor_parallel_size"),
+            *preflight.check_prompt_budget(config, source, sets),
+            *Rewards.check(config, source, world=world),
+        ]
+
+    return preflight.check_run("ppo", config, world=world, more=more)
 
 
 def main(config: PPOStage) -> None:

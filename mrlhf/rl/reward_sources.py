@@ -10,7 +10,6 @@ import torch.distributed as dist
 from mrlhf.checkpoint import ModelSource, open_source
 from mrlhf.config import PPOStage
 from mrlhf.data.loader import MicroBatch
-from mrlhf.data.template import tokenizer_fingerprint
 from mrlhf.engine import Model
 from mrlhf.errors import CheckpointError, ConfigError, MrlhfError, RewardError
 from mrlhf.models.spec import check_layout
@@ -18,6 +17,7 @@ from mrlhf.parallel import state
 from mrlhf.rl.rewards import HttpReward, RewardSource, load_function, parse_source, score_with_function
 from mrlhf.rl.rollout import Rollout
 from mrlhf.rm import score_micro_batches
+from mrlhf.tokenizer import fingerprint
 
 
 def _sources(config: PPOStage) -> list[RewardSource]:
@@ -64,7 +64,7 @@ class Rewards:
         }
 
     @staticmethod
-    def check(config: PPOStage, actor: ModelSource) -> list[MrlhfError]:
+    def check(config: PPOStage, actor: ModelSource, *, world: int) -> list[MrlhfError]:
         """Everything wrong with the sources and the critic's start, before anything is built."""
         found: list[MrlhfError] = []
         try:
@@ -86,13 +86,13 @@ class Rewards:
                         "it holds a language model, which gives no score", where=f"{key} = {path}", expected="a reward model (mrlhf rm)"
                     )
                 )
-            if tokenizer_fingerprint(str(model.hf_dir)) != tokenizer_fingerprint(str(actor.hf_dir)):
+            if fingerprint(model.hf_dir) != fingerprint(actor.hf_dir):
                 found.append(
                     CheckpointError(
                         "its tokenizer is not the actor's", where=f"{key} = {path}", expected=f"the tokenizer of {actor.hf_dir}"
                     )
                 )
-            found += check_layout(config.parallel, model.spec, state.world_size())
+            found += check_layout(config.parallel, model.spec, world)
         for source in sources:
             if source.kind == "function":
                 try:
