@@ -39,6 +39,25 @@ LossFn = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def make_scheduler(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:
+    """Megatron's schedule, advanced by 1 before each step: step k of N runs at lr(k), and min_lr would come at N + 1, so no step is spent at 0."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=min(optim.lr_warmup_steps, total_steps),
+        lr_decay_steps=total_steps + 1,
+        lr_decay_style=optim.lr_decay_style,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=total_steps + 1,
+        wd_incr_style="constant",
+        wsd_decay_steps=min(optim.lr_wsd_decay_steps, total_steps) or None,
+        lr_wsd_decay_style="linear",
+    )
+
+
 class Model:
     """This rank's part of a GPT model: forward passes only (reference, reward model, scoring)."""
 
@@ -163,22 +182,7 @@ class Trainer(Model):
             ),
             [self.chunk],
         )
-        # step k of N runs at lr(k) of a schedule that would reach min_lr at N + 1: no step is spent at 0
-        self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=optim.lr,
-            min_lr=optim.min_lr,
-            lr_warmup_steps=min(optim.lr_warmup_steps, total_steps),
-            lr_decay_steps=total_steps + 1,
-            lr_decay_style=optim.lr_decay_style,
-            start_wd=optim.weight_decay,
-            end_wd=optim.weight_decay,
-            wd_incr_steps=total_steps + 1,
-            wd_incr_style="constant",
-            wsd_decay_steps=min(optim.lr_wsd_decay_steps, total_steps) or None,
-            lr_wsd_decay_style="linear",
-        )
+        self.scheduler = make_scheduler(self.optimizer, optim, total_steps=total_steps)
 
     def step(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
         """One optimizer step. Returns the reduced metrics with `loss`, `grad_norm` (before clipping) and `lr`.

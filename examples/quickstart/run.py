@@ -3,12 +3,13 @@
     python examples/quickstart/run.py [--seed 1] [--output-dir runs/quickstart] [--fresh]
 
 corpus -> tokenizer -> packed data -> pretrain -> SFT -> reward model -> PPO -> Hugging Face model -> gold reward before and
-after -> report. A step that has finished with the same commands is skipped; one that was interrupted goes on. `--fresh` starts over.
+after -> report. A step that has finished with the same commands and files is skipped; one that was interrupted goes on. `--fresh` starts over.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -124,12 +125,20 @@ def run_command(command: str, step: str) -> None:
 
 
 def mark(out: Path, step: Step, state: str) -> Path:
-    """The file that holds the step's commands once it is `started` or `done`."""
+    """The file that holds the step's identity once it is `started` or `done`."""
     return out / ".done" / f"{step.name.replace(' ', '_')}.{state}"
 
 
+def identity(step: Step) -> str:
+    """The step's commands and a digest of the example's files they read: an edited YAML file makes the step run again."""
+    words = {word for command in step.commands for word in command.split()}
+    files = sorted(word for word in words if word.startswith(HERE) and (ROOT / word).is_file())
+    digest = hashlib.sha256(b"\0".join((ROOT / file).read_bytes() for file in [*files, f"{HERE}/gold.py"]))
+    return "\n".join([*step.commands, digest.hexdigest()])
+
+
 def says(path: Path, step: Step) -> bool:
-    return path.is_file() and path.read_text() == "\n".join(step.commands)
+    return path.is_file() and path.read_text() == identity(step)
 
 
 def missing(step: Step) -> list[str]:
@@ -154,7 +163,7 @@ def run_steps(todo: list[Step], out: Path) -> None:
                 mark(out, later, state).unlink(missing_ok=True)
         if step.directory and not goes_on:
             shutil.rmtree(ROOT / step.directory, ignore_errors=True)
-        mark(out, step, "started").write_text("\n".join(step.commands))
+        mark(out, step, "started").write_text(identity(step))
         start = time.monotonic()
         for command in step.commands:
             run_command(command, step.name)

@@ -1,0 +1,42 @@
+"""The learning-rate schedules, step by step."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from mrlhf.config import OptimConfig
+from mrlhf.engine import make_scheduler
+
+
+def rates(total: int, **options: object) -> list[float]:
+    """lr of steps 1 .. total."""
+    group = {"default_config": True, "params": [], "lr": 0.0, "weight_decay": 0.0}
+    optimizer = SimpleNamespace(param_groups=[group])
+    scheduler = make_scheduler(optimizer, OptimConfig(**options), total_steps=total)
+    found = []
+    for _ in range(total):
+        scheduler.step(increment=1)
+        found.append(group["lr"])
+    return found
+
+
+def test_warm_up_then_each_style() -> None:
+    assert rates(4, lr=1.0, lr_decay_style="constant") == [1.0] * 4
+    assert rates(5, lr=1.0, lr_decay_style="constant", lr_warmup_steps=4) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates(4, lr=1.0, min_lr=0.5, lr_decay_style="linear") == pytest.approx([0.9, 0.8, 0.7, 0.6])
+    cosine = [0.5 * (1 + math.cos(math.pi * k / 5)) for k in (1, 2, 3, 4)]
+    assert rates(4, lr=1.0, lr_decay_style="cosine") == pytest.approx(cosine)
+    wsd = rates(9, lr=1.0, lr_decay_style="WSD", lr_wsd_decay_steps=4, lr_warmup_steps=2)
+    assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_no_step_is_spent_at_zero_and_resume_goes_on() -> None:
+    whole = rates(20, lr=1e-3, lr_decay_style="cosine", lr_warmup_steps=3)
+    assert min(whole) > 0
+    group = {"default_config": True, "params": [], "lr": 0.0, "weight_decay": 0.0}
+    scheduler = make_scheduler(SimpleNamespace(param_groups=[group]), OptimConfig(lr=1e-3, lr_warmup_steps=3), total_steps=20)
+    scheduler.step(increment=7)
+    assert group["lr"] == whole[6]
