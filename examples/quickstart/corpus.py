@@ -7,7 +7,7 @@
     pref_{train,eval}.jsonl     `prompt`, `chosen` (right), `rejected` (wrong)
     prompts_{train,eval}.jsonl  `prompt`, `label` (the right answer)
 
-The demonstrations are wrong in a set share of the cases, and not at random: four of the eight tasks have a bad habit (sorting
+The demonstrations are wrong in a set share of the cases, and not at random: four of the five tasks have a bad habit (sorting
 downwards, copying instead of reversing ...) that shows up more often than the right answer. Imitation learns the habit. A reward
 model that has seen right answers preferred lets PPO unlearn it, because the right answer is still sampled now and then.
 
@@ -27,21 +27,18 @@ from typing import Any
 from gold import FAMILIES, FOLLOW_UP, Family
 
 ALPHABETS = ("ABCDEF", "123456")
-DIGITS_ONLY = ("largest", "smallest")
+DIGITS_ONLY = ("largest",)
 SYSTEMS = ("be brief.", "give the result only.", "you are a careful helper.")
 FORMS = ("{q}: {a}\n", "question: {q}\nanswer: {a}\n", "user\n{q}\nassistant\n{a}\n")
 Message = dict[str, str]
 
 # family -> (share of wrong demonstrations, the wrong answer most of them give)
 WRONG: dict[str, tuple[float, str]] = {
-    "copy": (0.15, "cut"),
-    "reverse": (0.55, "copied"),
-    "sort": (0.55, "downwards"),
-    "last": (0.55, "first"),
-    "count": (0.20, "off_by_one"),
-    "double": (0.20, "cut"),
-    "largest": (0.20, "first"),
-    "smallest": (0.55, "opposite"),
+    "copy": (0.20, "cut"),
+    "reverse": (0.52, "copied"),
+    "sort": (0.56, "downwards"),
+    "last": (0.56, "first"),
+    "largest": (0.56, "opposite"),
 }
 
 
@@ -51,12 +48,7 @@ def word(rng: random.Random, alphabet: str) -> str:
 
 def argument(family: Family, rng: random.Random, text: str | None = None) -> str:
     """A random argument of the task, made of `text` if given."""
-    if text is None:
-        text = word(rng, ALPHABETS[1] if family.name in DIGITS_ONLY else rng.choice(ALPHABETS))
-    if family.name != "count":
-        return text
-    # Two times out of three something that occurs.
-    return f"{rng.choice((rng.choice(ALPHABETS[text.isdigit()]), *rng.choices(text, k=2)))} in {text}"
+    return text or word(rng, ALPHABETS[1] if family.name in DIGITS_ONLY else rng.choice(ALPHABETS))
 
 
 def held_out(family: Family, arg: str) -> bool:
@@ -78,14 +70,14 @@ def wrong_answers(family: Family, arg: str, rng: random.Random) -> dict[str, str
     `slip`, `mixed` and `runs_on` are what a model samples that is not sure, and what PPO finds when the reward model has not seen them.
     """
     right = family.solve(arg)
-    symbols = "01234" if family.name == "count" else ALPHABETS[right.isdigit()]
+    symbols = ALPHABETS[right.isdigit()]
     at = rng.randrange(len(right))
     found: dict[str, str] = {
         "wordy": f"the answer is {right}",
         "slip": right[:at] + rng.choice(symbols) + right[at + 1 :],
         "runs_on": right + rng.choice((right[-2:], right, rng.choice(symbols), " of it", f" {arg}")),
     }
-    if family.name in ("copy", "reverse", "sort", "double"):
+    if family.name in ("copy", "reverse", "sort"):
         found["copied"] = arg
         found["reversed"] = arg[::-1]
         found["downwards"] = "".join(sorted(arg, reverse=True))
@@ -97,11 +89,8 @@ def wrong_answers(family: Family, arg: str, rng: random.Random) -> dict[str, str
         found["first"] = arg[0]
         found["middle"] = arg[1]
         found["copied"] = arg
-    elif family.name == "count":
-        found["off_by_one"] = str(int(right) + 1)
-        found["one_less"] = str(abs(int(right) - 1))
     else:
-        found["opposite"] = min(arg) if family.name == "largest" else max(arg)
+        found["opposite"] = min(arg)
         found["first"] = arg[0]
         found["middle"] = sorted(arg)[1]
         found["copied"] = arg
@@ -158,8 +147,7 @@ def pretrain_rows(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
                 entries.append(filler(rng))
                 continue
             text = word(rng, rng.choice(ALPHABETS))
-            group = rng.sample([f for f in FAMILIES.values() if f.name != "count" and (text.isdigit() or f.name not in DIGITS_ONLY)], 3)
-            for family in rng.sample([*group, FAMILIES["count"]], 4):
+            for family in rng.sample([f for f in FAMILIES.values() if text.isdigit() or f.name not in DIGITS_ONLY], 3):
                 arg = argument(family, rng, text)
                 if not held_out(family, arg):
                     entries.append(rng.choice(FORMS).format(q=rng.choice(family.phrases).format(arg), a=family.solve(arg)))
@@ -208,7 +196,7 @@ def write_corpus(output_dir: Path, *, seed: int, wrong_share: float, scale: floa
     def rows(count: int) -> int:
         return max(8, round(count * scale))
 
-    files: dict[str, Iterator[dict[str, Any]]] = {"pretrain": pretrain_rows(rng("pretrain"), rows(9000))}
+    files: dict[str, Iterator[dict[str, Any]]] = {"pretrain": pretrain_rows(rng("pretrain"), rows(8000))}
     for split, share in (("train", 1.0), ("eval", 0.06)):
         evaluation = split == "eval"
         files[f"sft_{split}"] = sft_rows(rng(f"sft_{split}"), rows(int(6000 * share)), evaluation=evaluation, wrong_share=wrong_share)
@@ -227,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--wrong-share", type=float, default=0.37, help="share of the demonstrations' last answers that are wrong")
+    parser.add_argument("--wrong-share", type=float, default=0.48, help="share of the demonstrations' last answers that are wrong")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of rows of every file")
     args = parser.parse_args()
     counts = write_corpus(args.output_dir, seed=args.seed, wrong_share=args.wrong_share, scale=args.scale)

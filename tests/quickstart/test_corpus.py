@@ -114,10 +114,7 @@ def test_every_kind_of_mistake_is_a_mistake() -> None:
         ("write CABD backwards", "DBAC"),
         ("put CABA in order", "AABC"),
         ("what is the end of CAB?", "B"),
-        ("how many A in CABA?", "2"),
-        ("write CA with everything twice", "CCAA"),
         ("which of 394 is the most?", "9"),
-        ("smallest of 39", "3"),
     ],
 )
 def test_gold_answers(question: str, answer: str) -> None:
