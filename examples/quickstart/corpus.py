@@ -200,7 +200,7 @@ def write_corpus(output_dir: Path, *, seed: int, wrong_share: float, scale: floa
     for split, share in (("train", 1.0), ("eval", 0.06)):
         evaluation = split == "eval"
         files[f"sft_{split}"] = sft_rows(rng(f"sft_{split}"), rows(int(6000 * share)), evaluation=evaluation, wrong_share=wrong_share)
-        files[f"pref_{split}"] = pref_rows(rng(f"pref_{split}"), rows(int(12000 * share)), evaluation=evaluation)
+        files[f"pref_{split}"] = pref_rows(rng(f"pref_{split}"), rows(int(22000 * share)), evaluation=evaluation)
         files[f"prompts_{split}"] = prompt_rows(rng(f"prompts_{split}"), rows(300 if evaluation else 8000), evaluation=evaluation)
     output_dir.mkdir(parents=True, exist_ok=True)
     counts = {}
