@@ -36,7 +36,7 @@ def _training(stage: str, config: Any) -> None:
     others = {}
     if isinstance(config, PPOStage):
         from mrlhf.checkpoint import open_source
-        from mrlhf.rl.ppo import check
+        from mrlhf.rl.ppo import check, make_order
         from mrlhf.rl.reward_sources import critic_source, model_sources
 
         run = check(config, world)
@@ -53,7 +53,7 @@ def _training(stage: str, config: Any) -> None:
     data = run.train
     rows = data.num_packs if config.data.packing else data.num_samples
     if stage == "ppo":
-        rollouts = train.max_steps or math.ceil(data.num_samples * train.num_epochs / config.rollout.batch_size)
+        rollouts = make_order(config, data.num_samples).total_steps
         answers = config.rollout.batch_size * config.rollout.n
         print(f"steps    {rollouts} rollouts of {config.rollout.batch_size} prompts x {config.rollout.n} answers, "
               f"{config.ppo.epochs * (answers // train.global_batch_size)} updates each")  # fmt: skip

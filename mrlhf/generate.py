@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from mrlhf.checkpoint import ModelSource, open_source
+from mrlhf.checkpoint import ModelSource, open_source, write_text
 from mrlhf.config import GenerateStage, ParallelConfig
 from mrlhf.data.formats import Columns, RowProblem, normalise
 from mrlhf.data.sources import read_chunks
@@ -105,13 +104,8 @@ def main(config: GenerateStage) -> None:
     )
     if state.is_main():
         texts = [tokenizer.decode(a.tokens, skip_special_tokens=True) for a in rollout.answers]
-        tmp = Path(config.output + ".tmp")
-        with tmp.open("w") as f:
-            for i, record in enumerate(records):
-                f.write(json.dumps({**record, "completions": texts[i * config.n : (i + 1) * config.n]}, ensure_ascii=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, config.output)
+        lines = [{**record, "completions": texts[i * config.n : (i + 1) * config.n]} for i, record in enumerate(records)]
+        write_text(Path(config.output), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     engine.shutdown()
     say(f"{rollout.size} answers to {len(prompts)} prompts: {config.output}")
     state.shutdown()

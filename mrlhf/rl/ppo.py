@@ -299,13 +299,8 @@ class PPO:
         with timer("reshard"):
             log |= self.sync_weights()
         seconds = timer.seconds | {"timing_s/step": time.perf_counter() - start}
-        kl_B = (
-            kl_BA.sum(-1)
-            if config.kl.kind == "k1"
-            else (kl_estimate(old_BA, ref_BA, kind="k1") * mask_BA).sum(-1)
-            if ref_BA is not None
-            else torch.zeros(1)
-        )
+        k1_BA = kl_estimate(old_BA, ref_BA, kind="k1") * mask_BA if ref_BA is not None else torch.zeros_like(old_BA)
+        kl_B = k1_BA.sum(-1)
         log |= (
             seconds
             | parts
@@ -380,7 +375,7 @@ class PPO:
                     "prompt": self.tokenizer.decode(rollout.prompts[b]),
                     "completion": self.tokenizer.decode(answer.tokens),
                     "score": float(scores_B[b]),
-                    "kl": float(kl_B[b]) if len(kl_B) > 1 else 0.0,
+                    "kl": float(kl_B[b]),
                     "label": rollout.labels[b],
                     "stopped": answer.stopped,
                 }
