@@ -75,7 +75,7 @@ class Block:
             import pyarrow
 
             first = 1
-            for batch in pyarrow.ipc.open_stream(content).to_table().to_batches(max_chunksize=rows):
+            for batch in pyarrow.ipc.open_stream(content).read_all().to_batches(max_chunksize=rows):
                 yield Chunk(self.path, list(range(first, first + batch.num_rows)), batch.to_pylist())
                 first += batch.num_rows
             return
@@ -218,8 +218,8 @@ class Sources:
                 f"not a JSON array: {what}", where=f"{item.path} (element {count + 1})", expected=_FORMATS, fix="one JSON object a line"
             )
 
-        def skip(also: str) -> None:
-            """Move `at` over white space and one `also`, reading on where the buffer ends."""
+        def skip(also: str) -> bool:
+            """Move `at` over white space and one `also`, reading on where the buffer ends; false at the array's end."""
             nonlocal buffer, at
             seen = False
             while True:
@@ -234,9 +234,10 @@ class Sources:
                     break
             if not seen and buffer[at : at + 1] != "]":
                 raise fail(f"{also!r} or ']' expected, {buffer[at : at + 20]!r} found")
+            return seen
 
-        skip("[")
-        while buffer[at : at + 1] != "]":
+        more = skip("[") and buffer[at : at + 1] != "]"
+        while more:
             while True:
                 try:
                     _, end = decoder.raw_decode(buffer, at)
@@ -257,7 +258,7 @@ class Sources:
             if size >= self.block_bytes:
                 yield Block(item.source, item.path, data=b"\n".join(elements) + b"\n")
                 elements, size = [], 0
-            skip(",")
+            more = skip(",")
         if (buffer[at + 1 :] + text.decode(file.read(want))).strip():
             raise fail("something stands behind the array")
         if elements:
