@@ -29,6 +29,7 @@ from mrlhf.config import REQUIRED, option
 from mrlhf.data.formats import Columns
 from mrlhf.data.indexed import FORMAT_VERSION, OutputSet, PackedDataset, token_dtype
 from mrlhf.data.pack import pack
+from mrlhf.data.ready_made import TEMPLATE_NAMES, ready_made
 from mrlhf.data.sources import Chunk, check_files, describe, read_chunks
 from mrlhf.data.template import Template, load_tokenizer, show_trained, tokenizer_fingerprint, vocab_size
 from mrlhf.data.tokenise import Batch, Problem, Tokenise
@@ -52,7 +53,9 @@ class PreprocessConfig:
         "too long: stop, drop, keep the tail (left) or the head (right). Default: drop; pretrain: right, which splits and loses nothing",
     )
     on_empty: Literal["error", "drop"] = option("error", "rows with an empty text or turn: stop, or drop and count")
-    chat_template: str | None = option(None, "file with a Jinja chat template instead of the tokenizer's")
+    chat_template: str | None = option(
+        None, f"instead of the tokenizer's: a file with a Jinja chat template, or one of {', '.join(TEMPLATE_NAMES)}"
+    )
     input_template: str | None = option(None, 'plain text with {} for the prompt instead of a chat template, like "User: {}\\nAssistant: "')
     input_key: str | None = option(None, "column of the input (default: input; stands for the main column of any task)")
     output_key: str | None = option(None, "column of the answer (default: output)")
@@ -66,6 +69,12 @@ class PreprocessConfig:
     append_eos: bool = option(True, "end texts, and chats whose template has no end token, with the tokenizer's eos")
     seed: int = option(1, "order of the packs")
     overwrite: bool = option(False, "replace existing output")
+    tools_key: str | None = option(None, "column of the tools a conversation may call (default: tools)")
+    tokenizer_backend: Literal["auto", "hf", "gigatoken"] = option(
+        "auto", "what encodes: gigatoken where it gives the tokenizer's own ids on a sample of the input, else hf"
+    )
+    verify_tokens: int = option(2000, "texts of the input on which gigatoken must agree with hf before it is used; 0: none")
+    parse_special_in_text: bool = option(False, "read special tokens in the texts as special tokens instead of as text (prompt injection)")
 
     @property
     def columns(self) -> Columns:
@@ -91,8 +100,13 @@ def check(config: PreprocessConfig) -> list[MrlhfError]:
         )
     if config.chat_template is not None and config.input_template is not None:
         found.append(ConfigError("--chat-template and --input-template exclude each other", fix="leave one out"))
-    if config.chat_template is not None and not Path(config.chat_template).is_file():
-        found.append(DataError("file does not exist", where=config.chat_template, expected="a Jinja file", fix="--chat-template FILE"))
+    if config.chat_template is not None and config.chat_template not in TEMPLATE_NAMES and not Path(config.chat_template).is_file():
+        names = ", ".join(TEMPLATE_NAMES)
+        found.append(
+            DataError("file does not exist", where=config.chat_template, expected=f"a Jinja file, or one of {names}", fix="--chat-template FILE")
+        )
+    if config.verify_tokens < 0:
+        found.append(ConfigError(f"--verify-tokens {config.verify_tokens}", expected="0 or more"))
     if not config.overwrite:
         try:
             OutputSet.refuse_existing(Path(config.output_prefix))
@@ -144,12 +158,19 @@ def _tokenise(config: PreprocessConfig, template: Template) -> Tokenise:
 def _template(config: PreprocessConfig) -> Template:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.task == "pretrain":
-        return Template(tokenizer, input_template="{}", append_eos=config.append_eos)
+        return Template(tokenizer, input_template="{}", append_eos=config.append_eos, parse_special=config.parse_special_in_text)
     chat_template = None
-    if config.chat_template is not None and Path(config.chat_template).is_file():
+    if config.chat_template in TEMPLATE_NAMES:
+        chat_template = ready_made(config.chat_template, tokenizer)
+    elif config.chat_template is not None and Path(config.chat_template).is_file():
         chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     return Template(
-        tokenizer, chat_template=chat_template, input_template=config.input_template, loss_on=config.loss_on, append_eos=config.append_eos
+        tokenizer,
+        chat_template=chat_template,
+        input_template=config.input_template,
+        loss_on=config.loss_on,
+        append_eos=config.append_eos,
+        parse_special=config.parse_special_in_text,
     )
 
 

@@ -67,9 +67,9 @@ class Tokenise:
                         "json", f"not valid JSON: {error}", expected="one JSON object a line", fix="mend or remove the line"
                     ) from error
                 sample = normalise(record, self.task, self.columns, plain=self.template.plain)
-                rendered = [self.template.conversation(c) for c in sample.conversations]
+                rendered = [self.template.conversation(c, tools=sample.tools) for c in sample.conversations]
                 if sample.prompt is not None:
-                    rendered = [self.template.prompt(sample.prompt)]
+                    rendered = [self.template.prompt(sample.prompt, tools=sample.tools)]
                 ready.append((number, sample, rendered))
         if self.task == "pretrain":
             texts = self.template.encode_text([sample.text or "" for _, sample, _ in ready]) if ready else []
