@@ -19,133 +19,32 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 from tqdm import tqdm
 
 from mrlhf import __version__
-from mrlhf.config import REQUIRED, option
 from mrlhf.data.assemble import Assembler, merged
-from mrlhf.data.formats import Columns
+from mrlhf.data.encoder import choose_encoder
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset, token_dtype
-from mrlhf.data.select import SPLIT_NAMES, first_of_each, split_of, within_limits
+from mrlhf.data.options import PreprocessConfig, check
+from mrlhf.data.ready_made import TEMPLATE_NAMES, ready_made
+from mrlhf.data.select import first_of_each, split_of, within_limits
 from mrlhf.data.shards import WorkDirectory, load_shard, read_shard
-from mrlhf.data.sources import Sources
+from mrlhf.data.sources import Block, Sources
 from mrlhf.data.template import Template, load_tokenizer, show_trained, tokenizer_fingerprint, vocab_size
 from mrlhf.data.tokenise import SHOWN, Problem, Tokenise
 from mrlhf.data.workers import Work, run, usable_cores
 from mrlhf.data.writer import OutputSet
-from mrlhf.errors import ConfigError, DataError, EnvironmentProblem, MrlhfError, Problems, SeveralErrors
+from mrlhf.errors import DataError, EnvironmentProblem, MrlhfError, Problems, SeveralErrors
 
 _ROWS_AFTER_PROBLEM = 100_000  # looked at for further problems before the command stops
-
-
-@dataclass(frozen=True)
-class PreprocessConfig:
-    task: Literal["pretrain", "sft", "preference", "prompts"] = option(
-        REQUIRED, "what the data is for (rm and dpo: preference, ppo: prompts)"
-    )
-    input: tuple[str, ...] = option(
-        REQUIRED, "JSON lines (also .gz, .bz2, .zst), JSON arrays, parquet, globs, directories, HF datasets (DIR or id[@config][:split]), - for stdin"
-    )
-    tokenizer: str = option(REQUIRED, "directory (or hub id) of the HF tokenizer")
-    output_prefix: str = option(REQUIRED, "the files written are PREFIX.bin, PREFIX.idx, ..., PREFIX.json")
-    seq_length: int = option(REQUIRED, "most tokens in a pack, and so in a sample; prompts: in a prompt")
-    pack: bool = option(True, "several samples a pack; otherwise one sample (one pair) a pack")
-    pack_order: Literal["shuffled", "length"] = option("shuffled", "order of the packs in the file: by --seed, or longest samples first")
-    shuffle: bool = option(False, "without packs (--no-pack, prompts): samples by --seed instead of in the order of the input")
-    workers: int | None = option(None, "processes that tokenise; the output does not depend on it (default: the usable cores)")
-    loss_on: Literal["last", "all"] = option("last", "train the assistant's last turn, or every one")
-    truncate: Literal["error", "drop", "left", "right"] | None = option(
-        None,
-        "too long: stop, drop, keep the tail (left) or the head (right). Default: drop; pretrain: right, which splits and loses nothing",
-    )
-    on_empty: Literal["error", "drop"] = option("error", "rows with an empty text or turn: stop, or drop and count")
-    chat_template: str | None = option(None, "file with a Jinja chat template instead of the tokenizer's")
-    input_template: str | None = option(None, 'plain text with {} for the prompt instead of a chat template, like "User: {}\\nAssistant: "')
-    input_key: str | None = option(None, "column of the input (default: input; stands for the main column of any task)")
-    output_key: str | None = option(None, "column of the answer (default: output)")
-    prompt_key: str | None = option(None, "column of the prompt (default: prompt)")
-    chosen_key: str | None = option(None, "column of the better answer (default: chosen)")
-    rejected_key: str | None = option(None, "column of the worse answer (default: rejected)")
-    label_key: str | None = option(None, "column handed to the reward function with a prompt (default: label)")
-    margin_key: str | None = option(None, "column of a pair's margin (default: margin)")
-    text_key: str | None = option(None, "column of a pretraining text (default: text)")
-    messages_key: str | None = option(None, "column of a conversation (default: messages)")
-    append_eos: bool = option(True, "end texts, and chats whose template has no end token, with the tokenizer's eos")
-    split: str | None = option(None, "fractions, like 0.98,0.01,0.01: PREFIX_train, PREFIX_valid, PREFIX_test by a hash of the prompt (or text)")
-    dedup: bool = option(False, "keep only the first of rows with the same content")
-    limits: tuple[int, ...] | None = option(None, "for each --input: its first rows only, so many; 0: all")
-    weights: tuple[float, ...] | None = option(None, "for each --input: its share of the rows; the largest mixture without a repeated row is kept")
-    on_bad_row: Literal["error", "drop", "quarantine"] = option(
-        "error", "rows that cannot be used: stop and show them, drop and count, or also write them to PREFIX_bad.jsonl"
-    )
-    seed: int = option(1, "order of the packs, choice of rows for --weights")
-    resume: bool = option(False, "go on with an interrupted command; does nothing where it had finished")
-    overwrite: bool = option(False, "replace existing output")
-
-    @property
-    def columns(self) -> Columns:
-        return Columns(**{f.name: getattr(self, f"{f.name}_key") for f in fields(Columns)})
-
-    @property
-    def fractions(self) -> tuple[float, ...]:
-        """Of the splits; (1.0,) without. Raises ValueError where --split is not numbers."""
-        return (1.0,) if self.split is None else tuple(float(part) for part in self.split.split(","))
-
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """One a split."""
-        if self.split is None:
-            return (self.output_prefix,)
-        return tuple(f"{self.output_prefix}_{name}" for name, _ in zip(SPLIT_NAMES, self.fractions, strict=False))
-
-    @property
-    def how_to_truncate(self) -> str:
-        return self.truncate or ("right" if self.task == "pretrain" else "drop")
-
-
-def check(config: PreprocessConfig) -> list[MrlhfError]:
-    """Everything wrong that can be seen without opening the data."""
-    found: list[MrlhfError] = []
-
-    def bad(what: str, expected: str | None = None, fix: str | None = None) -> None:
-        found.append(ConfigError(what, expected=expected, fix=fix))
-
-    if not config.input:
-        bad("no input files", fix="--input FILE")
-    if config.seq_length < 2:
-        bad(f"--seq-length {config.seq_length}", "2 or more: a token is trained given the ones before it")
-    if config.workers is not None and config.workers < 1:
-        bad(f"--workers {config.workers}", "1 or more")
-    if config.task == "prompts" and config.truncate == "right":
-        bad("--truncate right would cut off the end of a prompt, where the answer begins", "error, drop or left")
-    if config.chat_template is not None and config.input_template is not None:
-        bad("--chat-template and --input-template exclude each other", fix="leave one out")
-    for name, values in (("limits", config.limits), ("weights", config.weights)):
-        if values is not None and len(values) != len(config.input):
-            bad(f"--{name} has {len(values)} numbers for {len(config.input)} arguments of --input", "one for each, in their order")
-        if values is not None and (any(not 0 <= v < float("inf") for v in values) or (name == "weights" and not sum(values) > 0)):
-            bad(f"--{name} {' '.join(map(str, values))}", "numbers that are not negative, and not all 0")
-    try:
-        fractions = config.fractions
-    except ValueError:
-        bad(f"--split {config.split}", "up to three fractions, like 0.98,0.01,0.01")
-        return found
-    if not 1 <= len(fractions) <= len(SPLIT_NAMES) or any(not 0 < f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
-        bad(f"--split {config.split}", "up to three fractions (train, valid, test), each above 0, that sum to 1")
-    if not (config.overwrite or config.resume):
-        for prefix in config.prefixes:
-            try:
-                OutputSet.refuse_existing(Path(prefix))
-            except DataError as error:
-                found.append(error)
-    return found
 
 
 def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None = None) -> dict[str, dict[str, Any]]:
@@ -177,12 +76,12 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
                     for prefix in config.prefixes:
                         OutputSet.refuse_existing(Path(prefix))
                 try:
-                    heads = _tokenise(config, sources, template, work)
+                    heads, backend = _tokenise(config, sources, template, work)
                     _raise_problems(config, heads)
                 except (DataError, SeveralErrors):  # the data must be mended, which makes other blocks
                     work.finish()
                     raise
-                metas = _assemble(config, template, heads, work, {"job": job, "sources": sources.describe()})
+                metas = _assemble(config, template, heads, work, {"tokenizer_backend": backend, "job": job, "sources": sources.describe()})
                 work.finish()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -201,14 +100,19 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
 def _template(config: PreprocessConfig) -> Template:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.task == "pretrain":
-        return Template(tokenizer, input_template="{}", append_eos=config.append_eos)
+        return Template(tokenizer, input_template="{}", append_eos=config.append_eos, parse_special=config.parse_special_in_text)
     chat_template = None
-    if config.chat_template is not None:
-        if not Path(config.chat_template).is_file():
-            raise DataError("file does not exist", where=config.chat_template, expected="a Jinja file", fix="--chat-template FILE")
+    if config.chat_template in TEMPLATE_NAMES:
+        chat_template = ready_made(config.chat_template, tokenizer)
+    elif config.chat_template is not None and Path(config.chat_template).is_file():
         chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     return Template(
-        tokenizer, chat_template=chat_template, input_template=config.input_template, loss_on=config.loss_on, append_eos=config.append_eos
+        tokenizer,
+        chat_template=chat_template,
+        input_template=config.input_template,
+        loss_on=config.loss_on,
+        append_eos=config.append_eos,
+        parse_special=config.parse_special_in_text,
     )
 
 
@@ -231,8 +135,10 @@ def _finished(config: PreprocessConfig, job: str) -> dict[str, dict[str, Any]] |
     return metas if len(metas) == len(config.prefixes) and all(meta.get("job") == job for meta in metas.values()) else None
 
 
-def _tokenise(config: PreprocessConfig, sources: Sources, template: Template, directory: WorkDirectory) -> list[dict[str, Any]]:
-    """A shard for every block; their heads in order, each with the number of its file's lines before it as `first_line`."""
+def _tokenise(
+    config: PreprocessConfig, sources: Sources, template: Template, directory: WorkDirectory
+) -> tuple[list[dict[str, Any]], str]:
+    """(the heads of the shards of all blocks, in order, each with the lines of its file before it as `first_line`; the backend's note)."""
     tokenise = Tokenise(
         template,
         task=config.task,
@@ -244,12 +150,17 @@ def _tokenise(config: PreprocessConfig, sources: Sources, template: Template, di
         on_bad=config.on_bad_row,
         identify=config.dedup or config.split is not None,
     )
+    blocks = sources.blocks()
+    first = next(blocks, None)
+    if first is None:
+        return [], ""
+    note = _choose_backend(config, tokenise, first)
     work = Work(tokenise, directory, token_dtype(vocab_size(template.tokenizer)))
     heads: list[dict[str, Any]] = []
     lines: Counter[tuple[int, str]] = Counter()
     rows_left: float = float("inf")
     with tqdm(desc="tokenise", unit=" rows", disable=None) as bar:
-        for head in run(work, sources.blocks(), workers=config.workers or usable_cores()):
+        for head in run(work, chain([first], blocks), workers=config.workers or usable_cores()):
             where = (head["source"], head["path"])
             heads.append({**head, "first_line": lines[where]})
             lines[where] += head["lines"]
@@ -259,7 +170,22 @@ def _tokenise(config: PreprocessConfig, sources: Sources, template: Template, di
             rows_left -= head["rows"]
             if rows_left <= 0:
                 break
-    return heads
+    return heads, note
+
+
+def _choose_backend(config: PreprocessConfig, tokenise: Tokenise, block: Block) -> str:
+    """Sets the template's encoder by what gigatoken makes of the input's first rows; returns a line that says why."""
+    texts: list[str] = []
+    if config.tokenizer_backend != "hf":
+        for chunk in block.chunks(block.content()):
+            texts += tokenise.texts(chunk)
+            if len(texts) >= config.verify_tokens:
+                break
+    template = tokenise.template
+    template.encoder, note = choose_encoder(
+        template.tokenizer, config.tokenizer_backend, texts, verify=config.verify_tokens, masks=config.task != "pretrain"
+    )
+    return note
 
 
 def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> None:
@@ -415,6 +341,7 @@ def summary(prefix: str, tokenizer: Any) -> str:
         f"  tokens   {meta['num_tokens']:,}, of them trained {meta['num_trained_tokens']:,} ({meta['trained_share']:.1%})",
         f"  lengths  min {lengths['min']}, median {lengths['p50']}, p95 {lengths['p95']}, max {lengths['max']}, mean {lengths['mean']}",
     ]
+    lines.append(f"  encoded  {meta['tokenizer_backend']}")
     if meta["num_truncated"]:
         lines.append(
             f"  cut      {meta['num_truncated']:,} rows were longer than {meta['seq_length']:,} tokens (--truncate {meta['truncate']})"

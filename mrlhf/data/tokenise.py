@@ -86,11 +86,7 @@ class Tokenise:
         ready = []
         for i in range(len(chunk.rows)):
             with _Outcome(self, batch, chunk, i):
-                sample = normalise(_record(chunk, i), self.task, self.columns, plain=self.template.plain)
-                rendered = [self.template.conversation(c) for c in sample.conversations]
-                if sample.prompt is not None:
-                    rendered = [self.template.prompt(sample.prompt)]
-                ready.append((i, sample, rendered))
+                ready.append((i, *self._render(chunk, i)))
         if self.task == "pretrain":
             texts = self.template.encode_text([sample.text or "" for _, sample, _ in ready]) if ready else []
             for (i, sample, _), ids in zip(ready, texts, strict=True):
@@ -114,6 +110,22 @@ class Tokenise:
                 if self.task == "preference":
                     batch.margins.append(sample.margin)
         return batch
+
+    def _render(self, chunk: Chunk, i: int) -> tuple[Sample, list[Rendered]]:
+        """Row i and its texts to tokenise (none for pretraining, whose text is in the sample). Raises RowProblem."""
+        sample = normalise(_record(chunk, i), self.task, self.columns, plain=self.template.plain)
+        if sample.prompt is not None:
+            return sample, [self.template.prompt(sample.prompt, tools=sample.tools)]
+        return sample, [self.template.conversation(c, tools=sample.tools) for c in sample.conversations]
+
+    def texts(self, chunk: Chunk) -> list[str]:
+        """The texts that the rows of `chunk` would be tokenised from; rows that cannot be used are left out."""
+        found, ignored = [], Batch()
+        for i in range(len(chunk.rows)):
+            with _Outcome(self, ignored, chunk, i):
+                sample, rendered = self._render(chunk, i)
+                found += [sample.text] if sample.text is not None else [item.text for item in rendered]
+        return found
 
     def _identify(self, batch: Batch, sample: Sample) -> None:
         if self.identify:

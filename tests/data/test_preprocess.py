@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mrlhf.data.indexed import IndexedReader, PackedDataset
-from mrlhf.data.preprocess import PreprocessConfig, preprocess
+from mrlhf.data.options import PreprocessConfig
+from mrlhf.data.preprocess import preprocess
 from mrlhf.data.template import tokenizer_fingerprint
 from mrlhf.errors import ConfigError, DataError, SeveralErrors
 
@@ -278,10 +279,10 @@ def test_margins_in_some_rows_only_is_an_error(run: Run, jsonl: Callable[..., st
         run("preference", jsonl([*pairs(2), *pairs(1, margin=1.0)]))
 
 
-def test_special_tokens_an_unigram_tokenizer_cannot_spell_are_a_counted_drop(run: Run, jsonl: Callable[..., str], unigram_dir: str) -> None:
-    rows = [*chats(3), {"input": "strike <s> this", "output": "ok"}]
+def test_special_tokens_beside_private_characters_are_a_counted_drop(run: Run, jsonl: Callable[..., str], unigram_dir: str) -> None:
+    rows = [*chats(3), {"input": "strike <s> this \U00100000", "output": "ok"}, {"input": "strike <s> this", "output": "ok"}]
     data = run("sft", jsonl([{"input": m["messages"][0]["content"], "output": "ok"} for m in rows[:3]] + rows[3:]), tokenizer=unigram_dir)
-    assert data.meta["drops"] == {"special_in_text": 1} and data.num_samples == 3
+    assert data.meta["drops"] == {"special_in_text": 1} and data.num_samples == 4
 
 
 def test_existing_output_is_kept_unless_overwritten(run: Run, jsonl: Callable[..., str], tmp_path: Path) -> None:
