@@ -62,8 +62,8 @@ class GigatokenBackend:
         if not texts:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
         layout = self.tokenizer.encode_batch(list(texts), parallel=False).layout
-        bounds = np.asarray(layout.offsets)
-        return np.asarray(layout.content)[bounds[0] : bounds[-1]].astype(np.int32), np.diff(bounds)
+        bounds = np.asarray(layout.offsets.data)
+        return np.asarray(layout.content.data)[bounds[0] : bounds[-1]].astype(np.int32), np.diff(bounds)
 
 
 class Encoder:
@@ -281,7 +281,7 @@ PROBES = (
     *("<", "<|", "|>", "<|im_", "_end|>", "<s", "[INST", "<0x0A>", "▁x ▁▁"),
 )
 _BEFORE, _BEHIND = ("", " ", "x", "x \n", "é"), ("", " ", "  y", "\n", "y", "\n\nz", "'s", "1")
-_MOST_CHARACTERS = 4_000_000
+MOST_CHARACTERS = 4_000_000
 
 
 def choose_encoder(
@@ -327,7 +327,7 @@ def _compare(encoder: Encoder, plain: Encoder, sample_texts: Sequence[str], veri
     for guarded in (False, True):
         tokens = list(plain.special.guards.values() if guarded else plain.special.guards)
         probes = [*PROBES, *tokens, *(f"{a}{t}{b}{t}" for t in tokens[:6] for a in _BEFORE for b in _BEHIND)]
-        sample = _at_most(sample_texts[:verify], _MOST_CHARACTERS)
+        sample = _at_most(sample_texts[:verify], MOST_CHARACTERS)
         texts = [*probes, *(sample if not guarded else filter(plain.special.found_in, sample))] if verify else [""]
         try:
             found = encoder.ids(texts, guarded=guarded)

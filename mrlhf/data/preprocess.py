@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from mrlhf import __version__
 from mrlhf.data.assemble import Assembler, merged
-from mrlhf.data.encoder import choose_encoder
+from mrlhf.data.encoder import MOST_CHARACTERS, choose_encoder
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset, token_dtype
 from mrlhf.data.options import PreprocessConfig, check
 from mrlhf.data.ready_made import TEMPLATE_NAMES, ready_made
@@ -151,16 +151,13 @@ def _tokenise(
         identify=config.dedup or config.split is not None,
     )
     blocks = sources.blocks()
-    first = next(blocks, None)
-    if first is None:
-        return [], ""
-    note = _choose_backend(config, tokenise, first)
+    first, note = _choose_backend(config, tokenise, blocks)
     work = Work(tokenise, directory, token_dtype(vocab_size(template.tokenizer)))
     heads: list[dict[str, Any]] = []
     lines: Counter[tuple[int, str]] = Counter()
     rows_left: float = float("inf")
     with tqdm(desc="tokenise", unit=" rows", disable=None) as bar:
-        for head in run(work, chain([first], blocks), workers=config.workers or usable_cores()):
+        for head in run(work, chain(first, blocks), workers=config.workers or usable_cores()):
             where = (head["source"], head["path"])
             heads.append({**head, "first_line": lines[where]})
             lines[where] += head["lines"]
@@ -173,19 +170,28 @@ def _tokenise(
     return heads, note
 
 
-def _choose_backend(config: PreprocessConfig, tokenise: Tokenise, block: Block) -> str:
-    """Sets the template's encoder by what gigatoken makes of the input's first rows; returns a line that says why."""
+def _choose_backend(config: PreprocessConfig, tokenise: Tokenise, blocks: Iterator[Block]) -> tuple[list[Block], str]:
+    """Sets the template's encoder by what gigatoken makes of the input's first rows.
+
+    Returns the blocks read for that, and a line that says why.
+    """
+    read: list[Block] = []
     texts: list[str] = []
-    if config.tokenizer_backend != "hf":
+    characters = 0
+    while config.tokenizer_backend != "hf" and len(texts) < config.verify_tokens and characters < MOST_CHARACTERS:
+        block = next(blocks, None)
+        if block is None:
+            break
+        read.append(block)
         for chunk in block.chunks(block.content()):
-            texts += tokenise.texts(chunk)
-            if len(texts) >= config.verify_tokens:
-                break
+            found = tokenise.texts(chunk)
+            texts += found
+            characters += sum(map(len, found))
     template = tokenise.template
     template.encoder, note = choose_encoder(
         template.tokenizer, config.tokenizer_backend, texts, verify=config.verify_tokens, masks=config.task != "pretrain"
     )
-    return note
+    return read, note
 
 
 def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> None:
