@@ -281,7 +281,7 @@ PROBES = (
     *("<", "<|", "|>", "<|im_", "_end|>", "<s", "[INST", "<0x0A>", "▁x ▁▁"),
 )
 _BEFORE, _BEHIND = ("", " ", "x", "x \n", "é"), ("", " ", "  y", "\n", "y", "\n\nz", "'s", "1")
-MOST_CHARACTERS = 4_000_000
+MOST_CHARACTERS = 1_500_000
 
 
 def choose_encoder(
@@ -290,7 +290,7 @@ def choose_encoder(
     """The encoder to use, and a line that says why.
 
     gigatoken is taken where it gives HF's ids for PROBES (also around special tokens) and for the first `verify` of `sample_texts`
-    (of the very input; 4 million characters at most). Otherwise `auto` falls back to HF, and `gigatoken` raises DataError with the
+    (of the very input; MOST_CHARACTERS at most). Otherwise `auto` falls back to HF, and `gigatoken` raises DataError with the
     first text that differs. `verify` 0 trusts gigatoken unseen. `masks`: character spans will be asked for (not for pretraining text).
     Raises EnvironmentProblem where gigatoken is asked for and not installed.
     """
