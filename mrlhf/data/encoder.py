@@ -32,18 +32,22 @@ class HfBackend:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = False
+
+    def _ready(self) -> Any:
+        """The tokenizer without what other callers may have left set on it: transformers' calls set all three and leave them so."""
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = False
+        return self.tokenizer
 
     def ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        found = [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = [e.ids for e in self._ready().encode_batch_fast(list(texts), add_special_tokens=False)]
         counts = np.fromiter(map(len, found), np.int64, len(found))
         return np.fromiter(chain.from_iterable(found), np.int32, int(counts.sum())), counts
 
     def offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text, ids int32 [T] and the characters [start, end) of every token, int64 [T, 2]."""
-        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        found = self._ready().encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.asarray(e.ids, dtype=np.int32), np.fromiter(chain.from_iterable(e.offsets), np.int64, 2 * len(e)).reshape(-1, 2))
             for e in found
