@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.data.indexed import FORMAT_VERSION, OutputSet, PackedDataset
+from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset
 from mrlhf.data.loader import Loader, MicroBatch, Order, Sample, collate
+from mrlhf.data.writer import OutputSet
 
 A = Sample(np.array([5, 6, 7]), np.array([1, 1, 1], np.uint8), 4)
 B = Sample(np.array([8, 9]), np.array([0, 1], np.uint8), 2)

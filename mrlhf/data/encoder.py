@@ -71,7 +71,7 @@ class GigatokenBackend:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
         layout = self._call(lambda: self.tokenizer.encode_batch(list(texts), parallel=False)).layout
         bounds = np.asarray(layout.offsets.data)
-        return layout.content.data[bounds[0] : bounds[-1]].astype(np.int32), np.diff(bounds)
+        return np.asarray(layout.content.data)[bounds[0] : bounds[-1]].astype(np.int32), np.diff(bounds)
 
     @staticmethod
     def _call(function: Callable[[], Any]) -> Any:
@@ -253,8 +253,14 @@ def _mask_of_bytes(
     """The mask of all texts (uint8, like `flat`) and the bytes that each text's tokens cover; `spans` are in bytes of their text."""
     ends = np.cumsum(lengths[flat], dtype=np.int64)
     bounds = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(counts)])]
+    limits = bounds.tolist()  # a span stays within its own text even where the tokens do not cover all of it
     edges = np.asarray(
-        [(base + start, base + stop) for base, own in zip(bounds.tolist(), spans, strict=False) for start, stop in own if start < stop],
+        [
+            (base + start, min(base + stop, limit))
+            for base, limit, own in zip(limits, limits[1:], spans, strict=False)
+            for start, stop in own
+            if start < stop and base + start < limit
+        ],
         dtype=np.int64,
     ).reshape(-1, 2)
     change = np.zeros(len(flat) + 1, dtype=np.int32)
@@ -299,7 +305,7 @@ PROBES = (
     *("<", "<|", "|>", "<|im_", "_end|>", "<s", "[INST", "<0x0A>", "▁x ▁▁"),
 )
 _BEFORE, _BEHIND = ("", " ", "x", "x \n", "é"), ("", " ", "  y", "\n", "y", "\n\nz", "'s", "1")
-_MOST_CHARACTERS = 4_000_000
+MOST_CHARACTERS = 4_000_000
 
 
 def choose_encoder(
@@ -339,7 +345,7 @@ def _compare(encoder: Encoder, plain: Encoder, sample_texts: Sequence[str], veri
     for guarded in (False, True):
         tokens = list(plain.special.guards.values() if guarded else plain.special.guards)
         probes = [*PROBES, *tokens, *(f"{a}{t}{b}{t}" for t in tokens[:6] for a in _BEFORE for b in _BEHIND)]
-        sample = _at_most(sample_texts[:verify], _MOST_CHARACTERS)
+        sample = _at_most(sample_texts[:verify], MOST_CHARACTERS)
         texts = [*probes, *(sample if not guarded else filter(plain.special.found_in, sample))] if verify else [""]
         pairs = zip(plain.ids(texts, guarded=guarded), encoder.ids(texts, guarded=guarded), strict=True)
         for text, (expected, found) in zip(texts, pairs, strict=True):
