@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from typing import Any, Literal, Protocol
 
@@ -32,38 +32,56 @@ class HfBackend:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = False
+
+    def _ready(self) -> Any:
+        """The tokenizer without what other callers may have left set on it: transformers' calls set all three and leave them so."""
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = False
+        return self.tokenizer
 
     def ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        found = [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = [e.ids for e in self._ready().encode_batch_fast(list(texts), add_special_tokens=False)]
         counts = np.fromiter(map(len, found), np.int64, len(found))
         return np.fromiter(chain.from_iterable(found), np.int32, int(counts.sum())), counts
 
     def offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text, ids int32 [T] and the characters [start, end) of every token, int64 [T, 2]."""
-        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        found = self._ready().encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.asarray(e.ids, dtype=np.int32), np.fromiter(chain.from_iterable(e.offsets), np.int64, 2 * len(e)).reshape(-1, 2))
             for e in found
         ]
 
 
+class GigatokenUnfit(DataError):
+    """gigatoken cannot read this tokenizer, or encode with it, or gives other ids."""
+
+
 class GigatokenBackend:
-    """gigatoken on the same tokenizer.json. Raises ValueError for a tokenizer that it does not know."""
+    """gigatoken on the same tokenizer.json, one thread. Raises GigatokenUnfit where it fails, ModuleNotFoundError where it is missing."""
 
     def __init__(self, state: str):
-        import gigatoken
+        from gigatoken import Tokenizer
 
-        self.tokenizer = gigatoken.Tokenizer.from_json(state)
+        self.tokenizer: Any = self._call(lambda: Tokenizer.from_json(state))
 
     def ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if not texts:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
-        layout = self.tokenizer.encode_batch(list(texts), parallel=False).layout
+        layout = self._call(lambda: self.tokenizer.encode_batch(list(texts), parallel=False)).layout
         bounds = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[bounds[0] : bounds[-1]].astype(np.int32), np.diff(bounds)
+
+    @staticmethod
+    def _call(function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of its Rust code is no Exception
+            reason = str(error).strip().splitlines()
+            raise GigatokenUnfit(f"gigatoken fails: {reason[0] if reason else type(error).__name__}", fix="--tokenizer-backend hf") from error
 
 
 class Encoder:
@@ -235,8 +253,14 @@ def _mask_of_bytes(
     """The mask of all texts (uint8, like `flat`) and the bytes that each text's tokens cover; `spans` are in bytes of their text."""
     ends = np.cumsum(lengths[flat], dtype=np.int64)
     bounds = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(counts)])]
+    limits = bounds.tolist()  # a span stays within its own text even where the tokens do not cover all of it
     edges = np.asarray(
-        [(base + start, base + stop) for base, own in zip(bounds.tolist(), spans, strict=False) for start, stop in own if start < stop],
+        [
+            (base + start, min(base + stop, limit))
+            for base, limit, own in zip(limits, limits[1:], spans, strict=False)
+            for start, stop in own
+            if start < stop and base + start < limit
+        ],
         dtype=np.int64,
     ).reshape(-1, 2)
     change = np.zeros(len(flat) + 1, dtype=np.int32)
@@ -300,48 +324,37 @@ def choose_encoder(
     encoder = Encoder(tokenizer, "gigatoken")
     try:
         if masks and encoder.byte_lengths() is None:
-            raise _Unfit("it gives no character offsets, and this tokenizer is not byte-level BPE without a normalizer")
+            raise GigatokenUnfit("it gives no character offsets, and this tokenizer is not byte-level BPE that takes text as it is")
         checked = _compare(encoder, plain, sample_texts, verify)
     except ModuleNotFoundError as error:
         if backend == "gigatoken":
-            raise EnvironmentProblem(
-                "gigatoken is not installed", fix="pip install 'mrlhf[data]', or --tokenizer-backend hf"
-            ) from error
+            raise EnvironmentProblem("gigatoken is not installed", fix="pip install 'mrlhf[data]', or --tokenizer-backend hf") from error
         return plain, "tokenizer backend hf: gigatoken is not installed (pip install 'mrlhf[data]')"
-    except _Unfit as error:
+    except GigatokenUnfit as error:
         if backend == "gigatoken":
             raise DataError(
-                f"gigatoken cannot stand in for this tokenizer: {error}", where=tokenizer.name_or_path, fix="--tokenizer-backend hf"
+                f"gigatoken cannot stand in for this tokenizer: {error.what}", where=tokenizer.name_or_path, fix="--tokenizer-backend hf"
             ) from error
-        return plain, f"tokenizer backend hf: gigatoken was refused, {error}"
+        return plain, f"tokenizer backend hf: gigatoken was refused, {error.what}"
     return encoder, "tokenizer backend gigatoken, " + (f"equal to hf on {checked:,} texts" if verify else "unverified (--verify-tokens 0)")
 
 
-class _Unfit(Exception):
-    """Why gigatoken cannot be used."""
-
-
 def _compare(encoder: Encoder, plain: Encoder, sample_texts: Sequence[str], verify: int) -> int:
-    """On how many texts the two are equal. Raises _Unfit where they are not, or where gigatoken cannot read the tokenizer."""
+    """On how many texts the two are equal. Raises GigatokenUnfit where they are not."""
     checked = 0
     for guarded in (False, True):
         tokens = list(plain.special.guards.values() if guarded else plain.special.guards)
         probes = [*PROBES, *tokens, *(f"{a}{t}{b}{t}" for t in tokens[:6] for a in _BEFORE for b in _BEHIND)]
         sample = _at_most(sample_texts[:verify], MOST_CHARACTERS)
         texts = [*probes, *(sample if not guarded else filter(plain.special.found_in, sample))] if verify else [""]
-        try:
-            found = encoder.ids(texts, guarded=guarded)
-        except (ModuleNotFoundError, RowProblem):
-            raise
-        except BaseException as error:  # a panic of the Rust code is no Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise _Unfit(f"it cannot read it ({str(error).strip() or type(error).__name__})") from error
-        for text, expected, other in zip(texts, plain.ids(texts, guarded=guarded), found, strict=True):
-            if not np.array_equal(expected, other):
-                at = next((i for i, (a, b) in enumerate(zip(expected, other, strict=False)) if a != b), min(len(expected), len(other)))
+        pairs = zip(plain.ids(texts, guarded=guarded), encoder.ids(texts, guarded=guarded), strict=True)
+        for text, (expected, found) in zip(texts, pairs, strict=True):
+            if not np.array_equal(expected, found):
+                at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
                 shown = text if len(text) <= 60 else text[:60] + "..."
-                raise _Unfit(f"it differs on {shown!r} at token {at}: {other[at : at + 4].tolist()}, hf {expected[at : at + 4].tolist()}")
+                raise GigatokenUnfit(
+                    f"it differs on {shown!r} at token {at}: {found[at : at + 4].tolist()}, hf {expected[at : at + 4].tolist()}"
+                )
         checked += len(texts)
     return checked
 

@@ -48,7 +48,7 @@ class SpecialTokens:
         self._beginnings = tuple({t[:2] for t in tokens})
         self._needles = (*self._beginnings, OPEN, CLOSE)
         self._longest = max(map(len, tokens), default=0)
-        self._firsts, self._lasts = "".join({t[0] for t in tokens}), "".join({t[-1] for t in tokens})
+        self._firsts, self._lasts = {t[0] for t in tokens}, {t[-1] for t in tokens}
         self._heads = {t[:i] for t in tokens for i in range(1, len(t)) if not t[i - 1].isspace()}
         self._tails = {t[i:] for t in tokens for i in range(1, len(t)) if not t[i].isspace()}
 
@@ -59,15 +59,13 @@ class SpecialTokens:
     def needs_protection(self, value: Any) -> bool:
         """Whether a string in `value` may hold a special token or marker, or a part of a token at one of its ends. Quick."""
         if isinstance(value, str):
-            if any(n in value for n in self._needles):
-                return True
-            head, tail = value[: self._longest], value[-self._longest :]
-            return any(c in tail for c in self._firsts) or any(c in head for c in self._lasts)
+            for needle in self._needles:  # a loop, because this runs on every string of the input
+                if needle in value:
+                    return True
+            return not (self._firsts.isdisjoint(value[-self._longest :]) and self._lasts.isdisjoint(value[: self._longest]))
         if isinstance(value, dict):
-            return any(self.needs_protection(v) or self.needs_protection(k) for k, v in value.items())
-        if isinstance(value, (list, tuple)):
-            return any(self.needs_protection(v) for v in value)
-        return False
+            return self.needs_protection([*value, *value.values()])
+        return isinstance(value, (list, tuple)) and any(map(self.needs_protection, value))
 
     def protect(self, value: Any, table: dict[str, str]) -> Any:
         """`value` with markers for the special tokens in its strings; `table` maps token to marker.

@@ -170,11 +170,12 @@ class Template:
         content = message.get("content")
         found, behind = -1, start
         if isinstance(content, str) and not message.get("tool_calls"):
-            for form in (content, content.strip()):
-                found = text.find(form, start)
-                if found >= 0:
-                    behind = found + len(form)
-                    break
+            stripped = content.strip()  # what every template renders of it, be it trimmed or not
+            found = text.find(stripped, start)
+            if found >= 0:
+                whole = found - (len(content) - len(content.lstrip()))
+                untrimmed = whole >= start and text.startswith(content, whole)
+                behind = whole + len(content) if untrimmed else found + len(stripped)
         at = -1 if self.end_token is None else text.find(self.end_token, behind)
         if at >= 0:
             return at + len(self._end)

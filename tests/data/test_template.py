@@ -50,9 +50,9 @@ def test_trained_tokens_are_the_last_answer_and_the_end_token(
     ids, mask = encode(template, messages)
     answer = turns[-1].strip() if name == "llama3" else turns[-1]
     text = trained_text(tokenizer, ids, mask)
-    if name == "no_end":  # "assistant: " ends in a blank, which merges with the answer: the straddling token is trained
-        text = text.removeprefix(" ") if not answer.startswith(" ") else text[-len(answer + END[name]) :]
-    assert text == answer + END[name]
+    # "assistant: " ends in a blank and "assistant\n" in a line end that may merge with the answer: the straddling token is trained
+    straddling = len(text) - len(answer + END[name])
+    assert text.endswith(answer + END[name]) and straddling < len(tokenizer.decode(ids[mask == 1][:1].tolist()))
     assert ids[-1] == template.end_token_id and mask[-1] == 1 and mask[0] == 0
     assert (np.diff(mask.astype(int)) != 0).sum() == 1  # one trained run, at the end
 
@@ -209,5 +209,5 @@ def test_slow_tokenizer_and_missing_directory() -> None:
 
     with pytest.raises(DataError, match="slow tokenizer"):
         Template(Slow())
-    with pytest.raises(DataError, match="no such directory"):
+    with pytest.raises(DataError, match="no such file or directory"):
         load_tokenizer("/no/such/tokenizer")
