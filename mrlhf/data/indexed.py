@@ -18,7 +18,7 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -311,22 +311,10 @@ class PackedDataset:
         `verify` also compares the SHA-256 of every file with PREFIX.json (reads all of it). Raises DataError.
         """
         prefix = str(prefix)
-        meta = _read_meta(prefix)
+        meta = read_meta(prefix)
         files = meta["files"]
-        for suffix, digest in files.items():
-            path = Path(prefix + suffix)
-            if not path.is_file():
-                raise DataError("file is missing", where=str(path), fix=f"copy it here, or {_REMAKE}")
-            if path.stat().st_size != digest["bytes"]:
-                raise DataError(
-                    f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}: truncated or of another run",
-                    where=str(path),
-                    fix=f"copy it again, or {_REMAKE}",
-                )
-            if verify and _sha256(path) != digest["sha256"]:
-                raise DataError(
-                    f"checksum differs from {prefix}.json: the file is damaged", where=str(path), fix=f"copy it again, or {_REMAKE}"
-                )
+        for problem in file_problems(prefix, meta, verify=verify):
+            raise problem
         ids = IndexedReader(prefix, dtypes=_TOKENS)
         mask = IndexedReader(prefix + "_loss_mask", dtypes=_MASK) if "_loss_mask.bin" in files else None
         margin = IndexedReader(prefix + "_margin", dtypes=_MARGIN) if "_margin.bin" in files else None
@@ -353,6 +341,12 @@ class PackedDataset:
     @property
     def has_mask(self) -> bool:
         return self._mask is not None
+
+    def block(self, first_pack: int, end_pack: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Of consecutive packs, views of the files: ids, mask (None for prompts), and the lengths of their samples."""
+        first, end = int(self.doc_index[first_pack]), int(self.doc_index[end_pack])
+        span = self._ids.start(first), self._ids.start(end)
+        return self._ids.span(*span), None if self._mask is None else self._mask.span(*span), self.lengths[first:end]
 
     @property
     def identity(self) -> str:
@@ -381,6 +375,11 @@ class PackedDataset:
         """Margin of pair `pair_index` (samples 2 * pair_index and the next), None where the data has no margins."""
         return None if self._margin is None else float(self._margin[pair_index][0])
 
+    @property
+    def margins(self) -> np.ndarray | None:
+        """float32 [pairs], a view of the file; None where the data has none."""
+        return None if self._margin is None else self._margin.span(0, len(self._margin))
+
     def label(self, i: int) -> Any:
         """The parsed JSON value that goes with prompt i, None where there is none."""
         return self._labels[i] if self._labels else None
@@ -396,7 +395,24 @@ class PackedDataset:
         return labels
 
 
-def _read_meta(prefix: str) -> dict[str, Any]:
+def file_problems(prefix: str, meta: dict[str, Any], *, verify: bool) -> Iterator[DataError]:
+    """Files of the set that are missing or not of the size in PREFIX.json, or (`verify`) not of the SHA-256 there."""
+    for suffix, digest in meta["files"].items():
+        path = Path(prefix + suffix)
+        if not path.is_file():
+            yield DataError("file is missing", where=str(path), fix=f"copy it here, or {_REMAKE}")
+        elif path.stat().st_size != digest["bytes"]:
+            yield DataError(
+                f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}: truncated or of another run",
+                where=str(path),
+                fix=f"copy it again, or {_REMAKE}",
+            )
+        elif verify and sha256_of(path) != digest["sha256"]:
+            yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path), fix=f"copy it again, or {_REMAKE}")
+
+
+def read_meta(prefix: str) -> dict[str, Any]:
+    """The content of PREFIX.json, found whole. Raises DataError."""
     path = Path(prefix + ".json")
     if not path.is_file():
         for ending in (".bin", ".idx", ".json"):
@@ -437,6 +453,6 @@ def _read_meta(prefix: str) -> dict[str, Any]:
     return meta
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
