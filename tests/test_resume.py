@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, environment, metrics, mrlhf
 
 _TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
@@ -72,6 +74,51 @@ def test_sft_killed_and_resumed(world: Path, tmp_path: Path) -> None:
     again = mrlhf(*args, "--train.output_dir", tmp_path / "whole")
     assert "already finished" in again.stdout
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "whole/checkpoints").rglob("*")}
+
+
+def test_a_blend_goes_on_with_the_same_rows_on_another_layout(world: Path, tmp_path: Path) -> None:
+    """Own text and Megatron-LM's own, three steps on one rank, the rest on two; against all on one rank. Then with other data."""
+    for end in (".bin", ".idx"):
+        shutil.copy(world / f"text{end}", tmp_path / f"theirs{end}")
+    for file in world.glob("text.*"):
+        shutil.copy(file, tmp_path / file.name.replace("text", "ours"))
+    shutil.copy(world / "text_loss_mask.bin", tmp_path / "ours_loss_mask.bin")
+    shutil.copy(world / "text_loss_mask.idx", tmp_path / "ours_loss_mask.idx")
+    blend = f"[{{prefix: {tmp_path / 'ours'}, weight: 0.7}}, {{prefix: {tmp_path / 'theirs'}, weight: 0.3}}]"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    args = ["pretrain", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", blend, "--data.seq_length", 160,
+            "--train.global_batch_size", 4, "--train.max_steps", 6, "--optim.lr", 1e-3, "--checkpoint.save_interval", 3]  # fmt: skip
+    first = mrlhf(*args, "--train.output_dir", whole)
+    assert f"note: {tmp_path / 'theirs'} is Megatron-LM's own data: " in first.stdout
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints/step_6")
+    (broken / "checkpoints/latest").write_text("step_3\n")
+    again = mrlhf(*args, "--train.output_dir", broken, ranks=2)
+    assert "resumed from" in again.stdout
+    for one, two in zip(metrics(whole), metrics(broken), strict=True):
+        same = {k for k in one if k.startswith("data/")} | {"train/num_tokens", "train/num_rows", "train/epoch"} & set(one)
+        assert {"data/ours/epoch", "data/theirs/epoch", "train/num_tokens"} <= same
+        assert {k: one[k] for k in same} == {k: two[k] for k in same}
+        assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+    kept = [json.loads((run / "checkpoints/step_6/mrlhf.json").read_text())["data"] for run in (whole, broken)]
+    assert kept[0] == kept[1] and sum(s["consumed"] for s in kept[0]) == 24 and [s["consumed"] for s in kept[0]] in ([17, 7], [16, 8])
+
+    shutil.rmtree(broken / "checkpoints/step_6")
+    (broken / "checkpoints/latest").write_text("step_3\n")
+    for file in tmp_path.glob("ours*"):
+        file.unlink()
+    remake(world, tmp_path / "ours")
+    refused = mrlhf(*args, "--train.output_dir", broken, check=False)
+    assert refused.returncode == 2
+    assert f"CheckpointError: {broken / 'checkpoints/step_3'}: the data at {tmp_path / 'ours'} was changed" in refused.stderr
+
+
+def remake(world: Path, prefix: Path) -> None:
+    """The world's text in another order."""
+    from mrlhf.data.preprocess import PreprocessConfig, preprocess
+
+    preprocess(PreprocessConfig(task="pretrain", input=(str(world / "text.jsonl"),), tokenizer=str(world / "qwen2"),
+                                output_prefix=str(prefix), seq_length=160, seed=9))  # fmt: skip
 
 
 def test_ppo_killed_and_resumed(world: Path, tmp_path: Path) -> None:
