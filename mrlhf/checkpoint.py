@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 import mrlhf
 from mrlhf.errors import CheckpointError
+from mrlhf.models.families import spec_from_hf
 from mrlhf.models.hf_io import HFReader, copy_side_files, resolve_hf
-from mrlhf.models.spec import ModelSpec, read_hf_config, spec_from_hf
+from mrlhf.models.spec import ModelSpec, read_hf_config
 
 MANIFEST, FORMAT = "mrlhf.json", 1
 _OPTIMIZER_FORMAT = "fully_reshardable"
@@ -137,9 +138,9 @@ def load_weights(source: ModelSource, model: Any, *, head: str, seed: int) -> No
         missing = [k for k in missing if not k.endswith("_extra_state") and not (new_head and k.startswith("output_layer."))]
         assert not missing and not unexpected, (missing, unexpected)
     else:
-        reader = HFReader(source.path)
-        reader.check(source.spec, head=source.head)
+        reader = HFReader(source.path, source.spec, head=source.head)
         fill(model, source.spec, _WithHead(reader, RandomSource(source.spec, head=head, seed=seed)) if new_head else reader, head=head)
+        reader.close()
     if new_head and source.is_checkpoint:
         fill(model, source.spec, RandomSource(source.spec, head=head, seed=seed), head=head, only="output_layer.")
 

@@ -29,15 +29,16 @@ from mrlhf.data.loader import MicroBatch, Sample, collate
 from mrlhf.engine import Model
 from mrlhf.errors import CheckpointError, EnvironmentProblem
 from mrlhf.models import gpt
+from mrlhf.models.families import classifier, hf_shapes
+from mrlhf.models.families import hf_tensors as hf_tensors_of
 from mrlhf.models.hf_io import HFReader, copy_side_files, write_safetensors
 from mrlhf.models.spec import ModelSpec, read_hf_config
-from mrlhf.models.weights import hf_shapes
 from mrlhf.parallel import state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAMES = {kind: name for name, kind in DTYPES.items()}
 TOLERANCE = 1e-4  # of a logit in fp32; a wrong mapping is off by 1e-1 and more
 STAGE = "convert"
-_CLASSIFIER = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _VERIFY_LENGTHS = (5, 23, 12, 48)
 
@@ -67,14 +68,8 @@ def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str
     source = open_source(hf)
     if source.is_checkpoint:
         raise CheckpointError("it is a mrlhf checkpoint already", where=str(source.path), expected="a HF directory or hub id")
-    reader = HFReader(source.path)
-    reader.check(source.spec, head=source.head)
-    found = {name: reader.dtype_name(name) for name in hf_shapes(source.spec, head=source.head)}
-    odd = sorted(set(found.values()) - set(DTYPES))
-    if odd:
-        raise CheckpointError(
-            f"tensors of type {', '.join(odd)}", where=str(source.path), expected=", ".join(DTYPES), fix="save the model unquantised"
-        )
+    reader = HFReader(source.path, source.spec, head=source.head)
+    found = {name: _NAMES[reader.dtype(name)] for name in reader.tensors}
     stored = dtype or ("bfloat16" if set(found.values()) == {"bfloat16"} else "float32")
     extra: dict[str, Any] = {"converted_from": hf}
     if dtype is None:
@@ -107,7 +102,7 @@ def hf_tensors(
         assert covered == split, f"{name}: {covered} of {split} rows"
         if dtypes[name] == torch.float16 and not tensor.isfinite().all():
             raise CheckpointError(f"{name} has values beyond float16's 65504", where="--dtype", fix="--dtype bfloat16")
-        yield name, tensor
+        yield name, tensor.t() if hf_tensors_of(spec, head=head)[name].transposed else tensor
 
 
 @dataclass(frozen=True)
@@ -172,7 +167,9 @@ def _hf_config(source: ModelSource, dtype: str | None) -> tuple[dict[str, Any] |
     if dtype is not None and config.get(key) != dtype:
         changes[key] = dtype
     if source.head == "value":
-        wanted = f"{_CLASSIFIER[source.spec.family]}ForSequenceClassification"
+        wanted = classifier(source.spec)
+        if not wanted:
+            raise CheckpointError(f"transformers has no class for a value model of {source.spec.family}", where=str(source.path))
         if config.get("architectures") != [wanted]:
             changes |= {"architectures": [wanted], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         changes |= _padding(config, source.hf_dir, notes)
@@ -241,10 +238,10 @@ def verify(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
     limit = source.spec.max_position_embeddings
     samples = [Sample(rng.choice(ids, min(n, limit)), np.ones(min(n, limit), np.uint8), i) for i, n in enumerate(_VERIFY_LENGTHS)]
 
-    reader = HFReader(theirs.path)
+    reader = HFReader(theirs.path, theirs.spec, head=theirs.head)
     stored = DTYPES[source.manifest["dtype"]] if source.is_checkpoint else torch.float32
     ours, head_1H = _megatron_outputs(
-        source, samples, {name: DTYPES[reader.dtype_name(name)] for name in hf_shapes(source.spec, head=theirs.head)}
+        source, samples, {name: reader.dtype(name) for name in reader.tensors}
     )
     wanted = _hf_outputs(theirs, samples, stored, head_1H)
     worst, total, count = 0.0, 0.0, 0
@@ -288,7 +285,7 @@ def _hf_outputs(theirs: ModelSource, samples: list[Sample], stored: torch.dtype,
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if theirs.head == "value" else AutoModelForCausalLM
-    model = kind.from_pretrained(theirs.path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = kind.from_pretrained(theirs.path, dtype=torch.float32, attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.copy_(parameter.to(stored))
     found = []

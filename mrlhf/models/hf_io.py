@@ -1,26 +1,30 @@
-"""HF directories: safetensors read slice by slice, written shard by shard; config and tokenizer travel unchanged."""
+"""HF directories: safetensors read slice by slice and written tensor by tensor; config and tokenizer travel unchanged."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mrlhf.errors import CheckpointError
+from mrlhf.models.families import hf_tensors
+from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
-from mrlhf.models.weights import hf_shapes
-from mrlhf.models.weights.blocks import Block
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_HARMLESS = (".rotary_emb.inv_freq",)
-_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older releases wrote and nobody reads
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+         "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4}  # fmt: skip
+_AGAIN = "copy or download the file again"
 
 
 def resolve_hf(path: str) -> Path:
@@ -40,61 +44,146 @@ def resolve_hf(path: str) -> Path:
         ) from error
 
 
-class HFReader:
-    """Reads blocks of the tensors of a HF directory; nothing but the block comes into memory."""
+@dataclass(frozen=True)
+class Header:
+    """Of a safetensors file: its text, and name -> (type, stored shape, first byte, one past the last byte) counted from the file's start."""
 
-    def __init__(self, directory: Path) -> None:
+    text: dict[str, Any]
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+
+
+def read_header(path: Path) -> Header:
+    """Raises CheckpointError for a file that is not whole: too short, or with a header that does not describe its bytes."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise CheckpointError(f"its header would be {length:,} bytes long in a file of {size:,}", where=str(path), fix=_AGAIN)
+            text = json.loads(f.read(length))
+        tensors, end = {}, 0
+        for name, entry in text.items():
+            if name != "__metadata__":
+                shape, (start, stop) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+                if stop - start != math.prod(shape) * _BITS[entry["dtype"]] // 8 or start < 0 or any(n < 0 for n in shape):
+                    raise CheckpointError(f"the header gives {name} {entry}", where=str(path), fix=_AGAIN)
+                tensors[name], end = (entry["dtype"], shape, 8 + length + start, 8 + length + stop), max(end, stop)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot be read: {type(error).__name__}: {error}", where=str(path), fix=_AGAIN) from error
+    if size != 8 + length + end:
+        cut = [name for name, (_, _, _, stop) in tensors.items() if stop > size]
+        raise CheckpointError(
+            f"{size:,} bytes instead of {8 + length + end:,}" + (f": {', '.join(cut[:3])} not whole" if cut else ""),
+            where=str(path), fix=_AGAIN,
+        )  # fmt: skip
+    spans = sorted((start, stop) for _, _, start, stop in tensors.values())
+    if any(stop > following for (_, stop), (following, _) in zip(spans, spans[1:], strict=False)):
+        raise CheckpointError("tensors overlap", where=str(path), fix=_AGAIN)
+    return Header(text, tensors)
+
+
+class HFReader:
+    """Reads blocks of the tensors of a HF directory; nothing but the block comes into memory (of columns: the tensor)."""
+
+    def __init__(self, directory: Path, spec: ModelSpec, *, head: str) -> None:
+        """Raises CheckpointError unless every tensor of the model is there with its shape, and no other, naming both sides."""
         self.directory = directory
-        index = directory / INDEX
-        if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            outside = [f for f in self.files.values() if Path(f).name != f]
-            if outside:
-                raise CheckpointError(f"the index names a file outside the directory: {outside[0]!r}", where=str(index))
-        elif (directory / SINGLE).is_file():
-            with safe_open(directory / SINGLE, "pt") as f:
-                self.files = dict.fromkeys(f.keys(), SINGLE)
+        self.tensors = hf_tensors(spec, head=head)
+        self.files, self.headers = open_files(directory)
+        self._fds: dict[str, int] = {}
+        self._check(spec)
+
+    def _check(self, spec: ModelSpec) -> None:
+        unknown = [n for n in self.files if n not in self.tensors and not n.endswith(_HARMLESS) and not (spec.tied and n == "lm_head.weight")]
+        missing = [n for n in self.tensors if n not in self.files]
+        wrong = [
+            f"{n} {self.stored_shape(n)} instead of {t.stored_shape}" for n, t in self.tensors.items()
+            if n in self.files and self.stored_shape(n) != t.stored_shape
+        ]  # fmt: skip
+        odd = [f"{n} {self._entry(n)[0]}" for n in self.tensors if n in self.files and self._entry(n)[0] not in _TYPES]
+        found = [
+            f"{what}: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("not known", unknown), ("of another shape", wrong), ("of a type not read here", odd))
+            if names
+        ]
+        if found:
+            raise CheckpointError("tensors do not fit config.json: " + "; ".join(found), where=str(self.directory))
+
+    def _entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
+        return self.headers[self.files[name]].tensors[name]
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name)[1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _TYPES[self._entry(name)[0]]
+
+    def nbytes(self, name: str) -> int:
+        return self._entry(name)[3] - self._entry(name)[2]
+
+    def _rows(self, name: str, start: int, length: int) -> torch.Tensor:
+        kind, shape, first, _ = self._entry(name)
+        file = self.files[name]
+        if file not in self._fds:
+            self._fds[file] = os.open(self.directory / file, os.O_RDONLY)
+        out = torch.empty((length, *shape[1:]), dtype=_TYPES[kind])
+        row = math.prod(shape[1:]) * out.element_size()
+        view, at = memoryview(out.view(torch.uint8).numpy().reshape(-1)), 0
+        while at < len(view):
+            got = os.preadv(self._fds[file], [view[at:]], first + start * row + at)
+            if got <= 0:
+                raise CheckpointError(f"ends inside {name}", where=str(self.directory / file), fix=_AGAIN)
+            at += got
+        return out
+
+    def read(self, block: Block) -> torch.Tensor:
+        """[out, in], as the file's dtype. Raises CheckpointError where a value is not finite: no weight is, so a bit has changed."""
+        transposed = self.tensors[block.hf].transposed
+        if block.dim == (1 if transposed else 0):
+            found = self._rows(block.hf, block.start, block.length)
         else:
+            whole = self._rows(block.hf, 0, self.stored_shape(block.hf)[0])
+            found = whole.narrow(1, block.start, block.length)
+        if not torch.isfinite(found.sum(dtype=torch.float32)) and not found.isfinite().all():  # else the sum overflowed
+            raise CheckpointError(f"{block.hf} has values that are not finite", where=str(self.directory / self.files[block.hf]), fix=_AGAIN)
+        return found.t() if transposed else found
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def open_files(directory: Path) -> tuple[dict[str, str], dict[str, Header]]:
+    """(tensor -> file, file -> header). Raises CheckpointError for a missing or damaged file."""
+    index = directory / INDEX
+    if not index.is_file():
+        if not (directory / SINGLE).is_file():
             raise CheckpointError(
                 "no safetensors weights", where=str(directory), expected=f"{SINGLE} or {INDEX}", fix="save the model with safetensors"
             )
-        self._open: dict[str, Any] = {}
-
-    def _slice(self, name: str) -> Any:
-        file = self.files[name]
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.directory / file, "pt")
-            except Exception as error:  # safetensors raises its own, undocumented classes
-                raise CheckpointError(f"cannot be read: {error}", where=str(self.directory / file)) from error
-        return self._open[file].get_slice(name)
-
-    def read(self, block: Block) -> torch.Tensor:
-        tensor, end = self._slice(block.hf), block.start + block.length
-        return tensor[block.start : end] if block.dim == 0 else tensor[:, block.start : end]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def dtype_name(self, name: str) -> str:
-        """float32, bfloat16 or float16; safetensors' own word for others."""
-        found = self._slice(name).get_dtype()
-        return _DTYPE_NAMES.get(found, found)
-
-    def check(self, spec: ModelSpec, *, head: str) -> None:
-        """Every expected tensor is there with its shape, and no other. Raises CheckpointError naming both sides."""
-        expected = hf_shapes(spec, head=head)
-        missing = sorted(set(expected) - set(self.files))
-        unknown = sorted(
-            n for n in set(self.files) - set(expected) if not n.endswith(_HARMLESS) and not (spec.tied and n == "lm_head.weight")
-        )
-        wrong = [
-            f"{n} {self.shape(n)} instead of {shape}" for n, shape in expected.items() if n in self.files and self.shape(n) != shape
-        ]
-        found = [f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for what, names in
-                 (("missing", missing), ("not known", unknown), ("of another shape", wrong)) if names]  # fmt: skip
-        if found:
-            raise CheckpointError("tensors do not fit config.json: " + "; ".join(found), where=str(self.directory))
+        header = read_header(directory / SINGLE)
+        return dict.fromkeys(header.tensors, SINGLE), {SINGLE: header}
+    try:
+        files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        outside = [f for f in files.values() if Path(f).name != f]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"not an index: {type(error).__name__}: {error}", where=str(index), fix=_AGAIN) from error
+    if outside:
+        raise CheckpointError(f"the index names a file outside the directory: {outside[0]!r}", where=str(index))
+    for file in sorted(set(files.values())):
+        if not (directory / file).is_file():
+            lost = [name for name, f in files.items() if f == file]
+            raise CheckpointError(
+                f"the shard {file} is missing, with {len(lost)} tensors: {', '.join(lost[:3])} ...", where=str(index), fix=_AGAIN
+            )
+    headers = {file: read_header(directory / file) for file in sorted(set(files.values()))}
+    strays = [f"{name} (in {file})" for name, file in files.items() if name not in headers[file].tensors]
+    if strays:
+        raise CheckpointError(f"the index names tensors that are not in their files: {', '.join(strays[:3])}", where=str(index), fix=_AGAIN)
+    return files, headers
 
 
 def copy_side_files(source: Path, target: Path) -> None:

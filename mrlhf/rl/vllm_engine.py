@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 
 from mrlhf.errors import ConfigError, EnvironmentProblem
+from mrlhf.models.families import vllm_map
 from mrlhf.models.spec import ModelSpec
-from mrlhf.models.weights import vllm_map
 from mrlhf.parallel import device
 
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
