@@ -198,3 +198,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(sys.executable, "tools/preprocess_data.py", "--task", task, "--input", file, "--tokenizer", root / "qwen2", "--output-prefix", root / name,
             "--seq-length", 160)  # fmt: skip
     return root
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of every kind of every family, with transformers' logits (zoo.py). Read only."""
+    from zoo import make_zoo
+
+    return make_zoo(tmp_path_factory.mktemp("zoo"))

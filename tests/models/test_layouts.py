@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import TESTS, run, torchrun
-from zoo import KINDS, MOE, make_zoo
+from zoo import KINDS, MOE
 
 LAYOUTS = ("1", "tp2", "tp2+sp", "pp2")
 EXPERT_LAYOUTS = ("ep2", "tp2xep2")
@@ -15,8 +16,7 @@ Results = dict[str, dict]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    zoo = make_zoo(tmp_path_factory.mktemp("zoo"))
+def results(zoo: Path) -> Results:
     program = TESTS / "models/layouts_program.py"
     outputs = (run(sys.executable, program, zoo, "1"), torchrun(2, program, zoo, *LAYOUTS[1:], *EXPERT_LAYOUTS))
     found: Results = {}

@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 from conftest import TESTS, run, torchrun
-from zoo import KINDS, MOE, make_zoo, train_reference
+from zoo import KINDS, MOE, train_reference
 
 # split over ranks: what no other kind splits in this way
 SPLIT = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", "olmo2", "glm4", "mixtral", "qwen3_moe_mixed")
 LAYOUTS = {"1": tuple(KINDS), "tp2+sp": SPLIT, "pp2": SPLIT, "ep2": tuple(MOE), "tp2xep2": tuple(MOE)}
 CASES = [(layout, kind) for layout, kinds in LAYOUTS.items() for kind in kinds]
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_zoo(tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(scope="module")

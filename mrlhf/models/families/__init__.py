@@ -3,7 +3,7 @@
 A family is a module with
   CLASSIFIERS  model_type -> transformers' class for a value model, "" where it has none
   NAMES        names of HF's tensors (of each model_type, where they differ)
-  VLLM         where vLLM's names differ from HF's, or the reason why vLLM cannot be written in place
+  VLLM         where vLLM's names differ from HF's
   spec(fields) -> ModelSpec
 """
 
@@ -19,7 +19,6 @@ from mrlhf.models.families import gemma, glm4, gpt2, granite, llama, mistral, ol
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.maps import Entry, HFTensor, entries
-from mrlhf.models.families.names import VLLMNames
 from mrlhf.models.spec import ModelSpec
 
 _MODULES = (llama, mistral, qwen, gemma, phi3, gpt2, olmo2, granite, glm4, starcoder2, smollm3, seed_oss)
@@ -47,18 +46,11 @@ def classifier(spec: ModelSpec) -> str:
     return FAMILIES[spec.family].CLASSIFIERS[spec.family]
 
 
-def no_vllm(spec: ModelSpec) -> str | None:
-    """Why vLLM's parameters cannot be written in place; None: they can."""
-    found = FAMILIES[spec.family].VLLM
-    return None if isinstance(found, VLLMNames) else found
-
-
 @functools.lru_cache(maxsize=32)
 def _entries(spec: ModelSpec, head: str) -> tuple[Entry, ...]:
     family = FAMILIES[spec.family]
-    vllm = family.VLLM if isinstance(family.VLLM, VLLMNames) else VLLMNames()
     names = family.NAMES[spec.family] if isinstance(family.NAMES, dict) else family.NAMES
-    return tuple(entries(spec, names, vllm, head=head))
+    return tuple(entries(spec, names, family.VLLM, head=head))
 
 
 def megatron_map(spec: ModelSpec, *, head: str, tp: int, rank: int, ep: int = 1, ep_rank: int = 0) -> dict[str, list[Block]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
-from mrlhf.models.families.names import Names
+from mrlhf.models.families.names import VLLM_LLAMA, Names
 from mrlhf.models.spec import ModelSpec
 
 CLASSIFIERS = {"olmo2": "Olmo2ForSequenceClassification"}
 NAMES = Names(attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm")
-VLLM = "vLLM has no OLMo 2 of its own and runs transformers' code"
+VLLM = VLLM_LLAMA
 
 
 def spec(f: Fields) -> ModelSpec:

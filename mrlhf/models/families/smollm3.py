@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
-from mrlhf.models.families.names import LLAMA
+from mrlhf.models.families.names import LLAMA, VLLM_LLAMA
 from mrlhf.models.spec import Layer, ModelSpec
 
 CLASSIFIERS = {"smollm3": "SmolLM3ForSequenceClassification"}
-NAMES = LLAMA
-VLLM = "vLLM has no SmolLM3 of its own and runs transformers' code"
+NAMES, VLLM = LLAMA, VLLM_LLAMA
 
 
 def spec(f: Fields) -> ModelSpec:

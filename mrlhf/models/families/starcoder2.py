@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
-from mrlhf.models.families.names import Names
+from mrlhf.models.families.names import Names, VLLMNames
 from mrlhf.models.spec import Layer, ModelSpec
 
 CLASSIFIERS = {"starcoder2": "Starcoder2ForSequenceClassification"}
 NAMES = Names(fc1=("mlp.c_fc",), fc2="mlp.c_proj")
-VLLM = "vLLM has no StarCoder2 of its own and runs transformers' code"
+VLLM = VLLMNames(fc1="mlp.c_fc")
 
 
 def spec(f: Fields) -> ModelSpec:
