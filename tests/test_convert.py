@@ -12,16 +12,16 @@ import pytest
 import torch
 from conftest import TESTS, make_hf_model, make_tokenizer, run
 from safetensors.torch import load_file, save_file
-from zoo import KINDS, VOCAB, make_zoo, samples
+from zoo import KINDS, VOCAB, samples
 
 TOOLS = "tools/convert"
 MORE = ("bf16", "fp16", "mixed", "sharded", "tied_with_copy")
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The zoo, and qwen2 in other dtypes and file layouts; all with a tokenizer."""
-    root = make_zoo(tmp_path_factory.mktemp("convert"))
+def zoo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The zoo, and models of it in other dtypes and file layouts; all with a tokenizer."""
+    root = shutil.copytree(zoo, tmp_path_factory.mktemp("convert") / "zoo")
     make_tokenizer(root / "qwen2", ["red green blue one two three"])
     extra = [f.name for f in (root / "qwen2").iterdir() if f.name not in ("config.json", "model.safetensors", "generation_config.json")]
     for kind in set(KINDS) - {"qwen2"}:

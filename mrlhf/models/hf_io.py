@@ -6,24 +6,24 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families import hf_tensors
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
 
+HEADERS = "safetensors.headers.json"  # in a checkpoint's hf/: the headers and the index of the files that it came from
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older releases wrote and nobody reads
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
          "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4}  # fmt: skip
+_CODES = {dtype: code for code, dtype in _TYPES.items()}
 _AGAIN = "copy or download the file again"
 
 
@@ -46,9 +46,9 @@ def resolve_hf(path: str) -> Path:
 
 @dataclass(frozen=True)
 class Header:
-    """Of a safetensors file: its text, and name -> (type, stored shape, first byte, one past the last byte) counted from the file's start."""
+    """Of a safetensors file: its bytes as text, and name -> (type, stored shape, first byte, one past the last byte) counted from the file's start."""
 
-    text: dict[str, Any]
+    raw: str
     tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
@@ -60,7 +60,8 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(f.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise CheckpointError(f"its header would be {length:,} bytes long in a file of {size:,}", where=str(path), fix=_AGAIN)
-            text = json.loads(f.read(length))
+            raw = f.read(length).decode()
+        text = json.loads(raw)
         tensors, end = {}, 0
         for name, entry in text.items():
             if name != "__metadata__":
@@ -81,7 +82,7 @@ def read_header(path: Path) -> Header:
     spans = sorted((start, stop) for _, _, start, stop in tensors.values())
     if any(stop > following for (_, stop), (following, _) in zip(spans, spans[1:], strict=False)):
         raise CheckpointError("tensors overlap", where=str(path), fix=_AGAIN)
-    return Header(text, tensors)
+    return Header(raw, tensors)
 
 
 class HFReader:
@@ -123,14 +124,15 @@ class HFReader:
     def nbytes(self, name: str) -> int:
         return self._entry(name)[3] - self._entry(name)[2]
 
-    def _rows(self, name: str, start: int, length: int) -> torch.Tensor:
+    def _rows(self, name: str, start: int, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
         kind, shape, first, _ = self._entry(name)
         file = self.files[name]
         if file not in self._fds:
             self._fds[file] = os.open(self.directory / file, os.O_RDONLY)
-        out = torch.empty((length, *shape[1:]), dtype=_TYPES[kind])
+        if out is None:
+            out = torch.empty((length, *shape[1:]), dtype=_TYPES[kind])
         row = math.prod(shape[1:]) * out.element_size()
-        view, at = memoryview(out.view(torch.uint8).numpy().reshape(-1)), 0
+        view, at = memoryview(out.view(-1).view(torch.uint8).numpy()), 0
         while at < len(view):
             got = os.preadv(self._fds[file], [view[at:]], first + start * row + at)
             if got <= 0:
@@ -146,9 +148,22 @@ class HFReader:
         else:
             whole = self._rows(block.hf, 0, self.stored_shape(block.hf)[0])
             found = whole.narrow(1, block.start, block.length)
-        if not torch.isfinite(found.sum(dtype=torch.float32)) and not found.isfinite().all():  # else the sum overflowed
-            raise CheckpointError(f"{block.hf} has values that are not finite", where=str(self.directory / self.files[block.hf]), fix=_AGAIN)
+        self._check_finite(block.hf, found)
         return found.t() if transposed else found
+
+    def read_into(self, block: Block, out: torch.Tensor) -> None:
+        """As `read`, to `out`; without a copy on the way where the bytes are the same."""
+        whole_rows = block.dim == 0 or block.length == self.tensors[block.hf].shape[1]
+        if whole_rows and not self.tensors[block.hf].transposed and out.is_contiguous() and out.dtype == self.dtype(block.hf):
+            first, length = (block.start, block.length) if block.dim == 0 else (0, out.size(0))
+            self._rows(block.hf, first, length, out)
+            self._check_finite(block.hf, out)
+        else:
+            out.copy_(self.read(block))
+
+    def _check_finite(self, name: str, values: torch.Tensor) -> None:
+        if not torch.isfinite(values.sum(dtype=torch.float32)) and not values.isfinite().all():  # else the sum overflowed
+            raise CheckpointError(f"{name} has values that are not finite", where=str(self.directory / self.files[name]), fix=_AGAIN)
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -186,40 +201,143 @@ def open_files(directory: Path) -> tuple[dict[str, str], dict[str, Header]]:
     return files, headers
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """config, tokenizer, generation config, chat template: every small file that holds no weights (nor an index of them), byte for byte."""
+_SIDE_SUFFIXES, _SIDE_NAMES = (".json", ".txt", ".model", ".jinja", ".tiktoken"), ("README.md", "LICENSE", "NOTICE", "USE_POLICY.md")
+
+
+def copy_side_files(source: Path, target: Path, *, headers: bool = True) -> None:
+    """config, tokenizer, generation config, chat template, licence: every small file that holds no weights, byte for byte.
+
+    headers: note also how the weights were cut into files, for an export of the same shape; else that note stays behind.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and not file.name.endswith(".index.json"):
+        wanted = file.suffix in _SIDE_SUFFIXES or file.name in _SIDE_NAMES
+        if file.is_file() and wanted and not file.name.endswith(".index.json") and (headers or file.name != HEADERS):
             shutil.copyfile(file, target / file.name)
+    if headers and ((source / INDEX).is_file() or (source / SINGLE).is_file()):
+        _, found = open_files(source)
+        index = (source / INDEX).read_text() if (source / INDEX).is_file() else None
+        note = {"index": index, "files": {file: header.raw for file, header in found.items()}}
+        (target / HEADERS).write_text(json.dumps(note) + "\n")
 
 
-def write_safetensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, shard_bytes: int = 5 << 30) -> None:
-    """One file, or shards of at most `shard_bytes` and their index; only a shard is in memory."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    size = total = 0
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file to be: its header with the eight bytes of its length, and name -> (first byte, bytes)."""
 
-    def flush() -> None:
-        save_file(pending, directory / f"part-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
+    name: str
+    header: bytes
+    places: dict[str, tuple[int, int]]
 
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if pending and size + nbytes > shard_bytes:
-            flush()
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(nbytes for _, nbytes in self.places.values())
+
+
+Stored = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor -> dtype and shape in the file
+
+
+def plan_output(tensors: Stored, hf_dir: Path, *, shard_bytes: int = 5 << 30) -> tuple[list[OutputFile], str | None]:
+    """(files, text of the index or None for a single file): as `hf_dir` notes its own, else shards of at most `shard_bytes`."""
+    note = json.loads((hf_dir / HEADERS).read_text()) if (hf_dir / HEADERS).is_file() else {"index": None, "files": {}}
+    texts = {file: json.loads(raw) for file, raw in note["files"].items()}
+    noted = {name: (file, entry) for file, text in texts.items() for name, entry in text.items() if name != "__metadata__"}
+    if set(noted) != set(tensors):
+        return _plan_anew(tensors, shard_bytes)
+    same = all((_CODES[d], list(shape)) == (noted[n][1]["dtype"], noted[n][1]["shape"]) for n, (d, shape) in tensors.items())
+    files = []
+    for file, text in texts.items():
+        meta = text.get("__metadata__", {"format": "pt"})
+        names = sorted((n for n in text if n != "__metadata__"), key=lambda n: text[n]["data_offsets"])
+        files.append(_output_file(file, names, tensors, meta, raw=note["files"][file] if same else None))
+    index = note["index"]
+    if index is not None and not same:
+        changed = json.loads(index)
+        if "total_size" in changed.get("metadata", {}):
+            changed["metadata"]["total_size"] = sum(_nbytes(*stored) for stored in tensors.values())
+        index = json.dumps(changed, indent=2) + "\n"
+    return files, index
+
+
+def _plan_anew(tensors: Stored, shard_bytes: int) -> tuple[list[OutputFile], str | None]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, stored in tensors.items():
+        if shards[-1] and size + _nbytes(*stored) > shard_bytes:
+            shards.append([])
             size = 0
-        pending[name] = tensor.contiguous()
-        size, total = size + nbytes, total + nbytes
-    flush()
+        shards[-1].append(name)
+        size += _nbytes(*stored)
+    meta = {"format": "pt"}
     if len(shards) == 1:
-        os.rename(directory / "part-0", directory / SINGLE)
-        return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, file in enumerate(names):
-        os.rename(directory / f"part-{i}", directory / file)
-    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    (directory / INDEX).write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
-    )
+        return [_output_file(SINGLE, shards[0], tensors, meta)], None
+    files = [
+        _output_file(f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", names, tensors, meta) for i, names in enumerate(shards)
+    ]
+    total = sum(_nbytes(*stored) for stored in tensors.values())
+    weight_map = dict(sorted((name, file.name) for file in files for name in file.places))
+    return files, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _output_file(file: str, names: list[str], tensors: Stored, meta: Mapping[str, str], *, raw: str | None = None) -> OutputFile:
+    if raw is None:
+        names = sorted(names, key=lambda n: -tensors[n][0].itemsize)  # so that every tensor is aligned
+        at, entries = 0, {}
+        for name in names:
+            dtype, shape = tensors[name]
+            end = at + _nbytes(dtype, shape)
+            entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        raw = json.dumps({"__metadata__": meta, **entries}, separators=(",", ":"))
+        raw += " " * (-len(raw.encode()) % 8)
+    text = raw.encode()
+    start = 8 + len(text)
+    found = json.loads(raw)
+    places = {n: (start + found[n]["data_offsets"][0], _nbytes(*tensors[n])) for n in names}
+    return OutputFile(file, len(text).to_bytes(8, "little") + text, places)
+
+
+class HFWriter:
+    """Writes whole tensors to their places in the planned files, in any order and from several processes."""
+
+    def __init__(self, directory: Path, files: list[OutputFile]) -> None:
+        self.directory = directory
+        self._places = {name: (file.name, at, nbytes) for file in files for name, (at, nbytes) in file.places.items()}
+        self._fds: dict[str, int] = {}
+
+    @staticmethod
+    def create(directory: Path, files: list[OutputFile]) -> None:
+        """The files at their full size with their headers; one process does it. Raises CheckpointError where the disk is full."""
+        for file in files:
+            with (directory / file.name).open("r+b" if (directory / file.name).is_file() else "wb") as f:
+                try:
+                    os.posix_fallocate(f.fileno(), 0, file.size)
+                except OSError as error:
+                    raise CheckpointError(f"no room for {file.size:,} bytes: {error.strerror}", where=str(directory / file.name)) from error
+                f.truncate(file.size)
+                f.write(file.header)
+
+    def write(self, name: str, tensor: torch.Tensor) -> int:
+        """`tensor` as it is stored. Returns its bytes."""
+        file, at, nbytes = self._places[name]
+        if file not in self._fds:
+            self._fds[file] = os.open(self.directory / file, os.O_WRONLY)
+        data, done = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), 0
+        assert len(data) == nbytes, (name, len(data), nbytes)
+        while done < nbytes:
+            done += os.pwrite(self._fds[file], data[done:], at + done)
+        return nbytes
+
+    def sync(self) -> None:
+        for fd in self._fds.values():
+            os.fdatasync(fd)
+
+    def close(self) -> None:
+        self.sync()
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
