@@ -37,7 +37,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, "ranks that share the layers")
     virtual_pipeline_model_parallel_size: int | None = option(None, "interleaved pipeline chunks a rank (not in this version)")
     context_parallel_size: int = option(1, "ranks that share a sequence (not in this version)")
-    expert_model_parallel_size: int = option(1, "ranks that share the experts (not in this version: no MoE family yet)")
+    expert_model_parallel_size: int = option(
+        1, "ranks that share the experts, each with whole ones; divides tensor x data-parallel ranks. 1: every expert is cut by tensor_model_parallel_size"
+    )
     sequence_parallel: bool = option(
         False, "split norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1"
     )
@@ -294,8 +296,8 @@ STAGES: dict[str, type] = {
 }
 
 _POSITIVE = (
-    "tensor_model_parallel_size pipeline_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr batch_size n "
-    "beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
+    "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
+    "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
     "http_timeout_s http_batch_size max_prompt_length value_clip"
 ).split()
 _NOT_NEGATIVE = (
@@ -348,7 +350,7 @@ def check(config: Any) -> list[ConfigError]:
     walk("", config)
     if "parallel" in {f.name for f in fields(config)}:
         p: ParallelConfig = config.parallel
-        for name in ("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
+        for name in ("virtual_pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(p, name) not in (None, 1):
                 bad(
                     f"parallel.{name}",

@@ -56,7 +56,7 @@ def _training(stage: str, config: Any) -> None:
         run = preflight.check_run(stage, config, world=world)
     check_resume(config, Path(config.train.output_dir))
     spec, train = run.source.spec, config.train
-    layout = Layout(world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size)
+    layout = Layout(world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size)
     print(f"model    {run.source.path}: {spec.family}, {spec.num_parameters:,} parameters, {config.model.dtype}")
     print(f"batch    {layout.describe(global_batch=train.global_batch_size, micro_batch=train.micro_batch_size)}")
     data = run.train

@@ -44,7 +44,7 @@ def check(config: ScoreStage, world: int) -> tuple[ModelSource, Dataset]:
             CheckpointError(error.what, where=f"checkpoint: {error.where or config.checkpoint}", expected=error.expected, fix=error.fix)
         )
     if source is not None:
-        for wrong in check_layout(config.parallel, source.spec, world):
+        for wrong in check_layout(config.parallel, source.spec, world, trained=False):
             problems.add(wrong)
     if config.temperature <= 0:
         problems.add(ConfigError(f"temperature = {config.temperature} has no log-probs", where="temperature", expected="above 0"))
