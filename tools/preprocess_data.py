@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mrlhf.data.preprocess import PreprocessConfig, preprocess  # noqa: E402
+from mrlhf.data.options import PreprocessConfig  # noqa: E402
+from mrlhf.data.preprocess import preprocess  # noqa: E402
 from mrlhf.errors import MrlhfError, SeveralErrors  # noqa: E402
 
 
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         elif get_origin(plain) is Literal:
             settings["choices"] = get_args(plain)
         elif get_origin(plain) is tuple:
-            settings["nargs"] = "+"
+            settings |= {"nargs": "+", "type": get_args(plain)[0]}
         else:
             settings["type"] = plain
         made.add_argument("--" + option.name.replace("_", "-"), **settings)
@@ -45,11 +46,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     values = vars(parser().parse_args(argv))
-    values["input"] = tuple(values["input"])
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if values["input_template"] is not None:  # a shell hands over backslash-n for the newline that is meant
         values["input_template"] = values["input_template"].replace("\\n", "\n").replace("\\t", "\t")
     try:
         preprocess(PreprocessConfig(**values), report=print)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
     except MrlhfError as error:
         print(error if isinstance(error, SeveralErrors) else f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

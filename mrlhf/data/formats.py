@@ -10,8 +10,9 @@ A normalised conversation is a list of {"role", "content"} messages, or with a p
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mrlhf.errors import DataError
@@ -41,17 +42,22 @@ class Columns:
     rejected: str | None = None
     label: str | None = None
     margin: str | None = None
+    tools: str | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`text` for pretrain; `conversations` for sft (1) and preference (2: chosen, rejected); `prompt` for prompts."""
+    """`text` for pretrain; `conversations` for sft (1) and preference (2: chosen, rejected); `prompt` for prompts.
+
+    `tools`: what the conversations or the prompt may call, for the chat template.
+    """
 
     text: str | None = None
     conversations: tuple[Conversation, ...] = ()
     prompt: list[Message] | str | None = None
     margin: float | None = None
     label: Any = None
+    tools: list[Any] | None = None
 
 
 def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> Sample:
@@ -60,7 +66,27 @@ def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> Sampl
         raise RowProblem(
             "not_object", f"the row is {_kind(record)}, not a JSON object", expected="an object with named columns", fix="one object a row"
         )
-    return {"pretrain": _pretrain, "sft": _sft, "preference": _preference, "prompts": _prompts}[task](record, columns, plain)
+    sample = {"pretrain": _pretrain, "sft": _sft, "preference": _preference, "prompts": _prompts}[task](record, columns, plain)
+    tools = None if task == "pretrain" else _tools(record, columns)
+    return replace(sample, tools=tools) if tools else sample
+
+
+def _tools(record: dict[str, Any], columns: Columns) -> list[Any] | None:
+    """The tools column: a list of objects, or such a list as a JSON string. None where it is not there, null or empty."""
+    key = columns.tools or "tools"
+    if columns.tools:
+        _column(record, key, "--tools-key COLUMN")
+    tools = record.get(key)
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise _wrong_type(key, tools, "a list of objects, or one as a JSON string", "--tools-key COLUMN") from error
+    if not tools:
+        return None
+    if not _is_messages(tools):
+        raise _wrong_type(key, tools, "a list of objects, or one as a JSON string", "--tools-key COLUMN")
+    return tools
 
 
 def _pretrain(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:

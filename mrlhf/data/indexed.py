@@ -1,4 +1,4 @@
-"""Megatron's indexed datasets (.bin/.idx), written and read with numpy alone.
+"""Megatron's indexed datasets (.bin/.idx), read with numpy alone (writer.py writes them).
 
 A *sequence* is one sample, a *document* is one pack. A set of files with one PREFIX is
 
@@ -21,8 +21,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,72 +29,21 @@ import numpy as np
 from mrlhf.errors import DataError
 
 FORMAT_VERSION = 1
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
 _CODES: dict[int, np.dtype] = dict(
     enumerate(map(np.dtype, ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")), start=1)
 )
 _ANY = tuple(_CODES[code].name for code in _CODES)
 _TOKENS, _MASK, _MARGIN = ("uint16", "int32"), ("uint8",), ("float32",)  # what each part of a set is written in
 _CHUNK = 1 << 20  # entries of an index looked at together, so that checking it takes little memory
-_CODE_OF = {dtype: code for code, dtype in _CODES.items()}
+CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 _REMAKE = "make the data again with tools/preprocess_data.py --overwrite"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 where every id fits (Megatron's own limit), else int32."""
     return np.dtype("uint16") if vocab_size < 65500 else np.dtype("int32")
-
-
-class IndexedWriter:
-    """Appends documents to one .bin as they come and writes the .idx at `close`. Memory: 12 bytes a sequence."""
-
-    def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype):
-        self.dtype = np.dtype(dtype)
-        self._idx_path = idx_path
-        self._bin: BinaryIO = open(bin_path, "wb", buffering=1 << 20)  # noqa: SIM115  closed by close() or abandon()
-        self._lengths: list[np.ndarray] = []
-        self._documents = [0]
-        self._bin_hash = hashlib.sha256()
-        self.digests: dict[str, dict[str, Any]] = {}
-
-    def add_document(self, values: np.ndarray, lengths: np.ndarray | list[int]) -> None:
-        """Append one document: `values` [sum(lengths)], the sequences one after another, and their `lengths`."""
-        sizes = np.asarray(lengths, dtype=np.int32)
-        if int(sizes.sum(dtype=np.int64)) != len(values):
-            raise ValueError(f"{len(values)} values for lengths that sum to {sizes.sum()}")
-        data = np.ascontiguousarray(values, dtype=self.dtype.newbyteorder("<")).tobytes()
-        self._bin.write(data)
-        self._bin_hash.update(data)
-        self._lengths.append(sizes)
-        self._documents.append(self._documents[-1] + len(sizes))
-
-    def close(self) -> None:
-        """Write the index and push both files to the disk; `digests` then holds {".bin": {bytes, sha256}, ".idx": ...}."""
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        size = self._bin.tell()
-        self._bin.close()
-        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
-        offsets = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        offsets *= self.dtype.itemsize
-        index = b"".join(
-            (
-                _HEADER.pack(_MAGIC, 1, _CODE_OF[self.dtype], len(lengths), len(self._documents)),
-                lengths.astype("<i4").tobytes(),
-                offsets.tobytes(),
-                np.asarray(self._documents, dtype="<i8").tobytes(),
-            )
-        )
-        write_synced(self._idx_path, index)
-        self.digests = {
-            ".bin": {"bytes": size, "sha256": self._bin_hash.hexdigest()},
-            ".idx": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
-        }
-
-    def abandon(self) -> None:
-        self._bin.close()
 
 
 _SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"')
@@ -116,76 +64,6 @@ def _is_sealed(text: bytes) -> bool:
     return hashlib.sha256(blank).hexdigest().encode() == found.group(1)
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class OutputSet:
-    """The files of one PREFIX under temporary names, renamed together by `commit`, PREFIX.json last.
-
-    Use as a context manager: what is not committed is removed on the way out, and files that were there before stay as they were.
-    Raises DataError when the prefix is taken and `overwrite` is false.
-    """
-
-    suffixes = (".bin", ".idx", "_loss_mask.bin", "_loss_mask.idx", "_margin.bin", "_margin.idx", "_labels.jsonl", ".json")
-
-    def __init__(self, prefix: str | Path, *, overwrite: bool = False):
-        self.prefix = Path(prefix)
-        if not overwrite:
-            self.refuse_existing(self.prefix)
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._writers: dict[str, IndexedWriter] = {}
-        self._digests: dict[str, dict[str, Any]] = {}
-        self._temporary: dict[str, Path] = {}
-
-    @classmethod
-    def refuse_existing(cls, prefix: Path) -> None:
-        taken = [f"{prefix.name}{s}" for s in cls.suffixes if Path(f"{prefix}{s}").exists()]
-        if taken:
-            raise DataError(f"output exists already: {', '.join(taken)}", where=str(prefix), fix="another --output-prefix, or --overwrite")
-
-    def temporary(self, suffix: str) -> Path:
-        """The path to write `suffix` to; beside its final place, so that the rename is atomic."""
-        return self._temporary.setdefault(suffix, self.prefix.parent / f".{self.prefix.name}{suffix}.{os.getpid()}.tmp")
-
-    def indexed(self, part: str, dtype: np.dtype) -> IndexedWriter:
-        """A writer for PREFIX{part}.bin/.idx."""
-        self._writers[part] = IndexedWriter(self.temporary(f"{part}.bin"), self.temporary(f"{part}.idx"), dtype)
-        return self._writers[part]
-
-    def write(self, suffix: str, data: bytes) -> None:
-        write_synced(self.temporary(suffix), data)
-        self._digests[suffix] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-    def commit(self, meta: dict[str, Any]) -> dict[str, Any]:
-        """Close, rename, and write PREFIX.json from `meta` plus `files` (bytes and sha256 by suffix), which is returned."""
-        for part, writer in self._writers.items():
-            writer.close()
-            self._digests |= {f"{part}{kind}": digest for kind, digest in writer.digests.items()}
-        meta = {**meta, "files": dict(sorted(self._digests.items()))}
-        write_synced(self.temporary(".json"), seal(meta))
-        for suffix in reversed(self.suffixes):  # an older set stops being whole before any of its parts changes
-            Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
-        for suffix in (*sorted(self._digests), ".json"):
-            os.replace(self._temporary[suffix], f"{self.prefix}{suffix}")
-        directory = os.open(self.prefix.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-        return meta
-
-    def __enter__(self) -> OutputSet:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for writer in self._writers.values():
-            writer.abandon()
-        for path in self._temporary.values():
-            path.unlink(missing_ok=True)
-
-
 class IndexedReader:
     """One .bin/.idx pair, memory-mapped.
 
@@ -202,10 +80,10 @@ class IndexedReader:
             if not os.path.isfile(path):
                 raise DataError("file is missing", where=path, fix=f"copy it here, or {_REMAKE}")
         with open(idx_path, "rb") as file:
-            header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size or header[:9] != _MAGIC:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size or header[:9] != MAGIC:
             raise DataError("not a Megatron index file", where=idx_path, expected="the magic bytes MMIDIDX", fix=_REMAKE)
-        _, version, code, sequences, indices = _HEADER.unpack(header)
+        _, version, code, sequences, indices = HEADER.unpack(header)
         if version != 1 or code not in _CODES or _CODES[code].name not in dtypes:
             raise DataError(
                 f"index version {version} with data type code {code} is not supported",
@@ -213,16 +91,16 @@ class IndexedReader:
                 expected=f"version 1 and one of {', '.join(f'{c} ({d.name})' for c, d in _CODES.items() if d.name in dtypes)}",
                 fix=_REMAKE,
             )
-        size, expected = os.path.getsize(idx_path), _HEADER.size + 12 * sequences + 8 * indices
+        size, expected = os.path.getsize(idx_path), HEADER.size + 12 * sequences + 8 * indices
         if size != expected:
             raise DataError(f"index has {size:,} bytes, its header promises {expected:,}: truncated or damaged", where=idx_path, fix=_REMAKE)
         if not sequences or not indices:
             raise DataError("index of no sequences", where=idx_path, fix=_REMAKE)
         self.dtype = _CODES[code]
         index = np.memmap(idx_path, np.uint8, "r")
-        self.lengths = np.ndarray(sequences, "<i4", index, _HEADER.size)
-        self._pointers = np.ndarray(sequences, "<i8", index, _HEADER.size + 4 * sequences)
-        self.doc_index = np.ndarray(indices, "<i8", index, _HEADER.size + 12 * sequences)
+        self.lengths = np.ndarray(sequences, "<i4", index, HEADER.size)
+        self._pointers = np.ndarray(sequences, "<i8", index, HEADER.size + 4 * sequences)
+        self.doc_index = np.ndarray(indices, "<i8", index, HEADER.size + 12 * sequences)
         self.num_tokens = self._check_index(idx_path, least=0 if empty else 1)
         size, wanted = os.path.getsize(bin_path), self.num_tokens * self.dtype.itemsize
         if size != wanted:

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from mrlhf.data.indexed import IndexedReader, OutputSet, PackedDataset, file_problems, read_meta
+from mrlhf.data.indexed import IndexedReader, PackedDataset, file_problems, read_meta
 from mrlhf.data.megatron import is_megatron
-from mrlhf.data.template import load_tokenizer, tokenizer_fingerprint, vocab_size
+from mrlhf.data.vocabulary import load_tokenizer, tokenizer_fingerprint, vocab_size
+from mrlhf.data.writer import OutputSet
 from mrlhf.errors import DataError, MrlhfError, Problems
 
 _CHUNK = 1 << 20  # lengths looked at together

@@ -1,11 +1,25 @@
-"""Reading input files: JSON lines (plain or .gz), a JSON array, parquet. Parsing itself happens in the workers."""
+"""Inputs -> blocks of rows: JSON lines (also .gz, .bz2, .zst or from a pipe), JSON arrays, parquet, Hugging Face datasets.
+
+The parent process only finds where blocks begin and end (and unpacks what is compressed); rows are parsed where they are tokenised.
+Blocks depend on the inputs alone, so that the work on one can be found again after an interruption. Memory: one block, `max_line`
+at most where a single line is longer than that.
+"""
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import glob
 import gzip
 import hashlib
+import io
+import json
+import os
+import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -13,8 +27,11 @@ import msgspec
 
 from mrlhf.errors import DataError, Problems
 
+MAX_LINE = 64 << 20
 _BOM = b"\xef\xbb\xbf"
-_FORMATS = "JSON lines (.jsonl, .jsonl.gz), a JSON array (.json) or parquet (.parquet)"
+_FORMATS = "JSON lines (.jsonl, also .gz, .bz2, .zst), a JSON array (.json), parquet, or a HF dataset"
+_ENDINGS = tuple(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".bz2", ".zst")) + (".parquet",)
+_UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -31,103 +48,404 @@ class Chunk:
         return msgspec.json.decode(row) if isinstance(row, bytes) else row
 
 
-def check_files(paths: tuple[str, ...]) -> list[DataError]:
-    """What is wrong with the input paths, all at once."""
-    found = []
-    for path in paths:
-        if not Path(path).exists():
-            found.append(DataError("input file does not exist", where=path, fix="check the path given to --input"))
-        elif Path(path).is_dir():
-            found.append(DataError("is a directory", where=path, expected=_FORMATS, fix=f"--input {path}/*.jsonl"))
-        elif Path(path).stat().st_size == 0:
-            found.append(DataError("input file is empty", where=path, expected=_FORMATS, fix="leave it out of --input"))
-        elif path.endswith(".parquet"):
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive rows of `path`, which belongs to the input argument number `source`.
+
+    `data` holds them (JSON lines, or an Arrow stream); without it they are the bytes from `offset` on of a plain file.
+    """
+
+    source: int
+    path: str
+    offset: int = 0
+    length: int = 0
+    data: bytes | None = None
+    arrow: bool = False
+
+    def content(self) -> bytes:
+        if self.data is not None:
+            return self.data
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+    def chunks(self, content: bytes, *, rows: int = 256) -> Iterator[Chunk]:
+        """The rows in `content`, numbered from 1 in this block, blank lines counted but left out."""
+        if self.arrow:
+            import pyarrow
+
+            first = 1
+            for batch in pyarrow.ipc.open_stream(content).read_all().to_batches(max_chunksize=rows):
+                yield Chunk(self.path, list(range(first, first + batch.num_rows)), batch.to_pylist())
+                first += batch.num_rows
+            return
+        numbers: list[int] = []
+        lines: list[Any] = []
+        for number, line in enumerate(io.BytesIO(content), 1):
+            line = line.strip()
+            if not line:
+                continue
+            numbers.append(number)
+            lines.append(line)
+            if len(lines) == rows:
+                yield Chunk(self.path, numbers, lines)
+                numbers, lines = [], []
+        if lines:
+            yield Chunk(self.path, numbers, lines)
+
+    def count(self, content: bytes) -> int:
+        """Lines (rows of an Arrow stream) in this block, blank ones included."""
+        if self.arrow:
+            import pyarrow
+
+            return pyarrow.ipc.open_stream(content).read_all().num_rows
+        return content.count(b"\n") + (not content.endswith(b"\n") and content != b"")
+
+
+@dataclass
+class _Input:
+    """One thing to read. `kind`: lines, parquet or dataset; `before`: (size, mtime) of the file when it was found."""
+
+    source: int
+    path: str
+    kind: str
+    before: tuple[int, int] | None = None
+    described: dict[str, Any] = field(default_factory=dict)
+
+
+class Sources:
+    """What the arguments of --input mean, checked at once. Raises DataError (several as SeveralErrors).
+
+    An argument is a file, a glob pattern, a directory of such files, `-` (standard input), a directory that `datasets` saved, or a hub
+    id; for the last two `NAME:SPLIT` picks a split and `NAME@CONFIG` a configuration of a hub id. `total_bytes` is 0 where it is not known.
+    """
+
+    def __init__(self, arguments: tuple[str, ...]):
+        problems = Problems()
+        self.inputs: list[_Input] = []
+        for source, argument in enumerate(arguments):
             try:
-                import pyarrow.parquet  # noqa: F401
-            except ImportError:
-                found.append(
-                    DataError("reading parquet needs pyarrow, which is not installed", where=path, fix="pip install 'mrlhf[data]'")
-                )
-    return found
+                self.inputs += _resolve(source, argument)
+            except DataError as error:
+                problems.add(error)
+        for item in self.inputs:
+            if item.kind == "lines" and item.path != "-" or item.kind == "parquet":
+                stat = os.stat(item.path)
+                item.before = (stat.st_size, stat.st_mtime_ns)
+                if stat.st_size == 0:
+                    problems.add(DataError("input file is empty", where=item.path, expected=_FORMATS, fix="leave it out of --input"))
+            problems.extend(_missing_package(item))
+        problems.raise_if_any()
+        sizes = [item.before[0] if item.before else 0 for item in self.inputs]
+        self.total_bytes = sum(sizes) if all(sizes) else 0
+        self.block_bytes = min(max(self.total_bytes // 64, 1 << 16), 8 << 20) if self.total_bytes else 1 << 20
 
-
-def read_chunks(paths: tuple[str, ...], *, rows: int = 256) -> Iterator[Chunk]:
-    """The rows of all files in order, at most `rows` a chunk. Raises DataError where a file as a whole cannot be read."""
-    problems = Problems()
-    for error in check_files(paths):
-        problems.add(error)
-    problems.raise_if_any()
-    for path in paths:
-        if path.endswith(".parquet"):
-            yield from _parquet(path, rows)
-            continue
-        with _open(path) as file:
+    def blocks(self) -> Iterator[Block]:
+        """In the order of the arguments, sorted files and rows. Raises DataError where a file as a whole cannot be read."""
+        for item in self.inputs:
             try:
-                head = file.read(4096)
-                file.seek(0)
-                if head.removeprefix(_BOM).lstrip()[:1] == b"[":
-                    yield from _array(path, file.read().removeprefix(_BOM), rows)
-                else:
-                    yield from _lines(path, file, rows)
-            except (OSError, EOFError) as error:
-                raise DataError(f"cannot be read: {error}", where=path, expected=_FORMATS) from error
+                yield from {"lines": self._lines, "parquet": self._parquet, "dataset": self._dataset}[item.kind](item)
+            except _UNREADABLE as error:
+                raise DataError(f"cannot be read: {error}", where=item.path, expected=_FORMATS) from error
+
+    def describe(self) -> list[dict[str, Any]]:
+        """[{path, bytes, sha256}] (datasets: path, rows, fingerprint), after reading. Raises DataError where a file changed meanwhile."""
+        found = []
+        for item in self.inputs:
+            if item.before is None:
+                found.append({"path": item.path, **item.described})
+                continue
+            stat = os.stat(item.path)
+            if (stat.st_size, stat.st_mtime_ns) != item.before:
+                raise DataError("the file changed while it was read", where=item.path, fix="the same command again")
+            with open(item.path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found.append({"path": item.path, "bytes": stat.st_size, "sha256": digest})
+        return found
+
+    def _lines(self, item: _Input) -> Iterator[Block]:
+        if item.path == "-":
+            hashing = _HashingReader(sys.stdin.buffer)
+            yield from self._piped(item, cast(IO[bytes], hashing))
+            item.described = {"bytes": hashing.count, "sha256": hashing.digest.hexdigest()}
+            return
+        with _open(item.path) as file:
+            head = file.read(4096)
+        with _open(item.path) as file:
+            if head.removeprefix(_BOM).lstrip()[:1] == b"[" and not {".jsonl", ".ndjson"} & set(Path(item.path).suffixes):
+                yield from self._array(item, file)
+            elif item.path.endswith((".gz", ".bz2", ".zst")):
+                yield from self._piped(item, file)
+            else:
+                yield from self._plain(item, file, start=len(_BOM) if head.startswith(_BOM) else 0)
+
+    def _plain(self, item: _Input, file: IO[bytes], *, start: int) -> Iterator[Block]:
+        """Byte ranges that end with a line; what is in them is read by the worker."""
+        size = os.fstat(file.fileno()).st_size
+        while start < size:
+            end = min(start + self.block_bytes, size)
+            file.seek(end - 1)
+            rest = file.readline(MAX_LINE)
+            if len(rest) == MAX_LINE and not rest.endswith(b"\n"):
+                raise _long_line(item.path, end)
+            end = end - 1 + len(rest)
+            yield Block(item.source, item.path, start, end - start)
+            start = end
+
+    def _piped(self, item: _Input, file: IO[bytes]) -> Iterator[Block]:
+        rest, at, first = b"", 0, True
+        while data := file.read(self.block_bytes):
+            data = rest + data
+            if first:
+                data, first = data.removeprefix(_BOM), False
+            cut = data.rfind(b"\n") + 1
+            if cut:
+                yield Block(item.source, item.path, data=data[:cut])
+            elif len(data) > MAX_LINE:
+                raise _long_line(item.path, at)
+            rest, at = data[cut:], at + len(data)
+        if rest:
+            yield Block(item.source, item.path, data=rest)
+
+    def _array(self, item: _Input, file: IO[bytes]) -> Iterator[Block]:
+        """The elements of a JSON array as lines; only the element being read is in memory."""
+        decoder, text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+        buffer, at, elements, size, count = "", 0, [], 0, 0
+        want = 1 << 16
+
+        def fail(what: str) -> DataError:
+            return DataError(
+                f"not a JSON array: {what}", where=f"{item.path} (element {count + 1})", expected=_FORMATS, fix="one JSON object a line"
+            )
+
+        def skip(also: str) -> bool:
+            """Move `at` over white space and one `also`, reading on where the buffer ends; false at the array's end."""
+            nonlocal buffer, at
+            seen = False
+            while True:
+                while at < len(buffer) and (buffer[at] in " \t\r\n" or (buffer[at] == also and not seen)):
+                    seen = seen or buffer[at] == also
+                    at += 1
+                if at < len(buffer):
+                    break
+                data = file.read(want)
+                buffer, at = text.decode(data, final=not data).removeprefix("\ufeff"), 0
+                if not data:
+                    break
+            if not seen and buffer[at : at + 1] != "]":
+                raise fail(f"{also!r} or ']' expected, {buffer[at : at + 20]!r} found")
+            return seen
+
+        more = skip("[") and buffer[at : at + 1] != "]"
+        while more:
+            while True:
+                try:
+                    _, end = decoder.raw_decode(buffer, at)
+                    if end < len(buffer):  # a number or literal may go on behind the buffer's end
+                        break
+                    problem = "the array is not closed"
+                except (json.JSONDecodeError, RecursionError) as error:
+                    problem = str(error)
+                if len(buffer) - at > MAX_LINE:
+                    raise fail(problem)
+                data = file.read(max(want, len(buffer) - at))
+                if not data:
+                    raise fail(problem)
+                buffer, at = buffer[at:] + text.decode(data), 0
+            # a raw line break can only stand between JSON's words
+            elements.append(buffer[at:end].replace("\n", " ").replace("\r", " ").encode("utf-8", "surrogatepass"))
+            at, count, size = end, count + 1, size + end - at
+            if size >= self.block_bytes:
+                yield Block(item.source, item.path, data=b"\n".join(elements) + b"\n")
+                elements, size = [], 0
+            more = skip(",")
+        if (buffer[at + 1 :] + text.decode(file.read(want))).strip():
+            raise fail("something stands behind the array")
+        if elements:
+            yield Block(item.source, item.path, data=b"\n".join(elements) + b"\n")
+
+    def _parquet(self, item: _Input) -> Iterator[Block]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.ParquetFile(item.path)
+            yield from self._arrow(item, table.iter_batches(batch_size=1024))
+        except pyarrow.ArrowException as error:
+            raise DataError(f"not readable as parquet: {error}", where=item.path) from error
+
+    def _dataset(self, item: _Input) -> Iterator[Block]:
+        dataset = open_dataset(item.path)
+        item.described = {"rows": len(dataset), "fingerprint": dataset._fingerprint}
+        arrow = dataset.with_format("arrow")
+        yield from self._arrow(item, (batch for table in arrow.iter(batch_size=1024) for batch in table.to_batches()))
+
+    def _arrow(self, item: _Input, batches: Iterator[Any]) -> Iterator[Block]:
+        import pyarrow
+
+        waiting: list[Any] = []
+
+        def block() -> Block:
+            sink = pyarrow.BufferOutputStream()
+            with pyarrow.ipc.new_stream(sink, waiting[0].schema) as stream:
+                for batch in waiting:
+                    stream.write_batch(batch)
+            waiting.clear()
+            return Block(item.source, item.path, data=sink.getvalue().to_pybytes(), arrow=True)
+
+        for batch in batches:
+            if batch.num_rows:
+                waiting.append(batch)
+            if sum(b.nbytes for b in waiting) >= self.block_bytes:
+                yield block()
+        if waiting:
+            yield block()
 
 
-def describe(paths: tuple[str, ...]) -> list[dict[str, Any]]:
-    """[{path, bytes, sha256}] of the input files."""
-    found = []
-    for path in paths:
-        with open(path, "rb") as file:
-            found.append({"path": path, "bytes": Path(path).stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
-    return found
+def read_chunks(arguments: tuple[str, ...]) -> Iterator[Chunk]:
+    """The rows of all inputs in order, in this process, numbered by their files. Raises DataError."""
+    lines: Counter[tuple[int, str]] = Counter()
+    for block in Sources(arguments).blocks():
+        content, where = block.content(), (block.source, block.path)
+        for chunk in block.chunks(content):
+            yield Chunk(chunk.path, [lines[where] + n for n in chunk.numbers], chunk.rows)
+        lines[where] += block.count(content)
+
+
+class _HashingReader:
+    """Standard input, hashed and counted on its way."""
+
+    def __init__(self, file: Any):
+        self.file, self.digest, self.count = file, hashlib.sha256(), 0
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        self.count += len(data)
+        return data
+
+
+def _resolve(source: int, argument: str) -> list[_Input]:
+    if argument == "-":
+        return [_Input(source, "-", "lines")]
+    if os.path.isfile(argument):
+        return [_file(source, argument)]
+    if any(c in argument for c in "*?["):
+        matches = sorted(f for f in glob.glob(argument, recursive=True) if os.path.isfile(f))
+        if not matches:
+            raise DataError("no file matches", where=argument, fix="check the pattern given to --input (quoted, so that it arrives whole)")
+        return [_file(source, f) for f in matches]
+    directory, _, split = argument.rpartition(":") if ":" in argument else (argument, "", "")
+    if os.path.isdir(argument) or os.path.isdir(directory):
+        if _is_dataset(Path(directory if split else argument)):
+            return [_Input(source, argument, "dataset")]
+        files = sorted(str(f) for f in Path(argument).iterdir() if f.name.endswith(_ENDINGS)) if os.path.isdir(argument) else []
+        if not files:
+            raise DataError("is a directory without data files", where=argument, expected=_FORMATS, fix=f"--input '{argument}/*.jsonl'")
+        return [_file(source, f) for f in files]
+    if argument.partition(":")[0].count("/") == 1 and not argument.startswith((".", "/", "~")) and not argument.endswith(_ENDINGS):
+        return [_Input(source, argument, "dataset")]
+    raise DataError("input file does not exist", where=argument, fix="check the path given to --input")
+
+
+def _file(source: int, path: str) -> _Input:
+    return _Input(source, path, "parquet" if path.endswith(".parquet") else "lines")
+
+
+def _is_dataset(directory: Path) -> bool:
+    return (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file()
+
+
+def _missing_package(item: _Input) -> list[DataError]:
+    needed = {"parquet": "pyarrow.parquet", "dataset": "datasets"}.get(item.kind) or ("zstandard" if item.path.endswith(".zst") else None)
+    if needed is None:
+        return []
+    try:
+        __import__(needed)
+    except ImportError:
+        name = needed.partition(".")[0]
+        return [DataError(f"reading it needs {name}, which is not installed", where=item.path, fix="pip install 'mrlhf[data]'")]
+    return []
+
+
+def open_dataset(argument: str) -> Any:
+    """The `datasets.Dataset` of DIR[:SPLIT] or ID[@CONFIG][:SPLIT]. Runs no code from it. Raises DataError."""
+    import datasets
+
+    name, _, split = argument.partition(":") if not os.path.isdir(argument) else (argument, "", "")
+    try:
+        if os.path.isdir(name):
+            found = datasets.load_from_disk(name)
+        else:
+            hub_id, _, config = name.partition("@")
+            found = datasets.load_dataset(hub_id, config or None)
+    except Exception as error:  # the library and the hub's client have no common base class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"no such file, and not a HF dataset that can be loaded: {reason}", where=argument, expected=_FORMATS, fix="--input FILE"
+        ) from error
+    if isinstance(found, datasets.Dataset):
+        return found
+    splits = sorted(map(str, found))
+    if not split and len(splits) == 1:
+        split = splits[0]
+    if split not in splits:
+        raise DataError(
+            f"has no split '{split}'" if split else "has several splits",
+            where=argument,
+            expected=", ".join(splits),
+            fix=f"--input {name}:{splits[0]}",
+        )
+    return found[split]
 
 
 def _open(path: str) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb"))
+    if path.endswith(".gz"):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if path.endswith(".bz2"):
+        return cast(IO[bytes], bz2.open(path, "rb"))
+    if path.endswith(".zst"):
+        return cast(IO[bytes], _Zst(path))
+    return open(path, "rb")
 
 
-def _lines(path: str, file: IO[bytes], size: int) -> Iterator[Chunk]:
-    numbers: list[int] = []
-    rows: list[Any] = []
-    for number, line in enumerate(file, 1):
-        line = (line.removeprefix(_BOM) if number == 1 else line).strip()
-        if not line:
-            continue
-        numbers.append(number)
-        rows.append(line)
-        if len(rows) == size:
-            yield Chunk(path, numbers, rows)
-            numbers, rows = [], []
-    if rows:
-        yield Chunk(path, numbers, rows)
+class _Zst:
+    """Reads a .zst file of one or several frames. (zstandard's own reader takes a cut file for a shorter one.)"""
+
+    def __init__(self, path: str):
+        import zstandard
+
+        self._module = zstandard
+        self._file = open(path, "rb")  # noqa: SIM115  closed by __exit__
+        self._frame: Any = None
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        parts: list[bytes] = []
+        while sum(map(len, parts)) < size:
+            data = self._rest or self._file.read(1 << 16)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the file ends in the middle of a compressed frame")
+                break
+            self._frame = self._frame or self._module.ZstdDecompressor().decompressobj()
+            try:
+                parts.append(self._frame.decompress(data))
+            except self._module.ZstdError as error:
+                raise OSError(str(error)) from error
+            self._rest = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        return b"".join(parts)
+
+    def __enter__(self) -> _Zst:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
-def _array(path: str, data: bytes, size: int) -> Iterator[Chunk]:
-    try:
-        records = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"not a JSON array: {error}", where=path, expected=_FORMATS, fix="one JSON object a line is the safer form"
-        ) from error
-    yield from _slices(path, records, 1, size)
-
-
-def _parquet(path: str, size: int) -> Iterator[Chunk]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        first = 1
-        for batch in table.iter_batches(batch_size=16 * size):
-            records = batch.to_pylist()
-            yield from _slices(path, records, first, size)
-            first += len(records)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"not readable as parquet: {error}", where=path) from error
-
-
-def _slices(path: str, records: list[Any], first: int, size: int) -> Iterator[Chunk]:
-    for start in range(0, len(records), size):
-        part = records[start : start + size]
-        yield Chunk(path, list(range(first + start, first + start + len(part))), part)
+def _long_line(path: str, offset: int) -> DataError:
+    return DataError(
+        f"a line is longer than {MAX_LINE >> 20} MiB (near byte {offset:,})", where=path, expected=_FORMATS, fix="one JSON object a line"
+    )

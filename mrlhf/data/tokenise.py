@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,9 +12,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from mrlhf.data.formats import Columns, RowProblem, normalise
+from mrlhf.data.formats import Columns, RowProblem, Sample, normalise
 from mrlhf.data.sources import Chunk
 from mrlhf.data.template import Rendered, Template
+
+SHOWN = 3  # problems of a kind that are kept with their lines
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,22 @@ class Problem:
 
 @dataclass
 class Batch:
-    """What a chunk of rows became: samples one after another, and counts."""
+    """What rows became: samples one after another, and counts. `row_samples`: samples of each kept row (pretrain pieces, the two of a pair)."""
 
     rows: int = 0
     kept: int = 0
     ids: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
+    row_samples: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    split_keys: list[bytes] = field(default_factory=list)
     margins: list[float | None] = field(default_factory=list)
     labels: list[bytes] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     problems: list[Problem] = field(default_factory=list)
+    problem_counts: Counter[str] = field(default_factory=Counter)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
 
 
 class _Drop(Exception):
@@ -47,43 +56,53 @@ class _Drop(Exception):
 
 
 class Tokenise:
-    """Chunk -> Batch. Built once and handed to the workers."""
+    """Chunk -> Batch. Built once and handed to the workers.
+
+    on_bad    a row that cannot be used: "error" notes a problem, "drop" counts it, "quarantine" also keeps it
+    identify  compute keys of the rows' content (for --dedup, --split)
+    """
 
     def __init__(
-        self, template: Template, *, task: str, seq_length: int, truncate: str, on_empty: str, columns: Columns, pair_in_one_pack: bool
+        self,
+        template: Template,
+        *,
+        task: str,
+        seq_length: int,
+        truncate: str,
+        on_empty: str,
+        columns: Columns,
+        pair_in_one_pack: bool,
+        on_bad: str = "error",
+        identify: bool = False,
     ):
         self.template, self.task, self.limit, self.mode = template, task, seq_length, truncate
         self.on_empty, self.columns, self.pair_in_one_pack = on_empty, columns, pair_in_one_pack
+        self.on_bad, self.identify = on_bad, identify
 
-    def __call__(self, chunk: Chunk) -> Batch:
-        batch = Batch(rows=len(chunk.rows))
+    def __call__(self, chunk: Chunk, batch: Batch | None = None) -> Batch:
+        """Adds the rows of `chunk` to `batch`."""
+        batch = Batch() if batch is None else batch
+        batch.rows += len(chunk.rows)
         ready = []
-        for i, number in enumerate(chunk.numbers):
-            with _Outcome(batch, chunk.path, number, self.on_empty):
-                try:
-                    record = chunk.record(i)
-                except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    raise RowProblem(
-                        "json", f"not valid JSON: {error}", expected="one JSON object a line", fix="mend or remove the line"
-                    ) from error
-                sample = normalise(record, self.task, self.columns, plain=self.template.plain)
-                rendered = [self.template.conversation(c) for c in sample.conversations]
-                if sample.prompt is not None:
-                    rendered = [self.template.prompt(sample.prompt)]
-                ready.append((number, sample, rendered))
+        for i in range(len(chunk.rows)):
+            with _Outcome(self, batch, chunk, i):
+                ready.append((i, *self._render(chunk, i)))
         if self.task == "pretrain":
             texts = self.template.encode_text([sample.text or "" for _, sample, _ in ready]) if ready else []
-            for (number, _, _), ids in zip(ready, texts, strict=True):
-                with _Outcome(batch, chunk.path, number, self.on_empty):
+            for (i, sample, _), ids in zip(ready, texts, strict=True):
+                with _Outcome(self, batch, chunk, i):
                     self._add_text(batch, ids)
+                    self._identify(batch, sample)
             return batch
-        for number, sample, encoded in self._encode(batch, chunk.path, ready):
-            with _Outcome(batch, chunk.path, number, self.on_empty):
+        for i, sample, encoded in self._encode(batch, chunk, ready):
+            with _Outcome(self, batch, chunk, i):
                 for ids, mask in encoded:
                     self._check_ends(ids, mask)
                 fitted = self._fit(batch, encoded)
                 batch.kept += 1
                 batch.ids += [ids for ids, _ in fitted]
+                batch.row_samples.append(len(fitted))
+                self._identify(batch, sample)
                 if self.task == "prompts":
                     batch.labels.append(msgspec.json.encode(sample.label))
                     continue
@@ -92,21 +111,43 @@ class Tokenise:
                     batch.margins.append(sample.margin)
         return batch
 
-    def _encode(self, batch: Batch, path: str, ready: list[Any]) -> Iterator[tuple[int, Any, list[Any]]]:
+    def _render(self, chunk: Chunk, i: int) -> tuple[Sample, list[Rendered]]:
+        """Row i and its texts to tokenise (none for pretraining, whose text is in the sample). Raises RowProblem."""
+        sample = normalise(_record(chunk, i), self.task, self.columns, plain=self.template.plain)
+        if sample.prompt is not None:
+            return sample, [self.template.prompt(sample.prompt, tools=sample.tools)]
+        return sample, [self.template.conversation(c, tools=sample.tools) for c in sample.conversations]
+
+    def texts(self, chunk: Chunk) -> list[str]:
+        """The texts that the rows of `chunk` would be tokenised from; rows that cannot be used are left out."""
+        found, ignored = [], Batch()
+        for i in range(len(chunk.rows)):
+            with _Outcome(self, ignored, chunk, i):
+                sample, rendered = self._render(chunk, i)
+                found += [sample.text] if sample.text is not None else [item.text for item in rendered]
+        return found
+
+    def _identify(self, batch: Batch, sample: Sample) -> None:
+        if self.identify:
+            whole, prompt = row_content(sample)
+            batch.keys.append(hashlib.blake2b(whole, digest_size=16).digest())
+            batch.split_keys.append(hashlib.blake2b(prompt, digest_size=8).digest())
+
+    def _encode(self, batch: Batch, chunk: Chunk, ready: list[Any]) -> Iterator[tuple[int, Any, list[Any]]]:
         """Tokenise all texts of the chunk in one call; one by one where a text that cannot be encoded stands among them."""
         flat: list[Rendered] = [item for _, _, rendered in ready for item in rendered]
         try:
             encoded = iter(self.template.encode(flat))
         except RowProblem:
-            for number, sample, rendered in ready:
+            for i, sample, rendered in ready:
                 alone = None
-                with _Outcome(batch, path, number, self.on_empty):
+                with _Outcome(self, batch, chunk, i):
                     alone = self.template.encode(rendered)
                 if alone is not None:
-                    yield number, sample, alone
+                    yield i, sample, alone
             return
-        for number, sample, rendered in ready:
-            yield number, sample, [next(encoded) for _ in rendered]
+        for i, sample, rendered in ready:
+            yield i, sample, [next(encoded) for _ in rendered]
 
     def _check_ends(self, ids: np.ndarray, mask: np.ndarray) -> None:
         if self.task == "prompts":
@@ -134,6 +175,7 @@ class Tokenise:
                 starts[-1] -= 1  # a piece of one token would train nothing
             pieces = [ids[-self.limit :]] if self.mode == "left" else np.split(ids, starts[1:])
         batch.kept += 1
+        batch.row_samples.append(len(pieces))
         for piece in pieces:
             batch.ids.append(piece)
             batch.masks.append(np.concatenate([np.zeros(1, np.uint8), np.ones(len(piece) - 1, np.uint8)]))
@@ -175,21 +217,76 @@ class Tokenise:
 class _Outcome:
     """Turns what a row raises into a counted drop or a noted problem, and lets the next row go on."""
 
-    def __init__(self, batch: Batch, path: str, number: int, on_empty: str):
-        self.batch, self.path, self.number, self.on_empty = batch, path, number, on_empty
+    def __init__(self, to: Tokenise, batch: Batch, chunk: Chunk, i: int):
+        self.to, self.batch, self.chunk, self.i = to, batch, chunk, i
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        batch = self.batch
         if isinstance(error, _Drop):
-            self.batch.drops[error.args[0]] += 1
-        elif isinstance(error, RowProblem) and error.kind == "empty" and self.on_empty == "drop":
-            self.batch.drops["empty"] += 1
+            batch.drops[error.args[0]] += 1
+        elif isinstance(error, RowProblem) and error.kind == "empty" and self.to.on_empty == "drop":
+            batch.drops["empty"] += 1
         elif isinstance(error, RowProblem) and error.kind == "special_in_text":
-            self.batch.drops["special_in_text"] += 1  # rare, and nothing the user could set would help
+            batch.drops["special_in_text"] += 1  # rare, and nothing the user could set would help
+        elif isinstance(error, RowProblem) and self.to.on_bad == "error":
+            batch.problem_counts[error.kind] += 1
+            if batch.problem_counts[error.kind] <= SHOWN:
+                line = self.chunk.numbers[self.i]
+                batch.problems.append(Problem(error.kind, self.chunk.path, line, error.what, error.expected, error.fix))
         elif isinstance(error, RowProblem):
-            self.batch.problems.append(Problem(error.kind, self.path, self.number, error.what, error.expected, error.fix))
+            batch.drops[f"bad row ({error.kind})"] += 1
+            if self.to.on_bad == "quarantine":
+                row = self.chunk.rows[self.i]
+                text = row.decode("utf-8", "backslashreplace") if isinstance(row, bytes) else json.dumps(row, default=str)
+                batch.quarantine.append({"line": self.chunk.numbers[self.i], "problem": error.what, "row": text})
         else:
             return False
         return True
+
+
+def row_content(sample: Sample) -> tuple[bytes, bytes]:
+    """What makes a row the same as another, and its part that must not stand in two splits: the prompt, or a pretraining text."""
+    if sample.text is not None:
+        text = sample.text.encode("utf-8", "surrogatepass")
+        return text, text
+    if sample.prompt is not None:
+        prompt = msgspec.json.encode(sample.prompt)
+        return prompt, prompt
+    first = sample.conversations[0]
+    return msgspec.json.encode(sample.conversations), msgspec.json.encode(first[0] if isinstance(first, tuple) else first[:-1])
+
+
+def _record(chunk: Chunk, i: int) -> Any:
+    try:
+        record = chunk.record(i)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RowProblem("json", f"not valid JSON: {error}", expected="one JSON object a line", fix="mend or remove the line") from error
+    row = chunk.rows[i]
+    if isinstance(row, bytes) and isinstance(record, dict):
+        repeated = _repeated_key(row, record)
+        if repeated is not None:
+            raise RowProblem("repeated", f"column '{repeated}' stands twice in the row", expected="each column once", fix="mend or remove the line")
+    return record
+
+
+def _repeated_key(row: bytes, record: dict[str, Any]) -> str | None:
+    """A key that an object of the row has twice: JSON parsers keep one of the values and say nothing."""
+    objects = [record, *(m for v in record.values() if isinstance(v, list) for m in v if isinstance(m, dict))]
+    counts = Counter(key for o in objects for key in o)
+    if all(row.count(b'"%s"' % key.encode("utf-8", "replace")) == n for key, n in counts.items()):
+        return None
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [k for k, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise KeyError(next(k for k in keys if keys.count(k) > 1))
+        return dict(pairs)
+
+    try:
+        json.loads(row, object_pairs_hook=check)
+    except KeyError as error:
+        return str(error.args[0])
+    return None

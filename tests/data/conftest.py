@@ -84,6 +84,58 @@ def unigram_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def wordpiece_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """WordPiece in the manner of BERT, lower case. Its vocabulary holds the special tokens as words too, as BERT's does."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    special = ["[UNK]", "[CLS]", "[SEP]", *SPECIAL]
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False))
+    return _save(
+        tokenizer, tmp_path_factory.mktemp("wordpiece"), eos_token="[SEP]", unk_token="[UNK]", additional_special_tokens=["[CLS]", *SPECIAL]
+    )
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Models trained by sentencepiece itself: kind ("unigram", "bpe", with "_bytes" for byte fallback) -> path of the .model."""
+    import io
+
+    import sentencepiece
+
+    paths = {}
+    for kind in ("unigram", "bpe"):
+        for fallback in (False, True):
+            model = io.BytesIO()
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(CORPUS),
+                model_writer=model,
+                model_type=kind,
+                vocab_size=460 if fallback else 240,
+                byte_fallback=fallback,
+                hard_vocab_limit=False,
+                minloglevel=2,
+            )
+            path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+            path.write_bytes(model.getvalue())
+            paths[kind + ("_bytes" if fallback else "")] = str(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tokenizers(
+    load: Callable[[str], Any], bpe_dir: str, merging_dir: str, unigram_dir: str, wordpiece_dir: str, sentencepiece_files: dict[str, str]
+) -> dict[str, Any]:
+    """One of each kind, with the special tokens of every template."""
+    found = {"bpe": load(bpe_dir), "merging": load(merging_dir), "unigram": load(unigram_dir), "wordpiece": load(wordpiece_dir)}
+    for kind in ("unigram", "bpe"):
+        found[f"sentencepiece {kind}"] = load(sentencepiece_files[f"{kind}_bytes"])
+        found[f"sentencepiece {kind}"].add_special_tokens({"additional_special_tokens": SPECIAL})
+    return found
+
+
+@pytest.fixture(scope="session")
 def load() -> Callable[[str], Any]:
     from mrlhf.data.template import load_tokenizer
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mrlhf.data.blend import Blend, mismatches, names_of, rows_of, sources_of
-from mrlhf.data.indexed import FORMAT_VERSION, OutputSet, PackedDataset
+from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset
+from mrlhf.data.writer import OutputSet
 
 Make = Callable[..., PackedDataset]
 

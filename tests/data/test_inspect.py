@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from mrlhf.data import inspect
-from mrlhf.data.indexed import FORMAT_VERSION, OutputSet, PackedDataset
+from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset
 from mrlhf.data.preprocess import PreprocessConfig, preprocess
+from mrlhf.data.writer import OutputSet
 from mrlhf.errors import DataError, MrlhfError, SeveralErrors
 
 ROOT = Path(__file__).resolve().parents[2]

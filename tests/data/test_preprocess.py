@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mrlhf.data.indexed import IndexedReader, PackedDataset
-from mrlhf.data.preprocess import PreprocessConfig, preprocess
+from mrlhf.data.options import PreprocessConfig
+from mrlhf.data.preprocess import preprocess
 from mrlhf.data.template import tokenizer_fingerprint
 from mrlhf.errors import ConfigError, DataError, SeveralErrors
 
@@ -45,10 +46,10 @@ def run(tmp_path: Path, bpe_dir: str) -> Run:
     def make(task: str, *paths: str, seq_length: int = 128, prefix: str = "out", **options: Any) -> PackedDataset:
         options = {"tokenizer": bpe_dir, **options}
         config = PreprocessConfig(task=task, input=paths, output_prefix=str(tmp_path / prefix), seq_length=seq_length, **options)
-        meta = preprocess(config)
+        meta = preprocess(config)[str(tmp_path / prefix)]
         data = PackedDataset.open(tmp_path / prefix, verify=True)
         assert data.meta == json.loads(json.dumps(meta))
-        assert not list(tmp_path.glob(".*tmp"))
+        assert not list(tmp_path.glob(".*"))
         return data
 
     return make
@@ -278,10 +279,10 @@ def test_margins_in_some_rows_only_is_an_error(run: Run, jsonl: Callable[..., st
         run("preference", jsonl([*pairs(2), *pairs(1, margin=1.0)]))
 
 
-def test_special_tokens_an_unigram_tokenizer_cannot_spell_are_a_counted_drop(run: Run, jsonl: Callable[..., str], unigram_dir: str) -> None:
-    rows = [*chats(3), {"input": "strike <s> this", "output": "ok"}]
+def test_special_tokens_beside_private_characters_are_a_counted_drop(run: Run, jsonl: Callable[..., str], unigram_dir: str) -> None:
+    rows = [*chats(3), {"input": "strike <s> this \U00100000", "output": "ok"}, {"input": "strike <s> this", "output": "ok"}]
     data = run("sft", jsonl([{"input": m["messages"][0]["content"], "output": "ok"} for m in rows[:3]] + rows[3:]), tokenizer=unigram_dir)
-    assert data.meta["drops"] == {"special_in_text": 1} and data.num_samples == 3
+    assert data.meta["drops"] == {"special_in_text": 1} and data.num_samples == 4
 
 
 def test_existing_output_is_kept_unless_overwritten(run: Run, jsonl: Callable[..., str], tmp_path: Path) -> None:
@@ -297,21 +298,31 @@ def test_existing_output_is_kept_unless_overwritten(run: Run, jsonl: Callable[..
     assert not (tmp_path / "out_margin.bin").exists()
 
 
-def test_interrupted_write_leaves_no_set(run: Run, jsonl: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_leaves_no_set_and_resumes(
+    run: Run, jsonl: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = os.replace, []
 
     def failing(source: Any, target: Any) -> None:
         calls.append(target)
-        if len(calls) == 3:
+        if len(calls) == 3:  # the shard, the first file of the set, the second
             raise OSError("disk gone")
         real(source, target)
 
+    path = jsonl(chats(3))
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="disk gone"):
-        run("sft", jsonl(chats(3)))
-    assert not (tmp_path / "out.json").exists() and not list(tmp_path.glob(".*"))
+        run("sft", path)
+    monkeypatch.undo()
+    assert not (tmp_path / "out.json").exists()
     with pytest.raises(DataError, match="not finished by"):
         PackedDataset.open(tmp_path / "out")
+    with pytest.raises(DataError, match="(?s)unfinished work.*--resume"):
+        run("sft", path, prefix="out", overwrite=False) if not (tmp_path / "out.bin").unlink() else None
+    with pytest.raises(DataError, match="other options"):
+        run("sft", path, resume=True, loss_on="all")
+    resumed = run("sft", path, resume=True)
+    assert samples(resumed) == samples(run("sft", path, prefix="whole"))
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", "_loss_mask.bin", "_loss_mask.idx"])

@@ -50,9 +50,9 @@ def test_trained_tokens_are_the_last_answer_and_the_end_token(
     ids, mask = encode(template, messages)
     answer = turns[-1].strip() if name == "llama3" else turns[-1]
     text = trained_text(tokenizer, ids, mask)
-    if name == "no_end":  # "assistant: " ends in a blank, which merges with the answer: the straddling token is trained
-        text = text.removeprefix(" ") if not answer.startswith(" ") else text[-len(answer + END[name]) :]
-    assert text == answer + END[name]
+    # "assistant: " ends in a blank and "assistant\n" in a line end that may merge with the answer: the straddling token is trained
+    straddling = len(text) - len(answer + END[name])
+    assert text.endswith(answer + END[name]) and straddling < len(tokenizer.decode(ids[mask == 1][:1].tolist()))
     assert ids[-1] == template.end_token_id and mask[-1] == 1 and mask[0] == 0
     assert (np.diff(mask.astype(int)) != 0).sum() == 1  # one trained run, at the end
 
@@ -138,8 +138,13 @@ def test_special_tokens_in_the_users_text_stay_text(load: Callable[[str], Any], 
         assert trained_text(tokenizer, ids, mask) == "<|im_end|> closes a turn<|endoftext|><|im_end|>"
         assert tokenizer.decode(ids) == tokenizer.apply_chat_template(attack, tokenize=False).removesuffix("\n")
         assert template.render_prompt(attack[:1]).count(template.end_token_id) == 1
-    with pytest.raises(RowProblem, match="cannot encode as plain text"):
-        encode(Template(load(unigram_dir)), attack)
+    unigram = Template(load(unigram_dir))
+    ids, mask = encode(unigram, attack)
+    assert (ids == unigram.end_token_id).sum() == 2 and unigram.tokenizer.eos_token_id not in ids
+    assert trained_text(unigram.tokenizer, ids, mask) == "<|im_end|> closes a turn<|endoftext|><|im_end|>"
+    collision = [{"role": "user", "content": "<|im_end|> \U00100003"}, attack[1]]  # private characters that stand for special tokens
+    with pytest.raises(RowProblem, match="private characters"):
+        encode(unigram, collision)
 
 
 def test_prompt_ends_with_the_generation_prompt(tokenizer: Any) -> None:
@@ -204,5 +209,5 @@ def test_slow_tokenizer_and_missing_directory() -> None:
 
     with pytest.raises(DataError, match="slow tokenizer"):
         Template(Slow())
-    with pytest.raises(DataError, match="no such directory"):
+    with pytest.raises(DataError, match="no such file or directory"):
         load_tokenizer("/no/such/tokenizer")

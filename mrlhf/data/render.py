@@ -1,0 +1,92 @@
+"""Chat templates as transformers renders them: the same sandbox, filters, functions and {% generation %} tag, compiled once."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from typing import Any
+
+from mrlhf.data.formats import Message, RowProblem
+from mrlhf.data.special import CLOSE, OPEN, Span
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """A Jinja chat template. `variables`: the names it may use besides messages (bos_token, ...). Can be pickled.
+
+    Raises jinja2.TemplateSyntaxError from the first rendering on where it is no template.
+    """
+
+    def __init__(self, source: str, variables: dict[str, Any]):
+        self.source, self.variables = source, variables
+        self.marked = _GENERATION.search(source) is not None
+        self._compiled: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": None}
+
+    def render(
+        self, messages: list[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The text, and the spans of its {% generation %} blocks. Strings in `messages` hold no OPEN or CLOSE. Raises RowProblem."""
+        from jinja2 import TemplateError
+
+        try:
+            if self._compiled is None:
+                self._compiled = compile_template(self.source)
+            text = self._compiled.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.variables
+            )
+        except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise RowProblem(
+                "template",
+                f"the chat template refuses this conversation: {error}",
+                expected=f"roles and order the template knows; here {[m.get('role') for m in messages][:8]}",
+                fix="--chat-template FILE",
+            ) from error
+        return _take_out_marks(text) if self.marked else (text, [])
+
+
+def _take_out_marks(text: str) -> tuple[str, list[Span]]:
+    parts: list[str] = []
+    spans: list[Span] = []
+    length = 0
+    for piece in text.split(OPEN):
+        inside, closed, behind = piece.partition(CLOSE)
+        if closed:
+            spans.append((length, length + len(inside)))
+        parts += (inside, behind)
+        length += len(inside) + len(behind)
+    return "".join(parts), spans
+
+
+def compile_template(source: str) -> Any:
+    """Equivalent to transformers' private compiler, but that a generation block is marked in the text by OPEN and CLOSE."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Any) -> str:
+            return OPEN + caller() + CLOSE
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
