@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mrlhf.data.blend import Blend, rows_of
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset
 from mrlhf.data.loader import Loader, MicroBatch, Sample, collate
 from mrlhf.data.order import Mix, Order
@@ -164,6 +165,26 @@ def test_the_ranks_share_a_step_whatever_their_number(numbered: PackedDataset, p
     for k in range(1, order.total_steps + 1):
         alone = step(1, order.rows(k))
         assert alone == step(2, order.rows(k)) == step(4, order.rows(k))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_ranks_share_a_step_of_a_blend(numbered: PackedDataset, tmp_path: Path, packing: bool) -> None:
+    """The same samples under 1, 2 and 4 ranks, each with its own tokens, and every row of both sources once a pass."""
+    other = dataset(tmp_path / "o", [[[200 + p] * 3] for p in range(7)])
+    blend = Blend([numbered, other])
+    rows = [rows_of(source, packing=packing) for source in blend.sources]
+    order = Order(Mix.of(rows, [None] * 2, [None] * 2), global_batch_size=4, num_epochs=1, max_steps=None, seed=3, shuffle=True)
+    met: list[int] = []
+    for k in range(1, order.total_steps + 1):
+        found = []
+        for dp in (1, 2, 4):
+            loaders = [Loader(blend, packing=packing, micro_batch_size=1, dp_rank=r, dp_size=dp) for r in range(dp)]
+            batches = [batch for loader in loaders for batch in loader.micro_batches(order.rows(k))]
+            found.append(Counter((i, int(t[0])) for b in batches if b.weights_N.all() for i, t in zip(b.index_N.tolist(), b.split(b.tokens_BT), strict=True)))
+        assert found[0] == found[1] == found[2]
+        met += [i for (i, token), n in found[0].items() for _ in range(n)]
+        assert all(token == (i if i < numbered.num_samples else 200 + i - numbered.num_samples) for i, token in found[0])
+    assert sorted(met) == list(range(numbered.num_samples + 7))
 
 
 orders = st.fixed_dictionaries(

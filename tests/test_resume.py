@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, environment, metrics, mrlhf
+
+from mrlhf.errors import CheckpointError
 
 _TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
 
@@ -127,3 +131,50 @@ def test_ppo_killed_and_resumed(world: Path, tmp_path: Path) -> None:
             "--rollout.max_new_tokens", 12, "--rollout.kv_cache_mib", 64, "--kl.target", 0.1, "--kl.horizon", 200,
             "--reward.sources", "examples/rewards/length_penalty.py:length_penalty"]  # fmt: skip
     check(tmp_path, args, kill_at=3)
+
+
+@dataclass
+class Rows:
+    """As much of a data set as an order asks for."""
+
+    num_samples: int
+    identity: str = "x" * 64
+    prefix: str = "data/x"
+    task: str = "prompts"
+
+
+def test_a_position_that_cannot_be_right_is_refused() -> None:
+    from mrlhf.config import SFTStage
+    from mrlhf.config_io import load_config
+    from mrlhf.supervised import data_position, go_on, make_order
+
+    flags = ["--model.path", "m", "--data.train", "x", "--train.output_dir", "o", "--train.global_batch_size", "4", "--data.packing", "false"]
+    config, data = load_config(SFTStage, None, flags), Rows(30)
+    order = make_order(config, data)
+    manifest = {"step": 3, **data_position(order, data, 3)}
+    assert manifest["data"] == [{"prefix": "data/x", "identity": "x" * 64, "rows": 30, "consumed": 12}]
+    resumed = make_order(config, data)
+    go_on(resumed, data, manifest, where="c")
+    assert resumed.rows(4) == order.rows(4)
+    go_on(make_order(config, data), data, {"step": 3}, where="c")  # a checkpoint of an earlier version
+    with pytest.raises(CheckpointError, match="its data position cannot be right"):
+        go_on(make_order(config, data), data, {**manifest, "step": 2}, where="c")
+    for other in (Rows(31), Rows(30, identity="y" * 64)):
+        with pytest.raises(CheckpointError, match="the data at data/x was changed"):
+            go_on(make_order(config, other), other, manifest, where="c")
+
+
+def test_prompts_of_a_blend() -> None:
+    """Whole rollouts, every prompt of every source in its share, numbered through."""
+    from mrlhf.config import PPOStage
+    from mrlhf.config_io import load_config
+    from mrlhf.data.blend import Blend
+    from mrlhf.rl.ppo import make_prompt_order
+
+    flags = ["--model.path", "m", "--data.train", "[a, {prefix: b, epochs: 2}]", "--train.output_dir", "o", "--train.global_batch_size", "8",
+             "--rollout.batch_size", "8", "--reward.sources", "f.py:f"]  # fmt: skip
+    parts = [SimpleNamespace(num_samples=n, num_packs=n, num_tokens=n, max_length=1, task="prompts", meta={}, prefix=p) for n, p in ((10, "a"), (5, "b"))]
+    order = make_prompt_order(load_config(PPOStage, None, flags), Blend(parts))
+    prompts = [row for step in range(1, order.total_steps + 1) for row in order.rows(step)]
+    assert order.total_steps == 3 and -1 not in prompts and len(prompts) == 24
+    assert set(prompts[:20]) == set(range(15)) and sum(p >= 10 for p in prompts[:20]) == 10

@@ -61,7 +61,7 @@ class Blend:
         self.sources = list(sources)
         self.prefix = " + ".join(s.prefix for s in sources)
         self.task = sources[0].task
-        self.meta = sources[0].meta
+        self.meta = sources[0].meta  # for what all of them agree in
         self._samples = np.cumsum([0, *(s.num_samples for s in sources)]).tolist()
         self._packs = np.cumsum([0, *(s.num_packs for s in sources)]).tolist()
         self.num_samples, self.num_packs = self._samples[-1], self._packs[-1]

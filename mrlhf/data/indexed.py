@@ -323,6 +323,8 @@ def read_meta(prefix: str) -> dict[str, Any]:
             expected=f"format {FORMAT_VERSION}",
             fix=_REMAKE,
         )
+    if "seal" not in meta:
+        raise DataError("it has no checksum of its own: written by an earlier version, or damaged", where=str(path), fix=_REMAKE)
     if not _is_sealed(text):
         raise DataError("checksum differs from its own: the file is damaged or was edited", where=str(path), fix=f"copy it again, or {_REMAKE}")
     del meta["seal"]

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from mrlhf.data.indexed import IndexedReader, PackedDataset, file_problems, read_meta
 from mrlhf.data.megatron import is_megatron
-from mrlhf.data.template import load_tokenizer, tokenizer_fingerprint, vocab_size
+from mrlhf.data.vocabulary import load_tokenizer, tokenizer_fingerprint, vocab_size
 from mrlhf.data.writer import OutputSet
 from mrlhf.errors import DataError, MrlhfError, Problems
 
@@ -102,7 +102,7 @@ def show_samples(data: PackedDataset, tokenizer: Any | None, count: int, marks: 
             yield marked(tokenizer, ids, mask, marks)
 
 
-def _tokenizer(data: PackedDataset, given: str | None, say: Callable[[str], None]) -> Any | None:
+def _tokenizer(data: PackedDataset, given: str | None) -> Any | None:
     """The one asked for, else the one the data names if it is still there."""
     path = given or data.meta.get("tokenizer")
     try:
@@ -110,12 +110,12 @@ def _tokenizer(data: PackedDataset, given: str | None, say: Callable[[str], None
     except MrlhfError as error:
         if given:
             raise
-        say(f"note: its tokenizer cannot be loaded ({error.what}): token ids are shown; --tokenizer DIR decodes them")
+        print(f"note: its tokenizer cannot be loaded ({error.what}): token ids are shown; --tokenizer DIR decodes them")
         return None
     if tokenizer_fingerprint(tokenizer) != data.meta.get("tokenizer_fingerprint"):
         if given:
             raise DataError("this is not the tokenizer that the data was made with", where=str(path), expected=str(data.meta.get("tokenizer")))
-        say(f"note: the tokenizer in {path} was changed since the data was made: token ids are shown")
+        print(f"note: the tokenizer in {path} was changed since the data was made: token ids are shown")
         return None
     return tokenizer
 
@@ -205,19 +205,19 @@ def check(prefix: str) -> list[MrlhfError]:
 # ---- Megatron-LM's own text ----------------------------------------------------------------------------------------------------
 
 
-def _megatron(prefix: str, args: argparse.Namespace, marks: tuple[str, str], say: Callable[[str], None]) -> None:
+def _megatron(prefix: str, args: argparse.Namespace, marks: tuple[str, str]) -> None:
     reader = IndexedReader(prefix, empty=True)
     starts = reader.starts(reader.doc_index)
     lengths = np.diff(starts)
     full = np.flatnonzero(lengths)
-    say(f"{prefix}: Megatron-LM's own text, {len(lengths):,} documents ({len(lengths) - len(full):,} empty), {reader.num_tokens:,} tokens")
-    say(f"  {'data type':<22} {reader.dtype.name}")
-    say(f"  {'checksums':<22} none: a changed token cannot be found; the index is sound")
+    print(f"{prefix}: Megatron-LM's own text, {len(lengths):,} documents ({len(lengths) - len(full):,} empty), {reader.num_tokens:,} tokens")
+    print(f"  {'data type':<22} {reader.dtype.name}")
+    print(f"  {'checksums':<22} none: a changed token cannot be found; the index is sound")
     if not len(full):
         return
-    say("tokens a document:")
+    print("tokens a document:")
     for line in histogram(lengths[full]):
-        say(line)
+        print(line)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.check:
         most = vocab_size(tokenizer) if tokenizer is not None else 1 << 62
@@ -227,11 +227,11 @@ def _megatron(prefix: str, args: argparse.Namespace, marks: tuple[str, str], say
             if len(wrong):
                 expected = f"0 to {most - 1:,}" if tokenizer is not None else "0 or more"
                 raise DataError(f"id {ids[wrong[0]]} at token {at + int(wrong[0]):,}", where=f"{prefix}.bin", expected=expected)
-        say("nothing wrong was found")
+        print("nothing wrong was found")
     for d in full[np.unique(np.linspace(0, len(full) - 1, min(args.samples, len(full))).astype(int))].tolist() if args.samples else []:
         ids = reader.span(int(starts[d]), int(starts[d + 1]))
-        say(f"--- document {d} ({len(ids):,} tokens)")
-        say(marked(tokenizer, ids, (np.arange(len(ids)) > 0).astype(np.uint8), marks))
+        print(f"--- document {d} ({len(ids):,} tokens)")
+        print(marked(tokenizer, ids, (np.arange(len(ids)) > 0).astype(np.uint8), marks))
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------------
@@ -245,25 +245,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="read every byte: checksums, indices, masks, ids, counts; status 2 if wrong")
     parser.add_argument("--tokenizer", metavar="DIR", help="decode with this tokenizer (default: the one that made the data)")
     args = parser.parse_args(argv)
-    marks = _COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else _PLAIN
+    if args.samples < 0:
+        parser.error(f"--samples {args.samples}: 0 or more")
+    try:
+        _show(args, _COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else _PLAIN)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
-    def say(text: str) -> None:
-        print(text)
 
+def _show(args: argparse.Namespace, marks: tuple[str, str]) -> None:
     if is_megatron(args.prefix):
-        _megatron(args.prefix, args, marks, say)
-        return 0
+        return _megatron(args.prefix, args, marks)
     if args.check:
         problems = Problems()
         problems.extend(check(args.prefix))
         problems.raise_if_any()
     data = PackedDataset.open(args.prefix)
     for line in describe(data):
-        say(line)
+        print(line)
     if args.samples:
-        tokenizer = _tokenizer(data, args.tokenizer, say)
-        for line in show_samples(data, tokenizer, args.samples, marks):
-            say(line)
+        for line in show_samples(data, _tokenizer(data, args.tokenizer), args.samples, marks):
+            print(line)
     if args.check:
-        say("nothing wrong was found")
-    return 0
+        print("nothing wrong was found")

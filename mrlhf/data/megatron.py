@@ -28,8 +28,10 @@ _PROBES = 64  # packs whose ids are looked at before a run
 def is_megatron(prefix: str) -> bool:
     """Whether PREFIX is a .bin/.idx pair alone. A set that tools/preprocess_data.py did not finish is none."""
     path = Path(prefix)
-    ours = [*path.parent.glob(f"{path.name}_loss_mask.*"), *path.parent.glob(f".{path.name}*.tmp"), Path(f"{prefix}.json")]
-    return all(Path(prefix + end).is_file() for end in (".bin", ".idx")) and not any(p.is_file() for p in ours)
+    ours = Path(f"{prefix}.json").exists() or any(path.parent.glob(f"{path.name}_loss_mask.*"))
+    jobs = [work.name[1 : -len(".work")] for work in path.parent.glob(".*.work")]
+    unfinished = any(path.name == job or path.name.startswith(f"{job}_") for job in jobs)
+    return all(Path(prefix + end).is_file() for end in (".bin", ".idx")) and not ours and not unfinished
 
 
 class MegatronText:

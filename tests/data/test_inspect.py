@@ -203,5 +203,8 @@ def test_the_command(sets: Path) -> None:
 
     done = command(sets / "sft", "--check")
     assert done.returncode == 0 and "nothing wrong was found" in done.stdout, done.stderr
+    cut = subprocess.run(["bash", "-o", "pipefail", "-c", f"{sys.executable} -m mrlhf data {sets / 'sft'} | head -1"], cwd=ROOT, capture_output=True,
+                         text=True, timeout=100)  # fmt: skip
+    assert cut.returncode == 0 and cut.stdout.count("\n") == 1 and cut.stderr == ""
     missing = command(sets / "nothing")
     assert missing.returncode == 2 and "no such dataset" in missing.stderr and "Traceback" not in missing.stderr
