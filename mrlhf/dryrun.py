@@ -14,8 +14,8 @@ from typing import Any
 from mrlhf import preflight
 from mrlhf.config import GenerateStage, PPOStage, ScoreStage
 from mrlhf.data.blend import Dataset, names_of, sources_of
+from mrlhf.data.inspect import marked
 from mrlhf.data.order import Order
-from mrlhf.data.template import show_trained
 from mrlhf.parallel.state import Layout
 from mrlhf.plan import GIB, memory_table
 from mrlhf.supervised import check_resume, make_order
@@ -24,7 +24,7 @@ from mrlhf.tokenizer import load
 
 def _first_sample(data: Dataset, tokenizer: Any) -> str:
     _, tokens, mask = data.sample(0)
-    return show_trained(tokenizer, tokens, mask)
+    return marked(tokenizer, tokens, mask)
 
 
 def _sources(data: Dataset, order: Order) -> list[str]:

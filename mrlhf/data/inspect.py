@@ -25,7 +25,7 @@ from mrlhf.errors import DataError, MrlhfError, Problems
 _CHUNK = 1 << 20  # lengths looked at together
 _BLOCK = 1 << 22  # tokens looked at together by the check
 _BARS, _WIDTH = 12, 40
-_COLOUR, _PLAIN = ("\x1b[1;32m", "\x1b[0m"), ("[[", "]]")
+_COLOUR, BRACKETS = ("\x1b[1;32m", "\x1b[0m"), ("[[", "]]")
 _LIMIT = 1200  # characters shown of a sample
 
 # ---- description ---------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)
 
 
-def marked(tokenizer: Any | None, ids: np.ndarray, mask: np.ndarray, marks: tuple[str, str]) -> str:
+def marked(tokenizer: Any | None, ids: np.ndarray, mask: np.ndarray, marks: tuple[str, str] = BRACKETS) -> str:
     """The sample with its trained parts between `marks`, its middle left out where it is long; ids where there is no tokenizer."""
     cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     parts = []
@@ -248,7 +248,7 @@ def main(argv: list[str]) -> int:
     if args.samples < 0:
         parser.error(f"--samples {args.samples}: 0 or more")
     try:
-        _show(args, _COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else _PLAIN)
+        _show(args, _COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

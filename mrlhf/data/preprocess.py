@@ -33,12 +33,13 @@ from mrlhf import __version__
 from mrlhf.data.assemble import Assembler, merged
 from mrlhf.data.encoder import MOST_CHARACTERS, choose_encoder
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset, token_dtype
+from mrlhf.data.inspect import marked
 from mrlhf.data.options import PreprocessConfig, check
 from mrlhf.data.ready_made import TEMPLATE_NAMES, ready_made
 from mrlhf.data.select import first_of_each, split_of, within_limits
 from mrlhf.data.shards import WorkDirectory, load_shard, read_shard
 from mrlhf.data.sources import Block, Sources
-from mrlhf.data.template import Template, load_tokenizer, show_trained, tokenizer_fingerprint, vocab_size
+from mrlhf.data.template import Template, load_tokenizer, tokenizer_fingerprint, vocab_size
 from mrlhf.data.tokenise import SHOWN, Problem, Tokenise
 from mrlhf.data.workers import Work, run, usable_cores
 from mrlhf.data.writer import OutputSet
@@ -354,5 +355,6 @@ def summary(prefix: str, tokenizer: Any) -> str:
         )
     lines.append("first sample:")
     for i in range(2 if meta["task"] == "preference" else 1):
-        lines.append(show_trained(tokenizer, data.tokens(i), data.mask(i) if data.has_mask else None))
+        _, ids, mask = data.sample(i)
+        lines.append(marked(tokenizer, ids, mask))
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from mrlhf.data.special import Rendered, Span, SpecialTokens
 from mrlhf.data.vocabulary import load_tokenizer, tokenizer_fingerprint, vocab_size
 from mrlhf.errors import ConfigError, DataError
 
-__all__ = ["Rendered", "Template", "load_tokenizer", "show_trained", "tokenizer_fingerprint", "trained_mask", "vocab_size"]
+__all__ = ["Rendered", "Template", "load_tokenizer", "tokenizer_fingerprint", "trained_mask", "vocab_size"]
 
 _LIKE_SPECIAL = re.compile(r"<\|[\w.:-]{1,40}\|>|<\w{1,20}_of_\w{1,20}>")
 _PROBE = [{"role": "user", "content": "a0b1"}, {"role": "assistant", "content": "c2d3"}]
@@ -279,15 +279,3 @@ class Template:
                 fix="remove special tokens from the texts",
             )
         return self._special.guard(item)
-
-
-def show_trained(tokenizer: Any, ids: np.ndarray, mask: np.ndarray | None, *, limit: int = 1200) -> str:
-    """The decoded sample with its trained parts in [[brackets]]; the middle is left out beyond `limit` characters."""
-    mask = np.zeros(len(ids), np.uint8) if mask is None else mask
-    cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
-    parts = []
-    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
-        text = tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        parts.append(f"[[{text}]]" if start < end and mask[start] else text)
-    text = "".join(parts)
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... ({len(text) - limit:,} characters) ... {text[-(limit // 2) :]}"

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mrlhf.data.formats import RowProblem
-from mrlhf.data.template import Template, load_tokenizer, show_trained, tokenizer_fingerprint, trained_mask
+from mrlhf.data.inspect import marked
+from mrlhf.data.template import Template, load_tokenizer, tokenizer_fingerprint, trained_mask
 from mrlhf.errors import ConfigError, DataError
 
 from .chat_templates import CHATML, CHATML_GENERATION, END, TEMPLATES
@@ -63,7 +64,7 @@ def test_last_turn_and_all_turns(name: str, tokenizer: Any) -> None:
     for loss_on in ("last", "all"):
         template = Template(tokenizer, chat_template=TEMPLATES[name], loss_on=loss_on)
         end = template.end_token
-        shown[loss_on] = show_trained(tokenizer, *encode(template, CHAT)).replace("[[ ", "[[")
+        shown[loss_on] = marked(tokenizer, *encode(template, CHAT)).replace("[[ ", "[[")
         assert end == (END[name] if name != "no_end" else tokenizer.eos_token)
         assert shown[loss_on].endswith(f"[[that is a fox{end}]]")
     assert shown["last"].count("[[") == 1 and shown["all"].count("[[") == 2
