@@ -86,7 +86,12 @@ def test_parquet_and_datasets(tmp_path: Path) -> None:
         rows_of(tmp_path / "two:valid")
 
 
-def test_a_hub_id_that_cannot_be_had_is_said_so() -> None:
+def test_a_hub_id_that_cannot_be_had_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # no tries over the network, whose time-outs add up
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="not a HF dataset that can be loaded"):
         rows_of("no-such-owner/no-such-dataset:train")
 
