@@ -6,8 +6,8 @@ Two parts, and no index of the whole:
               floor(k N / c_s) or later and must stand before ceil((k + 1) N / c_s); of the rows that may, the one with the earliest
               deadline is taken. Unit jobs whose shares sum to one always meet their deadlines this way, so that after every p rows
               source s has given floor(c_s p / N) or ceil(c_s p / N) of them: less than one row off its share at every position, and
-              exactly c_s rows every N. (Taking the source that is most behind has no such bound, nor has any formula that gives the
-              source of a position directly.)
+              exactly c_s rows every N. (Taking the source that is most behind, as Megatron does, goes beyond one row with five sources
+              or more; so do the divisor methods, which would give the source of any position directly.)
 `permute`     the row within a source's epoch: a drawn permutation up to a million rows, a keyed bijection computed on the fly above.
 
 Cost: start O(sources), whatever the number of rows; a row O(sources) in plain Python (one or two microseconds); memory 4 MB a source
