@@ -1,4 +1,4 @@
-"""Writes what the docs take from the code: docs/metrics.md, and the option tables at the end of docs/configuration.md.
+"""Writes what the docs take from the code: docs/metrics.md, and the option tables at the end of docs/configuration.md and docs/data.md.
 
     python docs/generate.py
 
@@ -8,6 +8,7 @@ A test holds both files to what this prints.
 from __future__ import annotations
 
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -15,6 +16,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from mrlhf.config import STAGES  # noqa: E402
 from mrlhf.config_io import Option, options  # noqa: E402
+from mrlhf.data.options import PreprocessConfig  # noqa: E402
 from mrlhf.metrics import markdown_table  # noqa: E402
 
 MARK = "<!-- from here on written by docs/generate.py -->\n"
@@ -58,12 +60,25 @@ def option_tables() -> str:
     return "\n".join(lines)
 
 
+def preprocess_table() -> str:
+    """The options of tools/preprocess_data.py."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for field in fields(PreprocessConfig):
+        default = "required" if field.default is MISSING else "" if field.default is None else str(field.default).lower()
+        flag = "--" + field.name.replace("_", "-")
+        name = f"`{flag}`, `--no-{flag[2:]}`" if isinstance(field.default, bool) else f"`{flag}`"
+        lines.append(f"| {name} | {default} | " + field.metadata["help"].replace("|", "\\|").replace("\n", "\\n") + " |")
+    return "\n".join(lines) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """Every file this script writes, with its content."""
-    configuration = HERE / "configuration.md"
-    kept, mark, _ = configuration.read_text(encoding="utf-8").partition(MARK)
-    assert mark, f"{configuration} has lost the line {MARK!r}"
-    return {HERE / "metrics.md": METRICS + markdown_table(), configuration: f"{kept}{MARK}\n{option_tables()}"}
+    found = {HERE / "metrics.md": METRICS + markdown_table()}
+    for path, table in ((HERE / "configuration.md", option_tables()), (HERE / "data.md", preprocess_table())):
+        kept, mark, _ = path.read_text(encoding="utf-8").partition(MARK)
+        assert mark, f"{path} has lost the line {MARK!r}"
+        found[path] = f"{kept}{MARK}\n{table}"
+    return found
 
 
 if __name__ == "__main__":

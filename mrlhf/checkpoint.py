@@ -23,11 +23,13 @@ import torch.distributed as dist
 
 import mrlhf
 from mrlhf.errors import CheckpointError
+from mrlhf.models.families import spec_from_hf
 from mrlhf.models.hf_io import HFReader, copy_side_files, resolve_hf
-from mrlhf.models.spec import ModelSpec, read_hf_config, spec_from_hf
+from mrlhf.models.spec import ModelSpec, read_hf_config
 
 MANIFEST, FORMAT = "mrlhf.json", 1
 _OPTIMIZER_FORMAT = "fully_reshardable"
+CONTENT = {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT}  # as Megatron notes it in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def open_source(path: str) -> ModelSource:
     return ModelSource(directory, directory, spec_from_hf(config, where=str(directory / "config.json")), head, {})
 
 
-def _metadata() -> dict[str, Any]:
+def sharding_metadata() -> dict[str, Any]:
     from megatron.core import parallel_state
 
     return {
@@ -107,12 +109,12 @@ def _metadata() -> dict[str, Any]:
 def _dist_save(directory: Path, model: Any, optimizer: Any | None) -> None:
     from megatron.core import dist_checkpointing
 
-    state = {"model": model.sharded_state_dict(metadata=_metadata())}
+    state = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
     if optimizer is not None:
         for part in optimizer.chained_optimizers:  # one that has not stepped yet (an actor while its critic warms up) has no state to save
             part.init_state_fn(part.optimizer, part.config)
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=_metadata())
-    dist_checkpointing.save(state, str(directory), content_metadata={"distrib_optim_sharding_type": _OPTIMIZER_FORMAT})
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=sharding_metadata())
+    dist_checkpointing.save(state, str(directory), content_metadata=dict(CONTENT))
 
 
 def load_weights(source: ModelSource, model: Any, *, head: str, seed: int) -> None:
@@ -128,7 +130,7 @@ def load_weights(source: ModelSource, model: Any, *, head: str, seed: int) -> No
     if source.is_checkpoint:
         from megatron.core import dist_checkpointing
 
-        state = model.sharded_state_dict(metadata=_metadata())
+        state = model.sharded_state_dict(metadata=sharding_metadata())
         if new_head:
             state = {k: v for k, v in state.items() if not k.startswith("output_layer.")}
         with torch.no_grad():
@@ -137,9 +139,9 @@ def load_weights(source: ModelSource, model: Any, *, head: str, seed: int) -> No
         missing = [k for k in missing if not k.endswith("_extra_state") and not (new_head and k.startswith("output_layer."))]
         assert not missing and not unexpected, (missing, unexpected)
     else:
-        reader = HFReader(source.path)
-        reader.check(source.spec, head=source.head)
+        reader = HFReader(source.path, source.spec, head=source.head)
         fill(model, source.spec, _WithHead(reader, RandomSource(source.spec, head=head, seed=seed)) if new_head else reader, head=head)
+        reader.close()
     if new_head and source.is_checkpoint:
         fill(model, source.spec, RandomSource(source.spec, head=head, seed=seed), head=head, only="output_layer.")
 
@@ -159,8 +161,8 @@ def load_optimizer(directory: Path, model: Any, optimizer: Any) -> None:
     """Weights and optimizer state of a checkpoint directory, whatever layout wrote it."""
     from megatron.core import dist_checkpointing
 
-    sharded = model.sharded_state_dict(metadata=_metadata())
-    state = {"model": sharded, "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_metadata())}
+    sharded = model.sharded_state_dict(metadata=sharding_metadata())
+    state = {"model": sharded, "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=sharding_metadata())}
     with torch.no_grad():
         loaded = dist_checkpointing.load(state, str(directory / "dist"))
         model.load_state_dict(loaded["model"])
@@ -184,7 +186,7 @@ def write_text(path: Path, text: str) -> None:
     os.replace(tmp, path)
 
 
-def _manifest(directory: Path, *, stage: str, step: int, head: str, dtype: str, resumable: bool, extra: dict[str, Any]) -> None:
+def write_manifest(directory: Path, *, stage: str, step: int, head: str, dtype: str, resumable: bool, extra: dict[str, Any]) -> None:
     files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
     for name in files:
         fsync(directory / name)
@@ -233,7 +235,7 @@ def save(
     if main:
         for part in reversed(parts):  # the main one last: its manifest counts the others' files
             resumable = part.optimizer is not None
-            _manifest(
+            write_manifest(
                 tmp / part.name,
                 stage=stage,
                 step=step,

@@ -32,12 +32,14 @@ SUMMARIES = {
     "ppo": "PPO, REINFORCE, RLOO, GRPO with vLLM rollouts",
     "score": "log-probs or scores of a data set under a checkpoint",
     "generate": "answers to prompts through vLLM",
+    "data": "what a data set holds, its samples with the trained part marked, and whether it is whole",
     "report": "curves and samples of finished runs as one HTML file",
 }
 
 USAGE = (
     "usage: mrlhf STAGE --config FILE [--dry-run] [--section.key VALUE ...]\n"
     "       torchrun --nproc-per-node N -m mrlhf STAGE --config FILE ...\n"
+    "       mrlhf data PREFIX [--samples N] [--check] [--tokenizer DIR]\n"
     "       mrlhf report RUN_DIR [RUN_DIR ...] [--output report.html]\n\n"
     + "".join(f"  {name:<10} {text}\n" for name, text in SUMMARIES.items())
     + "\n  mrlhf STAGE --help   every option of a stage\n  mrlhf --version\n"
@@ -87,6 +89,10 @@ def _run(argv: list[str]) -> int:
     name, args = argv[0], argv[1:]
     if name == "report":
         return _report(args)
+    if name == "data":
+        from mrlhf.data.inspect import main as inspect_data
+
+        return inspect_data(args)
     if name not in STAGES:
         near = difflib.get_close_matches(name, SUMMARIES, n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -37,7 +37,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, "ranks that share the layers")
     virtual_pipeline_model_parallel_size: int | None = option(None, "interleaved pipeline chunks a rank (not in this version)")
     context_parallel_size: int = option(1, "ranks that share a sequence (not in this version)")
-    expert_model_parallel_size: int = option(1, "ranks that share the experts (not in this version: no MoE family yet)")
+    expert_model_parallel_size: int = option(
+        1, "ranks that share the experts, each with whole ones; divides tensor x data-parallel ranks. 1: every expert is cut by tensor_model_parallel_size"
+    )
     sequence_parallel: bool = option(
         False, "split norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1"
     )
@@ -45,15 +47,26 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """One source of a blend. docs/data.md says what weights and epochs mean."""
+
+    prefix: str
+    weight: float | None = None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    train: str = option(REQUIRED, "prefix written by tools/preprocess_data.py")
+    train: tuple[DataSource, ...] = option(
+        REQUIRED, "prefix written by tools/preprocess_data.py, or a blend: weight = share of the rows, epochs = passes over that source"
+    )
     eval: str | None = option(None, "prefix of the evaluation split")
     packing: bool = option(
         True, "true: a row is a pack (THD attention); false: a row is a sample (a pair), padded to the longest of its micro-batch"
     )
     padding_side: Literal["right", "left"] = option("right", "unpacked only; left is for rm")
     shuffle: bool = option(True, "a new order every epoch, from train.seed")
-    seq_length: int | None = option(None, "refuse data that was made for another length; unset: take the data's")
+    seq_length: int | None = option(None, "refuse data that was made for another length; unset: take the data's; Megatron-LM's own text is cut to it")
 
 
 @dataclass(frozen=True)
@@ -283,14 +296,37 @@ STAGES: dict[str, type] = {
 }
 
 _POSITIVE = (
-    "tensor_model_parallel_size pipeline_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr batch_size n "
-    "beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
+    "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
+    "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
     "http_timeout_s http_batch_size max_prompt_length value_clip"
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "
     "critic_warmup_steps entropy_coef nll_coef samples_to_log correction_low critic_lr"
 ).split()
+
+
+def check_sources(sources: tuple[DataSource, ...]) -> list[ConfigError]:
+    """Contradictions inside data.train."""
+    found: list[ConfigError] = []
+
+    def bad(what: str, expected: str) -> None:
+        found.append(ConfigError(f"data.train: {what}", where="data.train", expected=expected))
+
+    if not sources:
+        bad("no source", "a prefix, or a list of {prefix, weight, epochs}")
+    prefixes = [s.prefix for s in sources]
+    for prefix in dict.fromkeys(p for p in prefixes if prefixes.count(p) > 1):
+        bad(f"{prefix} is given {prefixes.count(prefix)} times", "each source once; epochs says how often it is passed")
+    for source in sources:
+        for name in ("weight", "epochs"):
+            value = getattr(source, name)
+            if value is not None and not 0 < value < float("inf"):
+                bad(f"{name} = {value} of {source.prefix}", "a number above 0")
+    without = [s.prefix for s in sources if s.weight is None]
+    if 0 < len(without) < len(sources):
+        bad(f"{', '.join(without)} without a weight, the others with one", "a weight for every source or for none")
+    return found
 
 
 def check(config: Any) -> list[ConfigError]:
@@ -314,7 +350,7 @@ def check(config: Any) -> list[ConfigError]:
     walk("", config)
     if "parallel" in {f.name for f in fields(config)}:
         p: ParallelConfig = config.parallel
-        for name in ("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
+        for name in ("virtual_pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(p, name) not in (None, 1):
                 bad(
                     f"parallel.{name}",
@@ -343,6 +379,7 @@ def check(config: Any) -> list[ConfigError]:
                 f"train.micro_batch_size = {config.train.micro_batch_size} does not divide train.global_batch_size = {config.train.global_batch_size}",
                 "global = micro x accumulation x data-parallel ranks",
             )
+        found += check_sources(config.data.train)
     if isinstance(config, PPOStage):
         answers = config.rollout.batch_size * config.rollout.n
         if config.train.global_batch_size <= 0 or answers % config.train.global_batch_size:

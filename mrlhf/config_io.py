@@ -53,7 +53,13 @@ class Option:
 
     @property
     def is_tuple(self) -> bool:
-        return typing.get_origin(self.base) is tuple
+        """Several scalars."""
+        return typing.get_origin(self.base) is tuple and not self.is_list
+
+    @property
+    def is_list(self) -> bool:
+        """A list of mappings, each one dataclass; a text stands for one of them with only its first field."""
+        return typing.get_origin(self.base) is tuple and dataclasses.is_dataclass(typing.get_args(self.base)[0])
 
     @property
     def type_name(self) -> str:
@@ -71,7 +77,7 @@ class Written:
     `quoted` texts are strings in YAML's eyes too, and are never read as null or as a number.
     """
 
-    value: str | list[Written] | dict
+    value: str | list[Written] | dict[str, Written]
     where: str
     quoted: bool = False
 
@@ -123,7 +129,7 @@ def load_config(stage_cls: type, path: str | None, overrides: list[str]) -> Any:
         values[key] = _placeholder(opt) if opt.required else opt.default
         if key in found.written:
             try:
-                values[key] = _convert(opt, found.written[key])
+                values[key] = _convert_list(opt, found) if opt.is_list else _convert(opt, found.written[key])
             except Bad as e:
                 found.problems.add(ConfigError(f"{key} = {e}", where=found.place(key), expected=opt.type_name, fix=opt.fix))
                 found.suspect.add(key)
@@ -146,8 +152,18 @@ def dump_yaml(config: Any) -> str:
     """YAML that `load_config` reads back to an equal configuration."""
     stage = next((name for name, cls in STAGES.items() if cls is type(config)), type(config).__name__)
     return f"# mrlhf {__version__}, {stage}\n" + yaml.dump(
-        dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
+        _plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
     )
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it: a dataclass is a mapping; one in a list is what the user writes there, without what is unset."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        items = [{k: v for k, v in _plain(item).items() if v is not None} for item in value]
+        return next(iter(items[0].values())) if len(items) == 1 and len(items[0]) == 1 else items
+    return list(value) if isinstance(value, tuple) else value
 
 
 def diff(before: Any, after: Any) -> list[str]:
@@ -237,7 +253,14 @@ def _from_node(node: yaml.Node, path: str) -> Written:
     where = f"{path}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.ScalarNode):
         return Written(node.value, where, quoted=bool(node.style))
-    return Written([_from_node(n, path) for n in node.value] if isinstance(node, yaml.SequenceNode) else {}, where)
+    if isinstance(node, yaml.SequenceNode):
+        return Written([_from_node(n, path) for n in node.value], where)
+    mapping: dict[str, Written] = {}
+    for key, value in node.value:
+        if str(key.value) in mapping:
+            raise ConfigError(f"{key.value} is given twice", where=f"{path}:{key.start_mark.line + 1}", fix="remove one of them")
+        mapping[str(key.value)] = _from_node(value, path)
+    return Written(mapping, where)
 
 
 def _parse_overrides(args: list[str], found: _Found) -> None:
@@ -302,6 +325,54 @@ def _convert(opt: Option, written: Written) -> Any:
     return _convert_scalar(opt.base, written)
 
 
+def _convert_list(opt: Option, found: _Found) -> tuple[Any, ...]:
+    """A list of dataclasses, from a text (one item, its first field), a mapping (one item) or a list of both. On the command line a
+    text that begins with [ or { is YAML. What is wrong in it goes to `found`, all of it."""
+    written, cls = found.written[opt.key], typing.get_args(opt.base)[0]
+    if isinstance(written.value, str) and written.value.lstrip()[:1] in ("[", "{") and not written.quoted:
+        try:
+            node = yaml.compose(written.value, Loader=yaml.SafeLoader)
+        except yaml.YAMLError:
+            raise Bad(f"{written.value} (not valid YAML)") from None
+        written = _placed(_from_node(node, ""), written.where)
+    items = written.value if isinstance(written.value, list) else [written]
+    known = options(cls)
+    first = next(iter(known))
+    converted = []
+
+    def wrong(what: str, item: Written, expected: str) -> None:
+        found.problems.add(ConfigError(f"{opt.key}: {what}", where=item.where, expected=expected))
+        found.suspect.add(opt.key)
+
+    for item in items:
+        given = item.value if isinstance(item.value, dict) else {first: item}
+        values = {}
+        for name, value in given.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+                wrong(f"unknown key '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""), value, ", ".join(known))
+                continue
+            try:
+                values[name] = _convert(known[name], value)
+            except Bad as e:
+                wrong(f"{name} = {e}", value, known[name].type_name)
+        if first in values:
+            converted.append(cls(**values))
+        elif first not in given:
+            wrong(f"an item without {first}", item, opt.type_name)
+    return tuple(converted)
+
+
+def _placed(written: Written, where: str) -> Written:
+    """The same, with everything in it standing at `where`."""
+    value = written.value
+    if isinstance(value, list):
+        value = [_placed(item, where) for item in value]
+    elif isinstance(value, dict):
+        value = {name: _placed(item, where) for name, item in value.items()}
+    return dataclasses.replace(written, value=value, where=where)
+
+
 def _convert_scalar(kind: Any, written: Written) -> Any:
     text = written.value
     if not isinstance(text, str):
@@ -364,7 +435,7 @@ def _build(cls: Any, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _placeholder(opt: Option) -> Any:
-    return () if opt.is_tuple else {int: 1, float: 1.0, bool: False}.get(opt.base, "?")
+    return () if opt.is_tuple or opt.is_list else {int: 1, float: 1.0, bool: False}.get(opt.base, "?")
 
 
 def _is_null(text: str) -> bool:
@@ -380,6 +451,9 @@ def _describe(written: Written) -> str:
 def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(typing.get_args(kind)) + "}"
+    if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(item := typing.get_args(kind)[0]):
+        names = [f.name for f in dataclasses.fields(item)]
+        return f"{names[0]} or [{{{', '.join(names)}}}, ...]"
     if typing.get_origin(kind) is tuple:
         return f"{_type_name(typing.get_args(kind)[0])} ..."
     return {bool: "true|false", str: "text"}.get(kind, kind.__name__)
@@ -394,6 +468,9 @@ def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _show(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        parts = {k: v for k, v in vars(value).items() if v is not None}
+        return "{" + ", ".join(f"{k}: {_show(v)}" for k, v in parts.items()) + "}" if len(parts) > 1 else _show(*parts.values())
     if isinstance(value, tuple):
         return ",".join(_show(v) for v in value) or "none"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

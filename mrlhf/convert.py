@@ -1,7 +1,9 @@
-"""HF directory -> mrlhf checkpoint -> HF directory, and the check that both compute the same. One process.
+"""HF directory -> mrlhf checkpoint -> HF directory, one tensor at a time; under torchrun the ranks share the layers.
 
-Nothing is renamed by hand here: the family's weight map says where each row of each HF tensor stands. A
-conversion there and back without --dtype gives every tensor bit for bit and every side file byte for byte.
+Nothing is renamed by hand here: the family's weight map says where each row of each HF tensor stands. A conversion there and
+back without --dtype gives every file byte for byte. Both directions write under a temporary name, note what is done as they
+go on (a killed conversion continues where it stood), and rename when all of it is on the disk. Memory: a few times the
+largest tensor of the model on each rank.
 """
 
 from __future__ import annotations
@@ -9,49 +11,185 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first import, which comes next)
 
 # isort: split
 import torch.distributed as dist
 
+import mrlhf
 from mrlhf import checkpoint, tokenizer
 from mrlhf.checkpoint import ModelSource, open_source
 from mrlhf.config import ParallelConfig
-from mrlhf.data.loader import MicroBatch, Sample, collate
-from mrlhf.engine import Model
-from mrlhf.errors import CheckpointError, EnvironmentProblem
+from mrlhf.dist_io import DistReader, DistWriter, Journal, Parameter, Skeleton
+from mrlhf.errors import CheckpointError, EnvironmentProblem, MrlhfError
+from mrlhf.model_card import model_card
 from mrlhf.models import gpt
-from mrlhf.models.hf_io import HFReader, copy_side_files, write_safetensors
+from mrlhf.models.families import HFTensor, classifier, hf_tensors
+from mrlhf.models.hf_io import HFReader, HFWriter, OutputFile, copy_side_files, plan_output
 from mrlhf.models.spec import ModelSpec, read_hf_config
-from mrlhf.models.weights import hf_shapes
-from mrlhf.parallel import state
+from mrlhf.parallel import device, state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOLERANCE = 1e-4  # of a logit in fp32; a wrong mapping is off by 1e-1 and more
+_NAMES = {kind: name for name, kind in DTYPES.items()}
 STAGE = "convert"
-_CLASSIFIER = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_VERIFY_LENGTHS = (5, 23, 12, 48)
 
 
-def _start() -> None:
-    if state.world_size() > 1:
-        raise EnvironmentProblem(f"{state.world_size()} processes", expected="one: a converter runs without torchrun")
+def start(spec: ModelSpec | None = None) -> ParallelConfig:
+    """Groups for a conversion: every rank a pipeline stage. Raises EnvironmentProblem where they do not divide `spec`'s layers."""
+    world = state.world_size()
+    parallel = ParallelConfig(pipeline_model_parallel_size=world)
+    if spec is not None and spec.num_layers % world:
+        good = ", ".join(str(n) for n in range(1, spec.num_layers + 1) if spec.num_layers % n == 0)
+        raise EnvironmentProblem(f"{world} ranks cannot share {spec.num_layers} layers", expected=f"{good} ranks")
+    if device.current().is_cuda:
+        raise EnvironmentProblem("converters work in the machine's memory", fix="MRLHF_DEVICE=cpu")
     if not dist.is_initialized():
-        state.initialize(ParallelConfig(), seed=1)
+        state.initialize(parallel, seed=1)
+    return parallel
+
+
+def check_maps(skeleton: Skeleton, tensors: Mapping[str, HFTensor], spec: ModelSpec) -> None:
+    """Every parameter is filled and every HF tensor used, each exactly once. Raises CheckpointError naming both sides. Collective."""
+    empty, used = [], dict.fromkeys(tensors, 0)
+    for p in skeleton.parameters:
+        held = sorted((b.offset, b.offset + b.length) for b in p.blocks)
+        size = p.shape[p.blocks[0].dim] if p.blocks else -1
+        if p.name in ("embedding.word_embeddings.weight", "output_layer.weight") and size == spec.padded_vocab_size:
+            size = spec.vocab_size  # padding rows belong to no HF tensor
+        gaps = [end != begin for (_, end), (begin, _) in zip(held, held[1:], strict=False)]
+        if not held or held[0][0] != 0 or held[-1][1] != size or any(gaps):
+            empty.append(p.name)
+        for b in p.blocks:
+            other = 1
+            for dim, n in enumerate(tensors[b.hf].shape):
+                other *= b.length if dim == b.dim else n
+            used[b.hf] += other
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (empty, used))
+    empty = [name for names, _ in shares for name in names]
+    wrong = [name for name, t in tensors.items() if sum(counts[name] for _, counts in shares) != torch.Size(t.shape).numel()]
+    if empty or wrong:
+        raise CheckpointError(
+            f"the weight map of {spec.family} does not fit: Megatron parameters not filled once: {', '.join(empty[:5]) or 'none'}; "
+            f"HF tensors not used once: {', '.join(wrong[:5]) or 'none'}",
+            where=f"mrlhf/models/families ({spec.family})",
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The temporary directory of a conversion, and this rank's journal in it."""
+
+    directory: Path
+    journal: Journal
+
+
+@contextmanager
+def _work(output: Path, fingerprint: Mapping[str, Any]) -> Iterator[_Work]:
+    """A directory that is kept when the process is killed and removed where the user's input does not fit."""
+    temporary, rank = output.with_name(output.name + ".tmp"), dist.get_rank()
+    fingerprint = {"mrlhf": mrlhf.__version__, "ranks": dist.get_world_size(), **fingerprint}
+    journal = temporary / f"progress_{rank}.jsonl"
+    if rank == 0:
+        first = journal.read_text().split("\n")[0] if journal.is_file() else ""
+        if first != json.dumps(fingerprint, sort_keys=True):
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    try:
+        made = _Work(temporary, Journal(journal, fingerprint))
+        if made.journal.done and rank == 0:
+            print(f"going on with {temporary}", file=sys.stderr)
+        yield made
+    except MrlhfError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _finish(work: _Work, output: Path, last: Callable[[Path], None]) -> None:
+    """All ranks are done: `last` on rank 0, then everything to the disk and the final name."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for journal in work.directory.glob("progress_*.jsonl"):
+            journal.unlink()
+        last(work.directory)
+        for file in work.directory.rglob("*"):
+            checkpoint.fsync(file)
+        os.rename(work.directory, output)
+        checkpoint.fsync(output.parent)
+    dist.barrier()
 
 
 def _refuse_existing(output: Path) -> None:
     if output.exists():
         raise CheckpointError("the output exists", where=str(output), fix="another --output, or remove it first")
+
+
+def _check_room(output: Path, nbytes: int) -> None:
+    parent = next(p for p in (output.parent, *output.parent.parents) if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise CheckpointError(f"{nbytes / 2**30:.1f} GiB do not fit into the {free / 2**30:.1f} GiB that are free", where=str(parent))
+
+
+def _progress(parameters: Iterable[Parameter], dtype: torch.dtype, *, label: str) -> Iterator[Parameter]:
+    """The parameters, with a bar on rank 0's terminal."""
+    parameters = list(parameters)
+    total = sum(torch.Size(p.shape).numel() * dtype.itemsize for p in parameters)
+    off = dist.get_rank() != 0 or not sys.stderr.isatty()
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=label, disable=off) as bar:
+        for p in parameters:
+            yield p
+            bar.update(torch.Size(p.shape).numel() * dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Import:
+    """What hf_to_megatron is about to do."""
+
+    source: ModelSource
+    reader: HFReader
+    head: str
+    dtype: str
+
+    @property
+    def output_bytes(self) -> int:
+        spec = self.source.spec
+        values = spec.num_parameters + (spec.padded_vocab_size - spec.vocab_size) * spec.hidden_size * (1 if spec.tied else 2)
+        return values * DTYPES[self.dtype].itemsize
+
+    def describe(self) -> list[str]:
+        r = self.reader
+        largest = max(r.tensors, key=r.nbytes)
+        return [
+            f"from    {self.source.path}: {self.source.spec.family}, {self.source.spec.num_parameters:,} parameters, head {self.source.head}",
+            f"        {len(r.tensors)} tensors in {len(r.headers)} files, {sum(map(r.nbytes, r.tensors)) / 2**30:.2f} GiB; "
+            f"largest {largest}, {r.nbytes(largest) / 2**30:.2f} GiB",
+            f"to      a checkpoint with head {self.head} in {self.dtype}, {self.output_bytes / 2**30:.2f} GiB",
+        ]
+
+
+def plan_import(hf: str, *, head: str | None = None, dtype: str | None = None) -> Import:
+    """Opens and checks everything that can be checked from headers. Raises CheckpointError."""
+    source = open_source(hf)
+    if source.is_checkpoint:
+        raise CheckpointError("it is a mrlhf checkpoint already", where=str(source.path), expected="a HF directory or hub id")
+    if head == "lm" and source.head == "value":
+        raise CheckpointError("it holds a value model, which has no LM head", where=str(source.path), expected="an LM checkpoint")
+    reader = HFReader(source.path, source.spec, head=source.head)
+    types = {reader.dtype(name) for name in reader.tensors}
+    return Import(source, reader, head or source.head, dtype or ("bfloat16" if types == {torch.bfloat16} else "float32"))
 
 
 def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str | None = None, seed: int = 1) -> ModelSource:
@@ -60,63 +198,83 @@ def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str
     head   "lm" or "value"; None: what the directory holds. A value head that is not there is drawn from `seed`
     dtype  "float32" or "bfloat16"; None: bfloat16 if every tensor is, else float32, which holds all that HF has
 
-    Raises CheckpointError where the output exists or the tensors do not fit config.json. Memory: the model once.
+    Raises CheckpointError where the output exists or the tensors do not fit config.json.
     """
-    _start()
     _refuse_existing(output)
-    source = open_source(hf)
-    if source.is_checkpoint:
-        raise CheckpointError("it is a mrlhf checkpoint already", where=str(source.path), expected="a HF directory or hub id")
-    reader = HFReader(source.path)
-    reader.check(source.spec, head=source.head)
-    found = {name: reader.dtype_name(name) for name in hf_shapes(source.spec, head=source.head)}
-    odd = sorted(set(found.values()) - set(DTYPES))
-    if odd:
-        raise CheckpointError(
-            f"tensors of type {', '.join(odd)}", where=str(source.path), expected=", ".join(DTYPES), fix="save the model unquantised"
-        )
-    stored = dtype or ("bfloat16" if set(found.values()) == {"bfloat16"} else "float32")
+    plan = plan_import(hf, head=head, dtype=dtype)
+    _check_room(output, plan.output_bytes)
+    spec, reader, stored = plan.source.spec, plan.reader, DTYPES[plan.dtype]
+    parallel = start(spec)
+    skeleton = Skeleton(spec, parallel, head=plan.head, dtype=stored)
+    check_maps(skeleton, hf_tensors(spec, head=plan.head), spec)
+    drawn = gpt.RandomSource(spec, head=plan.head, seed=seed)
     extra: dict[str, Any] = {"converted_from": hf}
     if dtype is None:
-        extra["hf_dtypes"] = {name: kind for name, kind in found.items() if kind != stored}
-    kind = head or source.head
-    model = Model(source, ParallelConfig(), head=kind, dtype=stored, seed=seed)
-    part = checkpoint.Part("", model.module, None, kind, source.hf_dir)
-    checkpoint.save(output, [part], stage=STAGE, step=0, dtype=stored, extra=extra)
+        kinds = {name: _NAMES[reader.dtype(name)] for name in reader.tensors}
+        extra["hf_dtypes"] = {name: kind for name, kind in kinds.items() if kind != plan.dtype}
+    fingerprint = {"from": _files(plan.source.path, reader.headers), "head": plan.head, "dtype": dtype, "seed": seed}
+    with _work(output, fingerprint) as work:
+        if dist.get_rank() == 0:
+            (work.directory / "dist").mkdir(exist_ok=True)
+            copy_side_files(plan.source.hf_dir, work.directory / "hf")
+        dist.barrier()
+        writer = DistWriter(work.directory / "dist", skeleton, work.journal)
+        for p in _progress(skeleton.parameters, stored, label="to Megatron"):
+            if p.name not in writer.done:
+                value = torch.empty(p.shape, dtype=stored)
+                if sum(b.length for b in p.blocks) < p.shape[p.blocks[0].dim]:
+                    value.zero_()  # padding rows of the vocabulary
+                for b in p.blocks:
+                    part = value.narrow(b.dim, b.offset, b.length)
+                    if b.hf in reader.tensors:
+                        reader.read_into(b, part)
+                    else:
+                        part.copy_(drawn.read(b))  # a new value head
+                writer.write(p, value)
+        reader.close()
+        writer.finish()
+        _finish(
+            work,
+            output,
+            lambda directory: checkpoint.write_manifest(
+                directory, stage=STAGE, step=0, head=plan.head, dtype=plan.dtype, resumable=False, extra=extra
+            ),
+        )
     return open_source(str(output))
 
 
-@torch.no_grad()
-def hf_tensors(
-    model: torch.nn.Module, spec: ModelSpec, *, head: str, dtypes: Mapping[str, torch.dtype]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """HF's tensors of a model that this process holds whole, one at a time, without padding rows.
-
-    Raises CheckpointError where a finite value has no finite counterpart in its dtype (float16).
-    """
-    holders: dict[str, list[tuple[torch.Tensor, gpt.Block]]] = {}
-    for _, parameter, blocks in gpt.local_blocks(model, spec, head=head):
-        for block in blocks:
-            holders.setdefault(block.hf, []).append((parameter, block))
-    for name, shape in hf_shapes(spec, head=head).items():
-        tensor, covered = torch.empty(shape, dtype=dtypes[name]), 0
-        for parameter, b in holders[name]:
-            tensor.narrow(b.dim, b.start, b.length).copy_(parameter.narrow(b.dim, b.offset, b.length))
-            covered += b.length
-            split = shape[b.dim]
-        assert covered == split, f"{name}: {covered} of {split} rows"
-        if dtypes[name] == torch.float16 and not tensor.isfinite().all():
-            raise CheckpointError(f"{name} has values beyond float16's 65504", where="--dtype", fix="--dtype bfloat16")
-        yield name, tensor
+def _files(directory: Path, names: Iterable[str]) -> list[list[Any]]:
+    """Path, size and time of the files that a conversion reads."""
+    paths = [(directory / name).resolve() for name in sorted(names)]
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
 
 
 @dataclass(frozen=True)
 class Export:
-    """What megatron_to_hf wrote; `notes`: what its reader should know."""
+    """What megatron_to_hf wrote, or is about to write; `notes`: what its reader should know."""
 
     path: Path
     source: ModelSource
     notes: tuple[str, ...]
+    files: tuple[OutputFile, ...]
+    index: str | None
+    config: dict[str, Any] | None
+    dtypes: dict[str, torch.dtype]
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def describe(self) -> list[str]:
+        spec = self.source.spec
+        return [
+            f"from    {self.source.path}: {spec.family}, {spec.num_parameters:,} parameters, head {self.source.head}, "
+            f"{self.source.manifest['dtype']}, {self.source.manifest['stage']} step {self.source.manifest['step']}",
+            f"to      {len(self.dtypes)} tensors in {len(self.files)} files, {self.output_bytes / 2**30:.2f} GiB: "
+            + ", ".join(file.name for file in self.files[:3])
+            + (" ..." if len(self.files) > 3 else ""),
+            *(f"note    {note}" for note in self.notes),
+        ]
 
 
 def open_part(path: str, part: str) -> ModelSource:
@@ -131,36 +289,85 @@ def open_part(path: str, part: str) -> ModelSource:
     return open_source(str(source.path / part))
 
 
-def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: str = "") -> Export:
-    """Write a HF directory from a checkpoint, whatever layout wrote it: safetensors, config, tokenizer.
-
-    dtype: "float32", "bfloat16" or "float16"; None: what the checkpoint holds (after hf_to_megatron without --dtype:
-    each tensor's own). A value model becomes `...ForSequenceClassification` with one label.
-    Raises CheckpointError. Memory: the model once and one shard of at most 5 GiB.
-    """
-    _start()
-    _refuse_existing(output)
+def plan_export(path: str, output: Path, *, dtype: str | None = None, part: str = "") -> Export:
+    """Opens and checks everything that can be checked without reading weights. Raises CheckpointError."""
     source = open_part(path, part)
     stored = source.manifest["dtype"]
     own = source.manifest.get("hf_dtypes") if dtype is None else None
-    names = hf_shapes(source.spec, head=source.head)
-    dtypes = {name: DTYPES[dtype or (own or {}).get(name, stored)] for name in names}
-    model = Model(source, ParallelConfig(), head=source.head, dtype=stored, seed=1)
+    tensors = hf_tensors(source.spec, head=source.head)
+    dtypes = {name: DTYPES[dtype or (own or {}).get(name, stored)] for name in tensors}
     config, notes = _hf_config(source, None if own is not None else dtype or stored)
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        copy_side_files(source.hf_dir, temporary)
-        if config is not None:
-            (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_safetensors(temporary, hf_tensors(model.module, source.spec, head=source.head, dtypes=dtypes))
-        for file in temporary.iterdir():
-            checkpoint.fsync(file)
-        os.rename(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    checkpoint.fsync(output.parent)
-    return Export(output, source, tuple(notes))
+    files, index = plan_output({name: (dtypes[name], t.stored_shape) for name, t in tensors.items()}, source.hf_dir)
+    return Export(output, source, tuple(notes), tuple(files), index, config, dtypes)
+
+
+def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: str = "") -> Export:
+    """Write a HF directory from a checkpoint, whatever layout wrote it: safetensors, config, tokenizer, model card.
+
+    dtype: "float32", "bfloat16" or "float16"; None: what the checkpoint holds (after hf_to_megatron without --dtype:
+    each tensor's own). A value model becomes `...ForSequenceClassification` with one label. Files, index and the order in
+    them are those of the HF directory that the model came from, where it has the same tensors. Raises CheckpointError.
+    """
+    _refuse_existing(output)
+    plan = plan_export(path, output, dtype=dtype, part=part)
+    _check_room(output, plan.output_bytes)
+    source, tensors = plan.source, hf_tensors(plan.source.spec, head=plan.source.head)
+    parallel = start(source.spec)
+    skeleton = Skeleton(source.spec, parallel, head=source.head, dtype=DTYPES[source.manifest["dtype"]])
+    check_maps(skeleton, tensors, source.spec)
+    reader = DistReader(source.path / "dist")
+    fingerprint = {"from": _files(source.path, source.manifest["files"]), "dtypes": [str(kind) for kind in plan.dtypes.values()]}
+    with _work(output, fingerprint) as work:
+        if dist.get_rank() == 0:
+            HFWriter.create(work.directory, list(plan.files))
+        dist.barrier()
+        writer = HFWriter(work.directory, list(plan.files))
+        done = set(work.journal.done)
+        for p in _progress(skeleton.parameters, skeleton.dtype, label="to HF"):
+            if p.name in done:
+                continue
+            value = torch.empty(p.shape, dtype=skeleton.dtype)
+            reader.read(p, value)
+            written = sum(
+                writer.write(name, _stored(name, tensor, tensors[name], plan.dtypes[name])) for name, tensor in _hf_parts(p, value, tensors)
+            )
+            work.journal.add(p.name, written, writer.sync)
+        writer.close()
+        reader.close()
+
+        def last(directory: Path) -> None:
+            copy_side_files(source.hf_dir, directory, headers=False)
+            if plan.config is not None:
+                (directory / "config.json").write_text(json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+            if plan.index is not None:
+                (directory / "model.safetensors.index.json").write_text(plan.index)
+            if source.manifest["stage"] != STAGE:  # else it is somebody's model with their card, or none
+                (directory / "README.md").write_text(model_card(source))
+
+        _finish(work, output, last)
+    return plan
+
+
+def _hf_parts(p: Parameter, value: torch.Tensor, tensors: Mapping[str, HFTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The HF tensors that a whole parameter holds, each as [out, in]; of one that stands there in one piece a view."""
+    for name in dict.fromkeys(b.hf for b in p.blocks):
+        blocks = [b for b in p.blocks if b.hf == name]
+        first = blocks[0]
+        if len(blocks) == 1:
+            yield name, value.narrow(first.dim, first.offset, first.length)
+            continue
+        tensor = torch.empty(tensors[name].shape, dtype=value.dtype)
+        for b in blocks:
+            tensor.narrow(b.dim, b.start, b.length).copy_(value.narrow(b.dim, b.offset, b.length))
+        yield name, tensor
+
+
+def _stored(name: str, tensor: torch.Tensor, kind: HFTensor, dtype: torch.dtype) -> torch.Tensor:
+    """As the file has it. Raises CheckpointError where a finite value has no finite counterpart in its dtype (float16)."""
+    found = (tensor.t() if kind.transposed else tensor).to(dtype)
+    if dtype == torch.float16 and not found.isfinite().all():
+        raise CheckpointError(f"{name} has values beyond float16's 65504", where="--dtype", fix="--dtype bfloat16")
+    return found
 
 
 def _hf_config(source: ModelSource, dtype: str | None) -> tuple[dict[str, Any] | None, list[str]]:
@@ -172,7 +379,9 @@ def _hf_config(source: ModelSource, dtype: str | None) -> tuple[dict[str, Any] |
     if dtype is not None and config.get(key) != dtype:
         changes[key] = dtype
     if source.head == "value":
-        wanted = f"{_CLASSIFIER[source.spec.family]}ForSequenceClassification"
+        wanted = classifier(source.spec)
+        if not wanted:
+            raise CheckpointError(f"transformers has no class for a value model of {source.spec.family}", where=str(source.path))
         if config.get("architectures") != [wanted]:
             changes |= {"architectures": [wanted], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         changes |= _padding(config, source.hf_dir, notes)
@@ -197,105 +406,3 @@ def _padding(config: Mapping[str, Any], hf_dir: Path, notes: list[str]) -> dict[
         )
         pad = None
     return {} if pad == config.get("pad_token_id") else {"pad_token_id": pad}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Differences of logits (or scores) over random tokens, packed and unpacked."""
-
-    what: str
-    max_abs: float
-    mean_abs: float
-    count: int
-
-    @property
-    def ok(self) -> bool:
-        return self.max_abs <= TOLERANCE  # False for nan
-
-    def describe(self) -> str:
-        verdict = "ok" if self.ok else "FAILED"
-        return (
-            f"{self.what}: max |difference| {self.max_abs:.3e}, mean {self.mean_abs:.3e} of {self.count:,} values; "
-            f"tolerance {TOLERANCE:g}: {verdict}"
-        )
-
-
-def verify(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
-    """Run the checkpoint (packed and unpacked) and plain transformers on the same random tokens, in fp32.
-
-    Where one side is stored in a narrower dtype, both are rounded to it: the mapping is checked, not the rounding.
-    A value model is compared by its scores, or, beside a HF LM, by its head over transformers' hidden states.
-    Raises CheckpointError where the two are models of different shape. Memory: the model once in fp32 on either side.
-    """
-    _start()
-    theirs = open_source(hf)
-    if theirs.is_checkpoint:
-        raise CheckpointError("it is a mrlhf checkpoint", where=hf, expected="a HF directory")
-    if theirs.spec != source.spec:
-        raise CheckpointError(f"{source.path} and {theirs.path} are different models", expected=f"{source.spec}", where=f"{theirs.spec}")
-    if theirs.head == "value" and source.head == "lm":
-        raise CheckpointError("the HF directory holds a value model, the checkpoint an LM", where=hf)
-    rng = np.random.default_rng(seed)
-    pad = read_hf_config(theirs.hf_dir).get("pad_token_id")
-    ids = np.array([i for i in range(min(source.spec.vocab_size, 1 << 20)) if i != pad])
-    limit = source.spec.max_position_embeddings
-    samples = [Sample(rng.choice(ids, min(n, limit)), np.ones(min(n, limit), np.uint8), i) for i, n in enumerate(_VERIFY_LENGTHS)]
-
-    reader = HFReader(theirs.path)
-    stored = DTYPES[source.manifest["dtype"]] if source.is_checkpoint else torch.float32
-    ours, head_1H = _megatron_outputs(
-        source, samples, {name: DTYPES[reader.dtype_name(name)] for name in hf_shapes(source.spec, head=theirs.head)}
-    )
-    wanted = _hf_outputs(theirs, samples, stored, head_1H)
-    worst, total, count = 0.0, 0.0, 0
-    for packing in (True, False):
-        for mine, other in zip(ours[packing], wanted, strict=True):
-            difference = (mine[-other.size(0) :] - other).abs()
-            worst, total, count = max(worst, float(difference.max())), total + float(difference.double().sum()), count + difference.numel()
-            if not difference.isfinite().all():
-                worst = float("nan")
-    what = "logits" if source.head == "lm" else "scores" if theirs.head == "value" else "values"
-    return Comparison(what, worst, total / count, count)
-
-
-@torch.no_grad()
-def _megatron_outputs(
-    source: ModelSource, samples: list[Sample], dtypes: Mapping[str, torch.dtype]
-) -> tuple[dict[bool, list[torch.Tensor]], torch.Tensor | None]:
-    """({packing: [T, V] or [T, 1] of each sample}, the value head's weight)."""
-    spec, head = source.spec, source.head
-    model = Model(source, ParallelConfig(), head=head, dtype="float32", seed=1)
-    for _, parameter, blocks in gpt.local_blocks(model.module, spec, head=head):
-        for b in blocks:
-            view = parameter.narrow(b.dim, b.offset, b.length)
-            view.copy_(view.to(dtypes.get(b.hf, torch.float32)))
-    channels = spec.vocab_size if head == "lm" else 1
-
-    def outputs(out_BTW: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        return out_BTW[..., :channels].float().permute(2, 0, 1)
-
-    found = {}
-    for packing in (True, False):
-        batch = collate(samples, packing=packing)
-        per_channel = [batch.split(x_BT.cpu()) for x_BT in model.forward([batch], outputs, channels=channels)[0]]
-        found[packing] = [torch.stack(of_sample, dim=-1) for of_sample in zip(*per_channel, strict=True)]
-    return found, model.parameters()["output_layer.weight"].cpu() if head == "value" else None
-
-
-@torch.no_grad()
-def _hf_outputs(theirs: ModelSource, samples: list[Sample], stored: torch.dtype, head_1H: torch.Tensor | None) -> list[torch.Tensor]:
-    """[T, V] logits or [T, 1] values of each sample; [1, 1] where the directory has a score head of its own."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    kind = AutoModelForSequenceClassification if theirs.head == "value" else AutoModelForCausalLM
-    model = kind.from_pretrained(theirs.path, dtype=torch.float32, attn_implementation="sdpa").eval()
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(stored))
-    found = []
-    for sample in samples:
-        ids_1T = torch.from_numpy(sample.tokens)[None]
-        if head_1H is not None and theirs.head == "lm":
-            found.append(model.model(ids_1T).last_hidden_state[0] @ head_1H.T)
-        else:
-            found.append(model(ids_1T).logits.reshape(-1, 1) if theirs.head == "value" else model(ids_1T).logits[0])
-    return found

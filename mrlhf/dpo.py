@@ -55,7 +55,7 @@ def reference_logps(model: Model, loader: Loader, *, mean: bool) -> torch.Tensor
 
 def _precomputed(config: DPOStage, trainer: Trainer, loader: Loader) -> torch.Tensor:
     """Computed by the first start of the run, read by later ones."""
-    path = Path(config.train.output_dir) / f"reference_{Path(loader.dataset.prefix).name}.pt"
+    path = Path(config.train.output_dir) / f"reference_{loader.dataset.identity[:16]}.pt"
     box = [path.is_file()]
     dist.broadcast_object_list(box, src=0)
     if box[0]:

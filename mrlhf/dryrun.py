@@ -13,18 +13,27 @@ from typing import Any
 
 from mrlhf import preflight
 from mrlhf.config import GenerateStage, PPOStage, ScoreStage
-from mrlhf.data.indexed import PackedDataset
-from mrlhf.data.loader import Order
+from mrlhf.data.blend import Dataset, names_of, sources_of
+from mrlhf.data.order import Order
 from mrlhf.data.template import show_trained
 from mrlhf.parallel.state import Layout
 from mrlhf.plan import GIB, memory_table
-from mrlhf.supervised import check_resume
+from mrlhf.supervised import check_resume, make_order
 from mrlhf.tokenizer import load
 
 
-def _first_sample(data: PackedDataset, tokenizer: Any) -> str:
-    mask = data.mask(0) if data.has_mask else None
-    return show_trained(tokenizer, data.tokens(0), mask)
+def _first_sample(data: Dataset, tokenizer: Any) -> str:
+    _, tokens, mask = data.sample(0)
+    return show_trained(tokenizer, tokens, mask)
+
+
+def _sources(data: Dataset, order: Order) -> list[str]:
+    """A line for each part of a blend: what it gives to the whole run."""
+    parts, total = sources_of(data), order.position(order.total_steps)
+    if len(parts) == 1:
+        return []
+    rows = zip(names_of([p.prefix for p in parts]), order.share(total), order.mix.rows, strict=True)
+    return [f"         {name}: {n:,} of {total:,} rows ({n / total:.2%}), {n / own:.3g} epochs" for name, n, own in rows]
 
 
 def _training(stage: str, config: Any) -> None:
@@ -36,7 +45,7 @@ def _training(stage: str, config: Any) -> None:
     others = {}
     if isinstance(config, PPOStage):
         from mrlhf.checkpoint import open_source
-        from mrlhf.rl.ppo import check, make_order
+        from mrlhf.rl.ppo import check, make_prompt_order
         from mrlhf.rl.reward_sources import critic_source, model_sources
 
         run = check(config, world)
@@ -47,28 +56,24 @@ def _training(stage: str, config: Any) -> None:
         run = preflight.check_run(stage, config, world=world)
     check_resume(config, Path(config.train.output_dir))
     spec, train = run.source.spec, config.train
-    layout = Layout(world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size)
+    layout = Layout(world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size)
     print(f"model    {run.source.path}: {spec.family}, {spec.num_parameters:,} parameters, {config.model.dtype}")
     print(f"batch    {layout.describe(global_batch=train.global_batch_size, micro_batch=train.micro_batch_size)}")
     data = run.train
-    rows = data.num_packs if config.data.packing else data.num_samples
-    if stage == "ppo":
-        rollouts = make_order(config, data.num_samples).total_steps
+    for note in run.notes:
+        print(note)
+    if isinstance(config, PPOStage):
+        order = make_prompt_order(config, data)
+        rollouts = order.total_steps
         answers = config.rollout.batch_size * config.rollout.n
         print(f"steps    {rollouts} rollouts of {config.rollout.batch_size} prompts x {config.rollout.n} answers, "
               f"{config.ppo.epochs * (answers // train.global_batch_size)} updates each")  # fmt: skip
     else:
-        rows //= 2 if data.task == "preference" and not config.data.packing else 1
-        order = Order(
-            rows,
-            global_batch_size=train.global_batch_size,
-            num_epochs=train.num_epochs,
-            max_steps=train.max_steps,
-            seed=train.seed,
-            shuffle=False,
-        )
-        print(f"steps    {order.total_steps}: {rows:,} rows x {order.epoch(order.total_steps):.3g} epochs")
-    print(f"data     {data.prefix}: {data.num_samples:,} samples in {data.num_packs:,} packs, {data.meta['num_tokens']:,} tokens")
+        order = make_order(config, data)
+        print(f"steps    {order.total_steps}: {order.mix.pass_rows:,} rows x {order.epoch(order.total_steps):.3g} epochs")
+    print(f"data     {data.prefix}: {data.num_samples:,} samples in {data.num_packs:,} packs, {data.num_tokens:,} tokens")
+    for line in _sources(data, order):
+        print(line)
     table = memory_table(stage, config, spec, world=world, others=others)
     print("memory   a rank, without activations: " + ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in table))
     print(f"         together {sum(size for _, size in table) / GIB:.2f} GiB")

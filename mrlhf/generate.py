@@ -57,7 +57,7 @@ def check(config: GenerateStage, world: int) -> tuple[ModelSource, ParallelConfi
     problems = Problems()
     problems.extend(
         check_rollout(source.spec, tp=config.tensor_parallel_size, world=world, key="tensor_parallel_size")
-        or check_layout(parallel, source.spec, world)
+        or check_layout(parallel, source.spec, world, trained=False)
     )
     if source.head != "lm":
         problems.add(CheckpointError("it holds a value model, which writes no text", where=config.checkpoint, expected="a language model"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from mrlhf.checkpoint import MANIFEST, open_source
 from mrlhf.errors import CheckpointError
-from mrlhf.models.hf_io import HFReader
+from mrlhf.models.hf_io import open_files
 
 Row = tuple[str, tuple[int, ...], str]  # name, shape, dtype
 _BYTES = {
@@ -41,9 +41,13 @@ def checkpoint_tensors(directory: Path) -> list[Row]:
 
 
 def hf_tensors(directory: Path) -> list[Row]:
-    """Of the safetensors files."""
-    reader = HFReader(directory)
-    return [(name, reader.shape(name), reader.dtype_name(name)) for name in sorted(reader.files)]
+    """Of the safetensors files, as they are stored."""
+    files, headers = open_files(directory)
+    found = []
+    for name, file in sorted(files.items()):
+        kind, shape, _, _ = headers[file].tensors[name]
+        found.append((name, shape, {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kind, kind)))
+    return found
 
 
 def _size(row: Row) -> int:

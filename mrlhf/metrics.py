@@ -106,7 +106,10 @@ METRICS: dict[str, Metric] = {
     "reshard/seconds": Metric("slowest rank's exchange", "s", "max"),
 }
 
-PATTERNS: list[tuple[str, Metric]] = [("reward/*", Metric("score of one reward source before its weight", "score", "mean"))]
+PATTERNS: list[tuple[str, Metric]] = [
+    ("reward/*", Metric("score of one reward source before its weight", "score", "mean")),
+    ("data/*/epoch", Metric("passes over one source of a blend so far", "epochs", "last")),
+]
 
 
 def find(key: str) -> Metric | None:

@@ -5,12 +5,15 @@ Used by every stage and by `--dry-run`; opens files, builds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mrlhf.checkpoint import ModelSource, open_source
+from mrlhf.config import DataSource
+from mrlhf.data.blend import Blend, Dataset, mismatches, sources_of
 from mrlhf.data.indexed import PackedDataset
+from mrlhf.data.megatron import MegatronText, is_megatron
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError, Problems
 from mrlhf.models.spec import check_layout
 from mrlhf.parallel import state
@@ -24,16 +27,48 @@ class Run:
     """What a stage starts from."""
 
     source: ModelSource
-    train: PackedDataset
-    eval: PackedDataset | None
+    train: Dataset
+    eval: Dataset | None
+    notes: tuple[str, ...] = ()  # to be shown before the run
+
+
+def open_train(
+    sources: Sequence[DataSource], *, task: str, source: ModelSource | None, seq_length: int | None
+) -> tuple[Dataset | None, list[MrlhfError]]:
+    """data.train, one data set or a blend, and everything in which its parts do not fit the run or each other."""
+    opened, found = [], []
+    for item in sources:
+        data, problems = open_data(item.prefix, key="data.train", task=task, source=source, seq_length=seq_length)
+        found += problems
+        if data is not None:
+            opened.append(data)
+    if not opened:
+        return None, found
+    found += mismatches(opened, key="data.train")
+    return opened[0] if len(opened) == 1 else Blend(opened), found
+
+
+def _open_megatron(prefix: str, *, key: str, source: ModelSource | None, seq_length: int | None) -> MegatronText:
+    if seq_length is None:
+        raise DataError(
+            "this is Megatron-LM's own text, which has no length of its own",
+            where=f"{key} = {prefix}",
+            expected="data.seq_length",
+            fix="--data.seq_length 4096",
+        )
+    return MegatronText(prefix, seq_length=seq_length, vocab_size=source.spec.vocab_size if source is not None else 1 << 62)
 
 
 def open_data(
     prefix: str, *, key: str, task: str | None, source: ModelSource | None, seq_length: int | None
-) -> tuple[PackedDataset | None, list[MrlhfError]]:
+) -> tuple[Dataset | None, list[MrlhfError]]:
     """The dataset, and everything in which it does not fit the run. `key`: where the user wrote the prefix."""
+    data: Dataset
     try:
-        data = PackedDataset.open(prefix)
+        if task == "pretrain" and is_megatron(prefix):
+            data = _open_megatron(prefix, key=key, source=source, seq_length=seq_length)
+        else:
+            data = PackedDataset.open(prefix)
     except DataError as error:
         return None, [error]
     found: list[MrlhfError] = []
@@ -51,8 +86,10 @@ def open_data(
         )
     if source is not None:
         limit = source.spec.max_position_embeddings
-        if int(data.lengths.max()) > limit:
-            bad(f"its longest sample has {int(data.lengths.max())} tokens", f"at most max_position_embeddings = {limit} of {source.path}")
+        if data.max_length > limit:
+            bad(f"its longest sample has {data.max_length} tokens", f"at most max_position_embeddings = {limit} of {source.path}")
+        if isinstance(data, MegatronText):
+            return data, found
         try:
             theirs, ours = data.meta["tokenizer_fingerprint"], fingerprint(source.hf_dir)
         except DataError as error:
@@ -73,7 +110,7 @@ def check_run(
     config: Any,
     *,
     world: int,
-    more: Callable[[ModelSource, list[tuple[str, PackedDataset]]], list[MrlhfError]] | None = None,
+    more: Callable[[ModelSource, list[tuple[str, Dataset]]], list[MrlhfError]] | None = None,
 ) -> Run:
     """Opens model and data of a training stage. Raises every problem found, together.
 
@@ -95,7 +132,7 @@ def check_run(
             )
     problems.extend(state.check_batch(config.train, config.parallel, world))
     task = TASKS[stage]
-    train, found = open_data(config.data.train, key="data.train", task=task, source=source, seq_length=config.data.seq_length)
+    train, found = open_train(config.data.train, task=task, source=source, seq_length=config.data.seq_length)
     if config.data.eval is not None:
         evaluation, others = open_data(config.data.eval, key="data.eval", task=task, source=source, seq_length=config.data.seq_length)
         found += others
@@ -104,21 +141,22 @@ def check_run(
         problems.extend(more(source, [(k, d) for k, d in (("data.train", train), ("data.eval", evaluation)) if d is not None]))
     problems.raise_if_any()
     assert source is not None and train is not None
-    return Run(source, train, evaluation)
+    parts = [*sources_of(train), *(sources_of(evaluation) if evaluation is not None else [])]
+    return Run(source, train, evaluation, tuple(p.note for p in parts if isinstance(p, MegatronText)))
 
 
-def check_prompt_budget(config: Any, source: ModelSource, sets: list[tuple[str, PackedDataset]]) -> list[MrlhfError]:
+def check_prompt_budget(config: Any, source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
     """The longest prompt and answer together must fit the model."""
     found: list[MrlhfError] = []
     limit = source.spec.max_position_embeddings
     for key, data in sets:
-        if int(data.lengths.max()) + config.rollout.max_new_tokens > limit:
+        if data.max_length + config.rollout.max_new_tokens > limit:
             found.append(
                 ConfigError(
-                    f"the longest prompt ({int(data.lengths.max())} tokens) and rollout.max_new_tokens = {config.rollout.max_new_tokens} exceed {limit}",
+                    f"the longest prompt ({data.max_length} tokens) and rollout.max_new_tokens = {config.rollout.max_new_tokens} exceed {limit}",
                     where=key,
                     expected=f"max_position_embeddings = {limit} of {source.path}",
-                    fix=f"--rollout.max_new_tokens {max(1, limit - int(data.lengths.max()))}",
+                    fix=f"--rollout.max_new_tokens {max(1, limit - data.max_length)}",
                 )
             )
     return found

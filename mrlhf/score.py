@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,7 +20,7 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 
 from mrlhf.checkpoint import ModelSource, open_source
 from mrlhf.config import ScoreStage
-from mrlhf.data.indexed import PackedDataset
+from mrlhf.data.blend import Dataset
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import Model
 from mrlhf.errors import CheckpointError, ConfigError, Problems
@@ -34,7 +33,7 @@ from mrlhf.rm import score_micro_batches
 Found = dict[int, Any]  # sample index -> float32 log-probs [T - 1], or a score
 
 
-def check(config: ScoreStage, world: int) -> tuple[ModelSource, PackedDataset]:
+def check(config: ScoreStage, world: int) -> tuple[ModelSource, Dataset]:
     """Opens model and data. Raises every problem found, together."""
     problems = Problems()
     source = None
@@ -45,7 +44,7 @@ def check(config: ScoreStage, world: int) -> tuple[ModelSource, PackedDataset]:
             CheckpointError(error.what, where=f"checkpoint: {error.where or config.checkpoint}", expected=error.expected, fix=error.fix)
         )
     if source is not None:
-        for wrong in check_layout(config.parallel, source.spec, world):
+        for wrong in check_layout(config.parallel, source.spec, world, trained=False):
             problems.add(wrong)
     if config.temperature <= 0:
         problems.add(ConfigError(f"temperature = {config.temperature} has no log-probs", where="temperature", expected="above 0"))
@@ -95,19 +94,18 @@ def _slices(config: ScoreStage, model: Model, loader: Loader) -> Iterator[Found]
         yield {index: value for found in state.gather_from_data_parallel(mine) for index, value in found.items()}
 
 
-def _entry(model: Model, data: PackedDataset, index: int, value: Any) -> dict[str, Any]:
+def _entry(model: Model, data: Dataset, index: int, value: Any) -> dict[str, Any]:
     if model.head == "value":
         entry = {"score": value}
         manifest = model.source.manifest
         if "reward_mean" in manifest:
             entry["normalized"] = (value - manifest["reward_mean"]) / manifest["reward_std"]
         return entry
-    tokens = data.tokens(index)
-    mask = data.mask(index) if data.has_mask else np.zeros(len(tokens), np.uint8)
+    _, tokens, mask = data.sample(index)
     return {"tokens": tokens.tolist(), "mask": mask.tolist(), "logprobs": [None, *value.tolist()]}
 
 
-def _write(file: BinaryIO, model: Model, data: PackedDataset, found: Found) -> None:
+def _write(file: BinaryIO, model: Model, data: Dataset, found: Found) -> None:
     for index in sorted(found):
         if data.task != "preference":
             line = {"index": index, **_entry(model, data, index, found[index])}

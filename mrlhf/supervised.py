@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from mrlhf import checkpoint, metrics, preflight
 from mrlhf.config_io import diff, dump_yaml, load_config
-from mrlhf.data.loader import Loader, MicroBatch, Order
+from mrlhf.data.blend import Dataset, names_of, rows_of, sources_of
+from mrlhf.data.loader import Loader, MicroBatch
+from mrlhf.data.order import Mix, Order
 from mrlhf.engine import LossFn, Trainer
-from mrlhf.errors import ConfigError
+from mrlhf.errors import CheckpointError, ConfigError
 from mrlhf.parallel import device, state
 from mrlhf.tracking import Tracker
 
@@ -34,6 +36,55 @@ def check_resume(config: Any, output_dir: Path) -> None:
                 where="train.output_dir",
                 fix="the first command again, or another --train.output_dir",
             )
+
+
+def make_order(config: Any, data: Dataset) -> Order:
+    """Rows of every step; what the checkpoint arithmetic and the dry run count with too."""
+    rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
+    mix = Mix.of(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
+    return Order(
+        mix,
+        global_batch_size=config.train.global_batch_size,
+        num_epochs=config.train.num_epochs,
+        max_steps=config.train.max_steps,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def data_position(order: Order, data: Dataset, step: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the data: for each source what it is and how many of its rows were met."""
+    parts = zip(sources_of(data), order.mix.rows, order.consumed(step), strict=True)
+    return {"data": [{"prefix": d.prefix, "identity": d.identity, "rows": rows, "consumed": n} for d, rows, n in parts]}
+
+
+def go_on(order: Order, data: Dataset, manifest: dict[str, Any], *, where: str) -> None:
+    """Bring the order to a checkpoint's position. Raises CheckpointError where the data is not what the checkpoint was trained on."""
+    kept = manifest.get("data")
+    if kept is None:
+        return
+    for before, now, rows in zip(kept, sources_of(data), order.mix.rows, strict=True):
+        if (before["identity"], before["rows"]) != (now.identity, rows):
+            raise CheckpointError(
+                f"the data at {now.prefix} was changed since this checkpoint: the rows that are left would be others",
+                where=where,
+                expected=f"{before['prefix']} as it was ({before['rows']:,} rows, {before['identity'][:12]}), "
+                f"not {rows:,} rows, {now.identity[:12]}",
+                fix="bring that data back, or start anew: --model.path with another --train.output_dir",
+            )
+    try:
+        order.go_on(manifest["step"], [source["consumed"] for source in kept])
+    except ValueError as error:
+        raise CheckpointError(f"its data position cannot be right: {error}", where=where, fix="take an earlier checkpoint") from error
+
+
+def source_epochs(order: Order, data: Dataset, step: int) -> dict[str, float]:
+    """data/<source>/epoch of a blend: passes over each source after `step`."""
+    parts = sources_of(data)
+    if len(parts) == 1:
+        return {}
+    counts = zip(names_of([p.prefix for p in parts]), order.consumed(step), order.mix.rows, strict=True)
+    return {f"data/{name}/epoch": n / rows for name, n, rows in counts}
 
 
 def say(text: str) -> None:
@@ -117,7 +168,10 @@ def train(
     say(f"device: {device.current().describe()}")
     say(layout.describe(global_batch=config.train.global_batch_size, micro_batch=config.train.micro_batch_size))
 
-    def make_loader(data: Any) -> Loader:
+    for note in run.notes:
+        say(note)
+
+    def make_loader(data: Dataset) -> Loader:
         return Loader(
             data,
             packing=config.data.packing,
@@ -130,19 +184,14 @@ def train(
 
     loader = make_loader(run.train)
     eval_loader = make_loader(run.eval) if run.eval is not None else None
-    order = Order(
-        loader.num_rows,
-        global_batch_size=config.train.global_batch_size,
-        num_epochs=config.train.num_epochs,
-        max_steps=config.train.max_steps,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
+    order = make_order(config, run.train)
     resumed = checkpoint.to_resume(output_dir, total_steps=order.total_steps)
     done = 0 if resumed is None else int(resumed.manifest["step"])
     if done >= order.total_steps:
         say(f"already finished: {output_dir / 'checkpoints'}")
         return state.shutdown()
+    if resumed is not None:
+        go_on(order, run.train, resumed.manifest, where=str(resumed.path))
     random_init = config.model.init == "random"
     trainer = Trainer(
         run.source,
@@ -171,7 +220,7 @@ def train(
             stage=stage,
             step=step,
             dtype=config.model.dtype,
-            extra=extra,
+            extra=extra | data_position(order, run.train, step),
             keep_last=config.checkpoint.keep_last,
         )
 
@@ -185,6 +234,7 @@ def train(
         seconds = time.perf_counter() - start
         lengths = [n for b in batches for n in b.lengths]
         log = {f"train/{k}": v for k, v in found.items()} | {"train/epoch": order.epoch(step), "time/data_s": waited}
+        log |= source_epochs(order, run.train, step)
         # this rank's share stands for the others'
         log |= performance(
             trainer, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world

@@ -81,18 +81,43 @@ def make_tokenizer(directory: Path, texts: list[str], vocab_size: int = 320) -> 
     fast.save_pretrained(directory)
 
 
+# family -> transformers' name, and what its smallest interesting model has beyond SIZES
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 9}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}),
+    "gemma": ("Gemma", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {"tie_word_embeddings": True, "sliding_window": 9, "query_pre_attn_scalar": 50, "attn_logit_softcapping": 3.0,
+                          "final_logit_softcapping": 4.0}),
+    "gemma3_text": ("Gemma3", {"tie_word_embeddings": True, "sliding_window": 9, "query_pre_attn_scalar": 50,
+                               "_sliding_window_pattern": 2}),
+    "phi3": ("Phi3", {}),
+    "gpt2": ("GPT2", {}),
+    "olmo2": ("Olmo2", {}),
+    "granite": ("Granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.1, "logits_scaling": 0.5}),
+    "glm4": ("Glm4", {}),
+    "starcoder2": ("Starcoder2", {"tie_word_embeddings": True, "sliding_window": 9}),
+    "smollm3": ("SmolLM3", {"tie_word_embeddings": True, "no_rope_layer_interval": 2}),
+    "seed_oss": ("SeedOss", {"attention_out_bias": True}),
+}  # fmt: skip
+_OTHER_NAMES = {
+    "gpt2": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "n_positions",
+             "rms_norm_eps": "layer_norm_epsilon", "intermediate_size": "n_inner", "num_key_value_heads": "", "head_dim": ""},
+    "starcoder2": {"rms_norm_eps": "norm_epsilon", "head_dim": ""},
+    **{family: {"head_dim": ""} for family in ("phi3", "olmo2", "granite", "smollm3")},
+}  # fmt: skip
+
+
 def make_hf_model(directory: Path, family: str, *, vocab_size: int, seed: int = 0, tied: bool = False, **changes: object) -> None:
     """Random weights with every parameter away from its neutral value, so that a wrong mapping shows."""
     import torch
     import transformers as t
 
-    classes = {
-        "llama": (t.LlamaConfig, t.LlamaForCausalLM),
-        "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM),
-        "qwen3": (t.Qwen3Config, t.Qwen3ForCausalLM),
-    }
-    make_config, make_model = classes[family]
-    values = dict(
+    name, more = FAMILIES[family]
+    values: dict[str, object] = dict(
         vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=192,
@@ -108,15 +133,21 @@ def make_hf_model(directory: Path, family: str, *, vocab_size: int, seed: int = 
         eos_token_id=2,
         pad_token_id=0,
     )
-    config = make_config(**{**values, **changes})
+    for old, new in _OTHER_NAMES.get(family, {}).items():
+        value = values.pop(old)
+        if new:
+            values[new] = value
+    config = getattr(t, name + ("TextConfig" if family == "gemma3_text" else "Config"))(**{**values, **more, **changes})
     torch.manual_seed(seed)
-    model = make_model(config).float()
+    model = getattr(t, name + ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))(config).float()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 p.add_(torch.randn_like(p) * 0.1)
             if name.endswith("bias"):
                 p.normal_(0, 0.1)
+            if name.endswith("gate.weight"):  # of a router: far from ties, which two correct programs may break differently
+                p.normal_(0, 0.5)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(directory)
 
@@ -167,3 +198,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(sys.executable, "tools/preprocess_data.py", "--task", task, "--input", file, "--tokenizer", root / "qwen2", "--output-prefix", root / name,
             "--seq-length", 160)  # fmt: skip
     return root
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of every kind of every family, with transformers' logits (zoo.py). Read only."""
+    from zoo import make_zoo
+
+    return make_zoo(tmp_path_factory.mktemp("zoo"))

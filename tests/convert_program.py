@@ -22,6 +22,7 @@ def main() -> None:
     from mrlhf.engine import Model
     from mrlhf.errors import MrlhfError
     from mrlhf.parallel import state
+    from mrlhf.verify import verify
 
     result: dict[str, object] = {}
     for kind in sorted(p.name for p in zoo.iterdir() if p.is_dir()):
@@ -30,22 +31,22 @@ def main() -> None:
         result[kind] = [
             made.manifest["dtype"],
             made.head,
-            convert.verify(made, str(zoo / kind)).max_abs,
-            convert.verify(made, str(work / f"{kind}.hf")).max_abs,
+            verify(made, str(zoo / kind)).max_abs,
+            verify(made, str(work / f"{kind}.hf")).max_abs,
         ]
 
     # a reward model: fresh head on an LM, statistics as rm.py writes them, out to transformers and in again
     value = convert.hf_to_megatron(str(zoo / "qwen2"), work / "value.mrlhf", head="value", seed=7)
-    result["value beside its LM"] = convert.verify(value, str(zoo / "qwen2")).max_abs
+    result["value beside its LM"] = verify(value, str(zoo / "qwen2")).max_abs
     model = Model(value, ParallelConfig(), head="value", dtype="float32", seed=1)
     part = Part("", model.module, None, "value", value.hf_dir)
     save(work / "rm.mrlhf", [part], stage="rm", step=3, dtype="float32", extra={"reward_mean": 1.5, "reward_std": 0.5}, keep_last=None)
     export = convert.megatron_to_hf(str(work / "rm.mrlhf"), work / "rm.hf")
     result["value notes"] = export.notes
-    result["value"] = convert.verify(export.source, str(export.path)).max_abs
+    result["value"] = verify(export.source, str(export.path)).max_abs
     back = convert.hf_to_megatron(str(work / "rm.hf"), work / "rm2.mrlhf")
     convert.megatron_to_hf(str(back.path), work / "rm2.hf")
-    result["value head"] = [back.head, convert.verify(back, str(work / "rm2.hf")).max_abs]
+    result["value head"] = [back.head, verify(back, str(work / "rm2.hf")).max_abs]
 
     # a run's directory with a critic beside the actor, as ppo.py saves it
     actor = Model(open_source(str(zoo / "qwen2")), ParallelConfig(), head="lm", dtype="bfloat16", seed=1)
@@ -58,9 +59,9 @@ def main() -> None:
 
     for dtype in ("float16", "bfloat16", "float32"):
         made_hf = convert.megatron_to_hf(str(work / "qwen2.mrlhf"), work / f"{dtype}.hf", dtype=dtype)
-        result[f"as {dtype}"] = convert.verify(made_hf.source, str(made_hf.path)).max_abs
+        result[f"as {dtype}"] = verify(made_hf.source, str(made_hf.path)).max_abs
     narrow = convert.hf_to_megatron(str(zoo / "qwen2"), work / "narrow.mrlhf", dtype="bfloat16")
-    result["narrow"] = [narrow.manifest["dtype"], convert.verify(narrow, str(zoo / "qwen2")).max_abs]
+    result["narrow"] = [narrow.manifest["dtype"], verify(narrow, str(zoo / "qwen2")).max_abs]
 
     # a wrong mapping must show: rows of two heads swapped in the exported file
     from safetensors.torch import load_file, save_file
@@ -70,7 +71,7 @@ def main() -> None:
     q = tensors["model.layers.1.self_attn.q_proj.weight"]
     q[:64] = q[:64].roll(32, 0).clone()
     save_file(tensors, wrong, metadata={"format": "pt"})
-    result["swapped heads"] = convert.verify(open_source(str(work / "qwen2.mrlhf")), str(work / "float32.hf")).ok
+    result["swapped heads"] = verify(open_source(str(work / "qwen2.mrlhf")), str(work / "float32.hf")).ok
 
     def refusal(call) -> str:
         try:
@@ -90,7 +91,7 @@ def main() -> None:
         "hf as checkpoint": refusal(lambda: convert.megatron_to_hf(str(zoo / "qwen2"), work / "x")),
         "no critic": refusal(lambda: convert.megatron_to_hf(str(work / "qwen2.mrlhf"), work / "x", part="critic")),
         "value as lm": refusal(lambda: convert.hf_to_megatron(str(work / "rm.hf"), work / "x", head="lm")),
-        "other model": refusal(lambda: convert.verify(open_source(str(work / "qwen2.mrlhf")), str(zoo / "qwen3"))),
+        "other model": refusal(lambda: verify(open_source(str(work / "qwen2.mrlhf")), str(zoo / "qwen3"))),
     }
     result["nothing left"] = sorted(p.name for p in work.iterdir() if p.name == "x" or p.name.endswith(".tmp") or p.name == "large.hf")
     print("RESULT " + json.dumps(result))

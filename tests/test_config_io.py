@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mrlhf.config import STAGES, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
+from mrlhf.config import STAGES, DataSource, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
 from mrlhf.config_io import diff, dump_yaml, help_text, load_config, options
 from mrlhf.errors import MrlhfError, SeveralErrors
 
@@ -99,6 +99,55 @@ def test_tuples(flags):
     base = [f for f in MINIMAL["ppo"] if f not in ("--reward.sources", "model:runs/rm")]
     config = load_config(PPOStage, None, base + flags)
     assert config.reward.sources == ("model:a", "b.py:f") and config.reward.weights == (1.0, 0.5)
+
+
+BLEND = (DataSource("a", 0.7), DataSource("b", 0.3, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "sources"),
+    [
+        ("d", (DataSource("d"),)),
+        ("d,e", (DataSource("d,e"),)),  # a file name may hold a comma
+        ("[a, b]", (DataSource("a"), DataSource("b"))),
+        ("{prefix: a, epochs: 2}", (DataSource("a", None, 2.0),)),
+        ("[{prefix: a, weight: 0.7}, {prefix: b, weight: 3e-1, epochs: 2}]", BLEND),
+        ("\n    - {prefix: a, weight: 0.7}\n    - prefix: b\n      weight: .3\n      epochs: 2", BLEND),
+    ],
+)
+def test_blends_from_yaml_and_from_the_command_line(write, text, sources):
+    config = load_config(SFTStage, write(GOOD.replace("data/toy", text)), [])
+    assert config.data.train == sources
+    assert load_config(SFTStage, write(dump_yaml(config)), []) == config
+    if "\n" not in text:
+        assert load_config(SFTStage, write(GOOD), ["--data.train", text]) == config
+    assert diff(config, config) == [] and len(diff(config, load_config(SFTStage, write(GOOD), []))) == 1
+
+
+def test_a_plain_prefix_is_dumped_as_one(write):
+    assert "\n  train: data/toy\n" in dump_yaml(load_config(SFTStage, write(GOOD), []))
+
+
+def test_everything_wrong_with_a_blend(write):
+    text = "\n    - {prefix: a, wieght: 1}\n    - prefix: b\n      weight: x\n    - weight: 3\n    - prefix: [c]"
+    path = write(GOOD.replace(" data/toy", text))
+    assert [(e.where, e.what) for e in problems(SFTStage, path, [])] == [
+        (f"{path}:5", "data.train: unknown key 'wieght'; did you mean 'weight'?"),
+        (f"{path}:7", "data.train: weight = 'x'"),
+        (f"{path}:8", "data.train: an item without prefix"),
+        (f"{path}:9", "data.train: prefix = a list of 1"),
+    ]
+    (twice,) = problems(SFTStage, write(GOOD.replace("data/toy", "{prefix: a, prefix: b}")), [])
+    assert twice.what == "prefix is given twice" and twice.where.endswith(":4")
+    flags = ["--data.train", "[{prefix: a, weight: 1}, b, {prefix: a, weight: 0, epochs: -1}]"]
+    assert [e.what for e in problems(SFTStage, write(GOOD), flags)] == [
+        "data.train: a is given 2 times",
+        "data.train: weight = 0.0 of a",
+        "data.train: epochs = -1.0 of a",
+        "data.train: b without a weight, the others with one",
+    ]
+    assert [e.what for e in problems(SFTStage, write(GOOD), ["--data.train", "[{prefix: a"])] == ["data.train = [{prefix: a (not valid YAML)"]
+    assert [e.what for e in problems(SFTStage, write(GOOD), ["--data.train", "[]"])] == ["data.train: no source"]
 
 
 def test_a_comma_between_urls_is_one_source(write):

@@ -234,6 +234,25 @@ def test_data_of_another_task_or_length(problems: Callable[..., list[MrlhfError]
     assert (error.what, error.fix) == ("the data was made with --seq-length 160", "--data.seq_length 160")
 
 
+def test_sources_of_a_blend_that_do_not_fit_each_other(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
+    found = problems("sft", data__train=f"[{world / 'sft'}, {world / 'pref'}, {world / 'nowhere'}]")
+    assert [e.what for e in found] == [
+        "the data was made with --task preference",
+        "no such dataset",
+        f"the sources differ in task: {world / 'sft'} has sft, {world / 'pref'} has preference",
+    ]
+    assert found[0].where == f"data.train = {world / 'pref'}" and found[2].where == "data.train"
+
+
+def test_megatrons_own_text(problems: Callable[..., list[MrlhfError]], world: Path, tmp_path: Path) -> None:
+    for end in (".bin", ".idx"):
+        shutil.copy(world / f"text{end}", tmp_path / f"x_text_document{end}")
+    (length,) = problems("pretrain", data__train=tmp_path / "x_text_document")
+    assert length.what.startswith("this is Megatron-LM's own text") and length.expected == "data.seq_length"
+    (other,) = problems("sft", data__train=tmp_path / "x_text_document", data__seq_length=64)
+    assert other.what.startswith("PREFIX.json is missing") and "the stage pretrain alone" in (other.expected or "")
+
+
 def test_data_that_is_not_there(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
     (error,) = problems("sft", data__train=world / "sft.idx")
     assert error.fix == "leave out .idx"

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mrlhf.data.blend import Blend, rows_of
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset
-from mrlhf.data.loader import Loader, MicroBatch, Order, Sample, collate
+from mrlhf.data.loader import Loader, MicroBatch, Sample, collate
+from mrlhf.data.order import Mix, Order
 from mrlhf.data.writer import OutputSet
 
 A = Sample(np.array([5, 6, 7]), np.array([1, 1, 1], np.uint8), 4)
@@ -159,10 +161,30 @@ def test_the_ranks_share_a_step_whatever_their_number(numbered: PackedDataset, p
         return Counter(i for loader in loaders for batch in loader.micro_batches(rows) for i in batch.index_N.tolist())
 
     num_rows = Loader(numbered, packing=packing, micro_batch_size=1, dp_rank=0, dp_size=1).num_rows
-    order = Order(num_rows, global_batch_size=8, num_epochs=2, max_steps=None, seed=3, shuffle=True)
+    order = Order(Mix.single(num_rows), global_batch_size=8, num_epochs=2, max_steps=None, seed=3, shuffle=True)
     for k in range(1, order.total_steps + 1):
         alone = step(1, order.rows(k))
         assert alone == step(2, order.rows(k)) == step(4, order.rows(k))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_ranks_share_a_step_of_a_blend(numbered: PackedDataset, tmp_path: Path, packing: bool) -> None:
+    """The same samples under 1, 2 and 4 ranks, each with its own tokens, and every row of both sources once a pass."""
+    other = dataset(tmp_path / "o", [[[200 + p] * 3] for p in range(7)])
+    blend = Blend([numbered, other])
+    rows = [rows_of(source, packing=packing) for source in blend.sources]
+    order = Order(Mix.of(rows, [None] * 2, [None] * 2), global_batch_size=4, num_epochs=1, max_steps=None, seed=3, shuffle=True)
+    met: list[int] = []
+    for k in range(1, order.total_steps + 1):
+        found = []
+        for dp in (1, 2, 4):
+            loaders = [Loader(blend, packing=packing, micro_batch_size=1, dp_rank=r, dp_size=dp) for r in range(dp)]
+            batches = [batch for loader in loaders for batch in loader.micro_batches(order.rows(k))]
+            found.append(Counter((i, int(t[0])) for b in batches if b.weights_N.all() for i, t in zip(b.index_N.tolist(), b.split(b.tokens_BT), strict=True)))
+        assert found[0] == found[1] == found[2]
+        met += [i for (i, token), n in found[0].items() for _ in range(n)]
+        assert all(token == (i if i < numbered.num_samples else 200 + i - numbered.num_samples) for i, token in found[0])
+    assert sorted(met) == list(range(numbered.num_samples + 7))
 
 
 orders = st.fixed_dictionaries(
@@ -177,10 +199,14 @@ orders = st.fixed_dictionaries(
 )
 
 
+def single(options: dict) -> Order:
+    return Order(Mix.single(options["num_rows"]), **{k: v for k, v in options.items() if k != "num_rows"})
+
+
 @settings(max_examples=200, deadline=None)
 @given(orders)
 def test_every_row_once_an_epoch(options: dict) -> None:
-    order, n = Order(**options), options["num_rows"]
+    order, n = single(options), options["num_rows"]
     rows = [row for step in range(1, order.total_steps + 1) for row in order.rows(step)]
     assert len(rows) == order.total_steps * options["global_batch_size"]
     real = [row for row in rows if row >= 0]
@@ -198,16 +224,16 @@ def test_every_row_once_an_epoch(options: dict) -> None:
 @settings(max_examples=100, deadline=None)
 @given(orders, st.data())
 def test_a_resumed_run_meets_the_rows_of_the_whole_one(options: dict, data: st.DataObject) -> None:
-    whole = Order(**options)
+    whole = single(options)
     rows = [whole.rows(step) for step in range(1, whole.total_steps + 1)]
     done = data.draw(st.integers(0, whole.total_steps))
-    resumed = Order(**options)
+    resumed = single(options)
     assert [resumed.rows(step) for step in range(done + 1, resumed.total_steps + 1)] == rows[done:]
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
     def epochs(seed: int) -> tuple[list[int], list[int]]:
-        order = Order(50, global_batch_size=50, num_epochs=2, max_steps=None, seed=seed, shuffle=True)
+        order = Order(Mix.single(50), global_batch_size=50, num_epochs=2, max_steps=None, seed=seed, shuffle=True)
         return order.rows(1), order.rows(2)
 
     first, second = epochs(1)
@@ -216,11 +242,11 @@ def test_epochs_differ_and_seeds_differ() -> None:
 
 def test_part_of_an_epoch_and_max_steps() -> None:
     common = {"global_batch_size": 4, "seed": 1, "shuffle": False}
-    half = Order(10, num_epochs=0.5, max_steps=None, **common)
+    half = Order(Mix.single(10), num_epochs=0.5, max_steps=None, **common)
     assert [half.rows(s) for s in (1, 2)] == [[0, 1, 2, 3], [4, -1, -1, -1]] and half.total_steps == 2
     assert (half.epoch(1), half.epoch(2)) == (0.4, 0.5)
-    longer = Order(10, num_epochs=1, max_steps=4, **common)
+    longer = Order(Mix.single(10), num_epochs=1, max_steps=4, **common)
     assert [longer.rows(s) for s in (3, 4)] == [[8, 9, 0, 1], [2, 3, 4, 5]], "max_steps beyond the epochs goes on into the next"
     assert longer.epoch(4) == 1.6
-    shorter = Order(10, num_epochs=1, max_steps=2, **common)
+    shorter = Order(Mix.single(10), num_epochs=1, max_steps=2, **common)
     assert shorter.total_steps == 2 and shorter.rows(2) == [4, 5, 6, 7]

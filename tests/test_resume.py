@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from conftest import ROOT, environment, metrics, mrlhf
+
+from mrlhf.errors import CheckpointError
 
 _TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
 
@@ -74,9 +80,101 @@ def test_sft_killed_and_resumed(world: Path, tmp_path: Path) -> None:
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "whole/checkpoints").rglob("*")}
 
 
+def test_a_blend_goes_on_with_the_same_rows_on_another_layout(world: Path, tmp_path: Path) -> None:
+    """Own text and Megatron-LM's own, three steps on one rank, the rest on two; against all on one rank. Then with other data."""
+    for end in (".bin", ".idx"):
+        shutil.copy(world / f"text{end}", tmp_path / f"theirs{end}")
+    for file in world.glob("text.*"):
+        shutil.copy(file, tmp_path / file.name.replace("text", "ours"))
+    shutil.copy(world / "text_loss_mask.bin", tmp_path / "ours_loss_mask.bin")
+    shutil.copy(world / "text_loss_mask.idx", tmp_path / "ours_loss_mask.idx")
+    blend = f"[{{prefix: {tmp_path / 'ours'}, weight: 0.7}}, {{prefix: {tmp_path / 'theirs'}, weight: 0.3}}]"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    args = ["pretrain", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", blend, "--data.seq_length", 160,
+            "--train.global_batch_size", 4, "--train.max_steps", 6, "--optim.lr", 1e-3, "--checkpoint.save_interval", 3]  # fmt: skip
+    first = mrlhf(*args, "--train.output_dir", whole)
+    assert f"note: {tmp_path / 'theirs'} is Megatron-LM's own data: " in first.stdout
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints/step_6")
+    (broken / "checkpoints/latest").write_text("step_3\n")
+    again = mrlhf(*args, "--train.output_dir", broken, ranks=2)
+    assert "resumed from" in again.stdout
+    for one, two in zip(metrics(whole), metrics(broken), strict=True):
+        same = {k for k in one if k.startswith("data/")} | {"train/num_tokens", "train/num_rows", "train/epoch"} & set(one)
+        assert {"data/ours/epoch", "data/theirs/epoch", "train/num_tokens"} <= same
+        assert {k: one[k] for k in same} == {k: two[k] for k in same}
+        assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+    kept = [json.loads((run / "checkpoints/step_6/mrlhf.json").read_text())["data"] for run in (whole, broken)]
+    assert kept[0] == kept[1] and sum(s["consumed"] for s in kept[0]) == 24 and [s["consumed"] for s in kept[0]] in ([17, 7], [16, 8])
+
+    shutil.rmtree(broken / "checkpoints/step_6")
+    (broken / "checkpoints/latest").write_text("step_3\n")
+    for file in tmp_path.glob("ours*"):
+        file.unlink()
+    remake(world, tmp_path / "ours")
+    refused = mrlhf(*args, "--train.output_dir", broken, check=False)
+    assert refused.returncode == 2
+    assert f"CheckpointError: {broken / 'checkpoints/step_3'}: the data at {tmp_path / 'ours'} was changed" in refused.stderr
+
+
+def remake(world: Path, prefix: Path) -> None:
+    """The world's text in another order."""
+    from mrlhf.data.preprocess import PreprocessConfig, preprocess
+
+    preprocess(PreprocessConfig(task="pretrain", input=(str(world / "text.jsonl"),), tokenizer=str(world / "qwen2"),
+                                output_prefix=str(prefix), seq_length=160, seed=9))  # fmt: skip
+
+
 def test_ppo_killed_and_resumed(world: Path, tmp_path: Path) -> None:
     args = ["ppo", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "prompts", "--train.global_batch_size", 8,
             "--train.max_steps", 5, "--optim.lr", 1e-4, "--checkpoint.save_interval", 2, "--rollout.batch_size", 8, "--rollout.n", 2, "--ppo.epochs", 2,
             "--rollout.max_new_tokens", 12, "--rollout.kv_cache_mib", 64, "--kl.target", 0.1, "--kl.horizon", 200,
             "--reward.sources", "examples/rewards/length_penalty.py:length_penalty"]  # fmt: skip
     check(tmp_path, args, kill_at=3)
+
+
+@dataclass
+class Rows:
+    """As much of a data set as an order asks for."""
+
+    num_samples: int
+    identity: str = "x" * 64
+    prefix: str = "data/x"
+    task: str = "prompts"
+
+
+def test_a_position_that_cannot_be_right_is_refused() -> None:
+    from mrlhf.config import SFTStage
+    from mrlhf.config_io import load_config
+    from mrlhf.supervised import data_position, go_on, make_order
+
+    flags = ["--model.path", "m", "--data.train", "x", "--train.output_dir", "o", "--train.global_batch_size", "4", "--data.packing", "false"]
+    config, data = load_config(SFTStage, None, flags), Rows(30)
+    order = make_order(config, data)
+    manifest = {"step": 3, **data_position(order, data, 3)}
+    assert manifest["data"] == [{"prefix": "data/x", "identity": "x" * 64, "rows": 30, "consumed": 12}]
+    resumed = make_order(config, data)
+    go_on(resumed, data, manifest, where="c")
+    assert resumed.rows(4) == order.rows(4)
+    go_on(make_order(config, data), data, {"step": 3}, where="c")  # a checkpoint of an earlier version
+    with pytest.raises(CheckpointError, match="its data position cannot be right"):
+        go_on(make_order(config, data), data, {**manifest, "step": 2}, where="c")
+    for other in (Rows(31), Rows(30, identity="y" * 64)):
+        with pytest.raises(CheckpointError, match="the data at data/x was changed"):
+            go_on(make_order(config, other), other, manifest, where="c")
+
+
+def test_prompts_of_a_blend() -> None:
+    """Whole rollouts, every prompt of every source in its share, numbered through."""
+    from mrlhf.config import PPOStage
+    from mrlhf.config_io import load_config
+    from mrlhf.data.blend import Blend
+    from mrlhf.rl.ppo import make_prompt_order
+
+    flags = ["--model.path", "m", "--data.train", "[a, {prefix: b, epochs: 2}]", "--train.output_dir", "o", "--train.global_batch_size", "8",
+             "--rollout.batch_size", "8", "--reward.sources", "f.py:f"]  # fmt: skip
+    parts = [SimpleNamespace(num_samples=n, num_packs=n, num_tokens=n, max_length=1, task="prompts", meta={}, prefix=p) for n, p in ((10, "a"), (5, "b"))]
+    order = make_prompt_order(load_config(PPOStage, None, flags), Blend(parts))
+    prompts = [row for step in range(1, order.total_steps + 1) for row in order.rows(step)]
+    assert order.total_steps == 3 and -1 not in prompts and len(prompts) == 24
+    assert set(prompts[:20]) == set(range(15)) and sum(p >= 10 for p in prompts[:20]) == 10

@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
             settings |= {"nargs": "+", "type": get_args(plain)[0]}
         else:
             settings["type"] = plain
-        made.add_argument("--" + option.name.replace("_", "-"), **settings)
+        names = ["--" + option.name.replace("_", "-"), *(("--text-column",) if option.name == "text_key" else ())]
+        made.add_argument(*names, **settings)
     return made
 
 

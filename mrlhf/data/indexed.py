@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,14 @@ from mrlhf.errors import DataError
 FORMAT_VERSION = 1
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-_CODES: dict[int, np.dtype] = {1: np.dtype("uint8"), 4: np.dtype("int32"), 7: np.dtype("float32"), 8: np.dtype("uint16")}
+_CODES: dict[int, np.dtype] = dict(
+    enumerate(map(np.dtype, ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")), start=1)
+)
+_ANY = tuple(_CODES[code].name for code in _CODES)
+_TOKENS, _MASK, _MARGIN = ("uint16", "int32"), ("uint8",), ("float32",)  # what each part of a set is written in
+_CHUNK = 1 << 20  # entries of an index looked at together, so that checking it takes little memory
 CODE_OF = {dtype: code for code, dtype in _CODES.items()}
+_SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"')
 _REMAKE = "make the data again with tools/preprocess_data.py --overwrite"
 
 
@@ -39,61 +47,81 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("uint16") if vocab_size < 65500 else np.dtype("int32")
 
 
+def seal(meta: dict[str, Any]) -> bytes:
+    """The text of PREFIX.json: `meta` and, under "seal", the SHA-256 of that text with zeros in the seal's own place."""
+    text = msgspec.json.format(msgspec.json.encode({**meta, "seal": "0" * 64}), indent=1) + b"\n"
+    return _SEAL.sub(b'"seal": "%s"' % hashlib.sha256(text).hexdigest().encode(), text)
+
+
+def _is_sealed(text: bytes) -> bool:
+    """False where any byte differs from what was written."""
+    found = _SEAL.search(text)
+    if found is None:
+        return False
+    blank = text[: found.start(1)] + b"0" * 64 + text[found.end(1) :]
+    return hashlib.sha256(blank).hexdigest().encode() == found.group(1)
+
+
 class IndexedReader:
     """One .bin/.idx pair, memory-mapped.
 
-    `lengths` int32 [sequences], `offsets` int64 [sequences] (in items), `doc_index` int64 [documents + 1]. Raises DataError.
+    lengths     int32 [sequences]
+    doc_index   int64 [documents + 1]
+
+    `dtypes`: the only ones accepted; `empty`: sequences and documents without a token are (Megatron writes them). Raises DataError.
+    Opening reads the index once (20 bytes a sequence) in chunks; nothing of it is copied.
     """
 
-    def __init__(self, prefix: str):
+    def __init__(self, prefix: str, *, dtypes: Sequence[str] = _ANY, empty: bool = False):
         bin_path, idx_path = f"{prefix}.bin", f"{prefix}.idx"
         for path in (bin_path, idx_path):
             if not os.path.isfile(path):
                 raise DataError("file is missing", where=path, fix=f"copy it here, or {_REMAKE}")
-        raw = Path(idx_path).read_bytes()
-        if len(raw) < HEADER.size or raw[:9] != MAGIC:
+        with open(idx_path, "rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size or header[:9] != MAGIC:
             raise DataError("not a Megatron index file", where=idx_path, expected="the magic bytes MMIDIDX", fix=_REMAKE)
-        _, version, code, sequences, indices = HEADER.unpack_from(raw)
-        if version != 1 or code not in _CODES:
+        _, version, code, sequences, indices = HEADER.unpack(header)
+        if version != 1 or code not in _CODES or _CODES[code].name not in dtypes:
             raise DataError(
                 f"index version {version} with data type code {code} is not supported",
                 where=idx_path,
-                expected=f"version 1 and one of {', '.join(f'{c} ({d.name})' for c, d in _CODES.items())}",
+                expected=f"version 1 and one of {', '.join(f'{c} ({d.name})' for c, d in _CODES.items() if d.name in dtypes)}",
                 fix=_REMAKE,
             )
-        expected = HEADER.size + 12 * sequences + 8 * indices
-        if len(raw) != expected:
-            raise DataError(
-                f"index has {len(raw):,} bytes, its header promises {expected:,}: truncated or damaged", where=idx_path, fix=_REMAKE
-            )
+        size, expected = os.path.getsize(idx_path), HEADER.size + 12 * sequences + 8 * indices
+        if size != expected:
+            raise DataError(f"index has {size:,} bytes, its header promises {expected:,}: truncated or damaged", where=idx_path, fix=_REMAKE)
+        if not sequences or not indices:
+            raise DataError("index of no sequences", where=idx_path, fix=_REMAKE)
         self.dtype = _CODES[code]
-        self.lengths = np.frombuffer(raw, "<i4", sequences, HEADER.size)
-        pointers = np.frombuffer(raw, "<i8", sequences, HEADER.size + 4 * sequences)
-        self.doc_index = np.frombuffer(raw, "<i8", indices, HEADER.size + 12 * sequences)
-
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        self.offsets = ends - self.lengths
-        sound = (
-            sequences > 0
-            and bool((self.lengths > 0).all())
-            and np.array_equal(pointers, self.offsets * self.dtype.itemsize)
-            and indices > 0
-            and self.doc_index[0] == 0
-            and self.doc_index[-1] == sequences
-            and bool((np.diff(self.doc_index) > 0).all())
-        )
-        if not sound:
-            raise DataError(
-                "lengths, byte offsets and document indices contradict each other: empty or damaged", where=idx_path, fix=_REMAKE
-            )
-        size, wanted = os.path.getsize(bin_path), int(ends[-1]) * self.dtype.itemsize
+        index = np.memmap(idx_path, np.uint8, "r")
+        self.lengths = np.ndarray(sequences, "<i4", index, HEADER.size)
+        self._pointers = np.ndarray(sequences, "<i8", index, HEADER.size + 4 * sequences)
+        self.doc_index = np.ndarray(indices, "<i8", index, HEADER.size + 12 * sequences)
+        self.num_tokens = self._check_index(idx_path, least=0 if empty else 1)
+        size, wanted = os.path.getsize(bin_path), self.num_tokens * self.dtype.itemsize
         if size != wanted:
             raise DataError(
                 f"file has {size:,} bytes, its index promises {wanted:,}: {'truncated' if size < wanted else 'damaged'}",
                 where=bin_path,
                 fix=f"copy it again, or {_REMAKE}",
             )
-        self._values = np.memmap(bin_path, dtype=self.dtype.newbyteorder("<"), mode="r")
+        self._values = np.memmap(bin_path, dtype=self.dtype.newbyteorder("<"), mode="r") if size else np.empty(0, self.dtype)
+
+    def _check_index(self, idx_path: str, *, least: int) -> int:
+        """Total length of the sequences. DataError where the index contradicts itself."""
+        end, sound = 0, self.doc_index[0] == 0 and self.doc_index[-1] == len(self.lengths)
+        for at in range(0, len(self.lengths), _CHUNK):
+            lengths = self.lengths[at : at + _CHUNK].astype(np.int64)
+            ends = end + np.cumsum(lengths)
+            sound &= lengths.min() >= least and np.array_equal(self._pointers[at : at + _CHUNK], (ends - lengths) * self.dtype.itemsize)
+            end = int(ends[-1])
+        for at in range(0, len(self.doc_index) - 1, _CHUNK):
+            sound &= np.diff(self.doc_index[at : at + _CHUNK + 1]).min() >= least
+        if not sound:
+            raise DataError("lengths, byte offsets and document indices contradict each other: damaged", where=idx_path, fix=_REMAKE)
+        return end
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -102,7 +130,28 @@ class IndexedReader:
         """Sequence i, a view of the file [lengths[i]]."""
         if not 0 <= i < len(self.lengths):
             raise IndexError(f"sequence {i} of {len(self.lengths)}")
-        return self._values[self.offsets[i] : self.offsets[i] + self.lengths[i]]
+        start = self.start(i)
+        return self._values[start : start + self.lengths[i]]
+
+    def start(self, i: int) -> int:
+        """Where sequence i begins among the items of the .bin; their number for i = len(self)."""
+        return int(self._pointers[i]) // self.dtype.itemsize if i < len(self.lengths) else self.num_tokens
+
+    def starts(self, indices: np.ndarray) -> np.ndarray:
+        """The same for many sequences."""
+        inside = self._pointers[np.minimum(indices, len(self.lengths) - 1)] // self.dtype.itemsize
+        return np.where(indices < len(self.lengths), inside, self.num_tokens)
+
+    def span(self, start: int, end: int) -> np.ndarray:
+        """Items of the .bin, a view of the file."""
+        return self._values[start:end]
+
+
+def _agree(test: Callable[..., np.ndarray | np.bool], *arrays: np.ndarray) -> bool:
+    """Whether arrays of one length pass `test` (of their slices) everywhere; in chunks, so that it takes little memory."""
+    if len({len(a) for a in arrays}) > 1:
+        return False
+    return all(bool(np.all(test(*(a[at : at + _CHUNK] for a in arrays)))) for at in range(0, len(arrays[0]), _CHUNK))
 
 
 class PackedDataset:
@@ -111,11 +160,13 @@ class PackedDataset:
     meta         dict, the content of PREFIX.json
     task         "pretrain", "sft", "preference" or "prompts"
     num_packs    documents; num_samples: sequences (preference: chosen, rejected, chosen, rejected, ... inside each pack)
+    num_tokens   of all samples; max_length: of the longest
     lengths      int32 [num_samples], tokens a sample
     doc_index    int64 [num_packs + 1]; the samples of pack i are doc_index[i] .. doc_index[i + 1] - 1
     has_mask     false for prompts
 
-    Opening costs one pass over the index (20 bytes a sample); tokens stay on the disk until asked for.
+    Opening costs one pass over the indices (20 bytes a sample each) and finds every changed byte in them and in PREFIX.json; tokens
+    and indices stay on the disk until asked for.
     """
 
     def __init__(self, prefix: str, meta: dict[str, Any], ids: IndexedReader, mask: IndexedReader | None, margin: IndexedReader | None):
@@ -126,6 +177,8 @@ class PackedDataset:
         self.doc_index = ids.doc_index
         self.num_samples = len(ids)
         self.num_packs = len(ids.doc_index) - 1
+        self.num_tokens = ids.num_tokens
+        self.max_length = int(ids.lengths.max())
 
     @classmethod
     def open(cls, prefix: str | Path, *, verify: bool = False) -> PackedDataset:
@@ -134,41 +187,28 @@ class PackedDataset:
         `verify` also compares the SHA-256 of every file with PREFIX.json (reads all of it). Raises DataError.
         """
         prefix = str(prefix)
-        meta = _read_meta(prefix)
+        meta = read_meta(prefix)
         files = meta["files"]
-        for suffix, digest in files.items():
-            path = Path(prefix + suffix)
-            if not path.is_file():
-                raise DataError("file is missing", where=str(path), fix=f"copy it here, or {_REMAKE}")
-            if path.stat().st_size != digest["bytes"]:
-                raise DataError(
-                    f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}: truncated or of another run",
-                    where=str(path),
-                    fix=f"copy it again, or {_REMAKE}",
-                )
-            if verify and _sha256(path) != digest["sha256"]:
-                raise DataError(
-                    f"checksum differs from {prefix}.json: the file is damaged", where=str(path), fix=f"copy it again, or {_REMAKE}"
-                )
-        ids = IndexedReader(prefix)
-        mask = IndexedReader(prefix + "_loss_mask") if "_loss_mask.bin" in files else None
-        margin = IndexedReader(prefix + "_margin") if "_margin.bin" in files else None
-
-        def same(name: str, ours: Any, theirs: Any) -> None:
-            if not np.array_equal(ours, theirs):
-                raise DataError(
-                    f"{name} of {prefix}{{.idx,.json}} and its siblings disagree: files of different runs", where=prefix, fix=_REMAKE
-                )
-
-        same("num_samples", meta["num_samples"], len(ids))
-        same("num_packs", meta["num_packs"], len(ids.doc_index) - 1)
+        for problem in file_problems(prefix, meta, verify=verify):
+            raise problem
+        ids = IndexedReader(prefix, dtypes=_TOKENS)
+        mask = IndexedReader(prefix + "_loss_mask", dtypes=_MASK) if "_loss_mask.bin" in files else None
+        margin = IndexedReader(prefix + "_margin", dtypes=_MARGIN) if "_margin.bin" in files else None
+        whole = {"num_samples": meta["num_samples"] == len(ids), "num_packs": meta["num_packs"] == len(ids.doc_index) - 1}
         if mask is not None:
-            same("sample lengths", ids.lengths, mask.lengths)
-            same("packs", ids.doc_index, mask.doc_index)
+            whole["sample lengths"] = _agree(np.equal, ids.lengths, mask.lengths)
+            whole["packs"] = _agree(np.equal, ids.doc_index, mask.doc_index)
         if meta["task"] == "preference":
-            same("pairs", ids.doc_index % 2, np.zeros_like(ids.doc_index))
+            whole["pairs"] = _agree(lambda index: index % 2 == 0, ids.doc_index)
         if margin is not None:
-            same("pairs", ids.doc_index, margin.doc_index * 2)
+            whole["margins"] = _agree(lambda a, b: a == 2 * b, ids.doc_index, margin.doc_index)
+        for name, agrees in whole.items():
+            if not agrees:
+                raise DataError(
+                    f"{name} of {prefix}{{.idx,.json}} and its siblings disagree: files of different runs, or a damaged index",
+                    where=prefix,
+                    fix=_REMAKE,
+                )
         return cls(prefix, meta, ids, mask, margin)
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
@@ -177,6 +217,25 @@ class PackedDataset:
     @property
     def has_mask(self) -> bool:
         return self._mask is not None
+
+    def block(self, first_pack: int, end_pack: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Of consecutive packs, views of the files: ids, mask (None for prompts), and the lengths of their samples."""
+        first, end = int(self.doc_index[first_pack]), int(self.doc_index[end_pack])
+        span = self._ids.start(first), self._ids.start(end)
+        return self._ids.span(*span), None if self._mask is None else self._mask.span(*span), self.lengths[first:end]
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over the checksums of the files: the same for every copy of the data, another for any change in it."""
+        return hashlib.sha256(msgspec.json.encode(self.meta["files"], order="sorted")).hexdigest()
+
+    def sample(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """(i, tokens, mask); prompts have a mask of zeros: nothing in them is trained."""
+        return i, self.tokens(i), self.mask(i) if self.has_mask else np.zeros(self.lengths[i], np.uint8)
+
+    def pack(self, row: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """The samples of one pack."""
+        return [self.sample(i) for i in range(int(self.doc_index[row]), int(self.doc_index[row + 1]))]
 
     def tokens(self, i: int) -> np.ndarray:
         """Token ids of sample i: int64 [lengths[i]], a copy."""
@@ -191,6 +250,11 @@ class PackedDataset:
     def margin(self, pair_index: int) -> float | None:
         """Margin of pair `pair_index` (samples 2 * pair_index and the next), None where the data has no margins."""
         return None if self._margin is None else float(self._margin[pair_index][0])
+
+    @property
+    def margins(self) -> np.ndarray | None:
+        """float32 [pairs], a view of the file; None where the data has none."""
+        return None if self._margin is None else self._margin.span(0, len(self._margin))
 
     def label(self, i: int) -> Any:
         """The parsed JSON value that goes with prompt i, None where there is none."""
@@ -207,7 +271,24 @@ class PackedDataset:
         return labels
 
 
-def _read_meta(prefix: str) -> dict[str, Any]:
+def file_problems(prefix: str, meta: dict[str, Any], *, verify: bool) -> Iterator[DataError]:
+    """Files of the set that are missing or not of the size in PREFIX.json, or (`verify`) not of the SHA-256 there."""
+    for suffix, digest in meta["files"].items():
+        path = Path(prefix + suffix)
+        if not path.is_file():
+            yield DataError("file is missing", where=str(path), fix=f"copy it here, or {_REMAKE}")
+        elif path.stat().st_size != digest["bytes"]:
+            yield DataError(
+                f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}: truncated or of another run",
+                where=str(path),
+                fix=f"copy it again, or {_REMAKE}",
+            )
+        elif verify and sha256_of(path) != digest["sha256"]:
+            yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path), fix=f"copy it again, or {_REMAKE}")
+
+
+def read_meta(prefix: str) -> dict[str, Any]:
+    """The content of PREFIX.json, found whole. Raises DataError."""
     path = Path(prefix + ".json")
     if not path.is_file():
         for ending in (".bin", ".idx", ".json"):
@@ -217,6 +298,7 @@ def _read_meta(prefix: str) -> dict[str, Any]:
             raise DataError(
                 "PREFIX.json is missing: the files were not made by, or not finished by, tools/preprocess_data.py",
                 where=str(path),
+                expected="its output; plain text of Megatron-LM's own tool has no loss masks and serves the stage pretrain alone",
                 fix=_REMAKE,
             )
         raise DataError(
@@ -225,8 +307,9 @@ def _read_meta(prefix: str) -> dict[str, Any]:
             expected="a prefix written by tools/preprocess_data.py",
             fix="--output-prefix of that command",
         )
+    text = path.read_bytes()
     try:
-        meta = msgspec.json.decode(path.read_bytes())
+        meta = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"not readable as JSON: {error}", where=str(path), fix=_REMAKE) from error
     needed = ("format", "task", "num_samples", "num_packs", "files")
@@ -240,9 +323,14 @@ def _read_meta(prefix: str) -> dict[str, Any]:
             expected=f"format {FORMAT_VERSION}",
             fix=_REMAKE,
         )
+    if "seal" not in meta:
+        raise DataError("it has no checksum of its own: written by an earlier version, or damaged", where=str(path), fix=_REMAKE)
+    if not _is_sealed(text):
+        raise DataError("checksum differs from its own: the file is damaged or was edited", where=str(path), fix=f"copy it again, or {_REMAKE}")
+    del meta["seal"]
     return meta
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

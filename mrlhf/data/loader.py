@@ -1,24 +1,20 @@
-"""Samples -> micro-batches, packed or padded, and the order in which a run meets them.
+"""Samples -> micro-batches, packed or padded. Which rows they are is order.py's matter.
 
 Legend: B rows, T tokens of a row, N samples of the micro-batch, P pairs.
 Packed: one row [1, T] of all samples and cu_seqlens; unpacked: a row a sample. Either way a sample is found
 by `segments_BT` (its number at each of its tokens, N at padding) and `last_N` (flat index of its last token),
 so that a loss is written once for both.
-
-The order is a function of (seed, epoch) alone and a step is a slice of it: the data position is the step
-number, and does not depend on the number of ranks. An epoch's end is filled up with rows of weight 0.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from mrlhf.data.indexed import PackedDataset
+from mrlhf.data.blend import Dataset, rows_of
 
 
 @dataclass(frozen=True)
@@ -123,45 +119,12 @@ def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padd
     )
 
 
-class Order:
-    """Rows of step 1, 2, ...: a permutation an epoch, cut into global batches; -1 fills the last batch up."""
-
-    def __init__(
-        self, num_rows: int, *, global_batch_size: int, num_epochs: float, max_steps: int | None, seed: int, shuffle: bool
-    ) -> None:
-        self.num_rows, self.batch, self.seed, self.shuffle = num_rows, global_batch_size, seed, shuffle
-        self.total_rows = max(1, round(num_rows * num_epochs))
-        self.total_steps = math.ceil(self.total_rows / global_batch_size)
-        if max_steps is not None:
-            self.total_rows = max(self.total_rows, max_steps * global_batch_size)
-            self.total_steps = max_steps
-        self._permutation: tuple[int, np.ndarray] | None = None
-
-    def _row(self, position: int) -> int:
-        if position >= self.total_rows:
-            return -1
-        epoch, at = divmod(position, self.num_rows)
-        if not self.shuffle:
-            return at
-        if self._permutation is None or self._permutation[0] != epoch:
-            self._permutation = (epoch, np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_rows))
-        return int(self._permutation[1][at])
-
-    def rows(self, step: int) -> list[int]:
-        """Of step 1, 2, ... total_steps."""
-        return [self._row(i) for i in range((step - 1) * self.batch, step * self.batch)]
-
-    def epoch(self, step: int) -> float:
-        """Passes over the data after this step."""
-        return min(step * self.batch, self.total_rows) / self.num_rows
-
-
 class Loader:
     """Micro-batches of this data-parallel rank. A row is a pack, or a sample (a pair for preference data)."""
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: Dataset,
         *,
         packing: bool,
         micro_batch_size: int,
@@ -176,15 +139,14 @@ class Loader:
 
     @property
     def num_rows(self) -> int:
-        return self.dataset.num_packs if self.packing else self.dataset.num_samples // self.group
+        return rows_of(self.dataset, packing=self.packing)
 
     def samples(self, row: int) -> list[Sample]:
         """Of one row; row -1 is a filler: the first row with weight 0. Prompts have no mask: nothing is trained."""
         weight, row = (1.0, row) if row >= 0 else (0.0, 0)
-        d = self.dataset
-        first, end = (d.doc_index[row], d.doc_index[row + 1]) if self.packing else (row * self.group, (row + 1) * self.group)
-        indices = range(int(first), int(end))
-        return [Sample(d.tokens(i), d.mask(i) if d.has_mask else np.zeros(d.lengths[i], np.uint8), i, weight) for i in indices]
+        d, first = self.dataset, row * self.group
+        found = d.pack(row) if self.packing else [d.sample(i) for i in range(first, first + self.group)]
+        return [Sample(tokens, mask, i, weight) for i, tokens, mask in found]
 
     def micro_batches(self, rows: list[int]) -> list[MicroBatch]:
         """This rank's share of a global batch, in order; len(rows) is a multiple of micro_batch_size x dp_size."""

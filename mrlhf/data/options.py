@@ -28,6 +28,10 @@ class PreprocessConfig:
     pack: bool = option(True, "several samples a pack; otherwise one sample (one pair) a pack")
     pack_order: Literal["shuffled", "length"] = option("shuffled", "order of the packs in the file: by --seed, or longest samples first")
     shuffle: bool = option(False, "without packs (--no-pack, prompts): samples by --seed instead of in the order of the input")
+    tokenizer_backend: Literal["auto", "hf", "gigatoken"] = option(
+        "auto", "what encodes: gigatoken where it gives the tokenizer's own ids on a sample of the input, else hf"
+    )
+    verify_tokens: int = option(2000, "texts of the input on which gigatoken must agree with hf before it is used; 0: none")
     workers: int | None = option(None, "processes that tokenise; the output does not depend on it (default: the usable cores)")
     loss_on: Literal["last", "all"] = option("last", "train the assistant's last turn, or every one")
     truncate: Literal["error", "drop", "left", "right"] | None = option(
@@ -46,8 +50,10 @@ class PreprocessConfig:
     rejected_key: str | None = option(None, "column of the worse answer (default: rejected)")
     label_key: str | None = option(None, "column handed to the reward function with a prompt (default: label)")
     margin_key: str | None = option(None, "column of a pair's margin (default: margin)")
-    text_key: str | None = option(None, "column of a pretraining text (default: text)")
+    text_key: str | None = option(None, "column of a pretraining text; also --text-column (default: text)")
     messages_key: str | None = option(None, "column of a conversation (default: messages)")
+    tools_key: str | None = option(None, "column of the tools a conversation may call (default: tools)")
+    parse_special_in_text: bool = option(False, "read special tokens in the texts as special tokens instead of as text (prompt injection)")
     append_eos: bool = option(True, "end texts, and chats whose template has no end token, with the tokenizer's eos")
     split: str | None = option(None, "fractions, like 0.98,0.01,0.01: PREFIX_train, PREFIX_valid, PREFIX_test by a hash of the prompt (or text)")
     dedup: bool = option(False, "keep only the first of rows with the same content")
@@ -59,12 +65,6 @@ class PreprocessConfig:
     seed: int = option(1, "order of the packs, choice of rows for --weights")
     resume: bool = option(False, "go on with an interrupted command; does nothing where it had finished")
     overwrite: bool = option(False, "replace existing output")
-    tools_key: str | None = option(None, "column of the tools a conversation may call (default: tools)")
-    tokenizer_backend: Literal["auto", "hf", "gigatoken"] = option(
-        "auto", "what encodes: gigatoken where it gives the tokenizer's own ids on a sample of the input, else hf"
-    )
-    verify_tokens: int = option(2000, "texts of the input on which gigatoken must agree with hf before it is used; 0: none")
-    parse_special_in_text: bool = option(False, "read special tokens in the texts as special tokens instead of as text (prompt injection)")
 
     @property
     def columns(self) -> Columns:

@@ -8,10 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-import msgspec
 import numpy as np
 
-from mrlhf.data.indexed import CODE_OF, HEADER, MAGIC
+from mrlhf.data.indexed import CODE_OF, HEADER, MAGIC, seal
 from mrlhf.errors import DataError
 
 _STRIDE = 1 << 20
@@ -152,7 +151,7 @@ class OutputSet:
             digests |= {f"{part}{kind}": digest for kind, digest in writer.digests.items()}
         meta = {**meta, "files": dict(sorted(digests.items()))}
         last = self.stream(".json")
-        last.write(msgspec.json.format(msgspec.json.encode(meta), indent=1) + b"\n")
+        last.write(seal(meta))
         last.close()
         for suffix in reversed(self.suffixes):  # an older set stops being whole before any of its parts changes
             Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)

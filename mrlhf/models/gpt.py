@@ -6,10 +6,12 @@ values nor anything read depends on TP, PP or DP.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import re
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,28 +25,35 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 
 from mrlhf.config import ParallelConfig
 from mrlhf.data.loader import MicroBatch
+from mrlhf.models.families import hf_tensors, megatron_map
+from mrlhf.models.families.blocks import Block
 from mrlhf.models.heads import ValueHead
-from mrlhf.models.spec import ModelSpec
-from mrlhf.models.weights import hf_shapes, megatron_map
-from mrlhf.models.weights.blocks import Block
-from mrlhf.parallel import device
+from mrlhf.models.rope import inverse_frequencies
+from mrlhf.models.spec import Layer, ModelSpec
+from mrlhf.parallel import device, state
 from mrlhf.parallel.attention import CoreAttention
-from mrlhf.parallel.norms import Norm, QKNorm
+from mrlhf.parallel.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
+from mrlhf.parallel.rope import Attention, Rotary
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torch.dtype) -> TransformerConfig:
     """Fusions that need TE, apex or a compiler are off; the loss is summed, Megatron divides by the step's count."""
+    ep = parallel.expert_model_parallel_size
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -52,13 +61,16 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         num_attention_heads=spec.num_attention_heads,
         num_query_groups=spec.num_query_groups,
         kv_channels=spec.head_dim,
-        normalization="RMSNorm",
+        normalization="LayerNorm" if spec.norm == "layer" else "RMSNorm",
+        layernorm_zero_centered_gamma=spec.norm == "rms_plus_one",
         layernorm_epsilon=spec.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        gated_linear_unit=spec.gated,
+        activation_func=_ACTIVATIONS[spec.activation],
+        add_bias_linear=spec.mlp_bias,
         add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm,
+        qk_layernorm=spec.qk_norm == "head",  # Megatron then sums the gradients of norms that every rank has whole
+        softmax_scale=spec.attention_scale,
+        rotary_interleaved=any(rope.interleaved for rope in spec.ropes),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -77,34 +89,84 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         apply_rope_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        **_expert_config(spec, ep, state.expert_tensor_parallel_size(parallel)),
     )
 
 
-def _layer_spec(config: TransformerConfig) -> ModuleSpec:
-    qk_norm = QKNorm if config.qk_layernorm else IdentityOp
+def _expert_config(spec: ModelSpec, ep: int, etp: int) -> dict[str, Any]:
+    if spec.experts is None:
+        return {}
+    kinds = {layer.moe for layer in spec.layers}
+    return {
+        "num_moe_experts": spec.experts.num,
+        "moe_ffn_hidden_size": spec.experts.ffn_hidden_size,
+        "moe_router_topk": spec.experts.top_k,
+        "moe_router_pre_softmax": not spec.experts.renormalise,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_layer_freq": 1 if kinds == {True} else [int(layer.moe) for layer in spec.layers],
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp,
+    }
+
+
+class _RowWithBias(RowParallelLinear):
+    """Attention's output projection where its bias and those of the MLP are not both there."""
+
+    def __init__(self, *args, bias, **kwargs) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
+class _RowWithoutBias(RowParallelLinear):
+    def __init__(self, *args, bias, **kwargs) -> None:
+        super().__init__(*args, bias=False, **kwargs)
+
+
+class _ColumnWithoutBias(ColumnParallelLinear):
+    def __init__(self, *args, bias, **kwargs) -> None:
+        super().__init__(*args, bias=False, **kwargs)
+
+
+def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer) -> ModuleSpec:
+    def qk_norm(heads: int) -> ModuleSpec | type:
+        if spec.qk_norm == "all":
+            return ModuleSpec(module=WholeQKNorm, params={"heads": heads})
+        return QKNorm if spec.qk_norm == "head" else IdentityOp
+
+    def residual_add() -> Any:
+        if not spec.post_norm and spec.residual_scale == 1.0:
+            return get_bias_dropout_add
+        return ModuleSpec(module=ResidualAdd, params={"config": config, "normed": spec.post_norm, "scale": spec.residual_scale})
+
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=CoreAttention,
-        linear_proj=RowParallelLinear,
-        q_layernorm=qk_norm,
-        k_layernorm=qk_norm,
+        linear_qkv=_ColumnWithoutBias if spec.mlp_bias and not spec.qkv_bias else ColumnParallelLinear,
+        core_attention=ModuleSpec(module=CoreAttention, params={"window": layer.window, "softcap": spec.attention_softcap}),
+        linear_proj=_RowWithBias if spec.output_bias else _RowWithoutBias,
+        q_layernorm=qk_norm(spec.num_attention_heads),
+        k_layernorm=qk_norm(spec.num_query_groups),
     )
+    norm = Norm if spec.pre_norm else IdentityOp
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linears))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
-            mlp_bda=get_bias_dropout_add,
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=Attention, params={"attn_mask_type": AttnMaskType.causal, "rope": layer.rope}, submodules=attention
+            ),
+            self_attn_bda=residual_add(),
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MoELayer, submodules=experts) if layer.moe else ModuleSpec(module=MLP, submodules=linears),
+            mlp_bda=residual_add(),
         ),
     )
 
 
 def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str) -> GPTModel:
     """This rank's part of the model, not yet filled. `head`: "lm" (vocabulary-parallel logits) or "value"."""
-    layers = [_layer_spec(config)] * get_num_layers_to_build(config)
+    offset = get_transformer_layer_offset(config)
+    layers = [_layer_spec(spec, config, spec.layers[offset + i]) for i in range(get_num_layers_to_build(config))]
     is_last = parallel_state.is_pipeline_last_stage()
     model = GPTModel(
         config,
@@ -115,15 +177,37 @@ def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str) -> GPT
         post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=spec.tied and head == "lm",
-        position_embedding_type="rope",
-        rotary_base=spec.rope_theta,  # type: ignore[arg-type]
-        rope_scaling=spec.rope_factor is not None,
-        rope_scaling_factor=spec.rope_factor or 8.0,
+        position_embedding_type="learned_absolute" if spec.learned_positions else "rope" if spec.ropes else "none",
     )
+    if spec.ropes:
+        frequencies = torch.stack([inverse_frequencies(rope, spec.head_dim) for rope in spec.ropes])
+        model.rotary_pos_emb = Rotary(frequencies.to(device.current().name), interleaved=spec.ropes[0].interleaved)
     if head == "value" and is_last:
         model.output_layer = ValueHead(config)
+    _add_scales(model, spec, head=head)
     _mark_sharded(model)
+    if spec.learned_positions and hasattr(model, "embedding"):
+        model.embedding.position_embeddings.to(config.params_dtype)  # Megatron makes it in fp32
     return model.to(device.current().name)
+
+
+def _add_scales(model: GPTModel, spec: ModelSpec, *, head: str) -> None:
+    """Multipliers and the soft cap at either end, for which Megatron has no place."""
+    if model.pre_process and spec.embedding_scale != 1.0:
+
+        def scale(module, args, out: torch.Tensor) -> torch.Tensor:
+            return out * torch.tensor(spec.embedding_scale, dtype=out.dtype, device=out.device)  # rounded to the dtype, as transformers does
+
+        model.embedding.register_forward_hook(scale)
+    if model.post_process and head == "lm" and (spec.logit_scale != 1.0 or spec.logit_softcap is not None):
+
+        def cap(module, args, out):
+            logits = out[0] if spec.logit_scale == 1.0 else out[0] * spec.logit_scale
+            if spec.logit_softcap is not None:
+                logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
+            return logits, out[1]
+
+        model.output_layer.register_forward_hook(cap)
 
 
 def _mark_sharded(model: GPTModel) -> None:
@@ -148,33 +232,33 @@ class Source(Protocol):
 
 
 class RandomSource:
-    """New weights: N(0, std), std / sqrt(2 layers) for projections into the residual, ones for norms, zeros for biases.
+    """New weights: N(0, std), std / sqrt(2 layers) for projections into the residual, neutral norms, zeros for biases.
 
     Each HF tensor has a generator of its own, from the seed and its name: the same values under any layout.
     The value head is N(0, 1 / (h + 1)).
     """
 
     def __init__(self, spec: ModelSpec, *, head: str, seed: int) -> None:
-        self.spec, self.seed, self.shapes = spec, seed, hf_shapes(spec, head=head)
+        self.spec, self.seed, self.tensors = spec, seed, hf_tensors(spec, head=head)
         self._last: tuple[str, torch.Tensor] | None = None
 
     def _tensor(self, name: str) -> torch.Tensor:
         if self._last is None or self._last[0] != name:
-            shape = self.shapes[name]
-            if name.endswith("bias"):
-                value = torch.zeros(shape)
-            elif "norm" in name:
-                value = torch.ones(shape)
+            tensor = self.tensors[name]
+            if tensor.kind == "bias":
+                value = torch.zeros(tensor.shape)
+            elif tensor.kind == "norm":
+                value = torch.full(tensor.shape, 0.0 if self.spec.norm == "rms_plus_one" else 1.0)
             else:
                 generator = torch.Generator().manual_seed(
                     int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7], "big")
                 )
                 std = self.spec.init_std
-                if name == "score.weight":
+                if tensor.kind == "score":
                     std = 1 / math.sqrt(self.spec.hidden_size + 1)
-                elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                elif tensor.kind == "out":
                     std /= math.sqrt(2 * self.spec.num_layers)
-                value = torch.randn(shape, generator=generator) * std
+                value = torch.randn(tensor.shape, generator=generator) * std
             self._last = (name, value)
         return self._last[1]
 
@@ -182,20 +266,33 @@ class RandomSource:
         return self._tensor(block.hf).narrow(block.dim, block.start, block.length)
 
 
+def _first_layer(model: GPTModel) -> int:
+    return model.decoder.layers[0].layer_number - 1
+
+
 def local_parameters(model: GPTModel) -> Iterable[tuple[str, torch.nn.Parameter]]:
-    """(name with the global layer index, parameter) of this rank."""
-    offset = model.decoder.layers[0].layer_number - 1
+    """(name with the global indices of layer and expert, parameter) of this rank."""
+    first_layer, experts = _first_layer(model), re.compile(r"\.local_experts\.(\d+)\.")
+    first_expert = parallel_state.get_expert_model_parallel_rank() * (model.config.num_moe_experts or 0)
+    first_expert //= parallel_state.get_expert_model_parallel_world_size()
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name[len("decoder.layers.") :].split(".", 1)
-            name = f"decoder.layers.{int(index) + offset}.{rest}"
+            rest = experts.sub(lambda found: f".local_experts.{int(found[1]) + first_expert}.", rest)
+            name = f"decoder.layers.{int(index) + first_layer}.{rest}"
         yield name, parameter
 
 
 def local_blocks(model: GPTModel, spec: ModelSpec, *, head: str) -> Iterable[tuple[str, torch.nn.Parameter, list[Block]]]:
     """(name, parameter, its blocks of HF tensors) of this rank."""
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    blocks = megatron_map(spec, head=head, tp=tp, rank=rank)
+    blocks = megatron_map(
+        spec,
+        head=head,
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        rank=parallel_state.get_tensor_model_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+    )
     for name, parameter in local_parameters(model):
         yield name, parameter, blocks[name]
 
@@ -210,6 +307,18 @@ def fill(model: GPTModel, spec: ModelSpec, source: Source, *, head: str, only: s
                 parameter.narrow(b.dim, b.offset, b.length).copy_(source.read(b))
 
 
+def _positions(batch: MicroBatch) -> torch.Tensor:
+    """Place of each token in its sample, [B, T]: for learned positions; rotary ones need only differences."""
+    b, t = batch.tokens_BT.shape
+    at_T = torch.arange(t, device=batch.tokens_BT.device)
+    if batch.cu_seqlens is not None:
+        segment_T = torch.searchsorted(batch.cu_seqlens, at_T, right=True) - 1
+        return (at_T - batch.cu_seqlens[segment_T])[None]
+    if batch.attention_mask is not None:  # left padding: as many as may be looked at, without itself
+        return (~batch.attention_mask[:, 0]).sum(-1) - 1
+    return at_T.expand(b, t)
+
+
 def run(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Forward of one micro-batch: logits [B, T, V/TP] or values [B, T, 1] on the last stage, hidden states elsewhere."""
     packed = None
@@ -221,4 +330,4 @@ def run(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
         )
-    return model(batch.tokens_BT, None, batch.attention_mask, packed_seq_params=packed)
+    return model(batch.tokens_BT, _positions(batch), batch.attention_mask, packed_seq_params=packed)

@@ -1,26 +1,30 @@
-"""HF directories: safetensors read slice by slice, written shard by shard; config and tokenizer travel unchanged."""
+"""HF directories: safetensors read slice by slice and written tensor by tensor; config and tokenizer travel unchanged."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from mrlhf.errors import CheckpointError
+from mrlhf.models.families import hf_tensors
+from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
-from mrlhf.models.weights import hf_shapes
-from mrlhf.models.weights.blocks import Block
 
+HEADERS = "safetensors.headers.json"  # in a checkpoint's hf/: the headers and the index of the files that it came from
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_HARMLESS = (".rotary_emb.inv_freq",)
-_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older releases wrote and nobody reads
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+         "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4}  # fmt: skip
+_CODES = {dtype: code for code, dtype in _TYPES.items()}
+_AGAIN = "copy or download the file again"
 
 
 def resolve_hf(path: str) -> Path:
@@ -40,97 +44,300 @@ def resolve_hf(path: str) -> Path:
         ) from error
 
 
+@dataclass(frozen=True)
+class Header:
+    """Of a safetensors file: its bytes as text, and name -> (type, stored shape, first byte, one past the last byte) counted from the file's start."""
+
+    raw: str
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+
+
+def read_header(path: Path) -> Header:
+    """Raises CheckpointError for a file that is not whole: too short, or with a header that does not describe its bytes."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise CheckpointError(f"its header would be {length:,} bytes long in a file of {size:,}", where=str(path), fix=_AGAIN)
+            raw = f.read(length).decode()
+        text = json.loads(raw)
+        tensors, end = {}, 0
+        for name, entry in text.items():
+            if name != "__metadata__":
+                shape, (start, stop) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+                if stop - start != math.prod(shape) * _BITS[entry["dtype"]] // 8 or start < 0 or any(n < 0 for n in shape):
+                    raise CheckpointError(f"the header gives {name} {entry}", where=str(path), fix=_AGAIN)
+                tensors[name], end = (entry["dtype"], shape, 8 + length + start, 8 + length + stop), max(end, stop)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot be read: {type(error).__name__}: {error}", where=str(path), fix=_AGAIN) from error
+    if size != 8 + length + end:
+        cut = [name for name, (_, _, _, stop) in tensors.items() if stop > size]
+        raise CheckpointError(
+            f"{size:,} bytes instead of {8 + length + end:,}" + (f": {', '.join(cut[:3])} not whole" if cut else ""),
+            where=str(path), fix=_AGAIN,
+        )  # fmt: skip
+    spans = sorted((start, stop) for _, _, start, stop in tensors.values())
+    if any(stop > following for (_, stop), (following, _) in zip(spans, spans[1:], strict=False)):
+        raise CheckpointError("tensors overlap", where=str(path), fix=_AGAIN)
+    return Header(raw, tensors)
+
+
 class HFReader:
-    """Reads blocks of the tensors of a HF directory; nothing but the block comes into memory."""
+    """Reads blocks of the tensors of a HF directory; nothing but the block comes into memory (of columns: the tensor)."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, spec: ModelSpec, *, head: str) -> None:
+        """Raises CheckpointError unless every tensor of the model is there with its shape, and no other, naming both sides."""
         self.directory = directory
-        index = directory / INDEX
-        if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            outside = [f for f in self.files.values() if Path(f).name != f]
-            if outside:
-                raise CheckpointError(f"the index names a file outside the directory: {outside[0]!r}", where=str(index))
-        elif (directory / SINGLE).is_file():
-            with safe_open(directory / SINGLE, "pt") as f:
-                self.files = dict.fromkeys(f.keys(), SINGLE)
-        else:
-            raise CheckpointError(
-                "no safetensors weights", where=str(directory), expected=f"{SINGLE} or {INDEX}", fix="save the model with safetensors"
-            )
-        self._open: dict[str, Any] = {}
+        self.tensors = hf_tensors(spec, head=head)
+        self.files, self.headers = open_files(directory)
+        self._fds: dict[str, int] = {}
+        self._check(spec)
 
-    def _slice(self, name: str) -> Any:
-        file = self.files[name]
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.directory / file, "pt")
-            except Exception as error:  # safetensors raises its own, undocumented classes
-                raise CheckpointError(f"cannot be read: {error}", where=str(self.directory / file)) from error
-        return self._open[file].get_slice(name)
-
-    def read(self, block: Block) -> torch.Tensor:
-        tensor, end = self._slice(block.hf), block.start + block.length
-        return tensor[block.start : end] if block.dim == 0 else tensor[:, block.start : end]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def dtype_name(self, name: str) -> str:
-        """float32, bfloat16 or float16; safetensors' own word for others."""
-        found = self._slice(name).get_dtype()
-        return _DTYPE_NAMES.get(found, found)
-
-    def check(self, spec: ModelSpec, *, head: str) -> None:
-        """Every expected tensor is there with its shape, and no other. Raises CheckpointError naming both sides."""
-        expected = hf_shapes(spec, head=head)
-        missing = sorted(set(expected) - set(self.files))
-        unknown = sorted(
-            n for n in set(self.files) - set(expected) if not n.endswith(_HARMLESS) and not (spec.tied and n == "lm_head.weight")
-        )
+    def _check(self, spec: ModelSpec) -> None:
+        unknown = [n for n in self.files if n not in self.tensors and not n.endswith(_HARMLESS) and not (spec.tied and n == "lm_head.weight")]
+        missing = [n for n in self.tensors if n not in self.files]
         wrong = [
-            f"{n} {self.shape(n)} instead of {shape}" for n, shape in expected.items() if n in self.files and self.shape(n) != shape
+            f"{n} {self.stored_shape(n)} instead of {t.stored_shape}" for n, t in self.tensors.items()
+            if n in self.files and self.stored_shape(n) != t.stored_shape
+        ]  # fmt: skip
+        odd = [f"{n} {self._entry(n)[0]}" for n in self.tensors if n in self.files and self._entry(n)[0] not in _TYPES]
+        found = [
+            f"{what}: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("not known", unknown), ("of another shape", wrong), ("of a type not read here", odd))
+            if names
         ]
-        found = [f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for what, names in
-                 (("missing", missing), ("not known", unknown), ("of another shape", wrong)) if names]  # fmt: skip
         if found:
             raise CheckpointError("tensors do not fit config.json: " + "; ".join(found), where=str(self.directory))
 
+    def _entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
+        return self.headers[self.files[name]].tensors[name]
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """config, tokenizer, generation config, chat template: every small file that holds no weights (nor an index of them), byte for byte."""
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name)[1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _TYPES[self._entry(name)[0]]
+
+    def nbytes(self, name: str) -> int:
+        return self._entry(name)[3] - self._entry(name)[2]
+
+    def _rows(self, name: str, start: int, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        kind, shape, first, _ = self._entry(name)
+        file = self.files[name]
+        if file not in self._fds:
+            self._fds[file] = os.open(self.directory / file, os.O_RDONLY)
+        if out is None:
+            out = torch.empty((length, *shape[1:]), dtype=_TYPES[kind])
+        row = math.prod(shape[1:]) * out.element_size()
+        view, at = memoryview(out.view(-1).view(torch.uint8).numpy()), 0
+        while at < len(view):
+            got = os.preadv(self._fds[file], [view[at:]], first + start * row + at)
+            if got <= 0:
+                raise CheckpointError(f"ends inside {name}", where=str(self.directory / file), fix=_AGAIN)
+            at += got
+        return out
+
+    def read(self, block: Block) -> torch.Tensor:
+        """[out, in], as the file's dtype. Raises CheckpointError where a value is not finite: no weight is, so a bit has changed."""
+        transposed = self.tensors[block.hf].transposed
+        if block.dim == (1 if transposed else 0):
+            found = self._rows(block.hf, block.start, block.length)
+        else:
+            whole = self._rows(block.hf, 0, self.stored_shape(block.hf)[0])
+            found = whole.narrow(1, block.start, block.length)
+        self._check_finite(block.hf, found)
+        return found.t() if transposed else found
+
+    def read_into(self, block: Block, out: torch.Tensor) -> None:
+        """As `read`, to `out`; without a copy on the way where the bytes are the same."""
+        whole_rows = block.dim == 0 or block.length == self.tensors[block.hf].shape[1]
+        if whole_rows and not self.tensors[block.hf].transposed and out.is_contiguous() and out.dtype == self.dtype(block.hf):
+            first, length = (block.start, block.length) if block.dim == 0 else (0, out.size(0))
+            self._rows(block.hf, first, length, out)
+            self._check_finite(block.hf, out)
+        else:
+            out.copy_(self.read(block))
+
+    def _check_finite(self, name: str, values: torch.Tensor) -> None:
+        if not torch.isfinite(values.sum(dtype=torch.float32)) and not values.isfinite().all():  # else the sum overflowed
+            raise CheckpointError(f"{name} has values that are not finite", where=str(self.directory / self.files[name]), fix=_AGAIN)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def open_files(directory: Path) -> tuple[dict[str, str], dict[str, Header]]:
+    """(tensor -> file, file -> header). Raises CheckpointError for a missing or damaged file."""
+    index = directory / INDEX
+    if not index.is_file():
+        if not (directory / SINGLE).is_file():
+            raise CheckpointError(
+                "no safetensors weights", where=str(directory), expected=f"{SINGLE} or {INDEX}", fix="save the model with safetensors"
+            )
+        header = read_header(directory / SINGLE)
+        return dict.fromkeys(header.tensors, SINGLE), {SINGLE: header}
+    try:
+        files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        outside = [f for f in files.values() if Path(f).name != f]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"not an index: {type(error).__name__}: {error}", where=str(index), fix=_AGAIN) from error
+    if outside:
+        raise CheckpointError(f"the index names a file outside the directory: {outside[0]!r}", where=str(index))
+    for file in sorted(set(files.values())):
+        if not (directory / file).is_file():
+            lost = [name for name, f in files.items() if f == file]
+            raise CheckpointError(
+                f"the shard {file} is missing, with {len(lost)} tensors: {', '.join(lost[:3])} ...", where=str(index), fix=_AGAIN
+            )
+    headers = {file: read_header(directory / file) for file in sorted(set(files.values()))}
+    strays = [f"{name} (in {file})" for name, file in files.items() if name not in headers[file].tensors]
+    if strays:
+        raise CheckpointError(f"the index names tensors that are not in their files: {', '.join(strays[:3])}", where=str(index), fix=_AGAIN)
+    return files, headers
+
+
+_SIDE_SUFFIXES, _SIDE_NAMES = (".json", ".txt", ".model", ".jinja", ".tiktoken"), ("README.md", "LICENSE", "NOTICE", "USE_POLICY.md")
+
+
+def copy_side_files(source: Path, target: Path, *, headers: bool = True) -> None:
+    """config, tokenizer, generation config, chat template, licence: every small file that holds no weights, byte for byte.
+
+    headers: note also how the weights were cut into files, for an export of the same shape; else that note stays behind.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and not file.name.endswith(".index.json"):
+        wanted = file.suffix in _SIDE_SUFFIXES or file.name in _SIDE_NAMES
+        if file.is_file() and wanted and not file.name.endswith(".index.json") and (headers or file.name != HEADERS):
             shutil.copyfile(file, target / file.name)
+    if headers and ((source / INDEX).is_file() or (source / SINGLE).is_file()):
+        _, found = open_files(source)
+        index = (source / INDEX).read_text() if (source / INDEX).is_file() else None
+        note = {"index": index, "files": {file: header.raw for file, header in found.items()}}
+        (target / HEADERS).write_text(json.dumps(note) + "\n")
 
 
-def write_safetensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, shard_bytes: int = 5 << 30) -> None:
-    """One file, or shards of at most `shard_bytes` and their index; only a shard is in memory."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    size = total = 0
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file to be: its header with the eight bytes of its length, and name -> (first byte, bytes)."""
 
-    def flush() -> None:
-        save_file(pending, directory / f"part-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
+    name: str
+    header: bytes
+    places: dict[str, tuple[int, int]]
 
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if pending and size + nbytes > shard_bytes:
-            flush()
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(nbytes for _, nbytes in self.places.values())
+
+
+Stored = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor -> dtype and shape in the file
+
+
+def plan_output(tensors: Stored, hf_dir: Path, *, shard_bytes: int = 5 << 30) -> tuple[list[OutputFile], str | None]:
+    """(files, text of the index or None for a single file): as `hf_dir` notes its own, else shards of at most `shard_bytes`."""
+    note = json.loads((hf_dir / HEADERS).read_text()) if (hf_dir / HEADERS).is_file() else {"index": None, "files": {}}
+    texts = {file: json.loads(raw) for file, raw in note["files"].items()}
+    noted = {name: (file, entry) for file, text in texts.items() for name, entry in text.items() if name != "__metadata__"}
+    if set(noted) != set(tensors):
+        return _plan_anew(tensors, shard_bytes)
+    same = all((_CODES[d], list(shape)) == (noted[n][1]["dtype"], noted[n][1]["shape"]) for n, (d, shape) in tensors.items())
+    files = []
+    for file, text in texts.items():
+        meta = text.get("__metadata__", {"format": "pt"})
+        names = sorted((n for n in text if n != "__metadata__"), key=lambda n: text[n]["data_offsets"])
+        files.append(_output_file(file, names, tensors, meta, raw=note["files"][file] if same else None))
+    index = note["index"]
+    if index is not None and not same:
+        changed = json.loads(index)
+        if "total_size" in changed.get("metadata", {}):
+            changed["metadata"]["total_size"] = sum(_nbytes(*stored) for stored in tensors.values())
+        index = json.dumps(changed, indent=2) + "\n"
+    return files, index
+
+
+def _plan_anew(tensors: Stored, shard_bytes: int) -> tuple[list[OutputFile], str | None]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, stored in tensors.items():
+        if shards[-1] and size + _nbytes(*stored) > shard_bytes:
+            shards.append([])
             size = 0
-        pending[name] = tensor.contiguous()
-        size, total = size + nbytes, total + nbytes
-    flush()
+        shards[-1].append(name)
+        size += _nbytes(*stored)
+    meta = {"format": "pt"}
     if len(shards) == 1:
-        os.rename(directory / "part-0", directory / SINGLE)
-        return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, file in enumerate(names):
-        os.rename(directory / f"part-{i}", directory / file)
-    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    (directory / INDEX).write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
-    )
+        return [_output_file(SINGLE, shards[0], tensors, meta)], None
+    files = [
+        _output_file(f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", names, tensors, meta) for i, names in enumerate(shards)
+    ]
+    total = sum(_nbytes(*stored) for stored in tensors.values())
+    weight_map = dict(sorted((name, file.name) for file in files for name in file.places))
+    return files, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _output_file(file: str, names: list[str], tensors: Stored, meta: Mapping[str, str], *, raw: str | None = None) -> OutputFile:
+    if raw is None:
+        names = sorted(names, key=lambda n: -tensors[n][0].itemsize)  # so that every tensor is aligned
+        at, entries = 0, {}
+        for name in names:
+            dtype, shape = tensors[name]
+            end = at + _nbytes(dtype, shape)
+            entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        raw = json.dumps({"__metadata__": meta, **entries}, separators=(",", ":"))
+        raw += " " * (-len(raw.encode()) % 8)
+    text = raw.encode()
+    start = 8 + len(text)
+    found = json.loads(raw)
+    places = {n: (start + found[n]["data_offsets"][0], _nbytes(*tensors[n])) for n in names}
+    return OutputFile(file, len(text).to_bytes(8, "little") + text, places)
+
+
+class HFWriter:
+    """Writes whole tensors to their places in the planned files, in any order and from several processes."""
+
+    def __init__(self, directory: Path, files: list[OutputFile]) -> None:
+        self.directory = directory
+        self._places = {name: (file.name, at, nbytes) for file in files for name, (at, nbytes) in file.places.items()}
+        self._fds: dict[str, int] = {}
+
+    @staticmethod
+    def create(directory: Path, files: list[OutputFile]) -> None:
+        """The files at their full size with their headers; one process does it. Raises CheckpointError where the disk is full."""
+        for file in files:
+            with (directory / file.name).open("r+b" if (directory / file.name).is_file() else "wb") as f:
+                try:
+                    os.posix_fallocate(f.fileno(), 0, file.size)
+                except OSError as error:
+                    raise CheckpointError(f"no room for {file.size:,} bytes: {error.strerror}", where=str(directory / file.name)) from error
+                f.truncate(file.size)
+                f.write(file.header)
+
+    def write(self, name: str, tensor: torch.Tensor) -> int:
+        """`tensor` as it is stored. Returns its bytes."""
+        file, at, nbytes = self._places[name]
+        if file not in self._fds:
+            self._fds[file] = os.open(self.directory / file, os.O_WRONLY)
+        data, done = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), 0
+        assert len(data) == nbytes, (name, len(data), nbytes)
+        while done < nbytes:
+            done += os.pwrite(self._fds[file], data[done:], at + done)
+        return nbytes
+
+    def sync(self) -> None:
+        for fd in self._fds.values():
+            os.fdatasync(fd)
+
+    def close(self) -> None:
+        self.sync()
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()

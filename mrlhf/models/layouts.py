@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mrlhf.models.families import megatron_map, vllm_map
+from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
-from mrlhf.models.weights import megatron_map, vllm_map
-from mrlhf.models.weights.blocks import Block
 from mrlhf.parallel.reshard import Reshard
 from mrlhf.parallel.state import Layout
 
@@ -14,7 +14,9 @@ def trainer_shard(spec: ModelSpec, layout: Layout, rank: int) -> dict[str, list[
     tp, _, pp = layout.coordinates(rank)
     layers = spec.num_layers // layout.pp
     found = {}
-    for name, blocks in megatron_map(spec, head="lm", tp=layout.tp, rank=tp).items():
+    for name, blocks in megatron_map(
+        spec, head="lm", tp=layout.tp, rank=tp, ep=layout.ep, ep_rank=layout.expert_rank(rank)
+    ).items():
         if name.startswith("decoder.layers."):
             here = int(name.split(".")[2]) // layers == pp
         elif name.startswith("embedding."):

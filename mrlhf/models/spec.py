@@ -1,6 +1,6 @@
-"""What a model is, apart from how it is spread: HF config.json -> ModelSpec.
+"""What a model is, apart from how it is spread over ranks.
 
-A family that is not known, or a field that would change the maths and cannot be expressed, is refused.
+`families/` fills it; `gpt.py` builds what it says.
 """
 
 from __future__ import annotations
@@ -8,49 +8,107 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mrlhf.config import ParallelConfig
 from mrlhf.errors import CheckpointError, ConfigError
+from mrlhf.models.rope import Rope
 
 VOCAB_MULTIPLE = 64  # padding of the vocabulary, whatever TP is: checkpoint shapes do not depend on the layout, and vLLM cuts it alike
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What may differ from layer to layer."""
+
+    window: int | None = None  # a token sees itself and window - 1 tokens before it; None: all of them
+    rope: int | None = 0  # index in ModelSpec.ropes; None: no positions
+    moe: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of the layers with a mixture of experts: each token goes to `top_k` of `num`, weighted by a softmax over them."""
+
+    num: int
+    top_k: int
+    ffn_hidden_size: int
+    renormalise: bool = True  # weights sum to 1 over the chosen; False: softmax over all experts
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    family: str  # llama, qwen2, qwen3
+    family: str  # config.json's model_type
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int  # of the dense layers
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
     norm_eps: float
-    rope_theta: float
-    rope_factor: float | None  # Llama 3.1 scaling of the rotary frequencies
     tied: bool
-    qkv_bias: bool
-    qk_norm: bool
-    init_std: float
+    layers: tuple[Layer, ...]
+    ropes: tuple[Rope, ...] = (Rope(),)
+    init_std: float = 0.02
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # rms_plus_one multiplies by 1 + weight; layer: mean, variance, weight, bias
+    pre_norm: bool = True  # branch(norm(x)) instead of branch(x)
+    post_norm: bool = False  # x + norm(branch) instead of x + branch
+    qk_norm: Literal["none", "head", "all"] = "none"  # of queries and keys: over each head, or over all heads together
+    qkv_bias: bool = False
+    output_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = True  # fc2(act(gate) * up) instead of fc2(act(fc1))
+    attention_scale: float | None = None  # of queries times keys; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # cap * tanh(scores / cap)
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # x + scale * branch
+    logit_scale: float = 1.0
+    learned_positions: bool = False
+    experts: Experts | None = None
 
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
+    def norm_parameters(self) -> int:
+        return self.hidden_size * (2 if self.norm == "layer" else 1)
+
+    def mlp_parameters(self, ffn: int) -> int:
+        up = 2 if self.gated else 1
+        return (up + 1) * ffn * self.hidden_size + self.mlp_bias * (up * ffn + self.hidden_size)
+
+    def layer_parameters(self, layer: Layer, *, active: bool = False) -> int:
+        """Of one layer; `active`: only the experts that one token uses."""
+        h, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
+        found = h * (2 * q + 2 * kv) + self.qkv_bias * (q + 2 * kv) + self.output_bias * h
+        found += {"none": 0, "head": 2 * self.head_dim, "all": q + kv}[self.qk_norm]
+        found += 2 * (self.pre_norm + self.post_norm) * self.norm_parameters
+        if layer.moe and self.experts is not None:
+            e = self.experts
+            return found + e.num * h + (e.top_k if active else e.num) * self.mlp_parameters(e.ffn_hidden_size)
+        return found + self.mlp_parameters(self.ffn_hidden_size)
+
+    @property
+    def end_parameters(self) -> int:
+        """Of everything that is in no layer: embeddings, final norm, LM head; without padding rows."""
+        rows = self.vocab_size * (1 if self.tied else 2) + self.learned_positions * self.max_position_embeddings
+        return rows * self.hidden_size + self.norm_parameters
+
+    @property
     def num_parameters(self) -> int:
         """Of the LM, without padding rows."""
-        qkv = (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
-        layer = self.hidden_size * (qkv + self.num_attention_heads * self.head_dim + 3 * self.ffn_hidden_size + 2)
-        layer += qkv * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        return layer * self.num_layers + self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size
+        return sum(map(self.layer_parameters, self.layers)) + self.end_parameters
 
     def flops_per_token(self, seq_length: float) -> float:
         """Forward + backward of one token in a sequence of this mean length (6 x matmul weights + attention)."""
-        weights = self.num_parameters - (0 if self.tied else self.vocab_size * self.hidden_size)
-        return 6 * weights + 6 * self.num_layers * self.num_attention_heads * self.head_dim * seq_length
+        weights = sum(self.layer_parameters(layer, active=True) for layer in self.layers) + self.vocab_size * self.hidden_size
+        seen = sum(min(seq_length, layer.window or seq_length) for layer in self.layers)
+        return 6 * weights + 6 * self.num_attention_heads * self.head_dim * seen
 
 
 def read_hf_config(directory: Path) -> dict[str, Any]:
@@ -63,79 +121,13 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"not JSON: {error}", where=str(path)) from error
 
 
-def _rope(config: dict[str, Any], where: str) -> tuple[float, float | None]:
-    """transformers >= 5 writes rope_parameters, older ones rope_theta and rope_scaling."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if kind == "default":
-        return theta, None
-    # megatron-core has Llama 3.1's scaling with these three fixed
-    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    if kind != "llama3" or any(float(rope.get(k, v)) != v for k, v in fixed.items()):
-        raise CheckpointError(f"rotary scaling {kind!r} {rope} is not supported", where=where, expected=f"none, or llama3 with {fixed}")
-    return theta, float(rope["factor"])
-
-
-def _partial_rotary(config: dict[str, Any]) -> float:
-    rope = config.get("rope_parameters") or {}
-    return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
-
-
-def spec_from_hf(config: dict[str, Any], *, where: str = "config.json") -> ModelSpec:
-    """Raises CheckpointError for families and fields that this version cannot express."""
-    family = config.get("model_type")
-    if family not in ("llama", "qwen2", "qwen3"):
-        raise CheckpointError(f"model_type = {family!r} is not supported", where=where, expected="llama, qwen2 or qwen3")
-    refused = {
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "use_sliding_window": bool(config.get("use_sliding_window")),
-        "attention_bias": bool(config.get("attention_bias")) and family != "qwen2",
-        "partial_rotary_factor": _partial_rotary(config) != 1.0,
-        "attention_dropout": config.get("attention_dropout", 0.0) != 0.0,
-        "quantization_config": config.get("quantization_config") is not None,
-        "pretraining_tp": config.get("pretraining_tp", 1) != 1,
-    }
-    for key, is_bad in refused.items():
-        if is_bad:
-            raise CheckpointError(
-                f"{key} = {config.get(key, config.get('rope_parameters'))!r} cannot be expressed in this version", where=where
-            )
-    needed: tuple[str, ...] = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-    # transformers' own defaults for these differ between families and versions
-    needed += () if family == "llama" else ("num_key_value_heads",)
-    needed += ("head_dim",) if family == "qwen3" else ()
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise CheckpointError(f"{', '.join(missing)} missing", where=where)
-    heads, theta_factor = int(config["num_attention_heads"]), _rope(config, where)
-    return ModelSpec(
-        family=family,
-        num_layers=int(config["num_hidden_layers"]),
-        hidden_size=int(config["hidden_size"]),
-        ffn_hidden_size=int(config["intermediate_size"]),
-        num_attention_heads=heads,
-        num_query_groups=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-        vocab_size=int(config["vocab_size"]),
-        max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta_factor[0],
-        rope_factor=theta_factor[1],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        init_std=float(config.get("initializer_range", 0.02)),
-    )
-
-
-def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int) -> list[ConfigError]:
-    """What does not divide: the model by TP and PP, the world by TP x PP."""
+def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool = True) -> list[ConfigError]:
+    """What does not divide: the model by TP, PP and EP, the world by TP x PP and EP."""
     tp, pp, found = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, []
     limits = {"num_attention_heads": spec.num_attention_heads, "num_key_value_heads (num_query_groups)": spec.num_query_groups}
     limits |= {"intermediate_size": spec.ffn_hidden_size, "the padded vocabulary's unit": VOCAB_MULTIPLE}
+    if spec.experts is not None and parallel.expert_model_parallel_size == 1:
+        limits["the experts' intermediate size"] = spec.experts.ffn_hidden_size
     wrong = [f"{name} = {size}" for name, size in limits.items() if size % tp]
     if wrong:
         good = [n for n in range(1, spec.num_query_groups + 1) if all(size % n == 0 for size in limits.values())]
@@ -163,6 +155,33 @@ def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int) -> list[
                 where="parallel",
                 expected=f"a multiple of {tp * pp} ranks",
                 fix=f"torchrun --nproc-per-node {tp * pp} -m mrlhf ...",
+            )
+        )
+    return found + _check_experts(parallel, spec, world, trained=trained)
+
+
+def _check_experts(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool) -> list[ConfigError]:
+    tp, pp, ep, where = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+        "parallel.expert_model_parallel_size",
+    )
+    if spec.experts is None:
+        what = f"{where} = {ep}, and the model ({spec.family}) has no experts"
+        return [ConfigError(what, where=where, expected="1", fix=f"--{where} 1")] if ep > 1 and trained else []
+    found = []
+    if spec.experts.num % ep or world // pp % ep:
+        good = [n for n in range(1, spec.experts.num + 1) if spec.experts.num % n == 0 and max(1, world // pp) % n == 0]
+        what = f"{where} = {ep} does not divide the model's {spec.experts.num} experts and the {world // pp} ranks of a pipeline stage"
+        found.append(ConfigError(what, where=where, expected=", ".join(map(str, good)), fix=f"--{where} {max(n for n in good if n <= ep)}"))
+    if trained and tp > 1 and not parallel.sequence_parallel:
+        found.append(
+            ConfigError(
+                "megatron-core trains experts under tensor parallelism with sequence parallelism only",
+                where="parallel.sequence_parallel",
+                expected="true",
+                fix="--parallel.sequence_parallel true",
             )
         )
     return found

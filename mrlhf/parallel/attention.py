@@ -3,8 +3,10 @@
 Shapes: s tokens, b rows, t packed tokens, n query heads and g key/value heads on this rank, d head size.
   dense   query [s, b, n, d], key/value [s, b, g, d] -> [s, b, n*d]
   packed  query [t, n, d],    key/value [t, g, d]    -> [t, n, d]; sample i is cu_seqlens[i]:cu_seqlens[i+1]
-On CUDA torch's varlen attention for half precision. On CPU, and for fp32, which its kernels do not take: SDPA over the
-samples of similar length together (a block mask over the pack costs 1.5-4 times as much as a call a sample).
+A `window` lets a token see itself and window - 1 tokens before it. A `softcap` makes every score cap * tanh(score / cap);
+no kernel of torch has it, so the scores are then built whole, s x s for each head.
+On CUDA torch's varlen attention for half precision. On CPU, for fp32, which its kernels do not take, and with a softcap:
+the samples of similar length together (a block mask over the pack costs 1.5-4 times as much as a call a sample).
 """
 
 from __future__ import annotations
@@ -16,19 +18,54 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 
 
-def _sdpa(
-    q_bnsd: torch.Tensor, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor, *, scale: float | None, mask: torch.Tensor | None = None
+def _may_look(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[s, s], True where row (query) may see column (key)."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
+
+
+def _attend(
+    q_bnsd: torch.Tensor,
+    k_bgsd: torch.Tensor,
+    v_bgsd: torch.Tensor,
+    *,
+    scale: float | None,
+    mask: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    return F.scaled_dot_product_attention(
-        q_bnsd, k_bgsd, v_bgsd, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q_bnsd.size(1) != k_bgsd.size(1)
-    )
+    """`mask` [b, 1, s, s], True = may look, causal already; None: plain causal."""
+    s = q_bnsd.size(2)
+    if window is not None and window < s:
+        band = _may_look(s, window, q_bnsd.device)
+        mask = band if mask is None else mask & band
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q_bnsd, k_bgsd, v_bgsd, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q_bnsd.size(1) != k_bgsd.size(1)
+        )
+    repeat = q_bnsd.size(1) // k_bgsd.size(1)
+    k_bnsd, v_bnsd = (x.repeat_interleave(repeat, dim=1) for x in (k_bgsd, v_bgsd))
+    scores = q_bnsd @ k_bnsd.transpose(2, 3) * (q_bnsd.size(3) ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    # the lowest finite number, as transformers does: a padding row that may look nowhere must not become nan
+    hidden = ~(_may_look(s, None, q_bnsd.device) if mask is None else mask)
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q_bnsd.dtype) @ v_bnsd
 
 
 def packed_attention(
-    q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float | None
+    q_tnd: torch.Tensor,
+    k_tgd: torch.Tensor,
+    v_tgd: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float | None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention within each sample. The samples must cover all t tokens."""
-    if q_tnd.is_cuda and q_tnd.dtype != torch.float32:
+    if q_tnd.is_cuda and q_tnd.dtype != torch.float32 and softcap is None:
         from torch.nn.attention.varlen import varlen_attn
 
         return varlen_attn(
@@ -40,7 +77,7 @@ def packed_attention(
             max_seqlen,
             max_seqlen,
             scale=scale,
-            window_size=(-1, 0),
+            window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=q_tnd.size(1) != k_tgd.size(1),
         )
     cu = tuple(cu_seqlens.tolist())
@@ -49,7 +86,8 @@ def packed_attention(
     pieces = []
     for index_NL, count, length in groups:
         q, k, v = (x.index_select(0, index_NL).view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q_tnd, k_tgd, v_tgd))
-        pieces.append(_sdpa(q, k, v, scale=scale).transpose(1, 2).reshape(count * length, *q_tnd.shape[1:]))
+        out = _attend(q, k, v, scale=scale, window=window, softcap=softcap)
+        pieces.append(out.transpose(1, 2).reshape(count * length, *q_tnd.shape[1:]))
     return torch.cat(pieces).index_select(0, place_T)
 
 
@@ -89,16 +127,22 @@ class CoreAttention(MegatronModule):
         softmax_scale=None,
         cp_comm_type=None,
         pg_collection=None,
+        window: int | None = None,
+        softcap: float | None = None,
         **_,
     ):
         super().__init__(config)
         assert (config.attention_dropout if attention_dropout is None else attention_dropout) == 0, "no attention dropout in RLHF"
-        self.scale = softmax_scale
+        self.scale, self.window, self.softcap = softmax_scale, window, softcap
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         """`attention_mask` [b, 1, s, s], True = may not look (Megatron's sense), or None for plain causal."""
+        limits = {"window": self.window, "softcap": self.softcap}
         if packed_seq_params is not None:
-            return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q, self.scale)
+            return packed_attention(
+                query, key, value, packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q, self.scale, **limits
+            )
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out_sbnd = _sdpa(q, k, v, scale=self.scale, mask=None if attention_mask is None else ~attention_mask).permute(2, 0, 1, 3)
+        mask = None if attention_mask is None else ~attention_mask
+        out_sbnd = _attend(q, k, v, scale=self.scale, mask=mask, **limits).permute(2, 0, 1, 3)
         return out_sbnd.reshape(out_sbnd.size(0), out_sbnd.size(1), -1)

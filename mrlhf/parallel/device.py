@@ -200,6 +200,14 @@ def _patch_module(module: types.ModuleType, facade: _Facade) -> None:
         module._set_cuda_rng_state = facade.cuda.set_rng_state  # type: ignore[attr-defined]
         # On CPU the CPU generator is the generator: its change inside fork() is what is wanted.
         logging.getLogger(name).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    elif name == f"{_PREFIX}.transformer.moe.moe_utils":
+        # without Transformer Engine the module never defines this name, which the router reads
+        module.te_general_gemm = None  # type: ignore[attr-defined]
+        move = module.maybe_move_tensor_to_cpu
+        # all_to_all_single wants numbers for its sizes; Megatron converts only what comes from a GPU
+        module.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (  # type: ignore[attr-defined]
+            tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else move(tensor, as_numpy, record_stream)
+        )
     elif name == f"{_PREFIX}.dist_checkpointing.mapping":
         init_data = module.ShardedTensor.init_data
         module.ShardedTensor.init_data = lambda self, device, *args, **kwargs: init_data(self, _cuda_to_cpu(device), *args, **kwargs)

@@ -2,6 +2,9 @@
 
 Rank order is Megatron's "tp-dp-pp": rank = tp + TP * (dp + DP * pp). A plain process without torchrun is a
 world of one.
+
+With experts the TP x DP ranks of a stage share them: EP > 1 gives each rank whole experts, num / EP of them, and EP = 1
+cuts every expert by TP. (EP = 1 with whole experts on every rank would reduce their gradients over the wrong group.)
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class Layout:
     world: int
     tp: int
     pp: int
+    ep: int = 1
 
     @property
     def dp(self) -> int:
@@ -37,11 +41,16 @@ class Layout:
         """(tp, dp, pp) of a rank."""
         return rank % self.tp, rank // self.tp % self.dp, rank // (self.tp * self.dp)
 
+    def expert_rank(self, rank: int) -> int:
+        """Which of the EP shares of the experts a rank holds."""
+        return rank % (self.tp * self.dp) % self.ep
+
     def describe(self, *, global_batch: int, micro_batch: int) -> str:
         accumulation = global_batch // (micro_batch * self.dp)
+        experts = f", experts over {self.ep}" if self.ep > 1 else ""
         return (
             f"global {global_batch} = micro {micro_batch} x accumulation {accumulation} x dp {self.dp}   "
-            f"({self.world} ranks = tp {self.tp} x pp {self.pp} x dp {self.dp})"
+            f"({self.world} ranks = tp {self.tp} x pp {self.pp} x dp {self.dp}{experts})"
         )
 
 
@@ -70,6 +79,10 @@ def check_batch(train: Any, parallel: ParallelConfig, world: int) -> list[Config
     return []
 
 
+def expert_tensor_parallel_size(parallel: ParallelConfig) -> int:
+    return 1 if parallel.expert_model_parallel_size > 1 else parallel.tensor_model_parallel_size
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -91,10 +104,14 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size(parallel),
         distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return Layout(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    return Layout(
+        world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    )
 
 
 def shutdown() -> None:

@@ -7,7 +7,6 @@ Legend: B answers of a rollout, A tokens of the longest answer, T tokens and N s
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,8 +19,9 @@ import torch.distributed as dist
 from mrlhf import checkpoint, preflight, supervised
 from mrlhf.checkpoint import ModelSource
 from mrlhf.config import PPOStage
-from mrlhf.data.indexed import PackedDataset
-from mrlhf.data.loader import MicroBatch, Order
+from mrlhf.data.blend import Dataset
+from mrlhf.data.loader import MicroBatch
+from mrlhf.data.order import Order
 from mrlhf.engine import Model, Trainer
 from mrlhf.errors import MrlhfError
 from mrlhf.losses import reduce_loss, sum_and_count
@@ -53,18 +53,12 @@ class Timer:
         self.seconds[f"timing_s/{name}"] = self.seconds.get(f"timing_s/{name}", 0.0) + time.perf_counter() - start
 
 
-def make_order(config: PPOStage, num_prompts: int) -> Order:
+def make_prompt_order(config: PPOStage, data: Dataset) -> Order:
     """Prompts of rollout 1, 2, ...: whole rollouts only, the last one goes on into a new epoch, no prompt is dropped."""
-    batch = config.rollout.batch_size
-    rollouts = config.train.max_steps or math.ceil(num_prompts * config.train.num_epochs / batch)
-    return Order(
-        num_prompts,
-        global_batch_size=batch,
-        num_epochs=config.train.num_epochs,
-        max_steps=rollouts,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
+    train = replace(config.train, global_batch_size=config.rollout.batch_size)
+    prompts = replace(config, train=train, data=replace(config.data, packing=False))
+    rollouts = supervised.make_order(prompts, data).total_steps
+    return supervised.make_order(replace(prompts, train=replace(train, max_steps=rollouts)), data)
 
 
 class PPO:
@@ -76,7 +70,7 @@ class PPO:
         _, self.dp_rank, _ = layout.coordinates(self.rank)
         ppo, rollout, seed = config.ppo, config.rollout, config.train.seed
         self.answers = rollout.batch_size * rollout.n
-        self.order = make_order(config, run.train.num_samples)
+        self.order = make_prompt_order(config, run.train)
         self.updates_per_rollout = ppo.epochs * (self.answers // config.train.global_batch_size)
         updates = self.order.total_steps * self.updates_per_rollout
         dtype = config.model.dtype
@@ -105,7 +99,7 @@ class PPO:
             run.source.hf_dir,
             dtype=dtype,
             tp=rollout.tensor_parallel_size,
-            max_model_len=int(run.train.lengths.max()) + rollout.max_new_tokens,
+            max_model_len=run.train.max_length + rollout.max_new_tokens,
             kv_cache_mib=rollout.kv_cache_mib,
             max_num_seqs=rollout.max_num_seqs,
             seed=seed,
@@ -129,7 +123,7 @@ class PPO:
         tp = self.config.rollout.tensor_parallel_size
         return generate(
             self.engine,
-            [data.tokens(i).tolist() for i in rows],
+            [data.sample(i)[1].tolist() for i in rows],
             n=n,
             sampling=sampling,
             seed=self.config.train.seed,
@@ -386,7 +380,7 @@ class PPO:
 def check(config: PPOStage, world: int) -> preflight.Run:
     """Everything that can be wrong, before anything is built."""
 
-    def more(source: ModelSource, sets: list[tuple[str, PackedDataset]]) -> list[MrlhfError]:
+    def more(source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
         tp = config.rollout.tensor_parallel_size
         return [
             *check_rollout(source.spec, tp=tp, world=world, key="rollout.tensor_parallel_size"),
@@ -405,7 +399,7 @@ def main(config: PPOStage) -> None:
     say = supervised.say
     say(f"device: {device.current().describe()}")
     say(layout.describe(global_batch=config.train.global_batch_size, micro_batch=config.train.micro_batch_size))
-    total = make_order(config, run.train.num_samples).total_steps
+    total = make_prompt_order(config, run.train).total_steps
     resumed = checkpoint.to_resume(output_dir, total_steps=total)
     done = 0 if resumed is None else int(resumed.manifest["step"])
     if done >= total:
@@ -421,6 +415,7 @@ def main(config: PPOStage) -> None:
         ppo.actor.resume(resumed.path, done * ppo.updates_per_rollout)
         if ppo.critic is not None:
             ppo.critic.resume(resumed.path / "critic", done * ppo.updates_per_rollout)
+        supervised.go_on(ppo.order, run.train, resumed.manifest, where=str(resumed.path))
         ppo.kl.load_state_dict(resumed.manifest["kl"])
         say(f"resumed from {resumed.path}")
     ppo.sync_weights()
@@ -428,7 +423,8 @@ def main(config: PPOStage) -> None:
 
     for step in range(done + 1, total + 1):
         log, samples = ppo.step(step)
-        tracker.log(step, log | {"train/epoch": ppo.order.epoch(step), "memory/max_reserved_gib": supervised.memory_gib()})
+        log |= {"train/epoch": ppo.order.epoch(step), "memory/max_reserved_gib": supervised.memory_gib()}
+        tracker.log(step, log | supervised.source_epochs(ppo.order, run.train, step))
         tracker.samples(step, samples)
         last = step == total
         if run.eval is not None and (last or (config.train.eval_interval and step % config.train.eval_interval == 0)):
@@ -444,7 +440,7 @@ def main(config: PPOStage) -> None:
                 stage="ppo",
                 step=step,
                 dtype=config.model.dtype,
-                extra={"kl": ppo.kl.state_dict()},
+                extra={"kl": ppo.kl.state_dict(), **supervised.data_position(ppo.order, run.train, step)},
                 keep_last=config.checkpoint.keep_last,
             )
     tracker.close()

@@ -92,7 +92,7 @@ class Rewards:
                         "its tokenizer is not the actor's", where=f"{key} = {path}", expected=f"the tokenizer of {actor.hf_dir}"
                     )
                 )
-            found += check_layout(config.parallel, model.spec, world)
+            found += check_layout(config.parallel, model.spec, world, trained=False)
         for source in sources:
             if source.kind == "function":
                 try:

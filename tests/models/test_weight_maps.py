@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mrlhf.models.families import FAMILIES, hf_shapes, megatron_map, vllm_map
+from mrlhf.models.families.blocks import Block
 from mrlhf.models.layouts import make_reshard, trainer_shard
-from mrlhf.models.spec import VOCAB_MULTIPLE, ModelSpec
-from mrlhf.models.weights import hf_shapes, megatron_map, vllm_map
-from mrlhf.models.weights.blocks import Block
+from mrlhf.models.spec import VOCAB_MULTIPLE, Experts, Layer, ModelSpec
 from mrlhf.parallel.reshard import Piece, make_plan
 from mrlhf.parallel.state import Layout
 
@@ -21,11 +22,12 @@ from mrlhf.parallel.state import Layout
 @st.composite
 def specs(draw: st.DrawFn, *, splits: int = 1, layers: int = 1) -> ModelSpec:
     """Any model whose heads and sizes `splits` divides; `layers` divides the number of layers."""
-    family = draw(st.sampled_from(["llama", "qwen2", "qwen3"]))
-    groups = splits * draw(st.integers(1, 2))
+    family = draw(st.sampled_from(sorted(FAMILIES)))
+    groups, n, is_moe = splits * draw(st.integers(1, 2)), layers * draw(st.integers(1, 2)), family in ("mixtral", "qwen3_moe")
+    plain, post_norm = family in ("gpt2", "starcoder2"), family in ("gemma2", "gemma3_text", "olmo2", "glm4")
     return ModelSpec(
         family=family,
-        num_layers=layers * draw(st.integers(1, 2)),
+        num_layers=n,
         hidden_size=draw(st.integers(1, 6)),
         ffn_hidden_size=splits * draw(st.integers(1, 5)),
         num_attention_heads=groups * draw(st.integers(1, 3)),
@@ -34,13 +36,26 @@ def specs(draw: st.DrawFn, *, splits: int = 1, layers: int = 1) -> ModelSpec:
         vocab_size=draw(st.integers(1, 700)),
         max_position_embeddings=128,
         norm_eps=1e-6,
-        rope_theta=1e4,
-        rope_factor=None,
         tied=draw(st.booleans()),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        init_std=0.02,
+        layers=tuple(Layer(moe=is_moe and draw(st.booleans())) for _ in range(n)),
+        norm="layer" if plain else "rms",
+        pre_norm=family != "olmo2",
+        post_norm=post_norm,
+        qk_norm="all" if family == "olmo2" else "head" if family in ("qwen3", "qwen3_moe", "gemma3_text") else "none",
+        qkv_bias=draw(st.booleans()),
+        output_bias=draw(st.booleans()),
+        mlp_bias=not is_moe and draw(st.booleans()),
+        gated=not plain,
+        learned_positions=family == "gpt2",
+        experts=Experts(splits * draw(st.integers(1, 2)), 1, splits * draw(st.integers(1, 3))) if is_moe else None,
     )
+
+
+def copied(spec: ModelSpec, hf: str) -> bool:
+    """Held whole by every rank: norms, biases that are added after the sum over ranks, router, positions, score."""
+    if spec.qk_norm == "all" and re.search(r"\.[qk]_norm\.", hf):
+        return False  # each rank norms its own heads
+    return bool(re.search(r"norm|\.ln_|(o_proj|c_proj|down_proj)\.bias|(mlp|moe)\.gate\.weight|wpe|score", hf))
 
 
 def coverage(shapes: dict[str, tuple[int, ...]], shards: list[dict[str, list[Block]]]) -> dict[tuple[str, str], list[int]]:
@@ -67,10 +82,11 @@ def test_megatron_map_holds_every_row_once(head: str, data: st.DataObject, tp: i
     found = coverage(shapes, [megatron_map(spec, head=head, tp=tp, rank=r) for r in range(tp)])
     assert {hf for _, hf in found} == set(shapes)
     for (name, hf), rows in found.items():
-        copied = "norm" in name or hf == "score.weight"
-        assert set(rows) == {tp if copied else 1}, (name, hf)
+        assert set(rows) == {tp if copied(spec, hf) else 1}, (name, hf)
     holders = Counter(hf for _, hf in found)
-    assert {hf: n for hf, n in holders.items() if n > 1} == ({"model.embed_tokens.weight": 2} if spec.tied and head == "lm" else {})
+    assert {hf: n for hf, n in holders.items() if n > 1} == (
+        {next(iter(shapes)): 2} if spec.tied and head == "lm" else {}
+    )
 
 
 @given(data=st.data(), tp=st.sampled_from([1, 2, 4, 8]), replicated=st.booleans())
@@ -83,8 +99,12 @@ def test_vllm_map_holds_every_row_once(data: st.DataObject, tp: int, replicated:
     found = coverage(hf_shapes(spec, head="lm"), [vllm_map(spec, tp=tp, rank=r) for r in range(tp)])
     assert {hf for _, hf in found} == set(hf_shapes(spec, head="lm"))
     for (name, hf), rows in found.items():
-        times = tp if "norm" in name else max(1, tp // spec.num_query_groups) if ".k_proj" in hf or ".v_proj" in hf else 1
-        assert set(rows) == {times}, (name, hf)
+        kv_times, q = max(1, tp // spec.num_query_groups), spec.num_attention_heads * spec.head_dim
+        if re.search("qkv_proj|c_attn", hf):
+            assert set(rows[:q]) == {1} and set(rows[q:]) == {kv_times}, (name, hf)
+        else:
+            times = tp if copied(spec, hf) else kv_times if ".k_proj" in hf or ".v_proj" in hf else 1
+            assert set(rows) == {times}, (name, hf)
 
 
 def shard_tensors(shard: dict[str, list[Block]], values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -173,10 +193,40 @@ def test_ranks_agree_on_every_message(data: st.DataObject, tp: int, pp: int, dp:
 
 
 def test_trainer_stages_hold_the_whole_model_once() -> None:
-    spec = ModelSpec("qwen2", 4, 8, 16, 4, 2, 4, VOCAB_MULTIPLE + 3, 64, 1e-6, 1e4, None, True, True, False, 0.02)
+    spec = ModelSpec("qwen2", 4, 8, 16, 4, 2, 4, VOCAB_MULTIPLE + 3, 64, 1e-6, tied=True, layers=(Layer(),) * 4, qkv_bias=True)
     layout = Layout(8, 2, 2)
     held = [set(trainer_shard(spec, layout, r)) for r in range(layout.world)]
     first, last = held[0], held[7]
     assert not any(name.startswith("decoder.layers.") for name in first & last)
     assert first | last == set(megatron_map(spec, head="lm", tp=2, rank=0))
     assert "output_layer.weight" in last and "output_layer.weight" not in set(trainer_shard(spec, Layout(2, 2, 1), 0))
+
+
+def test_experts_over_ranks_are_whole_and_each_once() -> None:
+    """EP over TP x DP ranks of a stage; what is no expert is split by TP as without EP."""
+    experts = Experts(8, 2, 6)
+    spec = ModelSpec("mixtral", 2, 8, 16, 4, 2, 4, 70, 64, 1e-6, tied=False, layers=(Layer(moe=True),) * 2, experts=experts)
+    layout = Layout(8, 2, 2, ep=4)
+    held = [trainer_shard(spec, layout, r) for r in range(layout.world)]
+    count = Counter(name for shard in held for name in shard if "local_experts" in name)
+    assert len(count) == 2 * 8 * 2 and set(count.values()) == {1}
+    assert {layout.expert_rank(r) for r in range(4)} == {0, 1, 2, 3}
+    for shard in held:
+        assert all(b.length == (8 if b.dim == 0 and b.hf.endswith("gate.weight") else 6) for name, blocks in shard.items()
+                   if "experts" in name for b in blocks)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["lm", "value"])
+def test_parameters_are_counted_right(kind: str) -> None:
+    for family in FAMILIES:
+        for tied in (False, True):
+            plain = family in ("gpt2", "starcoder2")
+            moe = family in ("mixtral", "qwen3_moe")
+            spec = ModelSpec(
+                family, 3, 8, 16, 4, 2, 4, 70, 64, 1e-6, tied=tied, layers=(Layer(), Layer(moe=moe), Layer(moe=moe)),
+                norm="layer" if plain else "rms", qk_norm="all", qkv_bias=True, output_bias=True, mlp_bias=not moe, gated=not plain,
+                pre_norm=family != "olmo2", post_norm=family in ("gemma2", "gemma3_text", "olmo2", "glm4"),
+                learned_positions=family == "gpt2", experts=Experts(8, 2, 6) if moe else None,
+            )  # fmt: skip
+            total = sum(math.prod(shape) for shape in hf_shapes(spec, head=kind).values())
+            assert total == spec.num_parameters + (spec.hidden_size - (0 if tied else 70 * 8) if kind == "value" else 0), family

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TESTS, metrics, mrlhf, run, torchrun
+from conftest import TESTS, make_hf_model, metrics, mrlhf, run, torchrun
 
 LAYOUTS = {
     "tp2, vllm tp2": (
@@ -103,6 +104,28 @@ def test_greedy_answers_equal_transformers_on_the_export(results: dict[str, tupl
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
             )
             assert answer == expected[0, len(prompt) :].tolist()
+
+
+def test_experts_reach_vllm(world: Path, reward_model: Path, tmp_path: Path) -> None:
+    """A mixture of experts spread over the ranks in the trainer, cut by tensor parallelism in vLLM."""
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "moe").mkdir(exist_ok=True)
+        shutil.copy(world / "qwen2" / file, tmp_path / "moe" / file)
+    make_hf_model(tmp_path / "moe", "qwen3_moe", vocab_size=323, num_hidden_layers=2)
+    changes = {
+        "model.path": tmp_path / "moe",
+        "parallel.tensor_model_parallel_size": 2,
+        "parallel.sequence_parallel": "true",
+        "parallel.expert_model_parallel_size": 2,
+        "rollout.tensor_parallel_size": 2,
+        "ppo.estimator": "grpo",
+        "train.output_dir": tmp_path / "checkpoint",
+    }
+    torchrun(2, TESTS / "rl/ppo_program.py", tmp_path / "result.json", *options(world, reward_model, **changes))
+    result = json.loads((tmp_path / "result.json").read_text())
+    test_first_ratio_is_one_and_vllm_agrees_with_the_trainer({"": (result, tmp_path)})
+    test_greedy_answers_equal_transformers_on_the_export({"": (result, tmp_path)})
+    assert result["pieces"] > 0
 
 
 class _LengthServer(BaseHTTPRequestHandler):

@@ -1,6 +1,9 @@
 """A HF model -> a mrlhf checkpoint that loads under any TP, PP and DP.
 
-    python tools/convert/hf_to_megatron.py --hf DIR_or_hub_id --output DIR [--head value] [--dtype bfloat16] [--verify]
+    python tools/convert/hf_to_megatron.py --hf DIR_or_hub_id --output DIR [--head value] [--dtype bfloat16] [--verify] [--dry-run]
+    torchrun --nproc-per-node 4 tools/convert/hf_to_megatron.py ...          four ranks share the layers
+
+One tensor at a time: memory is a few times the largest one. A conversion that was killed goes on where it stood.
 
 Exits with 0, with 1 when --verify found a difference, with 2 and the reason when the input does not fit.
 """
@@ -27,18 +30,25 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the stored weights (default: the file's own)")
     made.add_argument("--seed", type=int, default=1, help="of a new value head (default: 1)")
+    made.add_argument("--dry-run", action="store_true", help="check everything and say what would be written, but write nothing")
     made.add_argument("--verify", action="store_true", help="run both models on random tokens and compare")
     return made
 
 
 def convert(args: argparse.Namespace) -> int:
-    from mrlhf.convert import hf_to_megatron, verify
+    from mrlhf.convert import hf_to_megatron, plan_import
+    from mrlhf.parallel.state import is_main
 
+    if args.dry_run:
+        print("\n".join(plan_import(args.hf, head=args.head, dtype=args.dtype).describe()))
+        return 0
     made = hf_to_megatron(args.hf, args.output, head=args.head, dtype=args.dtype, seed=args.seed)
-    print(
-        f"{args.hf} -> {made.path}: {made.spec.family}, {made.spec.num_parameters:,} parameters, {made.manifest['dtype']}, head {made.head}"
-    )
+    if is_main():
+        spec = made.spec
+        print(f"{args.hf} -> {made.path}: {spec.family}, {spec.num_parameters:,} parameters, {made.manifest['dtype']}, head {made.head}")
     if args.verify:
+        from mrlhf.verify import verify
+
         compared = verify(made, args.hf)
         print(compared.describe())
         return 0 if compared.ok else 1

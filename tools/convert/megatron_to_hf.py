@@ -1,6 +1,9 @@
 """A mrlhf checkpoint, or a run's latest -> a HF directory for transformers, vLLM and the hub.
 
-    python tools/convert/megatron_to_hf.py --checkpoint DIR --output DIR [--dtype bfloat16] [--part critic] [--verify]
+    python tools/convert/megatron_to_hf.py --checkpoint DIR --output DIR [--dtype bfloat16] [--part critic] [--verify] [--dry-run]
+    torchrun --nproc-per-node 4 tools/convert/megatron_to_hf.py ...          four ranks share the layers
+
+One tensor at a time: memory is a few times the largest one. A conversion that was killed goes on where it stood.
 
 Exits with 0, with 1 when --verify found a difference, with 2 and the reason when the input does not fit.
 """
@@ -22,19 +25,28 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", required=True, type=Path, help="HF directory to write; must not exist")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: the checkpoint's)")
     made.add_argument("--part", choices=("actor", "critic"), default="actor", help="which model of a PPO checkpoint (default: actor)")
+    made.add_argument("--dry-run", action="store_true", help="check everything and say what would be written, but write nothing")
     made.add_argument("--verify", action="store_true", help="run both models on random tokens and compare")
     return made
 
 
 def convert(args: argparse.Namespace) -> int:
-    from mrlhf.convert import megatron_to_hf, verify
+    from mrlhf.convert import megatron_to_hf, plan_export
+    from mrlhf.parallel.state import is_main
 
-    made = megatron_to_hf(args.checkpoint, args.output, dtype=args.dtype, part="" if args.part == "actor" else args.part)
+    part = "" if args.part == "actor" else args.part
+    if args.dry_run:
+        print("\n".join(plan_export(args.checkpoint, args.output, dtype=args.dtype, part=part).describe()))
+        return 0
+    made = megatron_to_hf(args.checkpoint, args.output, dtype=args.dtype, part=part)
     spec = made.source.spec
-    print(f"{made.source.path} -> {made.path}: {spec.family}, {spec.num_parameters:,} parameters, head {made.source.head}")
-    for note in made.notes:
-        print(f"note: {note}")
+    if is_main():
+        print(f"{made.source.path} -> {made.path}: {spec.family}, {spec.num_parameters:,} parameters, head {made.source.head}")
+        for note in made.notes:
+            print(f"note: {note}")
     if args.verify:
+        from mrlhf.verify import verify
+
         compared = verify(made.source, str(made.path))
         print(compared.describe())
         return 0 if compared.ok else 1

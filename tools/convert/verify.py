@@ -26,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def compare(args: argparse.Namespace) -> int:
-    from mrlhf.convert import open_part, verify
+    from mrlhf.convert import open_part
+    from mrlhf.verify import verify
 
     compared = verify(open_part(args.checkpoint, "" if args.part == "actor" else args.part), args.hf, seed=args.seed)
     print(compared.describe())

@@ -1,8 +1,9 @@
 """The words of a weight map: how a parameter's shard is made of rows or columns of HF tensors.
 
-HF's tensors are the common coordinates. A rule says, for every rank of a tensor-parallel group, which
-blocks of which HF tensors a parameter holds and where. The same rules serve the import (read the blocks),
-the export (write them back) and the reshard (intersect Megatron's blocks with vLLM's).
+HF's tensors are the common coordinates, every one of them as [out, in] (files that hold [in, out] are
+transposed on the way in and out). A rule says, for every rank of a tensor-parallel group, which blocks of
+which HF tensors a parameter holds and where. The same rules serve the import (read the blocks), the export
+(write them back) and the reshard (intersect Megatron's blocks with vLLM's).
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ class Block:
     start: int
     length: int
     offset: int
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Rows of HF tensor `hf` from `start` on: the place of a matrix that HF keeps inside a fused one."""
+
+    hf: str
+    start: int = 0
 
 
 class Rule(Protocol):
@@ -67,36 +76,35 @@ class Vocab:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Column-parallel linears over one another: rank r holds [a_r; b_r; ...], each split by rows."""
+    """Column-parallel linears over one another: rank r holds [a_r; b_r; ...], each of `rows` rows in all and split by rows."""
 
-    hf: tuple[str, ...]
+    parts: tuple[Ref, ...]
     rows: int
 
     def blocks(self, tp: int, rank: int) -> list[Block]:
         part = self.rows // tp
-        return [Block(name, 0, rank * part, part, i * part) for i, name in enumerate(self.hf)]
+        return [Block(ref.hf, 0, ref.start + rank * part, part, i * part) for i, ref in enumerate(self.parts)]
 
 
 @dataclass(frozen=True)
 class GroupedQKV:
     """Megatron's linear_qkv: for every query group its queries, its key, its value."""
 
-    q: str
-    k: str
-    v: str
+    qkv: tuple[Ref, Ref, Ref]
     heads: int
     groups: int
     head_dim: int
 
     def blocks(self, tp: int, rank: int) -> list[Block]:
         d, per_group, local = self.head_dim, self.heads // self.groups, self.groups // tp
+        q, k, v = self.qkv
         found = []
         for i in range(local):
             group, at = rank * local + i, i * (per_group + 2) * d
             found += [
-                Block(self.q, 0, group * per_group * d, per_group * d, at),
-                Block(self.k, 0, group * d, d, at + per_group * d),
-                Block(self.v, 0, group * d, d, at + (per_group + 1) * d),
+                Block(q.hf, 0, q.start + group * per_group * d, per_group * d, at),
+                Block(k.hf, 0, k.start + group * d, d, at + per_group * d),
+                Block(v.hf, 0, v.start + group * d, d, at + (per_group + 1) * d),
             ]
         return found
 
@@ -105,9 +113,7 @@ class GroupedQKV:
 class StackedQKV:
     """vLLM's qkv_proj: [all q of the rank; all k; all v]; key/value heads are replicated when tp exceeds them."""
 
-    q: str
-    k: str
-    v: str
+    qkv: tuple[Ref, Ref, Ref]
     heads: int
     groups: int
     head_dim: int
@@ -116,8 +122,9 @@ class StackedQKV:
         d, q_rows = self.head_dim, self.heads // tp * self.head_dim
         kv_rows = max(1, self.groups // tp) * d
         kv_start = rank * kv_rows if self.groups >= tp else rank // (tp // self.groups) * d
+        q, k, v = self.qkv
         return [
-            Block(self.q, 0, rank * q_rows, q_rows, 0),
-            Block(self.k, 0, kv_start, kv_rows, q_rows),
-            Block(self.v, 0, kv_start, kv_rows, q_rows + kv_rows),
+            Block(q.hf, 0, q.start + rank * q_rows, q_rows, 0),
+            Block(k.hf, 0, k.start + kv_start, kv_rows, q_rows),
+            Block(v.hf, 0, v.start + kv_start, kv_rows, q_rows + kv_rows),
         ]

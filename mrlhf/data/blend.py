@@ -1,0 +1,121 @@
+"""Several data sets seen as one: samples and rows are numbered through them, one source after the other.
+
+Nothing is copied: a sample is read from its own source. Which row comes when is order.py's matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mrlhf.errors import DataError
+
+IndexedSample = tuple[int, np.ndarray, np.ndarray]  # index, tokens int64 [T], mask uint8 [T]
+
+
+class Dataset(Protocol):
+    """What a loader asks of a data set. A row is a pack, or with `packing` false a sample (a pair for preference data)."""
+
+    prefix: str
+    task: str
+    meta: dict[str, Any]
+    num_samples: int
+    num_packs: int
+    num_tokens: int
+    max_length: int  # of a sample
+
+    @property
+    def identity(self) -> str: ...  # changes when any token changes
+
+    def sample(self, i: int) -> IndexedSample: ...
+    def pack(self, row: int) -> list[IndexedSample]: ...
+    def margin(self, pair_index: int) -> float | None: ...
+    def label(self, i: int) -> Any: ...
+
+
+def rows_of(data: Dataset, *, packing: bool) -> int:
+    """Rows of one data set."""
+    return data.num_packs if packing else data.num_samples // (2 if data.task == "preference" else 1)
+
+
+def sources_of(data: Dataset) -> list[Dataset]:
+    """The parts of a blend; a plain data set is its only one."""
+    return data.sources if isinstance(data, Blend) else [data]
+
+
+def names_of(prefixes: Sequence[str]) -> list[str]:
+    """Short names for logs: the prefix's last part, or all of it where that is not unique."""
+    short = [os.path.basename(p) for p in prefixes]
+    return [s if short.count(s) == 1 else p for s, p in zip(short, prefixes, strict=True)]
+
+
+class Blend:
+    """Two or more data sets that fit together (see `mismatches`), as one Dataset."""
+
+    def __init__(self, sources: Sequence[Dataset]) -> None:
+        self.sources = list(sources)
+        self.prefix = " + ".join(s.prefix for s in sources)
+        self.task = sources[0].task
+        self.meta = sources[0].meta  # for what all of them agree in
+        self._samples = np.cumsum([0, *(s.num_samples for s in sources)]).tolist()
+        self._packs = np.cumsum([0, *(s.num_packs for s in sources)]).tolist()
+        self.num_samples, self.num_packs = self._samples[-1], self._packs[-1]
+        self.num_tokens = sum(s.num_tokens for s in sources)
+        self.max_length = max(s.max_length for s in sources)
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256("".join(s.identity for s in self.sources).encode()).hexdigest()
+
+    def _find(self, starts: list[int], i: int) -> tuple[Dataset, int, int]:
+        """The source of sample or pack i, i inside it, and the source's first sample."""
+        s = bisect_right(starts, i) - 1
+        return self.sources[s], i - starts[s], self._samples[s]
+
+    def sample(self, i: int) -> IndexedSample:
+        source, inside, _ = self._find(self._samples, i)
+        _, tokens, mask = source.sample(inside)
+        return i, tokens, mask
+
+    def pack(self, row: int) -> list[IndexedSample]:
+        source, inside, first = self._find(self._packs, row)
+        return [(first + i, tokens, mask) for i, tokens, mask in source.pack(inside)]
+
+    def margin(self, pair_index: int) -> float | None:
+        source, inside, _ = self._find(self._samples, 2 * pair_index)
+        return source.margin(inside // 2)
+
+    def label(self, i: int) -> Any:
+        source, inside, _ = self._find(self._samples, i)
+        return source.label(inside)
+
+
+def mismatches(sources: Sequence[Dataset], *, key: str) -> list[DataError]:
+    """Everything in which the sources of a blend differ from its first one and must not; both sides are named."""
+    compared: tuple[tuple[str, Callable[[Dataset], Any], Callable[[Dataset], Any], str | None], ...] = (
+        ("task", lambda d: d.task, lambda d: d.task, None),
+        ("seq_length", lambda d: d.meta["seq_length"], lambda d: d.meta["seq_length"], "one --seq-length for all of them"),
+        ("tokenizer", lambda d: d.meta["tokenizer_fingerprint"], _tokenizer, "one --tokenizer for all of them"),
+        ("margins", _has_margins, _has_margins, "a margin in every source or in none"),
+    )
+    first, found = sources[0], []
+    for other in sources[1:]:
+        for what, value, shown, fix in compared:
+            if None not in (value(first), value(other)) and value(first) != value(other):
+                text = f"the sources differ in {what}: {first.prefix} has {shown(first)}, {other.prefix} has {shown(other)}"
+                found.append(DataError(text, where=key, expected="sources that were made alike", fix=fix))
+    return found
+
+
+def _tokenizer(data: Dataset) -> str:
+    return f"{data.meta['tokenizer']} (fingerprint {data.meta['tokenizer_fingerprint'][:12]})"
+
+
+def _has_margins(data: Dataset) -> str | None:
+    """None for data that cannot have margins."""
+    return None if data.task != "preference" else "none" if data.margin(0) is None else "margins"

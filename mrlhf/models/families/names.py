@@ -1,0 +1,42 @@
+"""What a family calls the parts of a decoder, in HF's files and in vLLM. An empty name: the family has no such part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names without `.weight` and `.bias`. Those of a layer follow the prefix `layer`, in which {i} is its index."""
+
+    embedding: str = "model.embed_tokens"
+    positions: str = ""
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    layer: str = "model.layers.{i}."
+    attention_norm: str = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # one name: a matrix of all q, all k, all v
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    output: str = "self_attn.o_proj"
+    attention_post_norm: str = ""
+    mlp_norm: str = "post_attention_layernorm"
+    fc1: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # one name and gated: a matrix of gate over up
+    fc2: str = "mlp.down_proj"
+    mlp_post_norm: str = ""
+    router: str = "mlp.gate"
+    expert_fc1: tuple[str, str] = ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj")  # {e}: the expert
+    expert_fc2: str = "mlp.experts.{e}.down_proj"
+    transposed: bool = False  # HF keeps the layers' matrices as [in, out]
+
+
+@dataclass(frozen=True)
+class VLLMNames:
+    """Where vLLM's names are not HF's. vLLM stacks q over k over v, and gate over up."""
+
+    qkv: str = "self_attn.qkv_proj"
+    fc1: str = "mlp.gate_up_proj"
+    experts: str = "mlp.experts."
+
+
+LLAMA, VLLM_LLAMA = Names(), VLLMNames()

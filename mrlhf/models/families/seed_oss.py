@@ -1,0 +1,23 @@
+"""Seed-OSS: Llama's block with biases of q, k and v, and one of the output projection where the config says so."""
+
+from __future__ import annotations
+
+from mrlhf.models.families.fields import Fields
+from mrlhf.models.families.names import LLAMA, VLLM_LLAMA
+from mrlhf.models.spec import ModelSpec
+
+CLASSIFIERS = {"seed_oss": "SeedOssForSequenceClassification"}
+NAMES, VLLM = LLAMA, VLLM_LLAMA
+
+
+def spec(f: Fields) -> ModelSpec:
+    f.only("hidden_act", "silu")
+    f.only("pretraining_tp", 1)
+    f.need("num_key_value_heads", "head_dim")
+    return ModelSpec(
+        **f.common(),
+        ropes=(f.rope(),),
+        qkv_bias=bool(f.get("attention_bias", True)),
+        output_bias=bool(f.get("attention_out_bias", False)),
+        mlp_bias=bool(f.get("mlp_bias", False)),
+    )

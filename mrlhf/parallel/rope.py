@@ -1,0 +1,42 @@
+"""Rotary positions that may differ from layer to layer, for Megatron's GPTModel.
+
+Megatron computes one table of angles a forward pass and hands it to all layers. Here the table holds one for every
+kind of rope in the model, [s, kinds, 1, d], and each layer's attention takes its own, or none.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.attention import SelfAttention
+
+
+class Rotary(RotaryEmbedding):
+    """In the place of GPTModel.rotary_pos_emb. inv_freq_KF: radians a token of every kind of rope and pair of dimensions.
+
+    interleaved  the pairs are dimensions (0, 1), (2, 3), ... instead of (0, F), (1, F + 1), ...
+    """
+
+    def __init__(self, inv_freq_KF: torch.Tensor, *, interleaved: bool) -> None:
+        torch.nn.Module.__init__(self)
+        self.inv_freq, self.interleaved = inv_freq_KF, interleaved
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
+        """Angles [s, kinds, 1, rotated dimensions]."""
+        at = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=torch.float32) + offset
+        angles = at[:, None, None] * self.inv_freq
+        table = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles, angles), dim=-1)
+        return table[:, :, None]
+
+
+class Attention(SelfAttention):
+    """Megatron's self-attention with the rope of its layer (`rope`: index of the kind; None: no positions)."""
+
+    def __init__(self, *args, rope: int | None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.rope = rope
+
+    def forward(self, hidden_states, attention_mask, rotary_pos_emb=None, **kwargs):
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = None if self.rope is None else rotary_pos_emb[:, self.rope : self.rope + 1]
+        return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)

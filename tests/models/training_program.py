@@ -1,0 +1,63 @@
+"""Under torchrun, or alone: a few training steps of models of the zoo under every layout of this world; rank 0 prints JSON.
+
+usage: training_program.py ZOO_DIR LAYOUT=KIND,KIND ...     (a layout: 1, tp2+sp, pp2, ep2, tp2xep2)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    import torch.distributed as dist
+    from zoo import LR, STEPS, samples
+
+    from mrlhf.checkpoint import open_source
+    from mrlhf.config import OptimConfig, ParallelConfig
+    from mrlhf.data.loader import Sample, collate
+    from mrlhf.engine import Trainer
+    from mrlhf.parallel import state
+    from mrlhf.sft import language_model_loss
+
+    # isort: split
+    from megatron.core import parallel_state
+
+    zoo = Path(sys.argv[1])
+    layouts = {
+        "1": ParallelConfig(),
+        "tp2+sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+        "ep2": ParallelConfig(expert_model_parallel_size=2),
+        "tp2xep2": ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True),
+    }
+    rows = [Sample(ids.numpy(), ids.numpy() * 0 + 1, i) for i, ids in enumerate(samples())]
+    results: dict[str, dict[str, object]] = {}
+    for argument in sys.argv[2:]:
+        name, kinds = argument.split("=")
+        layout = state.initialize(layouts[name], seed=1)
+        _, dp, _ = layout.coordinates(dist.get_rank())
+        mine = rows[dp :: layout.dp]
+        batches = [collate(mine[i : i + 2], packing=True, pad_multiple=layout.tp) for i in range(0, len(mine), 2)]
+        results[name] = {}
+        for kind in kinds.split(","):
+            trainer = Trainer(
+                open_source(str(zoo / kind)),
+                layouts[name],
+                OptimConfig(lr=LR, lr_decay_style="constant", clip_grad=0.5, adam_beta2=0.999, weight_decay=0.0),
+                head="lm",
+                dtype="float32",
+                seed=1,
+                total_steps=STEPS,
+            )
+            loss = language_model_loss(trainer, aggregation="token")
+            results[name][kind] = [trainer.step(batches, loss) for _ in range(STEPS)]
+        parallel_state.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
