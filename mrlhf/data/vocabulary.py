@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from mrlhf.data.encoder import PROBES
+from mrlhf.data.rank_file import from_ranks
 from mrlhf.data.sentencepiece_model import from_sentencepiece
 from mrlhf.errors import DataError
 
@@ -20,7 +21,7 @@ _FINGERPRINT_PROBE = "The quick brown fox, 1234567 times:\n\tdéjà vu 東京 �
 
 
 def load_tokenizer(path: str) -> Any:
-    """The fast HF tokenizer in directory `path` (or hub id), or of a bare sentencepiece .model file. Never runs code from it.
+    """The fast HF tokenizer in directory `path` (or hub id), or of a bare sentencepiece .model or .tiktoken file. Never runs code from it.
 
     Slow tokenizers are converted where transformers knows how, and must give the same ids on probe texts. Raises DataError.
     """
@@ -74,12 +75,7 @@ def _bare_file(path: str) -> Any:
     with open(path, "rb") as file:
         first = file.readline(200)
     if _RANK_LINE.fullmatch(first):
-        raise DataError(
-            "a tiktoken file holds token ranks only: not how text is cut into words, nor the special tokens",
-            where=path,
-            expected="a directory with tokenizer.json",
-            fix="transformers.integrations.tiktoken.convert_tiktoken_to_fast(ENCODING, DIR), then --tokenizer DIR",
-        )
+        return from_ranks(path)
     if not path.endswith(".model"):
         raise DataError("not a tokenizer", where=path, expected="a directory with tokenizer.json, or a .model file", fix="--tokenizer DIR")
     return from_sentencepiece(path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -107,3 +108,20 @@ def test_rows_that_fit_no_form_name_the_flag(task: str, record: Any, columns: Co
 def test_plain_template_refuses_several_turns() -> None:
     with pytest.raises(RowProblem, match="cannot render"):
         normalise({"messages": [U, A, U, A]}, "sft", Columns(), plain=True)
+
+
+def test_tools_column() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    answers = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for task, row in (("sft", {"messages": chat}), ("prompts", {"prompt": "q"}), ("preference", answers)):
+        for given in (tools, json.dumps(tools)):
+            assert normalise({**row, "tools": given}, task, Columns(), plain=False).tools == tools
+            assert normalise({**row, "functions": given}, task, Columns(tools="functions"), plain=False).tools == tools
+        for none in (None, [], "", "[]"):
+            assert normalise({**row, "tools": none}, task, Columns(), plain=False).tools is None
+        for wrong in ("{broken", "7", ["add"], {"name": "add"}, 7):
+            with pytest.raises(RowProblem, match="column 'tools' is"):
+                normalise({**row, "tools": wrong}, task, Columns(), plain=False)
+        with pytest.raises(RowProblem, match="column 'functions' is missing"):
+            normalise(row, task, Columns(tools="functions"), plain=False)

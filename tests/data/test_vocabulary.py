@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mrlhf.data.encoder import PROBES
+from mrlhf.data.rank_file import ENCODINGS
 from mrlhf.data.template import Template, tokenizer_fingerprint
 from mrlhf.data.vocabulary import load_tokenizer, vocab_size
 from mrlhf.errors import DataError
@@ -87,6 +88,8 @@ def test_a_slow_tokenizer_is_converted_or_refused(tmp_path: Path, monkeypatch: p
 def test_files_that_are_no_tokenizer(tmp_path: Path, sentencepiece_files: dict[str, str]) -> None:
     ranks = tmp_path / "cl100k_base.tiktoken"
     ranks.write_bytes(b"".join(base64.b64encode(bytes([i])) + f" {i}\n".encode() for i in range(256)))
+    damaged = tmp_path / "o200k_base.tiktoken"
+    damaged.write_bytes(ranks.read_bytes() + b"IQ= 256\n")
     llama = tmp_path / "tokenizer.model"
     llama.write_bytes(ranks.read_bytes())
     broken = tmp_path / "broken.model"
@@ -96,7 +99,8 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, sentencepiece_files: dict[s
     empty = tmp_path / "empty"
     empty.mkdir()
     expected = {
-        ranks: "a tiktoken file holds token ranks only",
+        ranks: "256 ranks",
+        damaged: "o200k_base.tiktoken:257: not a line of a tiktoken file",
         llama: "a tiktoken file holds token ranks only",
         broken: "not a sentencepiece model",
         text: "not a tokenizer",
@@ -106,6 +110,28 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, sentencepiece_files: dict[s
     for path, message in expected.items():
         with pytest.raises(DataError, match=message):
             load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_tiktoken_files_give_gigatokens_ids(name: str, tmp_path: Path) -> None:
+    """An independent reader of the same files: gigatoken's. The ranks are made up: every byte, then pairs and triples of likely bytes."""
+    import gigatoken
+
+    letters = [bytes([b]) for b in range(256)]
+    common = [bytes([b]) for b in b" etaoinshrdlu\n.,'1TES/\xc3\xa9\xf0\x9f"]
+    pairs = [a + b for a in common for b in common]
+    tokens = dict.fromkeys([*letters, *pairs, *(p + c for p in pairs for c in common), *(a + b for a in letters for b in letters)])
+    tokens |= dict.fromkeys(a + b + c for a in letters for b in letters for c in (common[:3] if name != "r50k_base" else []))
+    tokens = list(tokens)[: ENCODINGS[name].ranks]
+    assert len(tokens) == ENCODINGS[name].ranks
+    path = tmp_path / f"{name}.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens)))
+    tokenizer = load_tokenizer(str(path))
+    other = gigatoken.Tokenizer.from_tiktoken(path)
+    assert {t: tokenizer.convert_tokens_to_ids(t) for t in ENCODINGS[name].special} == other._tiktoken_specials
+    for text in [*PROBES, "it's the stone, that IS'LL 1234 tests\n\n/path/ é", "x <|endoftext|> y"]:
+        assert tokenizer(text)["input_ids"] == other.encode(text).tolist(), text
+    assert tokenizer.eos_token == "<|endoftext|>" and vocab_size(tokenizer) == max(ENCODINGS[name].special.values()) + 1
 
 
 def test_probes_are_hard(tokenizers: dict[str, Any]) -> None:
