@@ -218,10 +218,10 @@ def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str
             (work.directory / "dist").mkdir(exist_ok=True)
             copy_side_files(plan.source.hf_dir, work.directory / "hf")
         dist.barrier()
-        writer = DistWriter(work.directory / "dist", skeleton, work.journal)
+        writer, buffer = DistWriter(work.directory / "dist", skeleton, work.journal), skeleton.buffers()
         for p in _progress(skeleton.parameters, stored, label="to Megatron"):
             if p.name not in writer.done:
-                value = torch.empty(p.shape, dtype=stored)
+                value = buffer(p)
                 if sum(b.length for b in p.blocks) < p.shape[p.blocks[0].dim]:
                     value.zero_()  # padding rows of the vocabulary
                 for b in p.blocks:
@@ -322,11 +322,11 @@ def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: s
             HFWriter.create(work.directory, list(plan.files))
         dist.barrier()
         writer = HFWriter(work.directory, list(plan.files))
-        done = set(work.journal.done)
+        done, buffer = set(work.journal.done), skeleton.buffers()
         for p in _progress(skeleton.parameters, skeleton.dtype, label="to HF"):
             if p.name in done:
                 continue
-            value = torch.empty(p.shape, dtype=skeleton.dtype)
+            value = buffer(p)
             reader.read(p, value)
             written = sum(
                 writer.write(name, _stored(name, tensor, tensors[name], plan.dtypes[name])) for name, tensor in _hf_parts(p, value, tensors)

@@ -105,6 +105,13 @@ class Skeleton:
         ]
 
 
+    def buffers(self) -> Callable[[Parameter], torch.Tensor]:
+        """A function that gives memory for one parameter at a time, the same memory every time."""
+        size = max(torch.Size(p.shape).numel() for p in self.parameters)
+        memory = torch.empty(size, dtype=self.dtype)
+        return lambda p: memory[: torch.Size(p.shape).numel()].view(p.shape)
+
+
 @dataclass(frozen=True)
 class _Item:
     """A tensor (or object, without shapes) of the checkpoint: where it is in the file."""
@@ -159,37 +166,35 @@ class DistWriter:
         self.file = f"__{dist.get_rank()}_0.distcp"
         self.items: list[_Item] = []
         self.done: set[str] = set()
-        end = journal.done[-1][1] if journal.done else 0
+        self._end = journal.done[-1][1] if journal.done else 0
         for name, _, items in journal.done:
             self.done.add(name)
             self.items += [_Item(key, tuple(offset), tuple(shape), tuple(whole), *place) for key, (offset, shape, whole), place in items]
-        self._f = (directory / self.file).open("r+b" if end else "wb")
-        self._f.truncate(end)
-        self._f.seek(end)
+        self._fd = os.open(directory / self.file, os.O_RDWR | os.O_CREAT, 0o666)
+        os.ftruncate(self._fd, self._end)
 
     def _sync(self) -> None:
-        self._f.flush()
-        os.fdatasync(self._f.fileno())
+        os.fdatasync(self._fd)
 
     def write(self, parameter: Parameter, value: torch.Tensor) -> None:
-        """`value`: contiguous, the parameter's shape and the skeleton's dtype."""
+        """`value`: contiguous, the parameter's shape and the skeleton's dtype. Raises CheckpointError where the disk is full."""
         items = []
         for piece in parameter.pieces:
-            at = self._f.tell()
-            torch.save(_own_storage(piece.view(value)), self._f)
-            items.append(_Item(piece.key, piece.offset, piece.shape, piece.global_shape, at, self._f.tell() - at))
+            length = _save(_own_storage(piece.view(value)), self._fd, self._end)
+            items.append(_Item(piece.key, piece.offset, piece.shape, piece.global_shape, self._end, length))
+            self._end += length
         self.items += items
-        record = [parameter.name, self._f.tell(), [[i.key, [i.offset, i.shape, i.global_shape], [i.at, i.length]] for i in items]]
+        record = [parameter.name, self._end, [[i.key, [i.offset, i.shape, i.global_shape], [i.at, i.length]] for i in items]]
         self.journal.add(record, value.nbytes, self._sync)
 
     def finish(self) -> None:
         for key, data in self.skeleton.objects:
-            at, blob = self._f.tell(), io.BytesIO()
+            blob = io.BytesIO()
             torch.save([data], blob)  # Megatron keeps the objects of one key in a list
-            self._f.write(blob.getbuffer())
-            self.items.append(_Item(key, None, None, None, at, self._f.tell() - at))
+            self.items.append(_Item(key, None, None, None, self._end, len(blob.getbuffer())))
+            self._end += _write_from(self._fd, self._end, blob.getbuffer())
         self._sync()
-        self._f.close()
+        os.close(self._fd)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (self.file, self.items))
         if dist.get_rank() == 0:
@@ -197,6 +202,29 @@ class DistWriter:
             torch.save({"content_metadata": CONTENT}, self.directory / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
         dist.barrier()
+
+
+class _Pickler(pickle.Pickler):
+    """A tensor as torch.save describes it; its values stand in a file of their own in the archive."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, torch.storage.TypedStorage):
+            return "storage", getattr(torch, obj._pickle_storage_type()), "0", "cpu", obj._size()
+        return None
+
+
+def _save(tensor: torch.Tensor, fd: int, at: int) -> int:
+    """What torch.save writes, at `at` of the file; returns its length. torch copies the values twice on the way, this not at all."""
+    head = io.BytesIO()
+    _Pickler(head, protocol=2).dump(tensor)
+    window = _Window(fd, at, 0)
+    with zipfile.ZipFile(window, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
+        archive.writestr("archive/data.pkl", head.getvalue())
+        archive.writestr("archive/byteorder", "little")
+        with archive.open("archive/data/0", "w", force_zip64=tensor.nbytes >= 1 << 31) as member:
+            member.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        archive.writestr("archive/version", "3\n")
+    return window.tell()
 
 
 def _own_storage(view: torch.Tensor) -> torch.Tensor:
@@ -301,8 +329,19 @@ def _read_into(fd: int, start: int, data: memoryview) -> bool:
     return True
 
 
+def _write_from(fd: int, start: int, data: Any) -> int:
+    """All of `data`. Raises CheckpointError where the disk is full."""
+    done = 0
+    try:
+        while done < len(data):
+            done += os.pwrite(fd, data[done:], start + done)
+    except OSError as error:
+        raise CheckpointError(f"cannot be written: {error.strerror}", where=os.readlink(f"/proc/self/fd/{fd}")) from error
+    return done
+
+
 class _Window(io.RawIOBase):
-    """`length` bytes of a file from `start` on, as a file."""
+    """`length` bytes of a file from `start` on, as a file; it grows as it is written to."""
 
     def __init__(self, fd: int, start: int, length: int) -> None:
         self._fd, self._start, self._length, self._at = fd, start, length, 0
@@ -312,6 +351,15 @@ class _Window(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        done = _write_from(self._fd, self._start + self._at, data)
+        self._at += done
+        self._length = max(self._length, self._at)
+        return done
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = offset + (0, self._at, self._length)[whence]
