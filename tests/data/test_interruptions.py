@@ -94,6 +94,7 @@ def test_any_number_of_workers_gives_the_same_bytes(config: Callable[..., Prepro
     assert len(one) == 15 and one == files(tmp_path, "w2_") == files(tmp_path, "w4_")
 
 
+@pytest.mark.slow
 def test_killed_at_random_times_it_ends_with_the_same_bytes(config: Callable[..., PreprocessConfig], tmp_path: Path) -> None:
     start = time.monotonic()
     preprocess(config("whole"))
