@@ -219,11 +219,12 @@ def _save(tensor: torch.Tensor, fd: int, at: int) -> int:
     _Pickler(head, protocol=2).dump(tensor)
     window = _Window(fd, at, 0)
     with zipfile.ZipFile(window, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
-        archive.writestr("archive/data.pkl", head.getvalue())
-        archive.writestr("archive/byteorder", "little")
-        with archive.open("archive/data/0", "w", force_zip64=tensor.nbytes >= 1 << 31) as member:
+        # ZipInfo without a time: the same tensor gives the same bytes
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), head.getvalue())
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
+        with archive.open(zipfile.ZipInfo("archive/data/0"), "w", force_zip64=tensor.nbytes >= 1 << 31) as member:
             member.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
-        archive.writestr("archive/version", "3\n")
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
     return window.tell()
 
 

@@ -1,12 +1,14 @@
 """Every model of the zoo there and back in one process; prints JSON. usage: convert_program.py ZOO_DIR WORK_DIR
 
-ZOO/KIND (any dtype) -> WORK/KIND.mrlhf -> WORK/KIND.hf, with the verification's figures of both ways.
+ZOO/KIND (any dtype) -> WORK/KIND.mrlhf -> WORK/KIND.hf, with the verification's figures; every family in bf16 too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,12 +17,15 @@ def main() -> None:
     os.environ["MRLHF_DEVICE"] = "cpu"
     zoo, work = Path(sys.argv[1]), Path(sys.argv[2])
     import torch
+    from zoo import KINDS
 
     from mrlhf import convert
     from mrlhf.checkpoint import Part, open_source, save
     from mrlhf.config import ParallelConfig
+    from mrlhf.dist_io import Skeleton
     from mrlhf.engine import Model
     from mrlhf.errors import MrlhfError
+    from mrlhf.models.families import hf_tensors
     from mrlhf.parallel import state
     from mrlhf.verify import verify
 
@@ -28,12 +33,11 @@ def main() -> None:
     for kind in sorted(p.name for p in zoo.iterdir() if p.is_dir()):
         made = convert.hf_to_megatron(str(zoo / kind), work / f"{kind}.mrlhf")
         convert.megatron_to_hf(str(made.path), work / f"{kind}.hf")
-        result[kind] = [
-            made.manifest["dtype"],
-            made.head,
-            verify(made, str(zoo / kind)).max_abs,
-            verify(made, str(work / f"{kind}.hf")).max_abs,
-        ]
+        result[kind] = [made.manifest["dtype"], made.head, verify(made, str(zoo / kind)).max_abs]
+        if made.manifest["dtype"] == "float32" and kind in KINDS:
+            for source, name in ((zoo / kind, f"{kind}.bf16.hf"), (work / f"{kind}.bf16.hf", f"{kind}.bf16.again")):
+                half = convert.hf_to_megatron(str(source), work / (name + ".mrlhf"), dtype="bfloat16")
+                convert.megatron_to_hf(str(half.path), work / name)
 
     # a reward model: fresh head on an LM, statistics as rm.py writes them, out to transformers and in again
     value = convert.hf_to_megatron(str(zoo / "qwen2"), work / "value.mrlhf", head="value", seed=7)
@@ -53,6 +57,9 @@ def main() -> None:
     parts = [Part("", actor.module, None, "lm", zoo / "qwen2"), Part("critic", model.module, None, "value", value.hf_dir)]
     save(work / "run/checkpoints/step_5", parts, stage="ppo", step=5, dtype="float32", extra={}, keep_last=1)
     save(work / "half.mrlhf", parts[:1], stage="sft", step=5, dtype="bfloat16", extra={})
+    (work / "run/config.yaml").write_text(f"model: {{path: {zoo / 'qwen2'}}}\ndata: {{train: data/prompts}}\n")
+    rows = [{"step": 4, "critic/score/mean": 0.5}, {"step": 5, "critic/score/mean": 0.75}, {"step": 6, "critic/score/mean": 9.0}]
+    (work / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     convert.megatron_to_hf(str(work / "run"), work / "actor.hf")
     convert.megatron_to_hf(str(work / "run"), work / "critic.hf", part="critic")
     convert.megatron_to_hf(str(work / "half.mrlhf"), work / "half.hf")
@@ -77,9 +84,24 @@ def main() -> None:
         try:
             call()
         except MrlhfError as error:
-            return f"{type(error).__name__}: {error.what}"
+            return f"{type(error).__name__}: {error.what}; {error.where}"
         return ""
 
+    # Megatron's own save of the same model, and a checkpoint in which one bit has changed
+    theirs = Model(open_source(str(work / "gemma3_text.mrlhf")), ParallelConfig(), head="lm", dtype="float32", seed=1)
+    save(work / "megatrons_own", [Part("", theirs.module, None, "lm", zoo / "gemma3_text")], stage="x", step=0, dtype="float32", extra={})
+    flipped = shutil.copytree(work / "llama.mrlhf", work / "flipped.mrlhf")
+    (part_file,) = (flipped / "dist").glob("*.distcp")
+    data = bytearray(part_file.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    part_file.write_bytes(data)
+    result["dry run"] = convert.plan_import(str(zoo / "phi3")).describe() + convert.plan_export(str(flipped), work / "x").describe()
+    granite = convert.hf_to_megatron(str(zoo / "granite"), work / "granite.value", head="value")
+    skeleton = Skeleton(value.spec, ParallelConfig(), head="lm", dtype=torch.float32)
+    tensors = hf_tensors(value.spec, head="lm")
+    lacking = {**tensors, "extra.weight": tensors["model.norm.weight"]}
+    broken = dataclasses.replace(skeleton.parameters[1], blocks=skeleton.parameters[1].blocks[:-1])
+    skeleton.parameters[1] = broken
     with torch.no_grad():
         actor.module.decoder.final_layernorm.weight[0] = 1e5
     save(work / "large.mrlhf", parts[:1], stage="sft", step=5, dtype="bfloat16", extra={})
@@ -91,6 +113,9 @@ def main() -> None:
         "hf as checkpoint": refusal(lambda: convert.megatron_to_hf(str(zoo / "qwen2"), work / "x")),
         "no critic": refusal(lambda: convert.megatron_to_hf(str(work / "qwen2.mrlhf"), work / "x", part="critic")),
         "value as lm": refusal(lambda: convert.hf_to_megatron(str(work / "rm.hf"), work / "x", head="lm")),
+        "no classifier": refusal(lambda: convert.megatron_to_hf(str(granite.path), work / "x")),
+        "flipped": refusal(lambda: convert.megatron_to_hf(str(flipped), work / "x")),
+        "maps": refusal(lambda: convert.check_maps(skeleton, lacking, value.spec)),
         "other model": refusal(lambda: verify(open_source(str(work / "qwen2.mrlhf")), str(zoo / "qwen3"))),
     }
     result["nothing left"] = sorted(p.name for p in work.iterdir() if p.name == "x" or p.name.endswith(".tmp") or p.name == "large.hf")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -70,27 +72,34 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *MORE])
-def test_there_and_back_is_bit_for_bit(found: dict[str, Any], zoo: Path, work: Path, kind: str) -> None:
-    before, after = tensors_of(zoo / kind), tensors_of(work / f"{kind}.hf")
-    if kind == "tied_with_copy":
-        del before["lm_head.weight"]  # config.json says that it is the embedding
-    assert set(before) == set(after)
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype, name
-        assert tensor.shape == after[name].shape, name
-        assert torch.equal(tensor.contiguous().view(torch.uint8), after[name].view(torch.uint8)), name
-    files = [f.name for f in (zoo / kind).iterdir() if "safetensors" not in f.name]
+def test_there_and_back_gives_every_file_byte_for_byte(found: dict[str, Any], zoo: Path, work: Path, kind: str) -> None:
+    files = sorted(f.name for f in (zoo / kind).iterdir())
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= set(files)
+    assert sorted(f.name for f in (work / f"{kind}.hf").iterdir()) == files
     for name in files:
-        assert (zoo / kind / name).read_bytes() == (work / f"{kind}.hf" / name).read_bytes(), name
-    assert sorted(f.name for f in (work / f"{kind}.hf").iterdir()) == sorted([*files, "model.safetensors"])
+        if kind == "tied_with_copy" and name.endswith(".safetensors"):
+            before, after = tensors_of(zoo / kind), tensors_of(work / f"{kind}.hf")
+            assert set(before) - set(after) == {"lm_head.weight"}, "config.json says that it is the embedding"
+            assert all(torch.equal(before[k], v) for k, v in after.items())
+        else:
+            assert (zoo / kind / name).read_bytes() == (work / f"{kind}.hf" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_in_bfloat16(found: dict[str, Any], zoo: Path, work: Path, kind: str) -> None:
+    """Of every family; the fp32 model is rounded on the way in, and what comes out goes there and back once more."""
+    once, twice = tensors_of(work / f"{kind}.bf16.hf"), tensors_of(work / f"{kind}.bf16.again")
+    assert set(once) == set(tensors_of(zoo / kind))
+    for name, tensor in tensors_of(zoo / kind).items():
+        assert torch.equal(tensor.bfloat16(), once[name]), name
+    assert all(torch.equal(tensor.view(torch.int16), twice[name].view(torch.int16)) for name, tensor in once.items())
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *MORE])
-def test_both_ways_verify(found: dict[str, Any], kind: str) -> None:
-    dtype, head, there, back = found[kind]
+def test_the_checkpoint_computes_what_transformers_does(found: dict[str, Any], kind: str) -> None:
+    dtype, head, difference = found[kind]
     assert (dtype, head) == ("bfloat16" if kind == "bf16" else "float32", "lm")
-    assert max(there, back) < 1e-5
+    assert difference < 1e-5
 
 
 def test_tied_stays_tied(found: dict[str, Any], work: Path) -> None:
@@ -131,6 +140,9 @@ def test_value_model_becomes_a_classifier_with_the_same_scores(found: dict[str, 
 
 def test_runs_and_their_parts(found: dict[str, Any], zoo: Path, work: Path) -> None:
     assert "lm_head.weight" in tensors_of(work / "actor.hf")
+    card = (work / "actor.hf/README.md").read_text()
+    assert "(PPO)" in card and "step 5" in card and "data/prompts" in card and f"path: {zoo / 'qwen2'}" in card
+    assert "| critic/score/mean | 0.75 |" in card and card.startswith("---\nlibrary_name: transformers\n")
     critic = tensors_of(work / "critic.hf")
     assert critic["score.weight"].shape == (1, 128) and "lm_head.weight" not in critic
     half = tensors_of(work / "half.hf")
@@ -167,7 +179,41 @@ def test_refusals(found: dict[str, Any]) -> None:
     assert "float16" in refused["overflow"] and "exists" in refused["existing"] and "exists" in refused["existing hf"]
     assert "already" in refused["checkpoint as hf"] and "not a mrlhf checkpoint" in refused["hf as checkpoint"]
     assert "no critic" in refused["no critic"] and "no LM head" in refused["value as lm"] and "different models" in refused["other model"]
+    assert "no class for a value model of granite" in refused["no classifier"]
+    assert "checksum" in refused["flipped"] and "decoder.layers." in refused["flipped"] and "__0_0.distcp" in refused["flipped"]
+    assert re.search("parameters not filled once: decoder.layers.0.*HF tensors not used once: .*extra.weight", refused["maps"])
     assert found["nothing left"] == []
+
+
+def test_a_checkpoint_cut_short_is_refused(found: dict[str, Any], work: Path) -> None:
+    from mrlhf.checkpoint import open_source
+    from mrlhf.errors import CheckpointError
+
+    short = shutil.copytree(work / "llama.mrlhf", work / "short.mrlhf")
+    os.truncate(short / "dist/__0_0.distcp", 1000)
+    with pytest.raises(CheckpointError, match=r"missing or of another size: dist/__0_0\.distcp"):
+        open_source(str(short))
+
+
+def test_dry_run_says_what_would_be_written(found: dict[str, Any]) -> None:
+    text = "\n".join(found["dry run"])
+    assert "phi3" in text and "tensors in 1 files" in text and "head lm in float32" in text and "model.safetensors" in text
+    assert "x" not in found["nothing left"]
+
+
+def test_the_converter_writes_what_megatron_writes(found: dict[str, Any], work: Path) -> None:
+    """Names, shapes, chunks and common state are those of Megatron's own save of the same model."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    places = (work / "gemma3_text.mrlhf/dist", work / "megatrons_own/dist")
+    ours, theirs = (dcp.FileSystemReader(place).read_metadata().state_dict_metadata for place in places)
+    assert set(ours) == set(theirs)
+    for name, entry in theirs.items():
+        if isinstance(entry, TensorStorageMetadata):
+            assert (ours[name].size, ours[name].properties.dtype) == (entry.size, entry.properties.dtype)
+            assert sorted(map(str, ours[name].chunks)) == sorted(map(str, entry.chunks))
+    assert torch.load(places[0] / "common.pt") == torch.load(places[1] / "common.pt")
 
 
 def test_command_lines(zoo: Path, work: Path, found: dict[str, Any], tmp_path: Path) -> None:

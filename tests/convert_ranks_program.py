@@ -1,0 +1,61 @@
+"""Under torchrun with two ranks: models of the zoo there and back by both, and their checkpoints loaded under other layouts.
+
+usage: convert_ranks_program.py ZOO_DIR WORK_DIR KIND ...      Writes WORK/KIND.mrlhf and WORK/KIND.hf; rank 0 prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    os.environ["MRLHF_DEVICE"] = "cpu"
+    import torch
+    import torch.distributed as dist
+    from zoo import VOCAB, samples
+
+    from mrlhf import convert
+    from mrlhf.checkpoint import open_source
+    from mrlhf.config import ParallelConfig
+    from mrlhf.data.loader import Sample, collate
+    from mrlhf.engine import Model
+    from mrlhf.parallel import state
+
+    # isort: split
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    zoo, work, kinds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    for kind in kinds:
+        convert.hf_to_megatron(str(zoo / kind), work / f"{kind}.mrlhf")
+        convert.megatron_to_hf(str(work / f"{kind}.mrlhf"), work / f"{kind}.hf")
+    parallel_state.destroy_model_parallel()
+    rows = [Sample(ids.numpy(), ids.numpy() * 0 + 1, i) for i, ids in enumerate(samples())]
+    found: dict[str, float] = {}
+    for layout in (ParallelConfig(tensor_model_parallel_size=2), ParallelConfig(expert_model_parallel_size=2)):
+        state.initialize(layout, seed=1)
+        for kind in kinds:
+            source = open_source(str(work / f"{kind}.mrlhf"))
+            if layout.expert_model_parallel_size > 1 and source.spec.experts is None:
+                continue
+            model = Model(source, layout, head="lm", dtype="float32", seed=1)
+            batch = collate(rows, packing=True, pad_multiple=2)
+
+            def logits(out_BTV: torch.Tensor, batch: object) -> torch.Tensor:
+                return gather_from_tensor_model_parallel_region(out_BTV)[..., :VOCAB].float().permute(2, 0, 1).contiguous()
+
+            per_channel = [batch.split(x) for x in model.forward([batch], logits, channels=VOCAB)[0]]
+            ours = [torch.stack(of_sample, -1) for of_sample in zip(*per_channel, strict=True)]
+            errors = [float((a - b).abs().max()) for a, b in zip(ours, torch.load(zoo / f"{kind}.pt"), strict=True)]
+            found[f"{kind} tp {layout.tensor_model_parallel_size} ep {layout.expert_model_parallel_size}"] = max(errors)
+        parallel_state.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
