@@ -1,6 +1,6 @@
 """Direct preference optimisation against a frozen reference: the model the run starts from.
 
-Legend: B rows, T tokens, W the rank's part of the vocabulary, N samples, P pairs.
+Legend: B rows, T tokens, H hidden size, N samples, P pairs.
 The reference's log-probs are computed once, before the first step, by the policy itself (it still is the
 reference then) and kept in the run's directory; `dpo.reference: online` keeps a second model instead.
 """
@@ -18,12 +18,11 @@ from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.losses import dpo_loss
 from mrlhf.parallel import state
-from mrlhf.parallel.logprobs import vocab_parallel_logprobs
 
 
-def answer_logps(model: Model, logits_BTW: torch.Tensor, batch: MicroBatch, *, mean: bool) -> torch.Tensor:
+def answer_logps(model: Model, hidden_BTH: torch.Tensor, batch: MicroBatch, *, mean: bool) -> torch.Tensor:
     """[N]: log-prob of each answer, summed over its trained tokens (or their mean)."""
-    logps_BT, _, _ = vocab_parallel_logprobs(logits_BTW, batch.targets_BT, vocab_size=model.spec.vocab_size, group=model.tp_group)
+    logps_BT, _, _ = model.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT)
     sums_N = batch.sum_N(logps_BT * batch.mask_BT)
     return sums_N / batch.sum_N(batch.mask_BT).clamp(min=1) if mean else sums_N
 
@@ -31,8 +30,8 @@ def answer_logps(model: Model, logits_BTW: torch.Tensor, batch: MicroBatch, *, m
 def _logps_of(model: Model, batches: list[MicroBatch], *, mean: bool) -> list[torch.Tensor]:
     """[N] of every micro-batch, without gradient."""
 
-    def per_token(logits_BTW: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        logps_BT, _, _ = vocab_parallel_logprobs(logits_BTW, batch.targets_BT, vocab_size=model.spec.vocab_size, group=model.tp_group)
+    def per_token(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        logps_BT, _, _ = model.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT)
         return (logps_BT * batch.mask_BT)[None]
 
     found = []
@@ -76,8 +75,8 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
     """
     options, mean = config.dpo, config.dpo.length_normalize
 
-    def loss(logits_BTW: torch.Tensor, batch: MicroBatch):
-        policy_N = answer_logps(trainer, logits_BTW, batch, mean=mean)
+    def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
+        policy_N = answer_logps(trainer, hidden_BTH, batch, mean=mean)
         reference_N = reference[batch.index_N.cpu()].to(policy_N.device)
         chosen, rejected = (i.to(policy_N.device) for i in loader.pairs(batch))
         weight_P = batch.weights_N[chosen]

@@ -33,6 +33,7 @@ from mrlhf.config import OptimConfig, ParallelConfig
 from mrlhf.data.loader import MicroBatch
 from mrlhf.models import gpt
 from mrlhf.parallel import adam, device, state
+from mrlhf.parallel.logprobs import head_logprobs
 
 Partials = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, Partials]]
@@ -72,13 +73,25 @@ class Model:
         else:
             load_weights(source, self.module, head=head, seed=seed)
         self.chunk: torch.nn.Module = self.module
-        self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.device = device.current().name
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's parameters by Megatron's name with the global layer index."""
         return {name: p.data for name, p in gpt.local_parameters(self.module)}
+
+    def logprobs(
+        self,
+        hidden_BTH: torch.Tensor,
+        batch: MicroBatch,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        keep_BT: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the batch's targets, from an LM's output: (log-prob, entropy, is the most likely token), [B, T] each; see `head_logprobs`."""
+        head = gpt.lm_head(self.module, self.spec)
+        return head_logprobs(hidden_BTH, batch.targets_BT, head, temperature=temperature, with_entropy=with_entropy, keep=keep_BT)
 
     def _schedule(self, micro_batches: list[MicroBatch], step: Callable, *, forward_only: bool, collect: bool = False) -> list:
         return get_forward_backward_func()(

@@ -26,7 +26,6 @@ from mrlhf.engine import Model
 from mrlhf.errors import CheckpointError, ConfigError, Problems
 from mrlhf.models.spec import check_layout
 from mrlhf.parallel import device, state
-from mrlhf.parallel.logprobs import vocab_parallel_logprobs
 from mrlhf.preflight import open_data
 from mrlhf.rm import score_micro_batches
 
@@ -68,11 +67,8 @@ def check(config: ScoreStage, world: int) -> tuple[ModelSource, Dataset]:
 def token_logprobs(model: Model, batches: list[MicroBatch], *, temperature: float) -> list[list[torch.Tensor]]:
     """Of every micro-batch and sample: log p of its tokens 1 .. T-1, [T - 1]."""
 
-    def per_token(logits_BTW: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        logps_BT, _, _ = vocab_parallel_logprobs(
-            logits_BTW, batch.targets_BT, vocab_size=model.spec.vocab_size, group=model.tp_group, temperature=temperature
-        )
-        return logps_BT[None]
+    def per_token(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        return model.logprobs(hidden_BTH, batch, temperature=temperature)[0][None]
 
     outputs = model.forward(batches, per_token, channels=1)
     return [[of_sample[:-1] for of_sample in batch.split(logps_1BT[0].cpu())] for batch, logps_1BT in zip(batches, outputs, strict=True)]

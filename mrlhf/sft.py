@@ -1,6 +1,6 @@
 """Supervised fine-tuning: cross entropy of the trained tokens (the last assistant turn, by the data's mask).
 
-Legend: B rows, T tokens, W the rank's part of the vocabulary.
+Legend: B rows, T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from mrlhf.config import SFTStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import LossFn, Trainer
 from mrlhf.losses import masked_cross_entropy, sum_and_count
-from mrlhf.parallel.logprobs import vocab_parallel_logprobs
 
 
 def language_model_loss(trainer: Trainer, *, aggregation: str) -> LossFn:
     """-log p of each trained token given those before it in its sample; the mean is over the step's tokens or sequences."""
 
-    def loss(logits_BTW: torch.Tensor, batch: MicroBatch):
-        logps_BT, entropy_BT, is_top_BT = vocab_parallel_logprobs(
-            logits_BTW, batch.targets_BT, vocab_size=trainer.spec.vocab_size, group=trainer.tp_group, with_entropy=True
-        )
+    def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
+        logps_BT, entropy_BT, is_top_BT = trainer.logprobs(hidden_BTH, batch, with_entropy=True, keep_BT=batch.mask_BT)
         total = masked_cross_entropy(
             logps_BT,
             batch.mask_BT,

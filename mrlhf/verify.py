@@ -97,8 +97,9 @@ def _megatron_outputs(
             view.copy_(view.to(dtypes.get(b.hf, torch.float32)))
     channels = spec.vocab_size if head == "lm" else 1
 
-    def outputs(out_BTW: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        return out_BTW[..., :channels].float().permute(2, 0, 1)
+    def outputs(out_BTX: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        logits_or_values = gpt.lm_head(model.module, spec).logits(out_BTX) if head == "lm" else out_BTX
+        return logits_or_values[..., :channels].float().permute(2, 0, 1)
 
     found = {}
     for packing in (True, False):

@@ -40,13 +40,14 @@ def reference(world: Path, value: Path) -> dict[str, list[Any]]:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    from mrlhf.models.families import spec_from_hf
     from mrlhf.models.gpt import RandomSource
-    from mrlhf.models.spec import read_hf_config, spec_from_hf
+    from mrlhf.models.spec import read_hf_config
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(world / "qwen2", dtype=torch.float32)
     assert "score.weight" not in load_file(world / "qwen2/model.safetensors")
-    head = RandomSource(spec_from_hf(read_hf_config(world / "qwen2")), head="value", seed=4)._tensor("score.weight")
+    head = RandomSource(spec_from_hf(read_hf_config(world / "qwen2"), where="qwen2"), head="value", seed=4)._tensor("score.weight")
     found: dict[str, list[Any]] = {}
     for name in ("sft", "pref", "prompts"):
         data = PackedDataset.open(world / name)

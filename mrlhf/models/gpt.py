@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -45,6 +46,7 @@ from mrlhf.models.rope import inverse_frequencies
 from mrlhf.models.spec import Layer, ModelSpec
 from mrlhf.parallel import device, state
 from mrlhf.parallel.attention import CoreAttention
+from mrlhf.parallel.logprobs import Head
 from mrlhf.parallel.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
 from mrlhf.parallel.rope import Attention, Rotary
 
@@ -163,12 +165,40 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer) -> Mod
     )
 
 
+class GPT(GPTModel):
+    """Its last stage gives the LM's hidden states, whole on every tensor-parallel rank; `lm_head` holds what makes logits of them.
+
+    The loss applies the head itself, in chunks (parallel/logprobs.py), so [T, V] is never whole. The weight stays where Megatron has it.
+    """
+
+    def _postprocess(self, hidden_states, **rest):
+        if not self.post_process or isinstance(self.output_layer, ValueHead):
+            return super()._postprocess(hidden_states, **rest)
+        if self.config.sequence_parallel:  # backward adds the ranks' gradients up, and scatters them
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        else:  # backward adds them up
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+        return hidden_states.transpose(0, 1).contiguous()
+
+
+def lm_head(model: GPTModel, spec: ModelSpec) -> Head:
+    """Of the last pipeline stage."""
+    tied = model.share_embeddings_and_output_weights
+    return Head(
+        model.shared_embedding_or_output_weight() if tied else model.output_layer.weight,
+        spec.vocab_size,
+        parallel_state.get_tensor_model_parallel_group(),
+        spec.logit_scale,
+        spec.logit_softcap,
+    )
+
+
 def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str) -> GPTModel:
-    """This rank's part of the model, not yet filled. `head`: "lm" (vocabulary-parallel logits) or "value"."""
+    """This rank's part of the model, not yet filled. `head`: "lm" (hidden states come out, see `GPT`) or "value"."""
     offset = get_transformer_layer_offset(config)
     layers = [_layer_spec(spec, config, spec.layers[offset + i]) for i in range(get_num_layers_to_build(config))]
     is_last = parallel_state.is_pipeline_last_stage()
-    model = GPTModel(
+    model = GPT(
         config,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm),
         vocab_size=spec.padded_vocab_size,
@@ -184,30 +214,21 @@ def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str) -> GPT
         model.rotary_pos_emb = Rotary(frequencies.to(device.current().name), interleaved=spec.ropes[0].interleaved)
     if head == "value" and is_last:
         model.output_layer = ValueHead(config)
-    _add_scales(model, spec, head=head)
+    _add_scale(model, spec)
     _mark_sharded(model)
     if spec.learned_positions and hasattr(model, "embedding"):
         model.embedding.position_embeddings.to(config.params_dtype)  # Megatron makes it in fp32
     return model.to(device.current().name)
 
 
-def _add_scales(model: GPTModel, spec: ModelSpec, *, head: str) -> None:
-    """Multipliers and the soft cap at either end, for which Megatron has no place."""
+def _add_scale(model: GPTModel, spec: ModelSpec) -> None:
+    """The embedding's multiplier, for which Megatron has no place."""
     if model.pre_process and spec.embedding_scale != 1.0:
 
         def scale(module, args, out: torch.Tensor) -> torch.Tensor:
             return out * torch.tensor(spec.embedding_scale, dtype=out.dtype, device=out.device)  # rounded to the dtype, as transformers does
 
         model.embedding.register_forward_hook(scale)
-    if model.post_process and head == "lm" and (spec.logit_scale != 1.0 or spec.logit_softcap is not None):
-
-        def cap(module, args, out):
-            logits = out[0] if spec.logit_scale == 1.0 else out[0] * spec.logit_scale
-            if spec.logit_softcap is not None:
-                logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
-            return logits, out[1]
-
-        model.output_layer.register_forward_hook(cap)
 
 
 def _mark_sharded(model: GPTModel) -> None:
@@ -320,7 +341,7 @@ def _positions(batch: MicroBatch) -> torch.Tensor:
 
 
 def run(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Forward of one micro-batch: logits [B, T, V/TP] or values [B, T, 1] on the last stage, hidden states elsewhere."""
+    """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its slice) elsewhere."""
     packed = None
     if batch.cu_seqlens is not None:
         packed = PackedSeqParams(

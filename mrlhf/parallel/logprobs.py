@@ -1,103 +1,173 @@
-"""Log-probabilities and entropy from vocabulary-parallel logits, in one pass, in fp32.
+"""Log-probabilities and entropy straight from hidden states, through a vocabulary-parallel LM head, in fp32.
 
-Legend: N tokens (all leading dimensions), V vocabulary, W = V / TP the part of this rank.
-Forward keeps the logits as they came (bf16 or fp32) and two numbers a token; backward recomputes the
-probabilities. Both go through the tokens in chunks, so the extra memory is chunk x W floats, never a second
-[N, W]. Two collectives whatever N is.
+Legend: N tokens (all leading dimensions), H hidden size, V vocabulary, W = V / TP the rows of the head on this rank.
+[N, V] logits are never whole: both passes go through the tokens in chunks. Forward keeps two numbers a token,
+backward multiplies by the head once more (4 matrix products instead of 3) and adds up both gradients, so the memory beyond
+them is two buffers of chunk x W floats. Two collectives whatever N is.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
-CHUNK_BYTES = 64 << 20  # of one fp32 [chunk, W] temporary
+# of one fp32 [chunk, W] buffer. A GPU needs some hundred tokens a chunk, or reading the head is all it does
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
-def _chunks(n: int, w: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * w))
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: softcap * tanh(scale * h @ weight.T / softcap), or scale * h @ weight.T without a softcap."""
+
+    weight_WH: torch.Tensor  # this rank's rows; those beyond vocab_size are padding, with probability 0
+    vocab_size: int
+    group: dist.ProcessGroup | None = None  # tensor-parallel
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., W], whole: for comparisons, not for training."""
+        found = hidden @ self.weight_WH.T * self.scale
+        return found if self.softcap is None else self.softcap * torch.tanh(found / self.softcap)
 
 
-class _VocabParallelLogProbs(torch.autograd.Function):
+class _Chunks:
+    """z = logits / temperature of a chunk of tokens, in a buffer that every chunk uses anew (fresh memory costs page faults on CPU)."""
+
+    def __init__(self, hidden_NH: torch.Tensor, weight_RH: torch.Tensor, scale: float, softcap: float | None, temperature: float) -> None:
+        self.hidden_NH, self.weight_RH = hidden_NH, weight_RH
+        self.scale, self.softcap, self.temperature = scale, softcap, temperature
+        n, r = hidden_NH.size(0), weight_RH.size(0)
+        size = max(1, min(n, CHUNK_BYTES[hidden_NH.device.type] // (4 * max(1, r))))
+        self.slices = [slice(i, min(i + size, n)) for i in range(0, n, size)] if r else []
+        self.z_CR, self.other_CR = (torch.empty(size, r, dtype=torch.float32, device=hidden_NH.device) for _ in range(2))
+        half = hidden_NH.dtype != torch.float32
+        self.product_CR = torch.empty(size, r, dtype=hidden_NH.dtype, device=hidden_NH.device) if half else self.z_CR
+
+    def z(self, c: slice) -> torch.Tensor:
+        """The buffer's part, [chunk, R], to be edited in place."""
+        hidden_CH = self.hidden_NH[c]
+        z_CR = self.z_CR[: hidden_CH.size(0)]
+        product_CR = self.product_CR[: hidden_CH.size(0)]
+        torch.mm(hidden_CH, self.weight_RH.T, out=product_CR)
+        if product_CR is not z_CR:
+            z_CR.copy_(product_CR)
+        if self.softcap is not None:
+            return z_CR.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        return z_CR if self.scale == self.temperature else z_CR.mul_(self.scale / self.temperature)
+
+    def other(self, c: slice) -> torch.Tensor:
+        return self.other_CR[: c.stop - c.start]
+
+    def through(self, grad_z_CR: torch.Tensor, z_CR: torch.Tensor | None) -> torch.Tensor:
+        """Gradient of z -> that of hidden @ weight.T, in place. z_CR: needed with a softcap."""
+        grad_z_CR.mul_(self.scale / self.temperature)
+        if self.softcap is not None:
+            assert z_CR is not None
+            grad_z_CR.mul_(1 - (z_CR * (self.temperature / self.softcap)).square_())
+        return grad_z_CR
+
+
+class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_NW, targets_N, temperature, with_entropy, group, rank, vocab_size):
-        n, w = logits_NW.shape
-        start = rank * w
-        real = min(w, vocab_size - start)  # columns beyond are padding rows of the embedding: probability 0
+    def forward(ctx, hidden_NH, weight_WH, targets_N, head, temperature, with_entropy):
+        n, w = hidden_NH.size(0), weight_WH.size(0)
+        group = head.group
+        start = 0 if group is None else group.rank() * w
+        real = max(0, min(w, head.vocab_size - start))
         local_N = targets_N - start
         mine_N = (local_N >= 0) & (local_N < real)
-        local_N = local_N.clamp(0, w - 1)
-        if real > 0:
-            max_N = logits_NW[:, :real].amax(-1).float() / temperature
-        else:
-            max_N = torch.full((n,), float("-inf"), device=logits_NW.device)
-        if group is not None:
-            dist.all_reduce(max_N, op=dist.ReduceOp.MAX, group=group)
-        # sums over this rank's part of: exp(z), the target's z, exp(z) * z, with z = logit / temperature - max
-        sums_3N = torch.zeros(3, n, dtype=torch.float32, device=logits_NW.device)
-        for c in _chunks(n, w) if real > 0 else []:
-            z = (logits_NW[c, :real].float() / temperature).sub_(max_N[c, None])  # .float() of fp32 is no copy, the division is
-            sums_3N[1, c] = torch.where(mine_N[c], z.gather(1, local_N[c, None].clamp(max=real - 1)).squeeze(1), 0.0)
-            e = z.exp()
-            sums_3N[0, c] = e.sum(-1)
+        local_N = local_N.clamp(0, max(real - 1, 0))
+        chunks = _Chunks(hidden_NH, weight_WH[:real], head.scale, head.softcap, temperature)
+        # of this rank's part, with z = logit / temperature - its own maximum: sum exp(z), sum exp(z) z; and the target's logit / temperature
+        max_N = torch.full((n,), float("-inf"), device=hidden_NH.device)
+        sums_3N = torch.zeros(3, n, dtype=torch.float32, device=hidden_NH.device)
+        for c in chunks.slices:
+            z_CR = chunks.z(c)
+            sums_3N[2, c] = torch.where(mine_N[c], z_CR.gather(1, local_N[c, None]).squeeze(1), 0.0)
+            max_N[c] = z_CR.amax(-1)
+            z_CR.sub_(max_N[c, None])
+            e_CR = torch.exp(z_CR, out=chunks.other(c))
+            sums_3N[0, c] = e_CR.sum(-1)
             if with_entropy:
-                sums_3N[2, c] = e.mul_(z).sum(-1)
+                sums_3N[1, c] = torch.bmm(e_CR[:, None], z_CR[:, :, None]).reshape(-1)
         if group is not None:
+            own_N = max_N.clone()
+            dist.all_reduce(max_N, op=dist.ReduceOp.MAX, group=group)
+            shift_N = (own_N - max_N).clamp(min=-1e4)  # exp of it is 0; -inf of a rank without real rows would give nan
+            sums_3N[1] = (sums_3N[1] + shift_N * sums_3N[0]) * shift_N.exp()
+            sums_3N[0] *= shift_N.exp()
             dist.all_reduce(sums_3N, group=group)
-        log_sum_N = sums_3N[0].log()
-        logps_N = sums_3N[1] - log_sum_N
-        entropy_N = log_sum_N - sums_3N[2] / sums_3N[0] if with_entropy else torch.zeros_like(logps_N)
-        ctx.save_for_backward(logits_NW, local_N, mine_N, max_N + log_sum_N, entropy_N)
-        ctx.temperature, ctx.real = temperature, real
+        log_z_N = max_N + sums_3N[0].log()
+        logps_N = sums_3N[2] - log_z_N
+        entropy_N = sums_3N[0].log() - sums_3N[1] / sums_3N[0] if with_entropy else torch.zeros_like(logps_N)
+        ctx.save_for_backward(hidden_NH, weight_WH, local_N, mine_N, log_z_N, entropy_N)
+        ctx.head, ctx.temperature, ctx.real = head, temperature, real
         ctx.set_materialize_grads(False)
-        is_top_N = sums_3N[1] == 0  # the target's z is 0 just where it is the maximum
+        is_top_N = sums_3N[2] == max_N
         ctx.mark_non_differentiable(is_top_N, *(() if with_entropy else (entropy_N,)))
         return logps_N, entropy_N, is_top_N
 
     @staticmethod
     def backward(ctx, grad_logps_N, grad_entropy_N, _):
-        logits_NW, local_N, mine_N, log_z_N, entropy_N = ctx.saved_tensors
-        grad_NW = torch.zeros_like(logits_NW)
-        for c in _chunks(*logits_NW.shape) if ctx.real > 0 else []:
-            logp = (logits_NW[c, : ctx.real].float() / ctx.temperature).sub_(log_z_N[c, None])
-            p = logp.exp()
-            # d logp[target] / d z = onehot - p ;  d H / d z = -p (logp + H)
-            g = torch.zeros_like(p) if grad_logps_N is None else p * -grad_logps_N[c, None]
-            if grad_logps_N is not None:
-                g.scatter_add_(1, local_N[c, None].clamp(max=ctx.real - 1), torch.where(mine_N[c], grad_logps_N[c], 0.0)[:, None])
-            if grad_entropy_N is not None:
-                g.sub_(p.mul_(logp.add_(entropy_N[c, None])).mul_(grad_entropy_N[c, None]))
-            grad_NW[c, : ctx.real] = g.div_(ctx.temperature).to(grad_NW.dtype)
-        return grad_NW, None, None, None, None, None, None
+        hidden_NH, weight_WH, local_N, mine_N, log_z_N, entropy_N = ctx.saved_tensors
+        weight_RH = weight_WH[: ctx.real]
+        if grad_logps_N is None:
+            grad_logps_N = torch.zeros_like(log_z_N)
+        grad_hidden_NH = torch.zeros_like(hidden_NH)
+        # fp32 over the chunks: bf16 would round at every addition
+        grad_weight_WH = torch.zeros_like(weight_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        chunks = _Chunks(hidden_NH, weight_RH, ctx.head.scale, ctx.head.softcap, ctx.temperature)
+        for c in chunks.slices:
+            z_CR = chunks.z(c)
+            capped_CR = z_CR.clone() if ctx.head.softcap is not None else None
+            logp_CR = z_CR.sub_(log_z_N[c, None])
+            g_CR = torch.exp(logp_CR, out=chunks.other(c))
+            # d logp[target] / dz = onehot - p ;  d H / dz = -p (logp + H)
+            if grad_entropy_N is None:
+                g_CR.mul_(-grad_logps_N[c, None])
+            else:
+                of_entropy_C1 = grad_entropy_N[c, None]
+                g_CR.mul_(logp_CR.mul_(-of_entropy_C1).sub_(of_entropy_C1 * entropy_N[c, None] + grad_logps_N[c, None]))
+            g_CR.scatter_add_(1, local_N[c, None], torch.where(mine_N[c], grad_logps_N[c], 0.0)[:, None])
+            g_CR = chunks.through(g_CR, capped_CR).to(hidden_NH.dtype)
+            torch.mm(g_CR, weight_RH, out=grad_hidden_NH[c])
+            if grad_weight_WH is None:
+                continue
+            if g_CR.dtype == torch.float32:
+                grad_weight_WH[: ctx.real].addmm_(g_CR.T, hidden_NH[c])
+            else:
+                grad_weight_WH[: ctx.real].add_(g_CR.T @ hidden_NH[c])
+        grad_weight = None if grad_weight_WH is None else grad_weight_WH.to(weight_WH.dtype)
+        return grad_hidden_NH, grad_weight, None, None, None, None
 
 
-def vocab_parallel_logprobs(
-    logits: torch.Tensor,
+def head_logprobs(
+    hidden: torch.Tensor,
     targets: torch.Tensor,
+    head: Head,
     *,
-    vocab_size: int,
-    group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log p(target) and the entropy of softmax(logits / temperature), fp32 and differentiable, and whether the target is the most likely token.
 
-    logits [..., V/TP] of this rank, targets [...] global ids, vocab_size the count of real rows (logits beyond
-    it get probability 0), group the tensor-parallel group. The entropy is zeros unless asked for.
-    The gradient of the logits is that of this rank's part.
+    hidden [..., H], whole on every tensor-parallel rank; targets [...] global ids. The entropy is zeros unless asked for.
+    keep [...]: where it is 0 nothing is computed and 0 is returned (prompts cost nothing); the same on all ranks.
+    The gradient of `hidden` is that of this rank's rows: the caller adds it up over the ranks.
     """
-    if group is not None and group.size() == 1:
-        group = None
-    assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
-    found = _VocabParallelLogProbs.apply(
-        logits.reshape(-1, logits.size(-1)),
-        targets.reshape(-1),
-        temperature,
-        with_entropy,
-        group,
-        0 if group is None else group.rank(),
-        vocab_size,
-    )
+    assert hidden.shape[:-1] == targets.shape, (hidden.shape, targets.shape)
+    hidden_NH, targets_N, index = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1), None
+    if keep is not None:
+        index = keep.reshape(-1).nonzero().squeeze(1)
+        hidden_NH, targets_N = hidden_NH.index_select(0, index), targets_N.index_select(0, index)
+    if head.group is not None and head.group.size() == 1:
+        head = Head(head.weight_WH, head.vocab_size, None, head.scale, head.softcap)
+    found = _HeadLogProbs.apply(hidden_NH, head.weight_WH, targets_N, head, temperature, with_entropy)
+    if index is not None:
+        found = tuple(x.new_zeros(targets.numel()).index_copy(0, index, x) for x in found)
     logps, entropy, is_top = (x.view(targets.shape) for x in found)
     return logps, entropy, is_top

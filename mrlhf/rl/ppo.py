@@ -27,7 +27,6 @@ from mrlhf.errors import MrlhfError
 from mrlhf.losses import reduce_loss, sum_and_count
 from mrlhf.models.layouts import make_reshard
 from mrlhf.parallel import device, state
-from mrlhf.parallel.logprobs import vocab_parallel_logprobs
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from mrlhf.rl.policy_loss import policy_loss, value_loss
@@ -147,14 +146,9 @@ class PPO:
     def logprobs(self, model: Model, rollout: Rollout, *, with_entropy: bool = False) -> list[torch.Tensor]:
         """[B, A] log-probs of the answers under `model` at the rollout's temperature (and the entropies)."""
 
-        def fn(logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-            logps_BT, entropy_BT, _ = vocab_parallel_logprobs(
-                logits,
-                batch.targets_BT,
-                vocab_size=model.spec.vocab_size,
-                group=model.tp_group,
-                temperature=self.config.rollout.temperature,
-                with_entropy=with_entropy,
+        def fn(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+            logps_BT, entropy_BT, _ = model.logprobs(
+                hidden_BTH, batch, temperature=self.config.rollout.temperature, with_entropy=with_entropy, keep_BT=batch.mask_BT
             )
             return torch.stack([logps_BT, entropy_BT]) if with_entropy else logps_BT[None]
 
@@ -192,14 +186,9 @@ class PPO:
         name = config.rollout.correction
         correction = None if name == "none" else (name, config.rollout.correction_low, config.rollout.correction_high)
 
-        def loss(logits: torch.Tensor, batch: MicroBatch):
-            logps_BT, entropy_BT, _ = vocab_parallel_logprobs(
-                logits,
-                batch.targets_BT,
-                vocab_size=self.actor.spec.vocab_size,
-                group=self.actor.tp_group,
-                temperature=config.rollout.temperature,
-                with_entropy=True,
+        def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
+            logps_BT, entropy_BT, _ = self.actor.logprobs(
+                hidden_BTH, batch, temperature=config.rollout.temperature, with_entropy=True, keep_BT=batch.mask_BT
             )
             pieces = {"segment_ids": batch.segments_BT, "num_segments": batch.num_samples + 1}
             total, partials = policy_loss(
@@ -224,7 +213,7 @@ class PPO:
             if config.kl.in_loss and ref_BA is not None:
                 kl_BT = kl_estimate(logps_BT, spread(batch, ref_BA), kind=config.kl.kind)
                 total = total + self.kl.value * reduce_loss(kl_BT, batch.mask_BT, aggregation=aggregation, denominator=1.0, **pieces)[0]
-            count = batch.mask_BT.sum() if aggregation == "token" else torch.tensor(batch.num_samples, device=logits.device)
+            count = batch.mask_BT.sum() if aggregation == "token" else torch.tensor(batch.num_samples, device=hidden_BTH.device)
             return total, count, {**partials, "entropy": sum_and_count(entropy_BT, batch.mask_BT.bool())}
 
         return loss

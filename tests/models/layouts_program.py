@@ -19,8 +19,9 @@ def main() -> None:
     from mrlhf.config import ParallelConfig
     from mrlhf.data.loader import Sample, collate
     from mrlhf.engine import Model
+    from mrlhf.models import gpt
     from mrlhf.parallel import state
-    from mrlhf.parallel.logprobs import vocab_parallel_logprobs
+    from mrlhf.parallel.logprobs import Head, head_logprobs
 
     # isort: split
     from megatron.core import parallel_state
@@ -40,8 +41,10 @@ def main() -> None:
     def outputs(model: Model, *, packing: bool, channels: int) -> list[torch.Tensor]:
         """[T, channels] of every sample."""
 
-        def fn(out_BTW, batch):
-            whole = gather_from_tensor_model_parallel_region(out_BTW) if model.head == "lm" else out_BTW
+        def fn(out_BTX, batch):
+            whole = out_BTX
+            if model.head == "lm":
+                whole = gather_from_tensor_model_parallel_region(gpt.lm_head(model.module, model.spec).logits(out_BTX))
             return whole[..., :channels].float().permute(2, 0, 1).contiguous()
 
         batch = collate(rows, packing=packing, pad_multiple=parallel_state.get_tensor_model_parallel_world_size())
@@ -49,24 +52,26 @@ def main() -> None:
         return [torch.stack(of_sample, -1) for of_sample in zip(*per_channel)]
 
     def logprobs_error() -> dict[str, float]:
-        """Against torch on the whole logits: values, entropy and the gradient of this rank's part."""
+        """Against torch on the whole logits: values, entropy, and the gradients of hidden states and head; with a softcap on top."""
         group, generator = parallel_state.get_tensor_model_parallel_group(), torch.Generator().manual_seed(0)
         real, padded, tp, rank = 150, 256, group.size(), group.rank()
-        logits, targets = torch.randn(3, 9, padded, generator=generator) * 3, torch.randint(0, real, (3, 9), generator=generator)
-        weights = torch.randn(2, 3, 9, generator=generator)
-        ours = logits[..., rank * padded // tp : (rank + 1) * padded // tp].clone().requires_grad_()
-        logps, entropy, is_top = vocab_parallel_logprobs(ours, targets, vocab_size=real, group=group, temperature=0.7, with_entropy=True)
+        hidden, weight = torch.randn(3, 9, 8, generator=generator), torch.randn(padded, 8, generator=generator)
+        targets, weights = torch.randint(0, real, (3, 9), generator=generator), torch.randn(2, 3, 9, generator=generator)
+        mine = slice(rank * padded // tp, (rank + 1) * padded // tp)
+        part, ours = weight[mine].clone().requires_grad_(), hidden.clone().requires_grad_()
+        head = Head(part, real, group, scale=0.5, softcap=4.0)
+        logps, entropy, is_top = head_logprobs(ours, targets, head, temperature=0.7, with_entropy=True)
         (logps * weights[0] + entropy * weights[1]).sum().backward()
-        theirs = logits.clone().requires_grad_()
-        wanted = torch.log_softmax(theirs[..., :real] / 0.7, -1)
+        dist.all_reduce(ours.grad, group=group)
+        theirs, whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        wanted = torch.log_softmax(4.0 * torch.tanh(0.5 * (theirs @ whole[:real].T) / 4.0) / 0.7, -1)
         wanted_logps, wanted_entropy = wanted.gather(-1, targets[..., None])[..., 0], -(wanted.exp() * wanted).sum(-1)
         (wanted_logps * weights[0] + wanted_entropy * weights[1]).sum().backward()
-        part = theirs.grad[..., rank * padded // tp : (rank + 1) * padded // tp]
         errors = torch.stack(
             [
                 (logps - wanted_logps).abs().max(),
                 (entropy - wanted_entropy).abs().max(),
-                (ours.grad - part).abs().max(),
+                torch.maximum((ours.grad - theirs.grad).abs().max(), (part.grad - whole.grad[mine]).abs().max()),
                 (is_top != (wanted.argmax(-1) == targets)).sum().float(),
             ]
         ).detach()
