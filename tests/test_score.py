@@ -40,8 +40,9 @@ def reference(world: Path, value: Path) -> dict[str, list[Any]]:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    from mrlhf.models.families import spec_from_hf
     from mrlhf.models.gpt import RandomSource
-    from mrlhf.models.spec import read_hf_config, spec_from_hf
+    from mrlhf.models.spec import read_hf_config
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(world / "qwen2", dtype=torch.float32)
