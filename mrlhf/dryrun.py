@@ -38,7 +38,7 @@ def _sources(data: Dataset, order: Order) -> list[str]:
 
 def _training(stage: str, config: Any) -> None:
     p = config.parallel
-    smallest = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    smallest = math.lcm(p.tensor_model_parallel_size, p.expert_model_parallel_size) * p.pipeline_model_parallel_size
     if isinstance(config, PPOStage):
         smallest = math.lcm(smallest, config.rollout.tensor_parallel_size)
     world = int(os.environ.get("WORLD_SIZE", smallest))
@@ -57,7 +57,7 @@ def _training(stage: str, config: Any) -> None:
     check_resume(config, Path(config.train.output_dir))
     spec, train = run.source.spec, config.train
     layout = Layout(world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size)
-    print(f"model    {run.source.path}: {spec.family}, {spec.num_parameters:,} parameters, {config.model.dtype}")
+    print(f"model    {run.source.path}: {spec.describe()}, {config.model.dtype}")
     print(f"batch    {layout.describe(global_batch=train.global_batch_size, micro_batch=train.micro_batch_size)}")
     data = run.train
     for note in run.notes:

@@ -10,21 +10,24 @@ from mrlhf.models.spec import ModelSpec
 GIB = 2**30
 
 
-def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, trained: bool, distributed_optimizer: bool) -> int:
+def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, trained: bool, distributed_optimizer: bool, ep: int = 1) -> int:
     """Weights, and for a trained model fp32 gradients, Adam's two moments and (bf16) fp32 master weights, of the fullest rank.
 
-    Layers are cut by TP x PP; the embedding and the head by TP, each on one stage.
+    Layers are cut by TP x PP; of experts each rank has num / EP whole ones, or with EP 1 a share of all by TP; the embedding and the
+    head are cut by TP, each on one stage.
     """
     vocabulary = spec.padded_vocab_size * spec.hidden_size
-    ends = spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2) + spec.hidden_size
-    layers = spec.num_parameters - ends
+    layers = spec.num_parameters - spec.end_parameters - spec.expert_parameters
     at_ends = vocabulary if pp > 1 or spec.tied else 2 * vocabulary
-    parameters = layers // (tp * pp) + at_ends // tp
+    dense = layers // (tp * pp) + at_ends // tp
+    experts = spec.expert_parameters // ((ep if ep > 1 else tp) * pp)
     weight = 4 if dtype == "float32" else 2
     if not trained:
-        return parameters * weight
+        return (dense + experts) * weight
     state = 8 + (4 if dtype == "bfloat16" else 0)
-    return parameters * (weight + 4) + parameters * state // (dp if distributed_optimizer else 1)
+    expert_dp = tp * dp // ep if ep > 1 else dp
+    shared = dense * state // (dp if distributed_optimizer else 1) + experts * state // (expert_dp if distributed_optimizer else 1)
+    return (dense + experts) * (weight + 4) + shared
 
 
 def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others: dict[str, ModelSpec]) -> list[tuple[str, int]]:
@@ -36,6 +39,7 @@ def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others
         "tp": tp,
         "pp": pp,
         "dp": max(1, world // (tp * pp)),
+        "ep": p.expert_model_parallel_size,
         "distributed_optimizer": config.optim.use_distributed_optimizer,
     }
     rows = [("actor" if stage == "ppo" else "model", model_bytes(spec, **cut, trained=True))]

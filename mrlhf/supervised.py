@@ -203,7 +203,7 @@ def train(
         total_steps=order.total_steps,
         random_init=random_init,
     )
-    say(f"model: {run.source.spec.family}, {run.source.spec.num_parameters:,} parameters, {config.model.dtype}, Adam: {trainer.adam}")
+    say(f"model: {run.source.spec.describe()}, {config.model.dtype}, Adam: {trainer.adam}")
     loss_fn = make_loss(trainer, loader)
     eval_loss_fn = make_loss(trainer, eval_loader) if eval_loader is not None else None
 

@@ -94,6 +94,13 @@ class ModelSpec:
         return found + self.mlp_parameters(self.ffn_hidden_size)
 
     @property
+    def expert_parameters(self) -> int:
+        """Of all experts of all layers."""
+        if self.experts is None:
+            return 0
+        return sum(layer.moe for layer in self.layers) * self.experts.num * self.mlp_parameters(self.experts.ffn_hidden_size)
+
+    @property
     def end_parameters(self) -> int:
         """Of everything that is in no layer: embeddings, final norm, LM head; without padding rows."""
         rows = self.vocab_size * (1 if self.tied else 2) + self.learned_positions * self.max_position_embeddings
@@ -103,6 +110,14 @@ class ModelSpec:
     def num_parameters(self) -> int:
         """Of the LM, without padding rows."""
         return sum(map(self.layer_parameters, self.layers)) + self.end_parameters
+
+    def describe(self) -> str:
+        """Family and size, and of experts what nobody should overlook."""
+        text = f"{self.family}, {self.num_parameters:,} parameters"
+        if self.experts is not None:
+            active = sum(self.layer_parameters(layer, active=True) for layer in self.layers) + self.end_parameters
+            text += f" ({active:,} a token: {self.experts.top_k} of {self.experts.num} experts; trained without a load-balancing loss)"
+        return text
 
     def flops_per_token(self, seq_length: float) -> float:
         """Forward + backward of one token in a sequence of this mean length (6 x matmul weights + attention)."""

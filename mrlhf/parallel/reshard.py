@@ -1,6 +1,6 @@
 """Trainer shards -> generator shards: each rank receives just the slices that its own shard needs.
 
-Both sides describe their parameters as blocks of HF tensors (models/weights). The plan intersects them once:
+Both sides describe their parameters as blocks of HF tensors (models/families). The plan intersects them once:
 for each block a rank must fill, the ranks that hold it, its own copy first, then the one in its own
 data-parallel replica. No full tensor is ever gathered. The exchange runs bucket by bucket, so that the
 extra memory is at most one bucket for sending and one for receiving.
