@@ -106,19 +106,28 @@ def sharding_metadata() -> dict[str, Any]:
     }
 
 
-def _dist_save(directory: Path, model: Any, optimizer: Any | None) -> None:
+def _sharded(models: list[Any]) -> dict[str, Any]:
+    """State of this rank's parts of the model; on disk names have no part in them, so any number of parts reads any other's."""
+    names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+    return {name: model.sharded_state_dict(metadata=sharding_metadata()) for name, model in zip(names, models, strict=True)}
+
+
+def _dist_save(directory: Path, models: list[Any], optimizer: Any | None) -> None:
     from megatron.core import dist_checkpointing
 
-    state = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
+    state = _sharded(models)
+    weights = state["model"] if len(models) == 1 else dict(state)
     if optimizer is not None:
         for part in optimizer.chained_optimizers:  # one that has not stepped yet (an actor while its critic warms up) has no state to save
             part.init_state_fn(part.optimizer, part.config)
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=sharding_metadata())
+        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=sharding_metadata())
     dist_checkpointing.save(state, str(directory), content_metadata=dict(CONTENT))
 
 
-def load_weights(source: ModelSource, model: Any, *, head: str, seed: int) -> None:
-    """Fill a built model from `source`. An LM gives a value model everything but its head, which is drawn from `seed`.
+def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int) -> None:
+    """Fill a rank's built model (its parts, in an interleaved pipeline) from `source`.
+
+    An LM gives a value model everything but its head, which is drawn from `seed`.
 
     Raises CheckpointError for the other direction: a value model has no LM head to give.
     """
@@ -130,20 +139,24 @@ def load_weights(source: ModelSource, model: Any, *, head: str, seed: int) -> No
     if source.is_checkpoint:
         from megatron.core import dist_checkpointing
 
-        state = model.sharded_state_dict(metadata=sharding_metadata())
+        state = _sharded(models)
         if new_head:
-            state = {k: v for k, v in state.items() if not k.startswith("output_layer.")}
+            state = {part: {k: v for k, v in names.items() if not k.startswith("output_layer.")} for part, names in state.items()}
         with torch.no_grad():
-            loaded = dist_checkpointing.load({"model": state}, str(source.path / "dist"))["model"]
-            missing, unexpected = model.load_state_dict(loaded, strict=False)
-        missing = [k for k in missing if not k.endswith("_extra_state") and not (new_head and k.startswith("output_layer."))]
-        assert not missing and not unexpected, (missing, unexpected)
+            loaded = dist_checkpointing.load(state, str(source.path / "dist"))
+            for part, model in zip(state, models, strict=True):
+                missing, unexpected = model.load_state_dict(loaded[part], strict=False)
+                missing = [k for k in missing if not k.endswith("_extra_state") and not (new_head and k.startswith("output_layer."))]
+                assert not missing and not unexpected, (missing, unexpected)
     else:
         reader = HFReader(source.path, source.spec, head=source.head)
-        fill(model, source.spec, _WithHead(reader, RandomSource(source.spec, head=head, seed=seed)) if new_head else reader, head=head)
+        values = _WithHead(reader, RandomSource(source.spec, head=head, seed=seed)) if new_head else reader
+        for model in models:
+            fill(model, source.spec, values, head=head)
         reader.close()
     if new_head and source.is_checkpoint:
-        fill(model, source.spec, RandomSource(source.spec, head=head, seed=seed), head=head, only="output_layer.")
+        for model in models:
+            fill(model, source.spec, RandomSource(source.spec, head=head, seed=seed), head=head, only="output_layer.")
 
 
 @dataclass(frozen=True)
@@ -157,15 +170,17 @@ class _WithHead:
         return (self.head if block.hf == "score.weight" else self.reader).read(block)
 
 
-def load_optimizer(directory: Path, model: Any, optimizer: Any) -> None:
+def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
     """Weights and optimizer state of a checkpoint directory, whatever layout wrote it."""
     from megatron.core import dist_checkpointing
 
-    sharded = model.sharded_state_dict(metadata=sharding_metadata())
-    state = {"model": sharded, "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=sharding_metadata())}
+    state = _sharded(models)
+    parts, weights = list(state), state["model"] if len(models) == 1 else dict(state)
+    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata())
     with torch.no_grad():
         loaded = dist_checkpointing.load(state, str(directory / "dist"))
-        model.load_state_dict(loaded["model"])
+        for part, model in zip(parts, models, strict=True):
+            model.load_state_dict(loaded[part])
         optimizer.load_state_dict(loaded["optimizer"])
 
 
@@ -205,10 +220,10 @@ def write_manifest(directory: Path, *, stage: str, step: int, head: str, dtype: 
 
 @dataclass(frozen=True)
 class Part:
-    """One model of a checkpoint: `name` is "" for the main one, or the sub-directory."""
+    """One model of a checkpoint (this rank's parts of it): `name` is "" for the main one, or the sub-directory."""
 
     name: str
-    model: Any
+    models: list[Any]
     optimizer: Any | None
     head: str
     hf_dir: Path
@@ -230,7 +245,7 @@ def save(
             copy_side_files(part.hf_dir, tmp / part.name / "hf")
     dist.barrier()
     for part in parts:
-        _dist_save(tmp / part.name / "dist", part.model, part.optimizer)
+        _dist_save(tmp / part.name / "dist", part.models, part.optimizer)
     dist.barrier()
     if main:
         for part in reversed(parts):  # the main one last: its manifest counts the others' files

@@ -35,13 +35,22 @@ class ModelConfig:
 class ParallelConfig:
     tensor_model_parallel_size: int = option(1, "ranks that share every layer's matrices")
     pipeline_model_parallel_size: int = option(1, "ranks that share the layers")
-    virtual_pipeline_model_parallel_size: int | None = option(None, "interleaved pipeline chunks a rank (not in this version)")
-    context_parallel_size: int = option(1, "ranks that share a sequence (not in this version)")
+    virtual_pipeline_model_parallel_size: int | None = option(
+        None, "interleaved pipeline: pieces of the model on each rank; fewer idle ranks, more messages"
+    )
+    num_layers_in_first_pipeline_stage: int | None = option(None, "uneven pipeline: layers of the first stage, which has the embedding too")
+    num_layers_in_last_pipeline_stage: int | None = option(None, "uneven pipeline: layers of the last stage, which has the head too")
+    context_parallel_size: int = option(
+        1, "ranks that share each row's tokens, for long rows; in attention they share the heads instead. Not for ppo"
+    )
     expert_model_parallel_size: int = option(
         1, "ranks that share the experts, each with whole ones; divides tensor x data-parallel ranks. 1: every expert is cut by tensor_model_parallel_size"
     )
     sequence_parallel: bool = option(
         False, "split norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1"
+    )
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "activations computed again in backward: selective: inside attention; full: of every layer but its input"
     )
     timeout_minutes: float = option(10.0, "a collective that waits longer ends the run with an error")
 
@@ -95,6 +104,9 @@ class TrainConfig:
     max_steps: int | None = option(None, "stop after so many optimizer steps (ppo: rollouts) whatever num_epochs says")
     eval_interval: int = option(0, "evaluate every so many steps; 0: only at the end")
     seed: int = option(1, "order of the data, new weights, sampling")
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "loss or gradient not finite on any rank: stop, or leave the step out (ten in a row stop the run); ppo: stop"
+    )
 
 
 @dataclass(frozen=True)
@@ -296,7 +308,8 @@ STAGES: dict[str, type] = {
 }
 
 _POSITIVE = (
-    "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
+    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size num_layers_in_first_pipeline_stage "
+    "num_layers_in_last_pipeline_stage context_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
     "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
     "http_timeout_s http_batch_size max_prompt_length value_clip"
 ).split()
@@ -329,6 +342,15 @@ def check_sources(sources: tuple[DataSource, ...]) -> list[ConfigError]:
     return found
 
 
+def _check_pipeline(p: ParallelConfig) -> list[ConfigError]:
+    found, pp = [], p.pipeline_model_parallel_size
+    for name in ("virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        value, key = getattr(p, name), f"parallel.{name}"
+        if value is not None and pp <= 1:
+            found.append(ConfigError(f"{key} = {value} needs pipeline_model_parallel_size > 1", where=key, fix=f"--{key} null"))
+    return found
+
+
 def check(config: Any) -> list[ConfigError]:
     """All contradictions inside one stage's configuration; `where` is the dotted key."""
     found: list[ConfigError] = []
@@ -350,20 +372,20 @@ def check(config: Any) -> list[ConfigError]:
     walk("", config)
     if "parallel" in {f.name for f in fields(config)}:
         p: ParallelConfig = config.parallel
-        for name in ("virtual_pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(p, name) not in (None, 1):
-                bad(
-                    f"parallel.{name}",
-                    f"parallel.{name} = {getattr(p, name)} is not supported by this version",
-                    "1",
-                    f"--parallel.{name} 1",
-                )
+        found += _check_pipeline(p)
         if p.sequence_parallel and p.tensor_model_parallel_size == 1:
             bad(
                 "parallel.sequence_parallel",
                 "parallel.sequence_parallel needs tensor_model_parallel_size > 1",
                 fix="--parallel.sequence_parallel false",
             )
+    if isinstance(config, PretrainStage) and config.parallel.context_parallel_size > 1 and config.loss.aggregation == "sequence":
+        bad(
+            "loss.aggregation",
+            "loss.aggregation = sequence needs a sample's tokens on one rank, and parallel.context_parallel_size cuts them",
+            "token",
+            "--loss.aggregation token",
+        )
     if isinstance(config, (PretrainStage, RMStage, DPOStage, PPOStage)):
         if config.data.padding_side == "left" and not isinstance(config, RMStage):
             bad("data.padding_side", "data.padding_side = left is for rm only", "right")
@@ -381,6 +403,18 @@ def check(config: Any) -> list[ConfigError]:
             )
         found += check_sources(config.data.train)
     if isinstance(config, PPOStage):
+        if config.train.on_nonfinite != "stop":
+            bad("train.on_nonfinite", "train.on_nonfinite = skip is not for ppo", "stop", "--train.on_nonfinite stop")
+        plain = ParallelConfig()
+        for name in (
+            "virtual_pipeline_model_parallel_size",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            "context_parallel_size",
+        ):
+            if getattr(config.parallel, name) not in (None, 1):
+                key, default = f"parallel.{name}", getattr(plain, name)
+                bad(key, f"{key} = {getattr(config.parallel, name)} is not for ppo in this version", fix=f"--{key} {default or 'null'}")
         answers = config.rollout.batch_size * config.rollout.n
         if config.train.global_batch_size <= 0 or answers % config.train.global_batch_size:
             bad(

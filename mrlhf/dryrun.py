@@ -37,8 +37,8 @@ def _sources(data: Dataset, order: Order) -> list[str]:
 
 
 def _training(stage: str, config: Any) -> None:
-    p = config.parallel
-    smallest = math.lcm(p.tensor_model_parallel_size, p.expert_model_parallel_size) * p.pipeline_model_parallel_size
+    one = Layout.of(config.parallel, 1)
+    smallest = math.lcm(one.tp * one.cp, one.ep) * one.pp
     if isinstance(config, PPOStage):
         smallest = math.lcm(smallest, config.rollout.tensor_parallel_size)
     world = int(os.environ.get("WORLD_SIZE", smallest))
@@ -56,7 +56,7 @@ def _training(stage: str, config: Any) -> None:
         run = preflight.check_run(stage, config, world=world)
     check_resume(config, Path(config.train.output_dir))
     spec, train = run.source.spec, config.train
-    layout = Layout(world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size)
+    layout = Layout.of(config.parallel, world)
     print(f"model    {run.source.path}: {spec.describe()}, {config.model.dtype}")
     print(f"batch    {layout.describe(global_batch=train.global_batch_size, micro_batch=train.micro_batch_size)}")
     data = run.train
@@ -85,10 +85,7 @@ def main(stage: str, config: Any) -> None:
     if isinstance(config, ScoreStage):
         from mrlhf.score import check as check_score
 
-        check_score(
-            config,
-            int(os.environ.get("WORLD_SIZE", config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size)),
-        )
+        check_score(config, int(os.environ.get("WORLD_SIZE", Layout.of(config.parallel, 1).smallest)))
     elif isinstance(config, GenerateStage):
         from mrlhf.generate import check as check_generate
         from mrlhf.generate import read_prompts

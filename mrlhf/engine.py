@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -33,10 +35,12 @@ from mrlhf.config import OptimConfig, ParallelConfig
 from mrlhf.data.loader import MicroBatch
 from mrlhf.models import gpt
 from mrlhf.parallel import adam, device, state
+from mrlhf.parallel.context import gather_tokens, sum_over_ranks
 from mrlhf.parallel.logprobs import head_logprobs
 
 Partials = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, Partials]]
+MAX_SKIPPED = 10  # steps in a row: by then it is not a matter of single samples
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -59,26 +63,59 @@ def make_scheduler(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> O
     )
 
 
+def _samples(micro_batches: list[MicroBatch]) -> list[int]:
+    """Their indices in the data set, without fillers."""
+    return [i for b in micro_batches for i, weight in zip(b.index_N.tolist(), b.weights_N.tolist(), strict=True) if weight]
+
+
+def _shorten(indices: list[int], most: int = 20) -> str:
+    found = sorted(set(indices))
+    return ", ".join(map(str, found[:most])) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def _local_part(batch: MicroBatch) -> MicroBatch:
+    """This context-parallel rank's tokens of a micro-batch; the batch itself without context parallelism."""
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if size == 1:
+        return batch
+    width = batch.tokens_BT.size(1)
+    assert width % size == 0, (width, size)
+    part = width // size
+    first = rank * part
+    row_N, place_N = batch.last_N // width, batch.last_N % width - first
+    names = ("tokens_BT", "targets_BT", "mask_BT", "segments_BT")
+    return replace(
+        batch,
+        **{name: getattr(batch, name)[:, first : first + part].contiguous() for name in names},
+        last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1),
+        first=first,
+        over_ranks=sum_over_ranks,
+    )
+
+
 class Model:
-    """This rank's part of a GPT model: forward passes only (reference, reward model, scoring)."""
+    """This rank's part of a GPT model (its parts, in an interleaved pipeline): forward passes only (reference, reward model, scoring)."""
 
     def __init__(
         self, source: ModelSource, parallel: ParallelConfig, *, head: str, dtype: str, seed: int, random_init: bool = False
     ) -> None:
         self.source, self.spec, self.head, self.dtype = source, source.spec, head, dtype
         self.config = gpt.transformer_config(self.spec, parallel, dtype=DTYPES[dtype])
-        self.module = gpt.build_model(self.spec, self.config, head=head)
+        pieces = parallel.virtual_pipeline_model_parallel_size
+        stages = [None] if pieces is None else list(range(pieces))
+        self.modules = [gpt.build_model(self.spec, self.config, head=head, vp_stage=stage) for stage in stages]
         if random_init:
-            gpt.fill(self.module, self.spec, gpt.RandomSource(self.spec, head=head, seed=seed), head=head)
+            for module in self.modules:
+                gpt.fill(module, self.spec, gpt.RandomSource(self.spec, head=head, seed=seed), head=head)
         else:
-            load_weights(source, self.module, head=head, seed=seed)
-        self.chunk: torch.nn.Module = self.module
+            load_weights(source, self.modules, head=head, seed=seed)
+        self.chunks: list[torch.nn.Module] = list(self.modules)  # as the schedule runs them: a trainer wraps them
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.device = device.current().name
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's parameters by Megatron's name with the global layer index."""
-        return {name: p.data for name, p in gpt.local_parameters(self.module)}
+        return {name: p.data for module in self.modules for name, p in gpt.local_parameters(module)}
 
     def logprobs(
         self,
@@ -90,14 +127,15 @@ class Model:
         keep_BT: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the batch's targets, from an LM's output: (log-prob, entropy, is the most likely token), [B, T] each; see `head_logprobs`."""
-        head = gpt.lm_head(self.module, self.spec)
+        head = gpt.lm_head(self.modules[-1], self.spec)
         return head_logprobs(hidden_BTH, batch.targets_BT, head, temperature=temperature, with_entropy=with_entropy, keep=keep_BT)
 
     def _schedule(self, micro_batches: list[MicroBatch], step: Callable, *, forward_only: bool, collect: bool = False) -> list:
+        iterators = [iter(micro_batches) for _ in self.chunks]
         return get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(micro_batches),
-            model=[self.chunk],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].tokens_BT.size(1),
             micro_batch_size=micro_batches[0].tokens_BT.size(0),
@@ -109,15 +147,18 @@ class Model:
     def forward(
         self, micro_batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *, channels: int
     ) -> list[torch.Tensor]:
-        """`fn(output, batch)` -> fp32 [channels, B, T] of every micro-batch, on every pipeline stage, without gradient."""
-        self.chunk.eval()
+        """`fn(output, batch)` -> fp32 [channels, B, T] of every micro-batch, on every pipeline stage, without gradient.
+
+        Under context parallelism `fn` sees this rank's tokens; what comes back is whole.
+        """
+        self._train(False)
 
         def step(iterator, model):
-            batch = next(iterator).to(self.device)
-            return gpt.run(model, batch), lambda output, non_loss_data=False: fn(output, batch)
+            batch = _local_part(next(iterator).to(self.device))
+            return gpt.run(model, batch), lambda output, non_loss_data=False: gather_tokens(fn(output, batch))
 
         outputs = self._schedule(micro_batches, step, forward_only=True, collect=True)
-        self.chunk.train()
+        self._train(True)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             if not self.is_last_stage:
                 outputs = [torch.empty(channels, *b.tokens_BT.shape, device=self.device) for b in micro_batches]
@@ -129,9 +170,13 @@ class Model:
                 )
         return outputs
 
+    def _train(self, on: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(on)
+
     def _loss_step(self, loss_fn: LossFn) -> Callable:
         def step(iterator, model):
-            batch = next(iterator).to(self.device)
+            batch = _local_part(next(iterator).to(self.device))
 
             def loss(output):
                 total, count, partials = loss_fn(output, batch)
@@ -143,16 +188,17 @@ class Model:
         return step
 
     def _reduce(self, results: list[Partials]) -> Partials:
-        """Partials of this step over micro-batches and data-parallel ranks, on every rank."""
-        partials = metrics.all_reduce(metrics.merge(results), parallel_state.get_data_parallel_group()) if self.is_last_stage else {}
+        """Partials of this step over micro-batches, data- and context-parallel ranks, on every rank."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        partials = metrics.all_reduce(metrics.merge(results), group) if self.is_last_stage else {}
         return state.from_last_stage({k: v.cpu() for k, v in partials.items()})
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> Partials:
         """The loss function without gradient; partials as of one step."""
-        self.chunk.eval()
+        self._train(False)
         results = self._schedule(micro_batches, self._loss_step(loss_fn), forward_only=True)
-        self.chunk.train()
+        self._train(True)
         return self._reduce(results)
 
 
@@ -170,14 +216,13 @@ class Trainer(Model):
         seed: int,
         total_steps: int,
         random_init: bool = False,
+        on_nonfinite: str = "stop",
     ) -> None:
+        self.on_nonfinite, self.skipped_in_a_row = on_nonfinite, 0
         super().__init__(source, parallel, head=head, dtype=dtype, seed=seed, random_init=random_init)
         self.adam = adam.install()
-        self.chunk = DistributedDataParallel(
-            self.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=optim.use_distributed_optimizer, grad_reduce_in_fp32=True),
-            self.module,
-        )
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=optim.use_distributed_optimizer, grad_reduce_in_fp32=True)
+        self.chunks = [DistributedDataParallel(self.config, ddp, module) for module in self.modules]
         self.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -193,34 +238,67 @@ class Trainer(Model):
                 bf16=dtype == "bfloat16",
                 params_dtype=DTYPES[dtype],
             ),
-            [self.chunk],
+            self.chunks,
         )
         self.scheduler = make_scheduler(self.optimizer, optim, total_steps=total_steps)
 
     def step(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
-        """One optimizer step. Returns the reduced metrics with `loss`, `grad_norm` (before clipping) and `lr`.
+        """One optimizer step. Returns the reduced metrics with `loss`, `grad_norm` (before clipping) and `lr`; `skipped` under on_nonfinite skip.
 
-        Raises FloatingPointError when loss or gradient norm is not finite: on all ranks, before anything is saved.
+        A loss or gradient norm that is not finite, on any rank, leaves parameters and optimizer state as they were on all.
+        Raises FloatingPointError then, naming the samples, or, with skip, for the last of MAX_SKIPPED in a row.
         """
-        self.chunk.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._schedule(micro_batches, self._loss_step(loss_fn), forward_only=False)
         self.scheduler.step(increment=1)
-        _, grad_norm, _ = self.optimizer.step()
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
         found = metrics.finalize(self._reduce(results))
-        found["grad_norm"], found["lr"] = float(grad_norm), self.lr
-        if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
-            raise FloatingPointError(f"loss {found['loss']}, gradient norm {found['grad_norm']}: stopped; the last checkpoint is whole")
+        found["grad_norm"], found["lr"] = grad_norm, self.lr
+        bad = not (math.isfinite(found["loss"]) and math.isfinite(grad_norm))
+        if state.on_any_rank(bad):
+            self._nonfinite(micro_batches, results, found)
+        else:
+            self._apply(grad_norm)
+            self.skipped_in_a_row = 0
+        if self.on_nonfinite == "skip":
+            found["skipped"] = float(self.skipped_in_a_row > 0)
         return found
+
+    def _apply(self, grad_norm: float) -> None:
+        """Clip and step, as ChainedOptimizer.step does after the norm."""
+        for part in self.optimizer.chained_optimizers:
+            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
+
+    def _nonfinite(self, micro_batches: list[MicroBatch], results: list[Partials], found: dict[str, float]) -> None:
+        """Collective. Says which samples had such a loss, or, where all losses are finite, which were in the step; stops, or counts."""
+        mine = [b for b, r in zip(micro_batches, results, strict=False) if not bool(torch.isfinite(r["loss"]).all())]
+        culprits = state.from_all_ranks(_samples(mine))
+        where = f"in the loss of sample(s) {_shorten(culprits)}" if culprits else (
+            f"in the gradient, no loss is: sample(s) {_shorten(state.from_all_ranks(_samples(micro_batches)))}"
+        )  # fmt: skip
+        what = f"not finite {where}; loss {found['loss']}, gradient norm {found['grad_norm']}"
+        self.skipped_in_a_row += 1
+        if self.on_nonfinite == "stop":
+            raise FloatingPointError(f"{what}: stopped, parameters untouched; the last checkpoint is whole (train.on_nonfinite)")
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(f"{what}: the {MAX_SKIPPED}th step in a row to be skipped; the last checkpoint is whole")
+        if state.is_main():
+            print(f"step skipped: {what}", flush=True)
 
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def part(self, name: str = "", *, with_optimizer: bool = True) -> Part:
-        return Part(name, self.module, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir)
+        return Part(name, self.modules, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir)
 
     def resume(self, directory: Any, steps_done: int) -> None:
         """Weights, optimizer state and schedule as after `steps_done` steps of this trainer."""
-        load_optimizer(directory, self.module, self.optimizer)
+        load_optimizer(directory, self.modules, self.optimizer)
         self.scheduler.step(increment=steps_done)

@@ -38,7 +38,7 @@ METRICS: dict[str, Metric] = {
     "train/num_rows": Metric("rows of this step: packs, samples or pairs", "rows", "sum"),
     "train/samples": Metric("samples (pairs, answers) trained on so far", "samples", "last"),
     "train/epoch": Metric("passes over the training data so far", "epochs", "last"),
-    "train/skipped": Metric("1 if the optimizer step was skipped (non-finite gradient)", "", "last"),
+    "train/skipped": Metric("1 if the step was left out, its loss or gradient not finite (train.on_nonfinite skip)", "", "last"),
     "perf/tokens_per_s_per_gpu": Metric("tokens read in a second by one rank, padding not counted", "tokens/s", "last"),
     "perf/tflops": Metric("model floating-point operations a second and rank", "TFLOP/s", "last"),
     "perf/mfu": Metric("perf/tflops as a share of the device's peak", "share", "last"),

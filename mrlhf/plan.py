@@ -6,6 +6,7 @@ from typing import Any
 
 from mrlhf.config import PPOStage
 from mrlhf.models.spec import ModelSpec
+from mrlhf.parallel.state import Layout
 
 GIB = 2**30
 
@@ -32,14 +33,14 @@ def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, train
 
 def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others: dict[str, ModelSpec]) -> list[tuple[str, int]]:
     """[(what, bytes a rank)]; `others`: further models of ppo by role (critic, reward)."""
-    p = config.parallel
-    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    layout = Layout.of(config.parallel, world)
+    tp, pp = layout.tp, layout.pp
     cut = {
         "dtype": config.model.dtype,
         "tp": tp,
         "pp": pp,
-        "dp": max(1, world // (tp * pp)),
-        "ep": p.expert_model_parallel_size,
+        "dp": max(1, layout.dp * layout.cp),  # context-parallel ranks share the optimizer's state too
+        "ep": layout.ep,
         "distributed_optimizer": config.optim.use_distributed_optimizer,
     }
     rows = [("actor" if stage == "ppo" else "model", model_bytes(spec, **cut, trained=True))]

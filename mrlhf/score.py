@@ -124,7 +124,8 @@ def main(config: ScoreStage) -> None:
         micro_batch_size=config.micro_batch_size,
         dp_rank=dp,
         dp_size=layout.dp,
-        pad_multiple=layout.tp if config.parallel.sequence_parallel else 1,
+        pad_multiple=state.pad_multiple(config.parallel),
+        slice_multiple=state.slice_multiple(config.parallel),
         padding_side=config.padding_side,
     )
     output = Path(config.output)

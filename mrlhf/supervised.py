@@ -178,7 +178,8 @@ def train(
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=dp,
             dp_size=layout.dp,
-            pad_multiple=layout.tp if config.parallel.sequence_parallel else 1,
+            pad_multiple=state.pad_multiple(config.parallel),
+            slice_multiple=state.slice_multiple(config.parallel),
             padding_side=config.data.padding_side,
         )
 
@@ -202,6 +203,7 @@ def train(
         seed=config.train.seed,
         total_steps=order.total_steps,
         random_init=random_init,
+        on_nonfinite=config.train.on_nonfinite,
     )
     say(f"model: {run.source.spec.describe()}, {config.model.dtype}, Adam: {trainer.adam}")
     loss_fn = make_loss(trainer, loader)

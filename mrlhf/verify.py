@@ -91,14 +91,14 @@ def _megatron_outputs(
     """({packing: [T, V] or [T, 1] of each sample}, the value head's weight)."""
     spec, head = source.spec, source.head
     model = Model(source, ParallelConfig(), head=head, dtype="float32", seed=1)
-    for _, parameter, blocks in gpt.local_blocks(model.module, spec, head=head):
+    for _, parameter, blocks in gpt.local_blocks(model.modules[0], spec, head=head):
         for b in blocks:
             view = parameter.narrow(b.dim, b.offset, b.length)
             view.copy_(view.to(dtypes.get(b.hf, torch.float32)))
     channels = spec.vocab_size if head == "lm" else 1
 
     def outputs(out_BTX: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        logits_or_values = gpt.lm_head(model.module, spec).logits(out_BTX) if head == "lm" else out_BTX
+        logits_or_values = gpt.lm_head(model.modules[0], spec).logits(out_BTX) if head == "lm" else out_BTX
         return logits_or_values[..., :channels].float().permute(2, 0, 1)
 
     found = {}

@@ -37,9 +37,16 @@ def steps(trainer: Any, prefix: str, n: int) -> list[dict[str, float]]:
     from mrlhf.sft import language_model_loss
 
     parallel = trainer.config
-    layout = state.Layout(dist.get_world_size(), parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    layout = state.Layout(
+        dist.get_world_size(),
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        cp=parallel.context_parallel_size,
+    )
     _, dp, _ = layout.coordinates(dist.get_rank())
-    loader = Loader(PackedDataset.open(prefix), packing=True, micro_batch_size=1, dp_rank=dp, dp_size=layout.dp, pad_multiple=2)
+    loader = Loader(
+        PackedDataset.open(prefix), packing=True, micro_batch_size=1, dp_rank=dp, dp_size=layout.dp, pad_multiple=2, slice_multiple=2
+    )
     batches = [b for rows in loader.in_order() for b in loader.micro_batches(rows)]
     loss = language_model_loss(trainer, aggregation="token")
     return [{k: v for k, v in trainer.step(batches, loss).items() if k in ("loss", "grad_norm", "lr")} for _ in range(n)]
@@ -99,6 +106,10 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     newest = checkpoint.to_resume(work / "float32", total_steps=9)
     found["to_resume"] = newest and newest.manifest["step"]
 
+    resumed = make(hf, ParallelConfig(), "float32")
+    resumed.resume(work / "interleaved", 4)
+    found["after interleaved"] = steps(resumed, prefix, 2)
+
     for name, distributed, before in (("unstepped", True, 0), ("whole_optimizer", False, 2)):
         trainer = make(hf, ParallelConfig(), "float32", distributed=distributed)
         steps(trainer, prefix, before)
@@ -125,6 +136,8 @@ def main() -> None:
         "pp2": ParallelConfig(pipeline_model_parallel_size=2),
         "dp2": ParallelConfig(),
         "tp2+sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        "interleaved": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        "cp2": ParallelConfig(context_parallel_size=2, recompute="full"),
     }
     result: dict[str, Any] = {}
     for name, parallel in layouts.items() if world == 2 else [("1", ParallelConfig())]:
@@ -138,6 +151,9 @@ def main() -> None:
             else:
                 trainer.resume(saved, 2)
             result[f"{name} {dtype}"] = steps(trainer, prefix, 2)
+            if name == "interleaved":
+                save(trainer, work / name, dtype=dtype, step=4, keep_last=None)
+                result["interleaved, unbroken"] = steps(trainer, prefix, 2)
         if world == 1:
             result |= alone(hf, prefix, work)
         parallel_state.destroy_model_parallel()

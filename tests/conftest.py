@@ -176,13 +176,11 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with HF models qwen2/, llama/, qwen3/ (one tokenizer) and data prefixes sft, pref, prompts, text."""
-    root = tmp_path_factory.mktemp("world")
+def make_world(root: Path) -> Path:
+    """HF models qwen2/, llama/, qwen3/, qwen3_moe/ (one tokenizer) and data prefixes sft, pref, prompts, text in a directory."""
     chats = conversations(48)
     texts = [m["content"] for chat in chats for m in chat] + ["system user assistant"]
-    for family in ("qwen2", "llama", "qwen3"):
+    for family in ("qwen2", "llama", "qwen3", "qwen3_moe"):
         make_tokenizer(root / family, texts)
         make_hf_model(root / family, family, vocab_size=323)
     pairs = [{"prompt": c[:-1], "chosen": [c[-1]], "rejected": [d[-1]]} for c, d in zip(chats, conversations(48, seed=1), strict=True)]
@@ -198,6 +196,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(sys.executable, "tools/preprocess_data.py", "--task", task, "--input", file, "--tokenizer", root / "qwen2", "--output-prefix", root / name,
             "--seq-length", 160)  # fmt: skip
     return root
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `make_world`. Read only."""
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def main() -> None:
     value = convert.hf_to_megatron(str(zoo / "qwen2"), work / "value.mrlhf", head="value", seed=7)
     result["value beside its LM"] = verify(value, str(zoo / "qwen2")).max_abs
     model = Model(value, ParallelConfig(), head="value", dtype="float32", seed=1)
-    part = Part("", model.module, None, "value", value.hf_dir)
+    part = Part("", model.modules, None, "value", value.hf_dir)
     save(work / "rm.mrlhf", [part], stage="rm", step=3, dtype="float32", extra={"reward_mean": 1.5, "reward_std": 0.5}, keep_last=None)
     export = convert.megatron_to_hf(str(work / "rm.mrlhf"), work / "rm.hf")
     result["value notes"] = export.notes
@@ -54,7 +54,7 @@ def main() -> None:
 
     # a run's directory with a critic beside the actor, as ppo.py saves it
     actor = Model(open_source(str(zoo / "qwen2")), ParallelConfig(), head="lm", dtype="bfloat16", seed=1)
-    parts = [Part("", actor.module, None, "lm", zoo / "qwen2"), Part("critic", model.module, None, "value", value.hf_dir)]
+    parts = [Part("", actor.modules, None, "lm", zoo / "qwen2"), Part("critic", model.modules, None, "value", value.hf_dir)]
     save(work / "run/checkpoints/step_5", parts, stage="ppo", step=5, dtype="float32", extra={}, keep_last=1)
     save(work / "half.mrlhf", parts[:1], stage="sft", step=5, dtype="bfloat16", extra={})
     (work / "run/config.yaml").write_text(f"model: {{path: {zoo / 'qwen2'}}}\ndata: {{train: data/prompts}}\n")
@@ -103,7 +103,7 @@ def main() -> None:
     broken = dataclasses.replace(skeleton.parameters[1], blocks=skeleton.parameters[1].blocks[:-1])
     skeleton.parameters[1] = broken
     with torch.no_grad():
-        actor.module.decoder.final_layernorm.weight[0] = 1e5
+        actor.modules[0].decoder.final_layernorm.weight[0] = 1e5
     save(work / "large.mrlhf", parts[:1], stage="sft", step=5, dtype="bfloat16", extra={})
     result["refused"] = {
         "overflow": refusal(lambda: convert.megatron_to_hf(str(work / "large.mrlhf"), work / "large.hf", dtype="float16")),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 # name -> (data, checkpoint "lm" or "value", parallel keys, other keys)
 TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
 SP = {**TP, "sequence_parallel": True}
 UNPACKED = {"packing": False, "micro_batch_size": 5}
 CASES: dict[str, tuple[str, str, dict[str, object], dict[str, object]]] = {
@@ -26,6 +27,9 @@ CASES: dict[str, tuple[str, str, dict[str, object], dict[str, object]]] = {
     "value sft pp2 left": ("sft", "value", PP, {**UNPACKED, "padding_side": "left"}),
     "value pref tp2+sp unpacked": ("pref", "value", SP, UNPACKED),
     "value pref dp2": ("pref", "value", {}, {}),
+    "sft cp2": ("sft", "lm", CP, {}),
+    "value sft cp2 left": ("sft", "value", CP, {**UNPACKED, "padding_side": "left"}),
+    "pref interleaved": ("pref", "lm", {**PP, "virtual_pipeline_model_parallel_size": 2}, {}),
 }
 
 

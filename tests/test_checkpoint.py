@@ -31,7 +31,11 @@ def found(world: Path, work: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("layout", "dtype"),
-    [("pp2", "float32"), ("dp2", "float32"), ("tp2+sp", "float32"), ("1", "float32"), ("pp2", "bfloat16"), ("1", "bfloat16")],
+    [
+        *((layout, "float32") for layout in ("pp2", "dp2", "tp2+sp", "interleaved", "cp2", "1")),
+        ("pp2", "bfloat16"),
+        ("1", "bfloat16"),
+    ],
 )
 def test_goes_on_under_another_layout(found: dict[str, Any], layout: str, dtype: str) -> None:
     """Weights, both moments, the step count and the schedule: all enter the loss of the second step after the load."""
@@ -41,6 +45,13 @@ def test_goes_on_under_another_layout(found: dict[str, Any], layout: str, dtype:
         assert ours["grad_norm"] == pytest.approx(unbroken["grad_norm"], rel=10 * tolerance)
         assert ours["lr"] == unbroken["lr"]
     assert found[f"{layout} {dtype}"][1]["loss"] < found["first"][0]["loss"]
+
+
+def test_saved_by_an_interleaved_pipeline_and_gone_on_with_by_one_process(found: dict[str, Any]) -> None:
+    for ours, unbroken in zip(found["after interleaved"], found["interleaved, unbroken"], strict=True):
+        assert ours["loss"] == pytest.approx(unbroken["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(unbroken["grad_norm"], rel=1e-5)
+        assert ours["lr"] == unbroken["lr"]
 
 
 def test_failed_save_leaves_the_last_one(found: dict[str, Any]) -> None:

@@ -1,11 +1,15 @@
-"""The learning-rate schedules, step by step."""
+"""The learning-rate schedules, step by step; losses and gradients that are not finite."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from conftest import TESTS, torchrun
 
 from mrlhf.config import OptimConfig
 from mrlhf.engine import make_scheduler
@@ -40,3 +44,23 @@ def test_no_step_is_spent_at_zero_and_resume_goes_on() -> None:
     scheduler = make_scheduler(SimpleNamespace(param_groups=[group]), OptimConfig(lr=1e-3, lr_warmup_steps=3), total_steps=20)
     scheduler.step(increment=7)
     assert group["lr"] == whole[6]
+
+
+@pytest.fixture(scope="module")
+def nonfinite(world: Path) -> dict[str, Any]:
+    done = torchrun(2, TESTS / "nonfinite_program.py", world / "qwen2", world / "sft")
+    assert "step skipped: not finite in the loss of sample(s) 6, 7" in done.stdout
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+def test_what_is_not_finite_on_one_rank_touches_none(nonfinite: dict[str, Any], layout: str) -> None:
+    """A loss, or only a gradient: all ranks skip, or stop, with parameters and moments as they were; and the samples are named."""
+    found = nonfinite[layout]
+    assert found["skipped"] == [0.0, 1.0, 1.0, 0.0] and found["loss"] == "nan"
+    assert found["untouched"] == [True, True, True]
+    assert found["moved"] and found["goes on"]
+    assert found["limit agreed"] and "the 10th step in a row" in found["limit"]
+    assert found["stop agreed"] and "not finite in the loss of sample(s) 6, 7; loss nan" in found["stop"]
+    assert found["stop gradient agreed"]
+    assert "in the gradient, no loss is: sample(s) 4, 5, 6, 7, 8, 9, 10, 11;" in found["stop gradient"]

@@ -56,13 +56,17 @@ def problems(world: Path) -> Callable[..., list[MrlhfError]]:
     from mrlhf.rl import ppo
 
     def find(stage: str, *, ranks: int = 1, **changes: object) -> list[MrlhfError]:
-        with pytest.raises(MrlhfError) as raised:
+        try:
             config = load_config(STAGES[stage], None, options(world, stage, **{k.replace("__", "."): v for k, v in changes.items()}))
             if stage == "ppo":
                 ppo.check(config, ranks)
             else:
                 preflight.check_run(stage, config, world=ranks)
-        return raised.value.errors if isinstance(raised.value, SeveralErrors) else [raised.value]
+        except SeveralErrors as several:
+            return several.errors
+        except MrlhfError as error:
+            return [error]
+        return []
 
     return find
 
@@ -210,6 +214,34 @@ def test_pipeline_that_does_not_divide(problems: Callable[..., list[MrlhfError]]
     assert error.expected == "1, 2, 4"
 
 
+def test_interleaved_and_uneven_pipelines(problems: Callable[..., list[MrlhfError]]) -> None:
+    pipeline = {"ranks": 2, "parallel__pipeline_model_parallel_size": 2}
+    (error,) = problems("sft", **pipeline, parallel__virtual_pipeline_model_parallel_size=3)
+    assert error.what == "parallel.virtual_pipeline_model_parallel_size = 3 does not divide the model's 2 layers of a stage"
+    assert error.expected == "1, 2"
+    (error,) = problems("sft", **pipeline, parallel__virtual_pipeline_model_parallel_size=2, train__global_batch_size=7)
+    assert error.what == "train.global_batch_size = 7 is not a multiple of micro_batch_size 1 x dp 1 x pp 2 (interleaved) = 2"
+    (error,) = problems("sft", **pipeline, parallel__num_layers_in_first_pipeline_stage=4)
+    assert "4 layers less those of the uneven stage leave 0 for 1 stages" in error.what
+    assert not problems("sft", **pipeline, parallel__num_layers_in_first_pipeline_stage=1)
+    assert not problems("sft", **pipeline, parallel__num_layers_in_first_pipeline_stage=1, parallel__num_layers_in_last_pipeline_stage=3)
+    (error,) = problems("ppo", **pipeline, parallel__virtual_pipeline_model_parallel_size=2)
+    assert "is not for ppo" in error.what and error.fix == "--parallel.virtual_pipeline_model_parallel_size null"
+
+
+def test_context_parallel_sizes(problems: Callable[..., list[MrlhfError]]) -> None:
+    """4 heads, 2 key/value heads: these are repeated for 4 ranks, but 3 do not divide the heads."""
+    assert not problems("sft", ranks=4, parallel__context_parallel_size=4)
+    assert not problems("dpo", ranks=4, parallel__context_parallel_size=2, parallel__tensor_model_parallel_size=2)
+    (error,) = problems("sft", ranks=3, parallel__context_parallel_size=3)
+    assert "parallel.context_parallel_size = 3 does not divide the 4 heads (and 2 key/value heads)" in error.what
+    assert (error.expected, error.fix) == ("1, 2, 4", "--parallel.context_parallel_size 2")
+    (error,) = problems("sft", ranks=2, parallel__context_parallel_size=2, loss__aggregation="sequence")
+    assert error.fix == "--loss.aggregation token"
+    (error,) = problems("ppo", ranks=2, parallel__context_parallel_size=2)
+    assert "is not for ppo" in error.what
+
+
 def test_ranks_that_do_not_divide(problems: Callable[..., list[MrlhfError]]) -> None:
     (error,) = problems("sft", ranks=3, parallel__tensor_model_parallel_size=2)
     assert error.what == "3 ranks cannot be cut into tensor 2 x pipeline 1" and error.expected == "a multiple of 2 ranks"
@@ -330,6 +362,9 @@ def test_rollout_that_cannot_be_cut(problems: Callable[..., list[MrlhfError]]) -
         ("dpo", {"dpo__label_smoothing": 0.5}),
         ("dpo", {"dpo__label_smoothing": 0.1, "dpo__loss": "ipo"}),
         ("sft", {"parallel__context_parallel_size": 2}),
+        ("sft", {"parallel__virtual_pipeline_model_parallel_size": 2}),
+        ("sft", {"parallel__num_layers_in_first_pipeline_stage": 2}),
+        ("ppo", {"train__on_nonfinite": "skip"}),
         ("sft", {"parallel__sequence_parallel": "true"}),
         ("sft", {"data__padding_side": "left", "data__packing": "false"}),
         ("rm", {"data__padding_side": "left"}),

@@ -8,7 +8,7 @@ so that a loss is written once for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,6 +42,10 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
     attention_mask: torch.Tensor | None
+    # a context-parallel rank's part: the [B, T] fields hold tokens first .. first + T of every row, and last_N is -1 where the sample
+    # ends on another rank; cu_seqlens and attention_mask stay those of the whole rows; over_ranks sums over the ranks, with gradient
+    first: int = 0
+    over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -54,13 +58,16 @@ class MicroBatch:
         return replace(self, **moved)
 
     def sum_N(self, x_BT: torch.Tensor) -> torch.Tensor:
-        """Sum over each sample's tokens: [N]."""
+        """Sum over each sample's tokens, on whatever context-parallel rank they are: [N]."""
         out = torch.zeros(self.num_samples + 1, dtype=x_BT.dtype, device=x_BT.device)
-        return out.index_add(0, self.segments_BT.reshape(-1), x_BT.reshape(-1))[:-1]
+        out = out.index_add(0, self.segments_BT.reshape(-1), x_BT.reshape(-1))[:-1]
+        return out if self.over_ranks is None else self.over_ranks(out)
 
     def last(self, x_BT: torch.Tensor) -> torch.Tensor:
-        """The value at each sample's last token: [N]."""
-        return x_BT.reshape(-1)[self.last_N]
+        """The value at each sample's last token, on whatever context-parallel rank it is: [N]."""
+        if self.over_ranks is None:
+            return x_BT.reshape(-1)[self.last_N]
+        return self.over_ranks(torch.where(self.last_N >= 0, x_BT.reshape(-1)[self.last_N.clamp(min=0)], 0.0))
 
     def split(self, x_BT: torch.Tensor) -> list[torch.Tensor]:
         """Each sample's own values, first token first."""
@@ -69,7 +76,7 @@ class MicroBatch:
 
 
 def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padding_side: str = "right") -> MicroBatch:
-    """One micro-batch. `pad_multiple`: T becomes a multiple of it (the tensor-parallel size, for sequence parallelism).
+    """One micro-batch. `pad_multiple`: T becomes a multiple of it (context and sequence parallelism cut rows).
 
     Padding of a pack is a sample of its own to the attention. Left-padded rows get an attention mask.
     """
@@ -132,7 +139,9 @@ class Loader:
         dp_size: int,
         pad_multiple: int = 1,
         padding_side: str = "right",
+        slice_multiple: int = 1,
     ) -> None:
+        self.slice_multiple = slice_multiple  # of micro-batches, in `in_order`
         self.dataset, self.packing, self.micro_batch_size = dataset, packing, micro_batch_size
         self.dp_rank, self.dp_size, self.pad_multiple, self.padding_side = dp_rank, dp_size, pad_multiple, padding_side
         self.group = 2 if dataset.task == "preference" else 1
@@ -174,7 +183,7 @@ class Loader:
 
     def in_order(self) -> Iterator[list[int]]:
         """Rows of the whole set once, for evaluation and scoring, in slices every rank takes part in."""
-        unit = self.micro_batch_size * self.dp_size
+        unit = self.micro_batch_size * self.dp_size * self.slice_multiple
         for at in range(0, self.num_rows, unit):
             rows = list(range(at, min(at + unit, self.num_rows)))
             yield rows + [-1] * (unit - len(rows))

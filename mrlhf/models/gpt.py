@@ -46,6 +46,7 @@ from mrlhf.models.rope import inverse_frequencies
 from mrlhf.models.spec import Layer, ModelSpec
 from mrlhf.parallel import device, state
 from mrlhf.parallel.attention import CoreAttention
+from mrlhf.parallel.context import ContextParams
 from mrlhf.parallel.logprobs import Head
 from mrlhf.parallel.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
 from mrlhf.parallel.rope import Attention, Rotary
@@ -77,6 +78,16 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        # batched messages cross where a rank's next and previous neighbour are one and the same (PP 2)
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
+        context_parallel_size=parallel.context_parallel_size,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_method="uniform" if parallel.recompute == "full" else None,
+        recompute_num_layers=1 if parallel.recompute == "full" else None,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths even for dense models
@@ -193,21 +204,25 @@ def lm_head(model: GPTModel, spec: ModelSpec) -> Head:
     )
 
 
-def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str) -> GPTModel:
-    """This rank's part of the model, not yet filled. `head`: "lm" (hidden states come out, see `GPT`) or "value"."""
-    offset = get_transformer_layer_offset(config)
-    layers = [_layer_spec(spec, config, spec.layers[offset + i]) for i in range(get_num_layers_to_build(config))]
-    is_last = parallel_state.is_pipeline_last_stage()
+def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str, vp_stage: int | None = None) -> GPTModel:
+    """This rank's part of the model, or its part number `vp_stage` in an interleaved pipeline, not yet filled.
+
+    `head`: "lm" (hidden states come out, see `GPT`) or "value".
+    """
+    offset = get_transformer_layer_offset(config, vp_stage)
+    layers = [_layer_spec(spec, config, spec.layers[offset + i]) for i in range(get_num_layers_to_build(config, vp_stage))]
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     model = GPT(
         config,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm),
         vocab_size=spec.padded_vocab_size,
         max_sequence_length=spec.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=spec.tied and head == "lm",
         position_embedding_type="learned_absolute" if spec.learned_positions else "rope" if spec.ropes else "none",
+        vp_stage=vp_stage,
     )
     if spec.ropes:
         frequencies = torch.stack([inverse_frequencies(rope, spec.head_dim) for rope in spec.ropes])
@@ -331,24 +346,23 @@ def fill(model: GPTModel, spec: ModelSpec, source: Source, *, head: str, only: s
 def _positions(batch: MicroBatch) -> torch.Tensor:
     """Place of each token in its sample, [B, T]: for learned positions; rotary ones need only differences."""
     b, t = batch.tokens_BT.shape
-    at_T = torch.arange(t, device=batch.tokens_BT.device)
+    at_T = torch.arange(batch.first, batch.first + t, device=batch.tokens_BT.device)
     if batch.cu_seqlens is not None:
         segment_T = torch.searchsorted(batch.cu_seqlens, at_T, right=True) - 1
         return (at_T - batch.cu_seqlens[segment_T])[None]
     if batch.attention_mask is not None:  # left padding: as many as may be looked at, without itself
-        return (~batch.attention_mask[:, 0]).sum(-1) - 1
+        return ((~batch.attention_mask[:, 0]).sum(-1) - 1)[:, batch.first : batch.first + t]
     return at_T.expand(b, t)
 
 
 def run(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its slice) elsewhere."""
-    packed = None
-    if batch.cu_seqlens is not None:
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
-    return model(batch.tokens_BT, _positions(batch), batch.attention_mask, packed_seq_params=packed)
+    positions_BT, packed, cu = _positions(batch), None, batch.cu_seqlens
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
+    if batch.over_ranks is not None:
+        t = batch.tokens_BT.size(1)
+        in_row_T = torch.arange(batch.first, batch.first + t, device=batch.tokens_BT.device)
+        packed = ContextParams(**lengths, positions_s=in_row_T if cu is None else positions_BT[0])
+    elif cu is not None:
+        packed = PackedSeqParams(qkv_format="thd", **lengths)
+    return model(batch.tokens_BT, positions_BT, batch.attention_mask, packed_seq_params=packed)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -154,25 +155,73 @@ def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, train
                 fix=f"--parallel.tensor_model_parallel_size {max(n for n in good if n <= max(tp, 1))}",
             )
         )
-    if spec.num_layers % pp:
-        good = [n for n in range(1, spec.num_layers + 1) if spec.num_layers % n == 0]
+    found += _check_pipeline(parallel, spec) + _check_context(parallel, spec)
+    smallest = tp * pp * parallel.context_parallel_size
+    if world % smallest:
+        context = f" x context {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
         found.append(
             ConfigError(
-                f"parallel.pipeline_model_parallel_size = {pp} does not divide the model's num_hidden_layers = {spec.num_layers}",
-                where="parallel.pipeline_model_parallel_size",
-                expected=", ".join(map(str, good)),
-            )
-        )
-    if world % (tp * pp):
-        found.append(
-            ConfigError(
-                f"{world} ranks cannot be cut into tensor {tp} x pipeline {pp}",
+                f"{world} ranks cannot be cut into tensor {tp} x pipeline {pp}{context}",
                 where="parallel",
-                expected=f"a multiple of {tp * pp} ranks",
-                fix=f"torchrun --nproc-per-node {tp * pp} -m mrlhf ...",
+                expected=f"a multiple of {smallest} ranks",
+                fix=f"torchrun --nproc-per-node {smallest} -m mrlhf ...",
             )
         )
     return found + _check_experts(parallel, spec, world, trained=trained)
+
+
+def _check_pipeline(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+    """Layers by stages and, interleaved, by the pieces of each."""
+    pp, pieces = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if pp == 1:
+        return []
+    if first is None and last is None:
+        if spec.num_layers % (pp * pieces) == 0:
+            return []
+        key = "virtual_pipeline_model_parallel_size" if spec.num_layers % pp == 0 else "pipeline_model_parallel_size"
+        whole = spec.num_layers // pp if spec.num_layers % pp == 0 else spec.num_layers
+        what = f"{spec.num_layers // pp} layers of a stage" if spec.num_layers % pp == 0 else f"num_hidden_layers = {spec.num_layers}"
+        return [
+            ConfigError(
+                f"parallel.{key} = {getattr(parallel, key)} does not divide the model's {what}",
+                where=f"parallel.{key}",
+                expected=", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0),
+            )
+        ]
+    ends = [n for n in (first, last) if n is not None]
+    rest, stages = spec.num_layers - sum(ends), pp - len(ends)
+    wrong = rest < 0 or (rest % (stages * pieces) or rest == 0 if stages else rest != 0) or any(n % pieces for n in ends)
+    if not wrong:
+        return []
+    where = "parallel.num_layers_in_first_pipeline_stage" if first is not None else "parallel.num_layers_in_last_pipeline_stage"
+    return [
+        ConfigError(
+            f"{spec.num_layers} layers less those of the {'first and last' if len(ends) == 2 else 'uneven'} stage leave {rest} for {stages} stages"
+            + (f" of {pieces} pieces" if pieces > 1 else ""),
+            where=where,
+            expected="whole, equal stages (and pieces)",
+        )
+    ]
+
+
+def _check_context(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+    """In attention context-parallel ranks share the heads that a tensor-parallel rank has; key/value heads may be repeated for it."""
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    heads, groups = spec.num_attention_heads // tp, spec.num_query_groups // tp
+    if spec.num_attention_heads % tp or spec.num_query_groups % tp:
+        return []
+    good = [n for n in range(1, heads + 1) if heads % n == 0 and heads // groups % (n // math.gcd(groups, n)) == 0]
+    if cp in good:
+        return []
+    return [
+        ConfigError(
+            f"parallel.context_parallel_size = {cp} does not divide the {heads} heads (and {groups} key/value heads) of a tensor-parallel rank",
+            where="parallel.context_parallel_size",
+            expected=", ".join(map(str, good)),
+            fix=f"--parallel.context_parallel_size {max(n for n in good if n <= max(cp, 1))}",
+        )
+    ]
 
 
 def _check_experts(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool) -> list[ConfigError]:

@@ -15,7 +15,10 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
+
+from mrlhf.parallel.context import heads_to_tokens, tokens_to_heads
 
 
 def _may_look(length: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -134,9 +137,22 @@ class CoreAttention(MegatronModule):
         super().__init__(config)
         assert (config.attention_dropout if attention_dropout is None else attention_dropout) == 0, "no attention dropout in RLHF"
         self.scale, self.window, self.softcap = softmax_scale, window, softcap
+        self.context_group = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         """`attention_mask` [b, 1, s, s], True = may not look (Megatron's sense), or None for plain causal."""
+        if self.context_group is not None:
+            assert packed_seq_params is not None, "under context parallelism it says what the whole rows are"
+            query, key, value = (tokens_to_heads(x, self.context_group) for x in (query, key, value))
+            if packed_seq_params.cu_seqlens_q is None:
+                out_sbx = self._whole_rows(query, key, value, attention_mask, None)
+            else:
+                out_sbx = self._whole_rows(query.squeeze(1), key.squeeze(1), value.squeeze(1), None, packed_seq_params)
+            out_sbnd = heads_to_tokens(out_sbx.view(*query.shape), self.context_group)
+            return out_sbnd.reshape(out_sbnd.size(0), out_sbnd.size(1), -1)
+        return self._whole_rows(query, key, value, attention_mask, packed_seq_params)
+
+    def _whole_rows(self, query, key, value, attention_mask, packed_seq_params):
         limits = {"window": self.window, "softcap": self.softcap}
         if packed_seq_params is not None:
             return packed_attention(

@@ -10,6 +10,8 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
 
+from mrlhf.parallel.context import ContextParams
+
 
 class Rotary(RotaryEmbedding):
     """In the place of GPTModel.rotary_pos_emb. inv_freq_KF: radians a token of every kind of rope and pair of dimensions.
@@ -39,4 +41,7 @@ class Attention(SelfAttention):
     def forward(self, hidden_states, attention_mask, rotary_pos_emb=None, **kwargs):
         if rotary_pos_emb is not None:
             rotary_pos_emb = None if self.rope is None else rotary_pos_emb[:, self.rope : self.rope + 1]
+            packed = kwargs.get("packed_seq_params")
+            if rotary_pos_emb is not None and isinstance(packed, ContextParams):
+                rotary_pos_emb = rotary_pos_emb.index_select(0, packed.positions_s)
         return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)

@@ -1,9 +1,9 @@
-"""Process groups: torchrun's world cut into tensor-, pipeline- and data-parallel groups by Megatron.
+"""Process groups: torchrun's world cut into tensor-, context-, data- and pipeline-parallel groups by Megatron.
 
-Rank order is Megatron's "tp-dp-pp": rank = tp + TP * (dp + DP * pp). A plain process without torchrun is a
+Rank order is Megatron's "tp-cp-dp-pp": rank = tp + TP * (cp + CP * (dp + DP * pp)). A plain process without torchrun is a
 world of one.
 
-With experts the TP x DP ranks of a stage share them: EP > 1 gives each rank whole experts, num / EP of them, and EP = 1
+With experts the TP x CP x DP ranks of a stage share them: EP > 1 gives each rank whole experts, num / EP of them, and EP = 1
 cuts every expert by TP. (EP = 1 with whole experts on every rank would reduce their gradients over the wrong group.)
 """
 
@@ -32,25 +32,42 @@ class Layout:
     tp: int
     pp: int
     ep: int = 1
+    cp: int = 1
+
+    @staticmethod
+    def of(parallel: ParallelConfig, world: int) -> Layout:
+        return Layout(
+            world,
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.expert_model_parallel_size,
+            parallel.context_parallel_size,
+        )
+
+    @property
+    def smallest(self) -> int:
+        """Ranks that one data-parallel replica takes."""
+        return self.tp * self.cp * self.pp
 
     @property
     def dp(self) -> int:
-        return self.world // (self.tp * self.pp)
+        return self.world // self.smallest
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
         """(tp, dp, pp) of a rank."""
-        return rank % self.tp, rank // self.tp % self.dp, rank // (self.tp * self.dp)
+        return rank % self.tp, rank // (self.tp * self.cp) % self.dp, rank // (self.tp * self.cp * self.dp)
 
     def expert_rank(self, rank: int) -> int:
         """Which of the EP shares of the experts a rank holds."""
-        return rank % (self.tp * self.dp) % self.ep
+        return rank % (self.tp * self.cp * self.dp) % self.ep
 
     def describe(self, *, global_batch: int, micro_batch: int) -> str:
         accumulation = global_batch // (micro_batch * self.dp)
+        context = f" x cp {self.cp}" if self.cp > 1 else ""
         experts = f", experts over {self.ep}" if self.ep > 1 else ""
         return (
             f"global {global_batch} = micro {micro_batch} x accumulation {accumulation} x dp {self.dp}   "
-            f"({self.world} ranks = tp {self.tp} x pp {self.pp} x dp {self.dp}{experts})"
+            f"({self.world} ranks = tp {self.tp} x pp {self.pp}{context} x dp {self.dp}{experts})"
         )
 
 
@@ -63,20 +80,33 @@ def is_main() -> bool:
 
 
 def check_batch(train: Any, parallel: ParallelConfig, world: int) -> list[ConfigError]:
-    """The global batch must be micro_batch_size x data-parallel ranks x a whole accumulation."""
-    dp = world // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    unit = train.micro_batch_size * max(dp, 1)
+    """The global batch must be micro_batch_size x data-parallel ranks x a whole accumulation (x PP where the pipeline is interleaved)."""
+    dp = max(1, Layout.of(parallel, world).dp)
+    unit, parts = train.micro_batch_size * dp, f"micro_batch_size {train.micro_batch_size} x dp {dp}"
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        unit *= parallel.pipeline_model_parallel_size
+        parts += f" x pp {parallel.pipeline_model_parallel_size} (interleaved)"
     if train.global_batch_size % unit:
         down = train.global_batch_size // unit * unit
         return [
             ConfigError(
-                f"train.global_batch_size = {train.global_batch_size} is not a multiple of micro_batch_size {train.micro_batch_size} x dp {dp} = {unit}",
+                f"train.global_batch_size = {train.global_batch_size} is not a multiple of {parts} = {unit}",
                 where="train.global_batch_size",
                 expected=f"a multiple of {unit}",
                 fix=f"--train.global_batch_size {down or unit}",
             )
         ]
     return []
+
+
+def pad_multiple(parallel: ParallelConfig) -> int:
+    """A row's tokens are cut by CP, and then by TP under sequence parallelism."""
+    return parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+
+
+def slice_multiple(parallel: ParallelConfig) -> int:
+    """Micro-batches of a forward pass must be a multiple of this: the interleaved schedule goes round in groups of PP."""
+    return 1 if parallel.virtual_pipeline_model_parallel_size is None else parallel.pipeline_model_parallel_size
 
 
 def expert_tensor_parallel_size(parallel: ParallelConfig) -> int:
@@ -104,14 +134,14 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size(parallel),
         distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return Layout(
-        world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
-    )
+    return Layout.of(parallel, world)
 
 
 def shutdown() -> None:
@@ -134,7 +164,7 @@ def from_last_stage(value: Any) -> Any:
 
 
 def sum_over_data_parallel(x: torch.Tensor) -> torch.Tensor:
-    """Sum of a CPU tensor over the data-parallel ranks, on every rank."""
+    """Sum of a CPU tensor over the data-parallel ranks (not the context-parallel ones), on every rank."""
     moved = x.to(device.current().name)
     dist.all_reduce(moved, group=parallel_state.get_data_parallel_group())
     return moved.to(x.device)
@@ -146,3 +176,17 @@ def gather_from_data_parallel(value: Any) -> list[Any]:
     box: list[Any] = [None] * group.size() if group.rank() == 0 else []
     dist.gather_object(value, box or None, group=group, group_dst=0)
     return box
+
+
+def on_any_rank(flag: bool) -> bool:
+    """True on every rank of the world where it is True on one."""
+    found = torch.tensor(float(flag), device=device.current().name)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def from_all_ranks(values: list[Any]) -> list[Any]:
+    """Small Python lists of all ranks of the world, one after another, on every rank."""
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, values)
+    return [value for part in box for value in part]

@@ -140,7 +140,7 @@ class PPO:
             dp_rank=self.dp_rank,
             dp_size=self.layout.dp,
             packing=self.config.data.packing,
-            pad_multiple=self.layout.tp if self.config.parallel.sequence_parallel else 1,
+            pad_multiple=state.pad_multiple(self.config.parallel),
         )
 
     def logprobs(self, model: Model, rollout: Rollout, *, with_entropy: bool = False) -> list[torch.Tensor]:

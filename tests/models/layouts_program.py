@@ -44,7 +44,7 @@ def main() -> None:
         def fn(out_BTX, batch):
             whole = out_BTX
             if model.head == "lm":
-                whole = gather_from_tensor_model_parallel_region(gpt.lm_head(model.module, model.spec).logits(out_BTX))
+                whole = gather_from_tensor_model_parallel_region(gpt.lm_head(model.modules[-1], model.spec).logits(out_BTX))
             return whole[..., :channels].float().permute(2, 0, 1).contiguous()
 
         batch = collate(rows, packing=packing, pad_multiple=parallel_state.get_tensor_model_parallel_world_size())
