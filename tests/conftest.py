@@ -95,7 +95,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "gemma3_text": ("Gemma3", {"tie_word_embeddings": True, "sliding_window": 9, "query_pre_attn_scalar": 50,
                                "_sliding_window_pattern": 2}),
     "phi3": ("Phi3", {}),
-    "gpt2": ("GPT2", {}),
+    "gpt2": ("GPT2", {"tie_word_embeddings": True}),
     "olmo2": ("Olmo2", {}),
     "granite": ("Granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.1, "logits_scaling": 0.5}),
     "glm4": ("Glm4", {}),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from zoo import KINDS, VOCAB, samples
 
 TOOLS = "tools/convert"
-MORE = ("bf16", "fp16", "mixed", "sharded", "tied_with_copy")
+MORE = ("bf16", "fp16", "mixed", "sharded", "tied_with_copy", "bare_names")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,8 @@ def zoo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("mixed", variant("mixed", "qwen2", torch.bfloat16, keep="norm", dtype="bfloat16"))
     tied = variant("tied_with_copy", "qwen2_tied", torch.float32)
     write("tied_with_copy", {**tied, "lm_head.weight": tied["model.embed_tokens.weight"].clone()})
+    bare = variant("bare_names", "gpt2", torch.float32)  # as the files of the hub's gpt2
+    write("bare_names", {name.removeprefix("transformer."): tensor for name, tensor in bare.items()})
     sharded = list(variant("sharded", "llama", torch.float32).items())
     (root / "sharded/model.safetensors").unlink()
     index = {}

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ def resolve_hf(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE"]))
     except Exception as error:  # the hub client has no common base class for network and not-found errors
         raise CheckpointError(
             f"no such directory, and the hub does not give it: {path!r} ({type(error).__name__})",
@@ -92,7 +92,9 @@ class HFReader:
         """Raises CheckpointError unless every tensor of the model is there with its shape, and no other, naming both sides."""
         self.directory = directory
         self.tensors = hf_tensors(spec, head=head)
-        self.files, self.headers = open_files(directory)
+        files, self.headers = open_files(directory)
+        self._prefix = left_out_prefix(files, self.tensors)
+        self.files = {self._prefix + name if self._prefix + name in self.tensors else name: file for name, file in files.items()}
         self._fds: dict[str, int] = {}
         self._check(spec)
 
@@ -113,7 +115,7 @@ class HFReader:
             raise CheckpointError("tensors do not fit config.json: " + "; ".join(found), where=str(self.directory))
 
     def _entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
-        return self.headers[self.files[name]].tensors[name]
+        return self.headers[self.files[name]].tensors[name.removeprefix(self._prefix)]
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name)[1]
@@ -169,6 +171,14 @@ class HFReader:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+
+
+def left_out_prefix(stored: Iterable[str], tensors: Iterable[str]) -> str:
+    """ "transformer." for files like those of gpt2, saved from the model without its head, whose names do not begin with it; else ""."""
+    stored, tensors = set(stored), list(tensors)
+    prefix = tensors[0].split(".")[0] + "."
+    is_bare = all(name.removeprefix(prefix) in stored and not (name.startswith(prefix) and name in stored) for name in tensors)
+    return prefix if is_bare else ""
 
 
 def open_files(directory: Path) -> tuple[dict[str, str], dict[str, Header]]:
@@ -242,6 +252,11 @@ def plan_output(tensors: Stored, hf_dir: Path, *, shard_bytes: int = 5 << 30) ->
     note = json.loads((hf_dir / HEADERS).read_text()) if (hf_dir / HEADERS).is_file() else {"index": None, "files": {}}
     texts = {file: json.loads(raw) for file, raw in note["files"].items()}
     noted = {name: (file, entry) for file, text in texts.items() for name, entry in text.items() if name != "__metadata__"}
+    prefix = left_out_prefix(noted, tensors)
+    if prefix:
+        files, index = plan_output({name.removeprefix(prefix): stored for name, stored in tensors.items()}, hf_dir, shard_bytes=shard_bytes)
+        whole = [{prefix + name if prefix + name in tensors else name: place for name, place in f.places.items()} for f in files]
+        return [replace(f, places=places) for f, places in zip(files, whole, strict=True)], index
     if set(noted) != set(tensors):
         return _plan_anew(tensors, shard_bytes)
     same = all((_CODES[d], list(shape)) == (noted[n][1]["dtype"], noted[n][1]["shape"]) for n, (d, shape) in tensors.items())
