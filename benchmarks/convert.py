@@ -59,7 +59,7 @@ def peak_bytes() -> int:
 
 
 def worker(arm: str, source: Path, target: Path) -> None:
-    """Prints {seconds, peak_bytes, base_bytes}: the peak of the process, and what it had before it began."""
+    """Prints {seconds, cpu, peak_bytes, base_bytes}: the peak of the process, and what it had before it began."""
     os.environ["MRLHF_DEVICE"] = "cpu"
     from safetensors.torch import load_file, save_file
 
@@ -119,7 +119,7 @@ def main() -> None:
         worker(args.worker[0], Path(args.worker[1]), Path(args.worker[2]))
         return
     largest = VOCAB * HIDDEN * 2
-    lines = ["| layers | GiB | arm | GiB/s, median | of plain | memory over the start, GiB |", "|---|---|---|---|---|---|"]
+    lines = ["| layers | GiB | arm | GiB/s, median | of plain | CPU seconds | memory over the start, GiB |", "|---|---|---|---|---|---|---|"]
     for layers in args.layers:
         nbytes, found = measure(layers, args.repeats)
         plain = [row["seconds"] for row in found["plain"]]
@@ -128,7 +128,8 @@ def main() -> None:
             ratio = median(p / s for p, s in zip(plain, seconds, strict=True))
             memory = median(row["peak_bytes"] - row["base_bytes"] for row in rows)
             rate = nbytes / GIB / median(seconds)
-            lines.append(f"| {layers} | {nbytes / GIB:.2f} | {arm} | {rate:.2f} | {100 * ratio:.0f} % | {memory / GIB:.2f} |")
+            cpu = median(row["cpu"] for row in rows)
+            lines.append(f"| {layers} | {nbytes / GIB:.2f} | {arm} | {rate:.2f} | {100 * ratio:.0f} % | {cpu:.1f} | {memory / GIB:.2f} |")
     text = "\n".join(
         [
             "# Conversion",
@@ -136,7 +137,8 @@ def main() -> None:
             f"`python benchmarks/convert.py --layers {' '.join(map(str, args.layers))} --repeats {args.repeats}` on {os.cpu_count()} cores "
             f"({platform.machine()}), one process an arm, arms interleaved.",
             "`plain` is safetensors' load and save of the same files; `import` is HF to Megatron, `export` Megatron to HF (checksums compared).",
-            f"The largest tensor has {largest / GIB:.2f} GiB. `of plain` is the median of the ratios within a repeat.",
+            f"The largest tensor has {largest / GIB:.2f} GiB. `of plain` is the median of the ratios within a repeat. Load average at the "
+            f"end: {os.getloadavg()[1]:.0f}.",
             "",
             *lines,
             "",

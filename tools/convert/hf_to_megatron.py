@@ -37,8 +37,11 @@ def parser() -> argparse.ArgumentParser:
 
 def convert(args: argparse.Namespace) -> int:
     from mrlhf.convert import hf_to_megatron, plan_import
-    from mrlhf.parallel.state import is_main
+    from mrlhf.errors import EnvironmentProblem
+    from mrlhf.parallel.state import is_main, world_size
 
+    if args.verify and world_size() > 1:
+        raise EnvironmentProblem("--verify runs alone", fix="tools/convert/verify.py when the ranks are done")
     if args.dry_run:
         print("\n".join(plan_import(args.hf, head=args.head, dtype=args.dtype).describe()))
         return 0

@@ -32,8 +32,11 @@ def parser() -> argparse.ArgumentParser:
 
 def convert(args: argparse.Namespace) -> int:
     from mrlhf.convert import megatron_to_hf, plan_export
-    from mrlhf.parallel.state import is_main
+    from mrlhf.errors import EnvironmentProblem
+    from mrlhf.parallel.state import is_main, world_size
 
+    if args.verify and world_size() > 1:
+        raise EnvironmentProblem("--verify runs alone", fix="tools/convert/verify.py when the ranks are done")
     part = "" if args.part == "actor" else args.part
     if args.dry_run:
         print("\n".join(plan_export(args.checkpoint, args.output, dtype=args.dtype, part=part).describe()))
