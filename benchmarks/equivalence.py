@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ LAYOUTS: dict[str, Layout] = {
     "recompute full": Layout(1, {"recompute": "full"}, ("sft",)),
     "recompute selective": Layout(1, {"recompute": "selective"}, ("sft",)),
     "TP2": Layout(2, {TP: 2}, ("sft",)),
+    "TP2, unpacked": Layout(2, {TP: 2, **UNPACKED}, ("sft", "dpo")),
     "TP2 + SP": Layout(2, SP, ("sft", "dpo")),
     "TP2 + SP, unpacked": Layout(2, {**SP, **UNPACKED}, ("rm", "dpo")),
     "PP2": Layout(2, {PP: 2}, ("sft", "rm")),
@@ -57,20 +57,25 @@ LAYOUTS: dict[str, Layout] = {
     "PP2, interleaved 2, x CP2": Layout(4, {**VPP, CP: 2}, ("sft",)),
     "MoE, 1 process": Layout(1, {}, ("sft",), "qwen3_moe"),
     "MoE, EP2": Layout(2, {"expert_model_parallel_size": 2}, ("sft",), "qwen3_moe"),
+    "NEFTune, 1 process": Layout(1, {"neftune": 5}, ("sft",)),
+    "NEFTune, unpacked": Layout(1, {"neftune": 5, **UNPACKED}, ("sft",)),
+    "NEFTune, PP2, interleaved 2": Layout(2, {"neftune": 5, **VPP}, ("sft",)),
+    "NEFTune, TP2 + SP x CP2, unpacked": Layout(4, {"neftune": 5, **SP, CP: 2, **UNPACKED}, ("sft",)),
     "MoE, CP2 x EP2": Layout(2, {CP: 2, "expert_model_parallel_size": 2}, ("sft",), "qwen3_moe"),
 }
 
 
 def base(name: str) -> str:
     """The layout that another one must equal."""
-    return "MoE, 1 process" if name.startswith("MoE") else "1 process"
+    kind = name.split(", ")[0]
+    return f"{kind}, 1 process" if kind in ("MoE", "NEFTune") else "1 process"
 
 
 def cases(*, tested: bool) -> list[tuple[str, str]]:
     """(layout, stage)."""
 
     def wanted(layout: Layout, stage: str) -> bool:
-        everywhere = layout.model == "qwen2" and layout.options.get("side") != "left"
+        everywhere = layout.model == "qwen2" and layout.options.get("side") != "left" and "neftune" not in layout.options
         return stage in layout.tested or (everywhere and not tested)
 
     return [(name, stage) for name, layout in LAYOUTS.items() for stage in STAGES if wanted(layout, stage)]
@@ -131,7 +136,6 @@ def main() -> None:
         head, _, rest = page.read_text().partition("<!-- equivalence -->\n")
         _, _, tail = rest.partition("<!-- end -->\n")
         page.write_text(f"{head}<!-- equivalence -->\n{text}<!-- end -->\n{tail}")
-        subprocess.run(["git", "diff", "--stat", str(page)], cwd=ROOT, check=False)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def measure(way: str, tokens: int, vocab: int, hidden_size: int, *, with_entropy
 
     def run(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if way == "chunked":
-            logps, entropy, _ = head_logprobs(hidden, targets, Head(weight, vocab), with_entropy=with_entropy)
+            logps, entropy, *_ = head_logprobs(hidden, targets, Head(weight, vocab), with_entropy=with_entropy)
         else:
             whole = torch.log_softmax((hidden @ weight.T).float(), -1)
             logps = whole.gather(-1, targets[:, None])[:, 0]

@@ -5,12 +5,13 @@
       hf/          config.json, tokenizer, generation config, byte for byte as they came
       dist/        weights and optimizer state, torch_dist, independent of TP, PP and DP
       critic/      (ppo) another checkpoint of the same form
-A save goes to `step_10.tmp`, is fsync'ed and renamed; `latest` follows by the same way.
+A save goes to `step_10.tmp`, is fsync'ed and renamed; the pointers `latest` and `best` follow by the same way.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -69,11 +70,13 @@ def _latest(directory: Path) -> Path | None:
 
 
 def open_source(path: str) -> ModelSource:
-    """A mrlhf checkpoint, a run's directory (its latest checkpoint), a HF directory or a hub id.
+    """A mrlhf checkpoint, a run's directory (its latest checkpoint), its checkpoints/best, a HF directory or a hub id.
 
     Raises CheckpointError when it is none of them or its files are not all there.
     """
     directory = Path(path)
+    if directory.name in ("best", "latest") and directory.is_file() and re.fullmatch(r"step_\d+", name := directory.read_text().strip()):
+        directory = directory.parent / name
     if directory.is_dir() and not (directory / MANIFEST).is_file():
         directory = _latest(directory) or directory
     if (directory / MANIFEST).is_file():
@@ -229,10 +232,50 @@ class Part:
     hf_dir: Path
 
 
+@dataclass(frozen=True)
+class Best:
+    """Which checkpoint of a run is kept however old: by a number of its manifest's "eval"."""
+
+    metric: str
+    highest: bool
+
+    def of(self, checkpoints: list[Path]) -> Path | None:
+        """The earliest of the best; None where no manifest has a finite value."""
+        values = [(_json(p / MANIFEST).get("eval", {}).get(self.metric), p) for p in sorted(checkpoints, key=_step)]
+        known = [(-v if self.highest else v, p) for v, p in values if v is not None and math.isfinite(v)]
+        return min(known, key=lambda found: found[0])[1] if known else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
+def retain(directory: Path, newest: str, *, keep_last: int, best: Best | None) -> None:
+    """Point `latest` at the newest checkpoint and `best` at the best one; drop the others but for the last few."""
+    write_text(directory / "latest", newest + "\n")
+    whole = sorted((p for p in directory.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / MANIFEST).is_file()), key=_step)
+    kept = set(whole[-keep_last:])
+    found = best.of(whole) if best is not None else None
+    if found is not None:
+        write_text(directory / "best", found.name + "\n")
+        kept.add(found)
+    for old in whole:
+        if old not in kept:
+            shutil.rmtree(old)
+
+
 def save(
-    target: Path, parts: list[Part], *, stage: str, step: int, dtype: str, extra: dict[str, Any], keep_last: int | None = None
+    target: Path,
+    parts: list[Part],
+    *,
+    stage: str,
+    step: int,
+    dtype: str,
+    extra: dict[str, Any],
+    keep_last: int | None = None,
+    best: Best | None = None,
 ) -> None:
-    """Collective. Writes `target` under a temporary name and renames it; then `latest`; then drops the oldest."""
+    """Collective. Writes `target` under a temporary name and renames it; then `latest` and `best`; then drops what is not kept."""
     main = dist.get_rank() == 0
     tmp = target.with_name(target.name + ".tmp")
     if main:
@@ -264,10 +307,7 @@ def save(
         os.rename(tmp, target)
         fsync(target.parent)
         if keep_last is not None:
-            write_text(target.parent / "latest", target.name + "\n")
-            steps = sorted((int(p.name[5:]), p) for p in target.parent.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
-            for _, old in steps[:-keep_last]:
-                shutil.rmtree(old)
+            retain(target.parent, target.name, keep_last=keep_last, best=best)
     dist.barrier()
 
 

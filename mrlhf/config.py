@@ -113,6 +113,10 @@ class TrainConfig:
 class CheckpointConfig:
     save_interval: int = option(0, "save every so many steps; 0: only at the end")
     keep_last: int = option(2, "whole checkpoints to keep")
+    best_metric: str | None = option(
+        None, "an eval/ metric, e.g. eval/loss: the checkpoint where it was best is kept beside the last ones; saves are then also evaluated"
+    )
+    best_is: Literal["lowest", "highest"] = option("lowest", "which value of best_metric is best; highest for eval/accuracy")
     save_optimizer: bool = option(True, "false: weights only in the last checkpoint (cannot be resumed)")
 
 
@@ -129,6 +133,12 @@ class LossConfig:
     aggregation: Literal["token", "sequence"] = option(
         "token", "token: mean over all trained tokens of the step; sequence: mean of the samples' means"
     )
+    z_loss: float = option(0.0, "pretrain, sft: weight of log(sum of exp(logits))^2, e.g. 1e-4; keeps logits from drifting")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    neftune_alpha: float = option(0.0, "noise on the embeddings while training, +- this / sqrt(length x hidden size); 5 is usual, 0: none")
 
 
 @dataclass(frozen=True)
@@ -222,7 +232,7 @@ class PretrainStage:
 
 @dataclass(frozen=True)
 class SFTStage(PretrainStage):
-    pass
+    sft: SFTConfig = SFTConfig()
 
 
 @dataclass(frozen=True)
@@ -315,7 +325,7 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "
-    "critic_warmup_steps entropy_coef nll_coef samples_to_log correction_low critic_lr"
+    "critic_warmup_steps entropy_coef nll_coef z_loss neftune_alpha samples_to_log correction_low critic_lr"
 ).split()
 
 
@@ -339,6 +349,20 @@ def check_sources(sources: tuple[DataSource, ...]) -> list[ConfigError]:
     without = [s.prefix for s in sources if s.weight is None]
     if 0 < len(without) < len(sources):
         bad(f"{', '.join(without)} without a weight, the others with one", "a weight for every source or for none")
+    return found
+
+
+def _check_best(config: Any) -> list[ConfigError]:
+    metric, key = config.checkpoint.best_metric, "checkpoint.best_metric"
+    if metric is None:
+        return []
+    found = []
+    if isinstance(config, PPOStage):
+        found.append(ConfigError(f"{key} is for pretrain, sft, rm and dpo", where=key, fix=f"--{key} null"))
+    elif config.data.eval is None:
+        found.append(ConfigError(f"{key} = {metric} needs an evaluation split", where=key, expected="data.eval"))
+    if not metric.startswith("eval/"):
+        found.append(ConfigError(f"{key} = {metric} is not of the evaluation", where=key, expected="eval/..., e.g. eval/loss"))
     return found
 
 
@@ -402,9 +426,12 @@ def check(config: Any) -> list[ConfigError]:
                 "global = micro x accumulation x data-parallel ranks",
             )
         found += check_sources(config.data.train)
+        found += _check_best(config)
     if isinstance(config, PPOStage):
         if config.train.on_nonfinite != "stop":
             bad("train.on_nonfinite", "train.on_nonfinite = skip is not for ppo", "stop", "--train.on_nonfinite stop")
+        if config.loss.z_loss:
+            bad("loss.z_loss", "loss.z_loss is for pretrain and sft", "0", "--loss.z_loss 0")
         plain = ParallelConfig()
         for name in (
             "virtual_pipeline_model_parallel_size",

@@ -22,7 +22,7 @@ from mrlhf.parallel import state
 
 def answer_logps(model: Model, hidden_BTH: torch.Tensor, batch: MicroBatch, *, mean: bool) -> torch.Tensor:
     """[N]: log-prob of each answer, summed over its trained tokens (or their mean)."""
-    logps_BT, _, _ = model.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT)
+    logps_BT = model.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT).logps
     sums_N = batch.sum_N(logps_BT * batch.mask_BT)
     return sums_N / batch.sum_N(batch.mask_BT).clamp(min=1) if mean else sums_N
 
@@ -31,7 +31,7 @@ def _logps_of(model: Model, batches: list[MicroBatch], *, mean: bool) -> list[to
     """[N] of every micro-batch, without gradient."""
 
     def per_token(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        logps_BT, _, _ = model.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT)
+        logps_BT = model.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT).logps
         return (logps_BT * batch.mask_BT)[None]
 
     found = []

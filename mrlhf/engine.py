@@ -33,10 +33,10 @@ from mrlhf import metrics
 from mrlhf.checkpoint import ModelSource, Part, load_optimizer, load_weights
 from mrlhf.config import OptimConfig, ParallelConfig
 from mrlhf.data.loader import MicroBatch
-from mrlhf.models import gpt
+from mrlhf.models import gpt, neftune
 from mrlhf.parallel import adam, device, state
 from mrlhf.parallel.context import gather_tokens, sum_over_ranks
-from mrlhf.parallel.logprobs import head_logprobs
+from mrlhf.parallel.logprobs import OfTargets, head_logprobs
 
 Partials = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, Partials]]
@@ -125,8 +125,8 @@ class Model:
         temperature: float = 1.0,
         with_entropy: bool = False,
         keep_BT: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the batch's targets, from an LM's output: (log-prob, entropy, is the most likely token), [B, T] each; see `head_logprobs`."""
+    ) -> OfTargets:
+        """Of the batch's targets, from an LM's output, [B, T] each; see `head_logprobs`."""
         head = gpt.lm_head(self.modules[-1], self.spec)
         return head_logprobs(hidden_BTH, batch.targets_BT, head, temperature=temperature, with_entropy=with_entropy, keep=keep_BT)
 
@@ -174,16 +174,17 @@ class Model:
         for chunk in self.chunks:
             chunk.train(on)
 
-    def _loss_step(self, loss_fn: LossFn) -> Callable:
+    def _loss_step(self, loss_fn: LossFn, noise: Callable[[MicroBatch], torch.Tensor] | None = None) -> Callable:
         def step(iterator, model):
-            batch = _local_part(next(iterator).to(self.device))
+            whole = next(iterator).to(self.device)
+            batch = _local_part(whole)
 
             def loss(output):
                 total, count, partials = loss_fn(output, batch)
                 # the copy goes to the log; Megatron's schedule divides what it is given in place
                 return total, count.to(torch.int), {**partials, "loss": torch.stack([total.detach(), count.detach().float()])}
 
-            return gpt.run(model, batch), loss
+            return gpt.run(model, batch, noise=None if noise is None else lambda: noise(whole)), loss
 
         return step
 
@@ -217,8 +218,10 @@ class Trainer(Model):
         total_steps: int,
         random_init: bool = False,
         on_nonfinite: str = "stop",
+        neftune_alpha: float = 0.0,
     ) -> None:
         self.on_nonfinite, self.skipped_in_a_row = on_nonfinite, 0
+        self.neftune_alpha, self.seed, self.steps_done = neftune_alpha, seed, 0
         super().__init__(source, parallel, head=head, dtype=dtype, seed=seed, random_init=random_init)
         self.adam = adam.install()
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=optim.use_distributed_optimizer, grad_reduce_in_fp32=True)
@@ -251,7 +254,9 @@ class Trainer(Model):
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = self._schedule(micro_batches, self._loss_step(loss_fn), forward_only=False)
+        noise = self._noise if self.neftune_alpha else None
+        results = self._schedule(micro_batches, self._loss_step(loss_fn, noise), forward_only=False)
+        self.steps_done += 1
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -266,6 +271,11 @@ class Trainer(Model):
         if self.on_nonfinite == "skip":
             found["skipped"] = float(self.skipped_in_a_row > 0)
         return found
+
+    def _noise(self, batch: MicroBatch) -> torch.Tensor:
+        return neftune.noise(
+            batch, hidden_size=self.spec.hidden_size, alpha=self.neftune_alpha, seed=self.seed, step=self.steps_done
+        )
 
     def _apply(self, grad_norm: float) -> None:
         """Clip and step, as ChainedOptimizer.step does after the norm."""
@@ -302,3 +312,4 @@ class Trainer(Model):
         """Weights, optimizer state and schedule as after `steps_done` steps of this trainer."""
         load_optimizer(directory, self.modules, self.optimizer)
         self.scheduler.step(increment=steps_done)
+        self.steps_done = steps_done

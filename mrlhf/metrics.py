@@ -48,6 +48,7 @@ METRICS: dict[str, Metric] = {
     # sft, pretrain
     "train/mean_token_accuracy": Metric("trained tokens whose most probable prediction is right", "share", "mean"),
     "train/entropy": Metric("entropy of the prediction, over trained tokens", "nats", "mean"),
+    "train/log_z_squared": Metric("log(sum of exp(logits))^2 over trained tokens (with loss.z_loss)", "", "mean"),
     # rm
     "train/accuracy": Metric("pairs whose chosen answer scores higher", "share", "mean"),
     "train/margin": Metric("score of the chosen minus the rejected answer", "score", "mean"),

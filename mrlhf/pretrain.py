@@ -11,6 +11,6 @@ from mrlhf.sft import language_model_loss
 
 def main(config: PretrainStage) -> None:
     def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
-        return language_model_loss(trainer, aggregation=config.loss.aggregation)
+        return language_model_loss(trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)
 
     supervised.train("pretrain", config, head="lm", make_loss=make_loss)

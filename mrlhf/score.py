@@ -68,7 +68,7 @@ def token_logprobs(model: Model, batches: list[MicroBatch], *, temperature: floa
     """Of every micro-batch and sample: log p of its tokens 1 .. T-1, [T - 1]."""
 
     def per_token(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        return model.logprobs(hidden_BTH, batch, temperature=temperature)[0][None]
+        return model.logprobs(hidden_BTH, batch, temperature=temperature).logps[None]
 
     outputs = model.forward(batches, per_token, channels=1)
     return [[of_sample[:-1] for of_sample in batch.split(logps_1BT[0].cpu())] for batch, logps_1BT in zip(batches, outputs, strict=True)]

@@ -5,34 +5,37 @@ Legend: B rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mrlhf import supervised
 from mrlhf.config import SFTStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import LossFn, Trainer
-from mrlhf.losses import masked_cross_entropy, sum_and_count
+from mrlhf.losses import masked_cross_entropy, reduce_loss, sum_and_count
 
 
-def language_model_loss(trainer: Trainer, *, aggregation: str) -> LossFn:
-    """-log p of each trained token given those before it in its sample; the mean is over the step's tokens or sequences."""
+def language_model_loss(trainer: Trainer, *, aggregation: str, z_loss: float = 0.0) -> LossFn:
+    """-log p of each trained token given those before it in its sample; the mean is over the step's tokens or sequences.
+
+    z_loss: weight of the mean of log(sum of exp(logits))^2 beside it (PaLM, section 5), which keeps logits from drifting.
+    """
 
     def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
-        logps_BT, entropy_BT, is_top_BT = trainer.logprobs(hidden_BTH, batch, with_entropy=True, keep_BT=batch.mask_BT)
-        total = masked_cross_entropy(
-            logps_BT,
-            batch.mask_BT,
-            denominator=1.0,
-            aggregation=aggregation,
-            segment_ids=batch.segments_BT,
-            num_segments=batch.num_samples + 1,
-        )
+        logps_BT, entropy_BT, is_top_BT, log_z_BT = trainer.logprobs(hidden_BTH, batch, with_entropy=True, keep_BT=batch.mask_BT)
+        over: dict[str, Any] = {"denominator": 1.0, "aggregation": aggregation}
+        over |= {"segment_ids": batch.segments_BT, "num_segments": batch.num_samples + 1}
+        total = masked_cross_entropy(logps_BT, batch.mask_BT, **over)
+        if z_loss:
+            total = total + z_loss * reduce_loss(log_z_BT.square(), batch.mask_BT, **over)[0]
         keep_BT = batch.mask_BT.bool()
         tokens = keep_BT.sum()
         count = tokens if aggregation == "token" else (batch.sum_N(batch.mask_BT) > 0).sum()
         partials = {
             "mean_token_accuracy": sum_and_count(is_top_BT, keep_BT),
             "entropy": sum_and_count(entropy_BT, keep_BT),
+            **({"log_z_squared": sum_and_count(log_z_BT.square(), keep_BT)} if z_loss else {}),
             "num_tokens": torch.stack([tokens.float(), torch.ones_like(tokens, dtype=torch.float32)]),
         }
         return total, count, partials
@@ -42,6 +45,6 @@ def language_model_loss(trainer: Trainer, *, aggregation: str) -> LossFn:
 
 def main(config: SFTStage) -> None:
     def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
-        return language_model_loss(trainer, aggregation=config.loss.aggregation)
+        return language_model_loss(trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)
 
     supervised.train("sft", config, head="lm", make_loss=make_loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mrlhf import checkpoint, metrics, preflight
+from mrlhf.config import SFTStage
 from mrlhf.config_io import diff, dump_yaml, load_config
 from mrlhf.data.blend import Dataset, names_of, rows_of, sources_of
 from mrlhf.data.loader import Loader, MicroBatch
@@ -85,6 +87,10 @@ def source_epochs(order: Order, data: Dataset, step: int) -> dict[str, float]:
         return {}
     counts = zip(names_of([p.prefix for p in parts]), order.consumed(step), order.mix.rows, strict=True)
     return {f"data/{name}/epoch": n / rows for name, n, rows in counts}
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
 
 
 def say(text: str) -> None:
@@ -204,6 +210,7 @@ def train(
         total_steps=order.total_steps,
         random_init=random_init,
         on_nonfinite=config.train.on_nonfinite,
+        neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
     )
     say(f"model: {run.source.spec.describe()}, {config.model.dtype}, Adam: {trainer.adam}")
     loss_fn = make_loss(trainer, loader)
@@ -213,6 +220,8 @@ def train(
         trainer.resume(resumed.path, done)
         say(f"resumed from {resumed.path}")
     tracker = make_tracker(stage, config, total_steps=order.total_steps, done=done)
+
+    best = config.checkpoint.best_metric and checkpoint.Best(config.checkpoint.best_metric, config.checkpoint.best_is == "highest")
 
     def save(step: int, extra: dict[str, Any]) -> None:
         keep_optimizer = step < order.total_steps or config.checkpoint.save_optimizer
@@ -224,6 +233,7 @@ def train(
             dtype=config.model.dtype,
             extra=extra | data_position(order, run.train, step),
             keep_last=config.checkpoint.keep_last,
+            best=best,
         )
 
     for step in range(done + 1, order.total_steps + 1):
@@ -243,14 +253,20 @@ def train(
         )
         tracker.log(step, log)
         last = step == order.total_steps
-        if (
-            eval_loader is not None
-            and eval_loss_fn is not None
-            and (last or (config.train.eval_interval and step % config.train.eval_interval == 0))
-        ):
-            tracker.log(step, evaluate(trainer, eval_loader, eval_loss_fn, before_step))
-        if last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0):
-            save(step, finish(trainer, eval_loader or loader) if finish and last else {})
+        to_save = last or _due(step, config.checkpoint.save_interval)
+        extra: dict[str, Any] = {}
+        if eval_loader is not None and eval_loss_fn is not None and (last or _due(step, config.train.eval_interval) or (best and to_save)):
+            values = evaluate(trainer, eval_loader, eval_loss_fn, before_step)
+            tracker.log(step, values)
+            if best and best.metric not in values:
+                raise ConfigError(
+                    f"checkpoint.best_metric = {best.metric} is not measured by {stage}",
+                    where="checkpoint.best_metric",
+                    expected=", ".join(sorted(values)),
+                )
+            extra["eval"] = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no nan
+        if to_save:
+            save(step, extra | (finish(trainer, eval_loader or loader) if finish and last else {}))
     tracker.close()
     say(f"finished: {output_dir / 'checkpoints'}")
     state.shutdown()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import TESTS, run, torchrun
 
-from mrlhf.checkpoint import open_source
+from mrlhf.checkpoint import Best, open_source, retain
 from mrlhf.errors import CheckpointError
 
 
@@ -58,6 +58,27 @@ def test_failed_save_leaves_the_last_one(found: dict[str, Any]) -> None:
     assert found["after_failure"] == ["latest", "step_1", "step_2.tmp"]
     assert found["latest_after_failure"] == 1
     assert found["after_recovery"] == ["latest", "step_4", "step_5"], "unfinished saves are cleared, the two newest kept"
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
+    """By the lowest or highest value, the earliest of equals; without a value a checkpoint is never the best."""
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 1.0, 10: 2.0}
+
+    def kept(best: Best | None, keep_last: int) -> list[str]:
+        directory = tmp_path / f"{best} {keep_last}"
+        for step, value in losses.items():
+            (directory / f"step_{step}").mkdir(parents=True)
+            (directory / f"step_{step}/mrlhf.json").write_text(json.dumps({"eval": {} if value is None else {"eval/loss": value}}))
+            retain(directory, f"step_{step}", keep_last=keep_last, best=best)
+        assert (directory / "latest").read_text() == "step_10\n"
+        if best is not None and best.metric == "eval/loss":
+            assert (directory / "best").read_text() == ("step_1\n" if best.highest else "step_2\n")
+        return sorted(p.name for p in directory.glob("step_*"))
+
+    assert kept(None, 2) == ["step_10", "step_4"]
+    assert kept(Best("eval/loss", False), 1) == ["step_10", "step_2"]
+    assert kept(Best("eval/loss", True), 2) == ["step_1", "step_10", "step_4"]
+    assert kept(Best("eval/other", True), 1) == ["step_10"]
 
 
 def test_heads(found: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, environment, metrics, mrlhf
 
+from mrlhf.checkpoint import open_source
 from mrlhf.errors import CheckpointError
 
 _TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
@@ -72,8 +73,13 @@ def check(tmp_path: Path, args: list[object], *, kill_at: int) -> None:
 
 def test_sft_killed_and_resumed(world: Path, tmp_path: Path) -> None:
     args = ["sft", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "sft", "--train.global_batch_size", 2,
-            "--train.num_epochs", 5, "--optim.lr", 1e-3, "--optim.lr_warmup_steps", 3, "--checkpoint.save_interval", 4]  # fmt: skip
+            "--train.num_epochs", 5, "--optim.lr", 1e-3, "--optim.lr_warmup_steps", 3, "--checkpoint.save_interval", 4,
+            "--data.eval", world / "sft", "--checkpoint.best_metric", "eval/loss", "--checkpoint.keep_last", 1]  # fmt: skip
     check(tmp_path, args, kill_at=7)
+    for run in ("whole", "broken"):  # on its own data the last one is the best
+        best = open_source(str(tmp_path / run / "checkpoints/best"))
+        assert best.manifest["eval"]["eval/loss"] == metrics(tmp_path / run)[-1]["eval/loss"]
+        assert [p.name for p in (tmp_path / run / "checkpoints").glob("step_*")] == [best.path.name]
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "whole/checkpoints").rglob("*")}
     again = mrlhf(*args, "--train.output_dir", tmp_path / "whole")
     assert "already finished" in again.stdout

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -36,6 +36,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.utils import get_attr_wrapped_model
 
 from mrlhf.config import ParallelConfig
 from mrlhf.data.loader import MicroBatch
@@ -185,10 +186,8 @@ class GPT(GPTModel):
     def _postprocess(self, hidden_states, **rest):
         if not self.post_process or isinstance(self.output_layer, ValueHead):
             return super()._postprocess(hidden_states, **rest)
-        if self.config.sequence_parallel:  # backward adds the ranks' gradients up, and scatters them
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
-        else:  # backward adds them up
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+        if self.config.sequence_parallel:  # the head's gradient is whole on every rank: backward takes this rank's tokens
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         return hidden_states.transpose(0, 1).contiguous()
 
 
@@ -355,8 +354,11 @@ def _positions(batch: MicroBatch) -> torch.Tensor:
     return at_T.expand(b, t)
 
 
-def run(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its slice) elsewhere."""
+def run(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+    """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its slice) elsewhere.
+
+    noise: gives what is added to the embeddings, [B, T, H] of the whole rows where context parallelism cuts them.
+    """
     positions_BT, packed, cu = _positions(batch), None, batch.cu_seqlens
     lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
     if batch.over_ranks is not None:
@@ -365,4 +367,12 @@ def run(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         packed = ContextParams(**lengths, positions_s=in_row_T if cu is None else positions_BT[0])
     elif cu is not None:
         packed = PackedSeqParams(qkv_format="thd", **lengths)
-    return model(batch.tokens_BT, positions_BT, batch.attention_mask, packed_seq_params=packed)
+    embedded = None
+    inner = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
+    if noise is not None and inner.pre_process:
+        embedded = inner.embedding(input_ids=batch.tokens_BT, position_ids=positions_BT)
+        added = noise()[:, batch.first : batch.first + batch.tokens_BT.size(1)].transpose(0, 1)
+        if inner.config.sequence_parallel:
+            added = added.chunk(parallel_state.get_tensor_model_parallel_world_size())[parallel_state.get_tensor_model_parallel_rank()]
+        embedded = embedded + added.to(embedded.dtype)
+    return model(batch.tokens_BT, positions_BT, batch.attention_mask, decoder_input=embedded, packed_seq_params=packed)

@@ -3,12 +3,13 @@
 Legend: N tokens (all leading dimensions), H hidden size, V vocabulary, W = V / TP the rows of the head on this rank.
 [N, V] logits are never whole: both passes go through the tokens in chunks. Forward keeps two numbers a token,
 backward multiplies by the head once more (4 matrix products instead of 3) and adds up both gradients, so the memory beyond
-them is two buffers of chunk x W floats. Two collectives whatever N is.
+them is two buffers of chunk x W floats. Two collectives in forward and one in backward, whatever N is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,15 @@ class Head:
         """[..., H] -> [..., W], whole: for comparisons, not for training."""
         found = hidden @ self.weight_WH.T * self.scale
         return found if self.softcap is None else self.softcap * torch.tanh(found / self.softcap)
+
+
+class OfTargets(NamedTuple):
+    """fp32 and differentiable, but for `is_top`; all in the shape of the targets."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor  # of the whole distribution; zeros unless asked for
+    is_top: torch.Tensor  # bool: no token is more likely
+    log_z: torch.Tensor  # log of the sum of exp(logit / temperature): what a z-loss keeps near 0
 
 
 class _Chunks:
@@ -108,14 +118,15 @@ class _HeadLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         is_top_N = sums_3N[2] == max_N
         ctx.mark_non_differentiable(is_top_N, *(() if with_entropy else (entropy_N,)))
-        return logps_N, entropy_N, is_top_N
+        return logps_N, entropy_N, is_top_N, log_z_N.clone()
 
     @staticmethod
-    def backward(ctx, grad_logps_N, grad_entropy_N, _):
+    def backward(ctx, grad_logps_N, grad_entropy_N, _, grad_log_z_N):
         hidden_NH, weight_WH, local_N, mine_N, log_z_N, entropy_N = ctx.saved_tensors
         weight_RH = weight_WH[: ctx.real]
         if grad_logps_N is None:
             grad_logps_N = torch.zeros_like(log_z_N)
+        of_p_N = grad_logps_N if grad_log_z_N is None else grad_logps_N - grad_log_z_N
         grad_hidden_NH = torch.zeros_like(hidden_NH)
         # fp32 over the chunks: bf16 would round at every addition
         grad_weight_WH = torch.zeros_like(weight_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -125,12 +136,12 @@ class _HeadLogProbs(torch.autograd.Function):
             capped_CR = z_CR.clone() if ctx.head.softcap is not None else None
             logp_CR = z_CR.sub_(log_z_N[c, None])
             g_CR = torch.exp(logp_CR, out=chunks.other(c))
-            # d logp[target] / dz = onehot - p ;  d H / dz = -p (logp + H)
+            # d logp[target] / dz = onehot - p ;  d H / dz = -p (logp + H) ;  d log sum exp / dz = p
             if grad_entropy_N is None:
-                g_CR.mul_(-grad_logps_N[c, None])
+                g_CR.mul_(-of_p_N[c, None])
             else:
                 of_entropy_C1 = grad_entropy_N[c, None]
-                g_CR.mul_(logp_CR.mul_(-of_entropy_C1).sub_(of_entropy_C1 * entropy_N[c, None] + grad_logps_N[c, None]))
+                g_CR.mul_(logp_CR.mul_(-of_entropy_C1).sub_(of_entropy_C1 * entropy_N[c, None] + of_p_N[c, None]))
             g_CR.scatter_add_(1, local_N[c, None], torch.where(mine_N[c], grad_logps_N[c], 0.0)[:, None])
             g_CR = chunks.through(g_CR, capped_CR).to(hidden_NH.dtype)
             torch.mm(g_CR, weight_RH, out=grad_hidden_NH[c])
@@ -140,6 +151,8 @@ class _HeadLogProbs(torch.autograd.Function):
                 grad_weight_WH[: ctx.real].addmm_(g_CR.T, hidden_NH[c])
             else:
                 grad_weight_WH[: ctx.real].add_(g_CR.T @ hidden_NH[c])
+        if ctx.head.group is not None:
+            dist.all_reduce(grad_hidden_NH, group=ctx.head.group)
         grad_weight = None if grad_weight_WH is None else grad_weight_WH.to(weight_WH.dtype)
         return grad_hidden_NH, grad_weight, None, None, None, None
 
@@ -152,12 +165,12 @@ def head_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     keep: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log p(target) and the entropy of softmax(logits / temperature), fp32 and differentiable, and whether the target is the most likely token.
+) -> OfTargets:
+    """Of softmax(logits / temperature), at every target.
 
-    hidden [..., H], whole on every tensor-parallel rank; targets [...] global ids. The entropy is zeros unless asked for.
+    hidden [..., H], whole on every tensor-parallel rank; targets [...] global ids.
     keep [...]: where it is 0 nothing is computed and 0 is returned (prompts cost nothing); the same on all ranks.
-    The gradient of `hidden` is that of this rank's rows: the caller adds it up over the ranks.
+    The gradient of `hidden` is whole on every rank, that of the head is of this rank's rows.
     """
     assert hidden.shape[:-1] == targets.shape, (hidden.shape, targets.shape)
     hidden_NH, targets_N, index = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1), None
@@ -169,5 +182,4 @@ def head_logprobs(
     found = _HeadLogProbs.apply(hidden_NH, head.weight_WH, targets_N, head, temperature, with_entropy)
     if index is not None:
         found = tuple(x.new_zeros(targets.numel()).index_copy(0, index, x) for x in found)
-    logps, entropy, is_top = (x.view(targets.shape) for x in found)
-    return logps, entropy, is_top
+    return OfTargets(*(x.view(targets.shape) for x in found))

@@ -147,7 +147,7 @@ class PPO:
         """[B, A] log-probs of the answers under `model` at the rollout's temperature (and the entropies)."""
 
         def fn(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-            logps_BT, entropy_BT, _ = model.logprobs(
+            logps_BT, entropy_BT, *_ = model.logprobs(
                 hidden_BTH, batch, temperature=self.config.rollout.temperature, with_entropy=with_entropy, keep_BT=batch.mask_BT
             )
             return torch.stack([logps_BT, entropy_BT]) if with_entropy else logps_BT[None]
@@ -187,7 +187,7 @@ class PPO:
         correction = None if name == "none" else (name, config.rollout.correction_low, config.rollout.correction_high)
 
         def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
-            logps_BT, entropy_BT, _ = self.actor.logprobs(
+            logps_BT, entropy_BT, *_ = self.actor.logprobs(
                 hidden_BTH, batch, temperature=config.rollout.temperature, with_entropy=True, keep_BT=batch.mask_BT
             )
             pieces = {"segment_ids": batch.segments_BT, "num_segments": batch.num_samples + 1}

@@ -60,13 +60,13 @@ def main() -> None:
         mine = slice(rank * padded // tp, (rank + 1) * padded // tp)
         part, ours = weight[mine].clone().requires_grad_(), hidden.clone().requires_grad_()
         head = Head(part, real, group, scale=0.5, softcap=4.0)
-        logps, entropy, is_top = head_logprobs(ours, targets, head, temperature=0.7, with_entropy=True)
-        (logps * weights[0] + entropy * weights[1]).sum().backward()
-        dist.all_reduce(ours.grad, group=group)
+        logps, entropy, is_top, log_z = head_logprobs(ours, targets, head, temperature=0.7, with_entropy=True)
+        (logps * weights[0] + entropy * weights[1] + 0.1 * log_z.square()).sum().backward()
         theirs, whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        wanted = torch.log_softmax(4.0 * torch.tanh(0.5 * (theirs @ whole[:real].T) / 4.0) / 0.7, -1)
+        logits = 4.0 * torch.tanh(0.5 * (theirs @ whole[:real].T) / 4.0) / 0.7
+        wanted, wanted_log_z = torch.log_softmax(logits, -1), torch.logsumexp(logits, -1)
         wanted_logps, wanted_entropy = wanted.gather(-1, targets[..., None])[..., 0], -(wanted.exp() * wanted).sum(-1)
-        (wanted_logps * weights[0] + wanted_entropy * weights[1]).sum().backward()
+        (wanted_logps * weights[0] + wanted_entropy * weights[1] + 0.1 * wanted_log_z.square()).sum().backward()
         errors = torch.stack(
             [
                 (logps - wanted_logps).abs().max(),

@@ -1,7 +1,7 @@
 """Under torchrun, or alone: a few training steps of every case, one after another; rank 0 prints the losses and gradient norms as JSON.
 
 usage: parity_program.py WORLD_DIR STEPS CASE ...
-A case is NAME:KEY=VALUE,... with parallel.* keys (without the prefix) and stage, model, packing, side, micro, lr, dtype.
+A case is NAME:KEY=VALUE,... with parallel.* keys (without the prefix) and stage, model, packing, side, micro, lr, dtype, neftune.
 """
 
 import json
@@ -30,7 +30,7 @@ def main() -> None:
     def run(options: dict[str, str]) -> list[dict[str, float]]:
         stage, dtype, kind = options.pop("stage", "sft"), options.pop("dtype", "float32"), options.pop("model", "qwen2")
         packing, side, micro = options.pop("packing", "1") == "1", options.pop("side", "right"), int(options.pop("micro", 1))
-        lr = float(options.pop("lr", 1e-3))
+        lr, alpha = float(options.pop("lr", 1e-3)), float(options.pop("neftune", 0))
         parallel = ParallelConfig(**{k: v == "true" if v in ("true", "false") else int(v) if v.isdigit() else v for k, v in options.items()})
         layout = state.initialize(parallel, seed=1)
         _, dp, _ = layout.coordinates(dist.get_rank())
@@ -53,6 +53,7 @@ def main() -> None:
             dtype=dtype,
             seed=1,
             total_steps=steps,
+            neftune_alpha=alpha,
         )
         if stage in ("sft", "pretrain"):
             loss = language_model_loss(trainer, aggregation="token")

@@ -39,7 +39,7 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, temperature: floa
     hidden, weight, targets = inputs()
     factors = torch.randn(2, N, generator=torch.Generator().manual_seed(1))
     head = Head(weight, REAL, scale=0.5, softcap=softcap)
-    logps, entropy, is_top = head_logprobs(hidden, targets, head, temperature=temperature, with_entropy=True)
+    logps, entropy, is_top, _ = head_logprobs(hidden, targets, head, temperature=temperature, with_entropy=True)
     wanted, wanted_entropy = reference(hidden, weight, targets, temperature, 0.5, softcap or 0.0)
     torch.testing.assert_close(logps, wanted, atol=5e-6, rtol=1e-6)
     torch.testing.assert_close(entropy, wanted_entropy, atol=5e-6, rtol=1e-6)
@@ -51,13 +51,26 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, temperature: floa
     assert not ours[1][REAL:].any()
 
 
+def test_log_of_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", 3 * 4 * REAL)
+    hidden, weight, targets = inputs()
+    found = head_logprobs(hidden, targets, Head(weight, REAL, softcap=3.0), temperature=0.7, with_entropy=True)
+    wanted = torch.logsumexp(3.0 * torch.tanh(hidden @ weight[:REAL].T / 3.0) / 0.7, -1)
+    torch.testing.assert_close(found.log_z, wanted, atol=2e-6, rtol=1e-6)
+    wanted_logps, wanted_entropy = reference(hidden, weight, targets, 0.7, softcap=3.0)
+    ours = gradients((found.log_z.square() - found.logps + 0.1 * found.entropy).sum(), hidden, weight)
+    theirs = gradients((wanted.square() - wanted_logps + 0.1 * wanted_entropy).sum(), hidden, weight)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
 def test_gradient_equals_finite_differences() -> None:
     hidden, weight, targets = inputs(scale=1.0)
     generator, step = torch.Generator().manual_seed(2), 1e-2
     towards = torch.randn(N, H, generator=generator), torch.randn(PADDED, H, generator=generator)
 
     def total(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        logps, entropy, _ = head_logprobs(h, targets, Head(w, REAL, softcap=5.0), temperature=0.8, with_entropy=True)
+        logps, entropy, *_ = head_logprobs(h, targets, Head(w, REAL, softcap=5.0), temperature=0.8, with_entropy=True)
         return (logps + 0.3 * entropy).sum()
 
     found = sum(float((g * t).sum()) for g, t in zip(gradients(total(hidden, weight), hidden, weight), towards, strict=True))
@@ -80,7 +93,7 @@ def test_only_kept_tokens(kept: int) -> None:
     hidden, weight, targets = inputs()
     keep = torch.zeros(N)
     keep[torch.randperm(N, generator=torch.Generator().manual_seed(3))[:kept]] = 1
-    logps, entropy, is_top = head_logprobs(hidden, targets, Head(weight, REAL), with_entropy=True, keep=keep)
+    logps, entropy, is_top, _ = head_logprobs(hidden, targets, Head(weight, REAL), with_entropy=True, keep=keep)
     wanted, wanted_entropy = reference(hidden, weight, targets)
     torch.testing.assert_close(logps, wanted * keep, atol=5e-6, rtol=1e-6)
     torch.testing.assert_close(entropy, wanted_entropy * keep, atol=5e-6, rtol=1e-6)
@@ -99,7 +112,7 @@ def test_shape_and_dtype() -> None:
     """Leading dimensions stay; bf16 gives fp32 results and bf16 gradients, near the fp32 ones of the same numbers."""
     hidden, weight, targets = inputs()
     half, half_weight = (x.detach().bfloat16().requires_grad_() for x in (hidden, weight))
-    logps, entropy, is_top = head_logprobs(half.view(1, N, H), targets.view(1, N), Head(half_weight, REAL), temperature=0.5)
+    logps, entropy, is_top, _ = head_logprobs(half.view(1, N, H), targets.view(1, N), Head(half_weight, REAL), temperature=0.5)
     assert logps.shape == entropy.shape == is_top.shape == (1, N)
     assert logps.dtype == torch.float32 and not entropy.any() and not entropy.requires_grad
     torch.testing.assert_close(logps[0], reference(half, half_weight, targets, 0.5)[0], atol=2e-6, rtol=1e-6)
@@ -113,5 +126,5 @@ def test_shape_and_dtype() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     hidden, weight, targets = inputs(scale=1e4)
-    logps, entropy, _ = head_logprobs(hidden, targets, Head(weight, REAL), with_entropy=True)
+    logps, entropy, *_ = head_logprobs(hidden, targets, Head(weight, REAL), with_entropy=True)
     assert logps.isfinite().all() and entropy.isfinite().all() and (entropy >= -1e-6).all()

@@ -36,6 +36,11 @@ def test_layout_equals_one_process(results: dict[tuple[str, str], Steps], layout
         assert ours[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
+def test_noise_changes_the_loss(results: dict[tuple[str, str], Steps]) -> None:
+    with_noise, without = (results[name, "sft"] for name in ("NEFTune, 1 process", "1 process"))
+    assert all(1e-5 < abs(a["loss"] / b["loss"] - 1) < 0.1 for a, b in zip(with_noise, without, strict=True))
+
+
 def reference(world: Path) -> Steps:
     """transformers, torch's AdamW, one sample at a time, the mean over all trained tokens."""
     from transformers import AutoModelForCausalLM
