@@ -57,11 +57,11 @@ LAYOUTS: dict[str, Layout] = {
     "PP2, interleaved 2, x CP2": Layout(4, {**VPP, CP: 2}, ("sft",)),
     "MoE, 1 process": Layout(1, {}, ("sft",), "qwen3_moe"),
     "MoE, EP2": Layout(2, {"expert_model_parallel_size": 2}, ("sft",), "qwen3_moe"),
+    "MoE, CP2 x EP2": Layout(2, {CP: 2, "expert_model_parallel_size": 2}, ("sft",), "qwen3_moe"),
     "NEFTune, 1 process": Layout(1, {"neftune": 5}, ("sft",)),
     "NEFTune, unpacked": Layout(1, {"neftune": 5, **UNPACKED}, ("sft",)),
     "NEFTune, PP2, interleaved 2": Layout(2, {"neftune": 5, **VPP}, ("sft",)),
     "NEFTune, TP2 + SP x CP2, unpacked": Layout(4, {"neftune": 5, **SP, CP: 2, **UNPACKED}, ("sft",)),
-    "MoE, CP2 x EP2": Layout(2, {CP: 2, "expert_model_parallel_size": 2}, ("sft",), "qwen3_moe"),
 }
 
 
