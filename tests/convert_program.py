@@ -89,7 +89,7 @@ def main() -> None:
 
     # Megatron's own save of the same model, and a checkpoint in which one bit has changed
     theirs = Model(open_source(str(work / "gemma3_text.mrlhf")), ParallelConfig(), head="lm", dtype="float32", seed=1)
-    save(work / "megatrons_own", [Part("", theirs.module, None, "lm", zoo / "gemma3_text")], stage="x", step=0, dtype="float32", extra={})
+    save(work / "megatrons_own", [Part("", theirs.modules, None, "lm", zoo / "gemma3_text")], stage="x", step=0, dtype="float32", extra={})
     flipped = shutil.copytree(work / "llama.mrlhf", work / "flipped.mrlhf")
     (part_file,) = (flipped / "dist").glob("*.distcp")
     data = bytearray(part_file.read_bytes())
