@@ -19,7 +19,7 @@ setup:
 	@sh scripts/setup.sh
 
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 gpu-test: setup
 	$(PY) -m pytest -q -m gpu
