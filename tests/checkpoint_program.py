@@ -123,12 +123,10 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
 def main() -> None:
     hf, prefix, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     import torch.distributed as dist
+    from groups import leave_layout
 
     from mrlhf.config import ParallelConfig
     from mrlhf.parallel import state
-
-    # isort: split
-    from megatron.core import parallel_state
 
     world = state.world_size()
     layouts = {
@@ -156,7 +154,7 @@ def main() -> None:
                 result["interleaved, unbroken"] = steps(trainer, prefix, 2)
         if world == 1:
             result |= alone(hf, prefix, work)
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(result))
     dist.destroy_process_group()

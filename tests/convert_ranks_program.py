@@ -15,6 +15,7 @@ def main() -> None:
     os.environ["MRLHF_DEVICE"] = "cpu"
     import torch
     import torch.distributed as dist
+    from groups import leave_layout
     from zoo import VOCAB, samples
 
     from mrlhf import convert
@@ -22,17 +23,17 @@ def main() -> None:
     from mrlhf.config import ParallelConfig
     from mrlhf.data.loader import Sample, collate
     from mrlhf.engine import Model
+    from mrlhf.models import gpt
     from mrlhf.parallel import state
 
     # isort: split
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     zoo, work, kinds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     for kind in kinds:
         convert.hf_to_megatron(str(zoo / kind), work / f"{kind}.mrlhf")
         convert.megatron_to_hf(str(work / f"{kind}.mrlhf"), work / f"{kind}.hf")
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     rows = [Sample(ids.numpy(), ids.numpy() * 0 + 1, i) for i, ids in enumerate(samples())]
     found: dict[str, float] = {}
     for layout in (ParallelConfig(tensor_model_parallel_size=2), ParallelConfig(expert_model_parallel_size=2)):
@@ -44,14 +45,15 @@ def main() -> None:
             model = Model(source, layout, head="lm", dtype="float32", seed=1)
             batch = collate(rows, packing=True, pad_multiple=2)
 
-            def logits(out_BTV: torch.Tensor, batch: object) -> torch.Tensor:
-                return gather_from_tensor_model_parallel_region(out_BTV)[..., :VOCAB].float().permute(2, 0, 1).contiguous()
+            def logits(out_BTH: torch.Tensor, batch: object, model: Model = model) -> torch.Tensor:
+                whole_BTV = gather_from_tensor_model_parallel_region(gpt.lm_head(model.modules[-1], model.spec).logits(out_BTH))
+                return whole_BTV[..., :VOCAB].float().permute(2, 0, 1).contiguous()
 
             per_channel = [batch.split(x) for x in model.forward([batch], logits, channels=VOCAB)[0]]
             ours = [torch.stack(of_sample, -1) for of_sample in zip(*per_channel, strict=True)]
             errors = [float((a - b).abs().max()) for a, b in zip(ours, torch.load(zoo / f"{kind}.pt"), strict=True)]
             found[f"{kind} tp {layout.tensor_model_parallel_size} ep {layout.expert_model_parallel_size}"] = max(errors)
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(found))
     dist.destroy_process_group()

@@ -14,6 +14,7 @@ from typing import Any
 def main() -> None:
     import torch
     import torch.distributed as dist
+    from groups import leave_layout
 
     from mrlhf.checkpoint import open_source
     from mrlhf.config import OptimConfig, ParallelConfig
@@ -22,9 +23,6 @@ def main() -> None:
     from mrlhf.engine import MAX_SKIPPED, Trainer
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
-
-    # isort: split
-    from megatron.core import parallel_state
 
     found: dict[str, Any] = {}
     layouts = {"dp2": ParallelConfig(), "tp2": ParallelConfig(tensor_model_parallel_size=2), "pp2": ParallelConfig(pipeline_model_parallel_size=2)}
@@ -93,7 +91,7 @@ def main() -> None:
             result[what + " agreed"] = agreed(result[what] is not None)
         result["untouched"].append(same(before, everything(trainer_2)))
         found[name] = result
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(found))
     dist.barrier()

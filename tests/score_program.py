@@ -36,15 +36,13 @@ CASES: dict[str, tuple[str, str, dict[str, object], dict[str, object]]] = {
 def main() -> None:
     world, value, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     import torch.distributed as dist
+    from groups import leave_layout
 
     from mrlhf import score
     from mrlhf.config import ParallelConfig, ScoreStage
     from mrlhf.parallel import state
 
-    # isort: split
-    from megatron.core import parallel_state
-
-    state.shutdown = parallel_state.destroy_model_parallel  # the next case uses the same processes
+    state.shutdown = leave_layout  # the next case uses the same processes
     for name, (data, kind, parallel, options) in CASES.items():
         score.main(
             ScoreStage(

@@ -103,4 +103,4 @@ def test_data_runs_without_the_training_stack() -> None:
 @pytest.mark.parametrize("module", ["losses", "rl/advantages", "rl/kl", "rl/policy_loss", "parallel/logprobs"])
 def test_maths_needs_torch_alone(module: str) -> None:
     outside = {name.partition(".")[0] for name in imports(ROOT / f"mrlhf/{module}.py")}
-    assert outside <= {"__future__", "collections", "dataclasses", "math", "mrlhf", "torch"}
+    assert outside <= {"__future__", "collections", "dataclasses", "math", "mrlhf", "torch", "typing"}

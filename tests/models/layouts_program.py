@@ -24,6 +24,7 @@ def main() -> None:
     from mrlhf.parallel.logprobs import Head, head_logprobs
 
     # isort: split
+    from groups import leave_layout
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -94,7 +95,7 @@ def main() -> None:
             model = Model(open_source(str(zoo / "mixtral")), parallel, head="lm", dtype="float32", seed=3, random_init=True)
             found["random"] = outputs(model, packing=True, channels=VOCAB)[0][-1, :20].tolist()
             results[name] = found
-            parallel_state.destroy_model_parallel()
+            leave_layout()
             continue
         model = Model(open_source(str(zoo / "qwen2_tied")), parallel, head="value", dtype="float32", seed=3)
         found["values"] = torch.cat(outputs(model, packing=True, channels=1)).flatten().tolist()
@@ -109,7 +110,7 @@ def main() -> None:
             model = Model(open_source(str(zoo / "mixtral")), parallel, head="lm", dtype="float32", seed=3, random_init=True)
             found["random experts"] = outputs(model, packing=True, channels=VOCAB)[0][-1, :20].tolist()
         results[name] = found
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(results))
     dist.destroy_process_group()

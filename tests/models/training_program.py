@@ -12,6 +12,7 @@ from pathlib import Path
 
 def main() -> None:
     import torch.distributed as dist
+    from groups import leave_layout
     from zoo import LR, STEPS, samples
 
     from mrlhf.checkpoint import open_source
@@ -20,9 +21,6 @@ def main() -> None:
     from mrlhf.engine import Trainer
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
-
-    # isort: split
-    from megatron.core import parallel_state
 
     zoo = Path(sys.argv[1])
     layouts = {
@@ -53,7 +51,7 @@ def main() -> None:
             )
             loss = language_model_loss(trainer, aggregation="token")
             results[name][kind] = [trainer.step(batches, loss) for _ in range(STEPS)]
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(results))
     dist.destroy_process_group()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 def main() -> None:
     import torch.distributed as dist
+    from groups import leave_layout
 
     from mrlhf.checkpoint import open_source
     from mrlhf.config import DataConfig, DPOConfig, DPOStage, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
@@ -21,9 +22,6 @@ def main() -> None:
     from mrlhf.parallel import state
     from mrlhf.rm import reward_loss
     from mrlhf.sft import language_model_loss
-
-    # isort: split
-    from megatron.core import parallel_state
 
     world, steps, results = Path(sys.argv[1]), int(sys.argv[2]), {}
 
@@ -71,7 +69,7 @@ def main() -> None:
     for case in sys.argv[3:]:
         name, _, options = case.partition(":")
         results[name] = run(dict(o.split("=") for o in options.split(",") if o))
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(results))
     dist.barrier()
