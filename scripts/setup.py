@@ -86,7 +86,7 @@ def check_disk() -> None:
     free = shutil.disk_usage(ROOT).free / 1e9
     if free < FREE_GB:
         raise SetupError(
-            f"{free:.1f} GB are free on the disk of {ROOT}; the set-up needs about {FREE_GB:.0f} GB (2.2 GB stay)\n"
+            f"{free:.1f} GB are free on the disk of {ROOT}; the set-up needs about {FREE_GB:.0f} GB (2.4 GB stay)\n"
             "  fix: make room, or clone elsewhere"
         )
 
