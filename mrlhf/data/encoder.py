@@ -8,8 +8,10 @@ HF's character offsets are used.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any, Literal, Protocol
 
@@ -141,8 +143,17 @@ class Encoder:
         """int32 [T] of each text, without the tokens that the tokenizer puts around one. Raises RowProblem for broken unicode."""
         for text in texts:
             _size(text)
-        flat, counts = self._backend(self.name, guarded).ids(texts)
-        return _split(flat, counts)
+        found = _split(*self._backend(self.name, guarded).ids(texts))
+        again = [i for i, text in enumerate(texts) if self._is_doubtful(text)] if self.name != "hf" else []
+        for i, ids in zip(again, _split(*self._backend("hf", guarded).ids([texts[i] for i in again])) if again else (), strict=True):
+            found[i] = ids
+        return found
+
+    def _is_doubtful(self, text: str) -> bool:
+        """Whether Unicode tables of different years may take the text differently: then HF's own are asked, whatever the backend."""
+        if text.isascii():
+            return False
+        return (self._normal is not None and not unicodedata.is_normalized("NFC", text)) or _unassigned().search(text) is not None
 
     def masked(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], *, guarded: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids int32 [T], mask uint8 [T]) of each text; mask: 1 where a token covers at least one character of the text's spans."""
@@ -154,8 +165,8 @@ class Encoder:
         mask, sums = _mask_of_bytes(flat, counts, lengths, [_in_bytes(t, s) for t, s in zip(texts, spans, strict=True)])
         results = list(zip(_split(flat, counts), _split(mask, counts), strict=True))
         inexact = sums != sizes
-        if self._normal is not None:
-            inexact |= np.fromiter((not unicodedata.is_normalized("NFC", t) for t in texts), bool, len(texts))
+        if self._normal is not None or self.name != "hf":
+            inexact |= np.fromiter(map(self._is_doubtful, texts), bool, len(texts))
         again = np.flatnonzero(inexact).tolist()
         for i, result in zip(again, self._by_offsets([texts[i] for i in again], [spans[i] for i in again], guarded), strict=True):
             results[i] = result
@@ -164,6 +175,13 @@ class Encoder:
     def _by_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], guarded: bool) -> list[tuple[np.ndarray, np.ndarray]]:
         found = self._backend("hf", guarded).offsets(texts)
         return [(ids, trained_mask(offsets, span)) for (ids, offsets), span in zip(found, spans, strict=True)]
+
+
+@lru_cache(maxsize=1)
+def _unassigned() -> re.Pattern[str]:
+    """Characters without a category in Python's Unicode tables: newer ones may be letters to one tokenizer and not to another."""
+    kinds = "".join("x" if unicodedata.category(chr(c)) == "Cn" else "." for c in range(0x110000))
+    return re.compile("[" + "".join(f"{chr(r.start())}-{chr(r.end() - 1)}" for r in re.finditer("x+", kinds)) + "]")
 
 
 def guarded_state(state: str, guards: dict[str, str]) -> str:

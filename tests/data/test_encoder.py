@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mrlhf.data.encoder import PROBES, Encoder, byte_lengths, choose_encoder, trained_mask
 from mrlhf.data.formats import RowProblem
+from mrlhf.data.vocabulary import load_tokenizer
 from mrlhf.errors import DataError, EnvironmentProblem
 
 from .chat_templates import SPECIAL
@@ -195,3 +196,15 @@ def test_byte_lengths_of_an_unknown_token_fail_the_sum() -> None:
     }
     lengths = byte_lengths(tree)
     assert lengths is not None and lengths.tolist() == [0, 1, 2, 0, 0, 2]
+
+
+def test_characters_newer_than_a_unicode_table_are_left_to_hf(bpe_dir: str) -> None:
+    """Seen on real text: letters of newer Unicode versions, and marks that older tables do not reorder."""
+    tokenizer = load_tokenizer(bpe_dir)
+    texts = ['"\ua7cf", "\U00016ebc"', "\u07eb-\u07fd\u07f3\u0816", "plain é 🙂"]
+    plain, fast = Encoder(tokenizer), Encoder(tokenizer, "gigatoken")
+    assert [fast._is_doubtful(t) for t in texts][0] and not fast._is_doubtful(texts[2])
+    for ours, theirs in zip(fast.ids(texts), plain.ids(texts), strict=True):
+        assert ours.tolist() == theirs.tolist()
+    for (ours, _), (theirs, _) in zip(fast.masked(texts, [[]] * 3), plain.masked(texts, [[]] * 3), strict=True):
+        assert ours.tolist() == theirs.tolist()
