@@ -67,7 +67,8 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
     problems.raise_if_any()
     assert sources is not None and template is not None
 
-    job = _job(config, sources, template)
+    fingerprint = tokenizer_fingerprint(template.tokenizer)
+    job = _job(config, sources, template, fingerprint)
     metas = _finished(config, job) if config.resume else None
     if metas is None:
         directory = Path(config.output_prefix).parent
@@ -82,7 +83,8 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
                 except (DataError, SeveralErrors):  # the data must be mended, which makes other blocks
                     work.finish()
                     raise
-                metas = _assemble(config, template, heads, work, {"tokenizer_backend": backend, "job": job, "sources": sources.describe()})
+                made = {"tokenizer_fingerprint": fingerprint, "tokenizer_backend": backend, "job": job, "sources": sources.describe()}
+                metas = _assemble(config, template, heads, work, made)
                 work.finish()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -117,11 +119,11 @@ def _template(config: PreprocessConfig) -> Template:
     )
 
 
-def _job(config: PreprocessConfig, sources: Sources, template: Template) -> str:
+def _job(config: PreprocessConfig, sources: Sources, template: Template, fingerprint: str) -> str:
     """Hash of all that decides the output, the content of the inputs apart (their blocks have digests of their own)."""
     options = {k: v for k, v in asdict(config).items() if k not in ("output_prefix", "workers", "resume", "overwrite")}
     inputs = [(item.path, item.before and item.before[0]) for item in sources.inputs]
-    parts = [options, inputs, tokenizer_fingerprint(template.tokenizer), template.chat_template, __version__, version("tokenizers")]
+    parts = [options, inputs, fingerprint, template.chat_template, __version__, version("tokenizers")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -315,7 +317,6 @@ def _metadata(config: PreprocessConfig, template: Template, heads: list[dict[str
         "drops": merged([*(head["drops"] for head in heads), drops]),
         "num_truncated": sum(head["truncated"] for head in heads),
         "tokenizer": config.tokenizer,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "vocab_size": vocab_size(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "end_token": template.end_token,
