@@ -35,6 +35,10 @@ LLAMA_3_8B = {
 }
 
 
+LLAMA_3_70B = LLAMA_3_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+LARGE = {"llama3_8b": (LLAMA_3_8B, "8,030,261,248"), "llama3_70b": (LLAMA_3_70B, "70,553,706,496")}
+
+
 def stage_of(path: Path) -> str:
     return path.stem if path.parent.name == "quickstart" else path.parent.name
 
@@ -47,6 +51,7 @@ def test_every_stage_has_its_files() -> None:
     for stage in DATA:
         files = {p.name for p in (ROOT / "examples" / stage).iterdir()}
         assert {"toy.yaml", "llama3_8b.yaml", "run.sh", "README.md"} <= files
+        assert stage == "ppo" or "llama3_70b.yaml" in files
         assert os.access(ROOT / "examples" / stage / "run.sh", os.X_OK)
 
 
@@ -67,14 +72,15 @@ def test_shell_syntax(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
 
 
-@pytest.mark.parametrize("path", [p for p in YAMLS if p.stem == "llama3_8b"], ids=name)
+@pytest.mark.parametrize("path", [p for p in YAMLS if p.stem in LARGE], ids=name)
 def test_large_configurations_pass_a_dry_run(
     path: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With Llama 3 8B's shape, the toy's tokenizer and data, and the number of ranks that the file names. No weights are read."""
+    """With Llama 3's shapes, the toy's tokenizer and data, and the number of ranks that the file names. No weights are read."""
     from mrlhf import dryrun
 
     stage, text = stage_of(path), path.read_text()
+    shape, parameters = LARGE[path.stem]
     assert "Checked by --dry-run only" in text
     command = next(line for line in text.splitlines() if line.startswith("#   WORLD_SIZE="))
     assert command.endswith(f"-m mrlhf {stage} --config {path.relative_to(ROOT)} --dry-run")
@@ -83,12 +89,12 @@ def test_large_configurations_pass_a_dry_run(
     monkeypatch.chdir(tmp_path)
     for directory, architecture in (("lm", "LlamaForCausalLM"), ("rm", "LlamaForSequenceClassification")):
         shutil.copytree(world / "llama", directory, ignore=shutil.ignore_patterns("*.safetensors"))
-        Path(directory, "config.json").write_text(json.dumps({**LLAMA_3_8B, "architectures": [architecture]}))
+        Path(directory, "config.json").write_text(json.dumps({**shape, "architectures": [architecture]}))
     overrides = ["--model.path", "lm", "--data.train", str(world / DATA[stage]), "--data.seq_length", "160"]
     overrides += ["--data.eval", "null"] + (["--reward.sources", "model:rm"] if stage == "ppo" else [])
     dryrun.main(stage, load_config(STAGES[stage], str(path), overrides))
     shown = capsys.readouterr().out
-    assert f"({ranks} ranks = " in shown and "8,030,261,248 parameters" in shown
+    assert f"({ranks} ranks = " in shown and f"{parameters} parameters" in shown
     assert float(shown.partition("together ")[2].split()[0]) < 80, "an H100 has 80 GB, and activations must fit beside"
 
 
@@ -131,7 +137,13 @@ def train(world: Path, stage: str, out: Path, *overrides: object, data: Path | N
     command = [f"examples/{stage}/run.sh", "--train.max_steps", 2, "--checkpoint.save_optimizer", "false", "--logging.tensorboard", "false"]
     done = subprocess.run(list(map(str, [*command, *overrides])), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return metrics(out)
+    lines = metrics(out)
+    if stage != "ppo":
+        readme = (ROOT / f"examples/{stage}/README.md").read_text()
+        of_every_stage = ("perf/", "time/", "memory/")
+        unnamed = [key for key in lines[0] if "/" in key and f"`{key}`" not in readme and not key.startswith(of_every_stage)]
+        assert not unnamed, f"examples/{stage}/README.md says nothing about {unnamed}"
+    return lines
 
 
 def exported(out: Path) -> Path:

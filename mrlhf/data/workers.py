@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -71,6 +72,7 @@ _work: Work
 def _start(work: Work, parent: int) -> None:
     global _work
     _work = work
+    gc.freeze()  # what was imported stays for good: no collection need look at it, and forked pages stay shared
 
     def watch() -> None:  # a killed parent closes no queue that its other children hold open, so they would wait for ever
         while os.getppid() == parent:
