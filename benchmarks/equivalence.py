@@ -34,23 +34,30 @@ class Layout:
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 SP, VPP = {TP: 2, "sequence_parallel": "true"}, {PP: 2, "virtual_pipeline_model_parallel_size": 2}
 UNPACKED = {"packing": 0, "micro": 3}
+BUDGET = {"packing": 0, "budget": 340}  # two packs, or the longest pair
 LAYOUTS: dict[str, Layout] = {
     "1 process": Layout(1, {}, STAGES),
     "unpacked": Layout(1, UNPACKED, ("sft", "rm", "dpo")),
     "unpacked, padded left": Layout(1, {"packing": 0, "micro": 4, "side": "left"}, ("rm",)),
     "recompute full": Layout(1, {"recompute": "full"}, ("sft",)),
     "recompute selective": Layout(1, {"recompute": "selective"}, ("sft",)),
+    "token budget": Layout(1, {"budget": 340}, ("rm",)),
+    "token budget, unpacked": Layout(1, BUDGET, ("sft", "dpo")),
     "TP2": Layout(2, {TP: 2}, ("sft",)),
     "TP2, unpacked": Layout(2, {TP: 2, **UNPACKED}, ("sft", "dpo")),
     "TP2 + SP": Layout(2, SP, ("sft", "dpo")),
     "TP2 + SP, unpacked": Layout(2, {**SP, **UNPACKED}, ("rm", "dpo")),
+    "TP2 + SP, token budget, unpacked": Layout(2, {**SP, **BUDGET}, ("rm",)),
     "PP2": Layout(2, {PP: 2}, ("sft", "rm")),
     "PP2, uneven 1 + 3 layers": Layout(2, {PP: 2, "num_layers_in_first_pipeline_stage": 1}, ("sft",)),
     "PP2, interleaved 2": Layout(2, VPP, ("sft", "rm", "dpo")),
     "PP2, interleaved 2, recompute full": Layout(2, {**VPP, "recompute": "full"}, ("sft",)),
     "DP2": Layout(2, {}, ("sft", "pretrain")),
+    "DP2, token budget, unpacked": Layout(2, BUDGET, ("sft", "rm", "dpo")),
+    "PP2, interleaved 2, token budget, unpacked": Layout(2, {**VPP, **BUDGET}, ("dpo",)),
     "CP2": Layout(2, {CP: 2}, ("sft", "rm", "dpo")),
     "CP2, unpacked": Layout(2, {CP: 2, **UNPACKED}, ("sft", "rm", "dpo")),
+    "CP2, token budget": Layout(2, {CP: 2, "budget": 340}, ("sft",)),
     "TP2 x PP2": Layout(4, {TP: 2, PP: 2}, ("sft",)),
     "TP2 + SP x CP2": Layout(4, {**SP, CP: 2}, ("sft", "dpo")),
     "TP2 x CP2, unpacked": Layout(4, {TP: 2, CP: 2, **UNPACKED}, ("rm",)),

@@ -41,7 +41,7 @@ class ParallelConfig:
     num_layers_in_first_pipeline_stage: int | None = option(None, "uneven pipeline: layers of the first stage, which has the embedding too")
     num_layers_in_last_pipeline_stage: int | None = option(None, "uneven pipeline: layers of the last stage, which has the head too")
     context_parallel_size: int = option(
-        1, "ranks that share each row's tokens, for long rows; in attention they share the heads instead. Not for ppo"
+        1, "ranks that share each row's tokens, for long rows; in attention they share the heads instead"
     )
     expert_model_parallel_size: int = option(
         1, "ranks that share the experts, each with whole ones; divides tensor x data-parallel ranks. 1: every expert is cut by tensor_model_parallel_size"
@@ -100,6 +100,9 @@ class TrainConfig:
         REQUIRED, "rows an optimizer step: packs, or samples (pairs) when data.packing is false; ppo: answers a mini-batch"
     )
     micro_batch_size: int = option(1, "rows a forward pass")
+    max_tokens_per_micro_batch: int | None = option(
+        None, "instead of micro_batch_size: as many rows a forward pass as have so many tokens with their padding, shared out evenly over the ranks"
+    )
     num_epochs: float = option(1.0, "passes over the training data")
     max_steps: int | None = option(None, "stop after so many optimizer steps (ppo: rollouts) whatever num_epochs says")
     eval_interval: int = option(0, "evaluate every so many steps; 0: only at the end")
@@ -321,7 +324,7 @@ _POSITIVE = (
     "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size num_layers_in_first_pipeline_stage "
     "num_layers_in_last_pipeline_stage context_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
     "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
-    "http_timeout_s http_batch_size max_prompt_length value_clip"
+    "http_timeout_s http_batch_size max_prompt_length value_clip max_tokens_per_micro_batch"
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "
@@ -403,13 +406,12 @@ def check(config: Any) -> list[ConfigError]:
                 "parallel.sequence_parallel needs tensor_model_parallel_size > 1",
                 fix="--parallel.sequence_parallel false",
             )
-    if isinstance(config, PretrainStage) and config.parallel.context_parallel_size > 1 and config.loss.aggregation == "sequence":
-        bad(
-            "loss.aggregation",
-            "loss.aggregation = sequence needs a sample's tokens on one rank, and parallel.context_parallel_size cuts them",
-            "token",
-            "--loss.aggregation token",
-        )
+    if isinstance(config, (PretrainStage, PPOStage)) and config.parallel.context_parallel_size > 1:
+        by_sequence = {"loss.aggregation": config.loss.aggregation} | ({"ppo.ratio": config.ppo.ratio} if isinstance(config, PPOStage) else {})
+        for key, value in by_sequence.items():
+            if value == "sequence":
+                what = f"{key} = sequence needs a sample's tokens on one rank, and parallel.context_parallel_size cuts them"
+                bad(key, what, "token", f"--{key} token")
     if isinstance(config, (PretrainStage, RMStage, DPOStage, PPOStage)):
         if config.data.padding_side == "left" and not isinstance(config, RMStage):
             bad("data.padding_side", "data.padding_side = left is for rm only", "right")
@@ -425,6 +427,9 @@ def check(config: Any) -> list[ConfigError]:
                 f"train.micro_batch_size = {config.train.micro_batch_size} does not divide train.global_batch_size = {config.train.global_batch_size}",
                 "global = micro x accumulation x data-parallel ranks",
             )
+        if config.train.max_tokens_per_micro_batch is not None and config.train.micro_batch_size != 1:
+            what = f"train.micro_batch_size = {config.train.micro_batch_size} beside train.max_tokens_per_micro_batch"
+            bad("train.micro_batch_size", what, "one of the two", "--train.micro_batch_size 1")
         found += check_sources(config.data.train)
         found += _check_best(config)
     if isinstance(config, PPOStage):
@@ -432,16 +437,6 @@ def check(config: Any) -> list[ConfigError]:
             bad("train.on_nonfinite", "train.on_nonfinite = skip is not for ppo", "stop", "--train.on_nonfinite stop")
         if config.loss.z_loss:
             bad("loss.z_loss", "loss.z_loss is for pretrain and sft", "0", "--loss.z_loss 0")
-        plain = ParallelConfig()
-        for name in (
-            "virtual_pipeline_model_parallel_size",
-            "num_layers_in_first_pipeline_stage",
-            "num_layers_in_last_pipeline_stage",
-            "context_parallel_size",
-        ):
-            if getattr(config.parallel, name) not in (None, 1):
-                key, default = f"parallel.{name}", getattr(plain, name)
-                bad(key, f"{key} = {getattr(config.parallel, name)} is not for ppo in this version", fix=f"--{key} {default or 'null'}")
         answers = config.rollout.batch_size * config.rollout.n
         if config.train.global_batch_size <= 0 or answers % config.train.global_batch_size:
             bad(

@@ -58,7 +58,7 @@ def _training(stage: str, config: Any) -> None:
     spec, train = run.source.spec, config.train
     layout = Layout.of(config.parallel, world)
     print(f"model    {run.source.path}: {spec.describe()}, {config.model.dtype}")
-    print(f"batch    {layout.describe(global_batch=train.global_batch_size, micro_batch=train.micro_batch_size)}")
+    print(f"batch    {layout.describe(train)}")
     data = run.train
     for note in run.notes:
         print(note)

@@ -83,10 +83,10 @@ def _local_part(batch: MicroBatch) -> MicroBatch:
     part = width // size
     first = rank * part
     row_N, place_N = batch.last_N // width, batch.last_N % width - first
-    names = ("tokens_BT", "targets_BT", "mask_BT", "segments_BT")
+    per_token = {name: x for name, x in vars(batch).items() if name.endswith("_BT") and x is not None}
     return replace(
         batch,
-        **{name: getattr(batch, name)[:, first : first + part].contiguous() for name in names},
+        **{name: x_BT[:, first : first + part].contiguous() for name, x_BT in per_token.items()},
         last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1),
         first=first,
         over_ranks=sum_over_ranks,

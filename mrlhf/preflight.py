@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrlhf.checkpoint import ModelSource, open_source
-from mrlhf.config import DataSource
+from mrlhf.config import DataSource, PPOStage
 from mrlhf.data.blend import Blend, Dataset, mismatches, sources_of
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.data.megatron import MegatronText, is_megatron
@@ -137,12 +137,38 @@ def check_run(
         evaluation, others = open_data(config.data.eval, key="data.eval", task=task, source=source, seq_length=config.data.seq_length)
         found += others
     problems.extend(found)
+    for key, data in (("data.train", train), ("data.eval", evaluation)):
+        if data is not None and (stage != "ppo" or data.task == "prompts"):
+            problems.extend(check_micro_batches(config, data, key=key))
     if more is not None and source is not None:
         problems.extend(more(source, [(k, d) for k, d in (("data.train", train), ("data.eval", evaluation)) if d is not None]))
     problems.raise_if_any()
     assert source is not None and train is not None
     parts = [*sources_of(train), *(sources_of(evaluation) if evaluation is not None else [])]
     return Run(source, train, evaluation, tuple(p.note for p in parts if isinstance(p, MegatronText)))
+
+
+def check_micro_batches(config: Any, data: Dataset, *, key: str) -> list[MrlhfError]:
+    """Under train.max_tokens_per_micro_batch the largest row must fit; of a rollout, the longest prompt with the longest answer."""
+    limit, multiple = config.train.max_tokens_per_micro_batch, state.pad_multiple(config.parallel)
+    if limit is None:
+        return []
+    if isinstance(config, PPOStage):
+        lengths, what = [data.max_length + config.rollout.max_new_tokens], "prompt and answer"
+    else:
+        lengths = data.longest_row(packing=config.data.packing)
+        what = "pack" if config.data.packing else "pair" if data.task == "preference" else "sample"
+    tokens = -(-sum(lengths) // multiple) * multiple if config.data.packing else len(lengths) * -(-max(lengths) // multiple) * multiple
+    if tokens <= limit:
+        return []
+    return [
+        ConfigError(
+            f"train.max_tokens_per_micro_batch = {limit:,} is less than the largest {what} takes: {tokens:,} tokens with padding",
+            where=key,
+            expected=f"{tokens} or more",
+            fix=f"--train.max_tokens_per_micro_batch {tokens}",
+        )
+    ]
 
 
 def check_prompt_budget(config: Any, source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:

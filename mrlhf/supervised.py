@@ -172,7 +172,7 @@ def train(
     layout = state.initialize(config.parallel, seed=config.train.seed)
     _, dp, _ = layout.coordinates(dist.get_rank())
     say(f"device: {device.current().describe()}")
-    say(layout.describe(global_batch=config.train.global_batch_size, micro_batch=config.train.micro_batch_size))
+    say(layout.describe(config.train))
 
     for note in run.notes:
         say(note)
@@ -187,6 +187,7 @@ def train(
             pad_multiple=state.pad_multiple(config.parallel),
             slice_multiple=state.slice_multiple(config.parallel),
             padding_side=config.data.padding_side,
+            max_tokens=config.train.max_tokens_per_micro_batch,
         )
 
     loader = make_loader(run.train)

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import make_tokenizer, mrlhf, run, write_jsonl
 
 from mrlhf.config import STAGES
 from mrlhf.config_io import dump_yaml, load_config
+from mrlhf.data.indexed import PackedDataset
 from mrlhf.errors import MrlhfError, SeveralErrors
 
 BAR = "=" * 100
@@ -225,8 +227,7 @@ def test_interleaved_and_uneven_pipelines(problems: Callable[..., list[MrlhfErro
     assert "4 layers less those of the uneven stage leave 0 for 1 stages" in error.what
     assert not problems("sft", **pipeline, parallel__num_layers_in_first_pipeline_stage=1)
     assert not problems("sft", **pipeline, parallel__num_layers_in_first_pipeline_stage=1, parallel__num_layers_in_last_pipeline_stage=3)
-    (error,) = problems("ppo", **pipeline, parallel__virtual_pipeline_model_parallel_size=2)
-    assert "is not for ppo" in error.what and error.fix == "--parallel.virtual_pipeline_model_parallel_size null"
+    assert not problems("ppo", **pipeline, parallel__virtual_pipeline_model_parallel_size=2)
 
 
 def test_context_parallel_sizes(problems: Callable[..., list[MrlhfError]]) -> None:
@@ -238,8 +239,9 @@ def test_context_parallel_sizes(problems: Callable[..., list[MrlhfError]]) -> No
     assert (error.expected, error.fix) == ("1, 2, 4", "--parallel.context_parallel_size 2")
     (error,) = problems("sft", ranks=2, parallel__context_parallel_size=2, loss__aggregation="sequence")
     assert error.fix == "--loss.aggregation token"
-    (error,) = problems("ppo", ranks=2, parallel__context_parallel_size=2)
-    assert "is not for ppo" in error.what
+    assert not problems("ppo", ranks=2, parallel__context_parallel_size=2)
+    (error,) = problems("ppo", ranks=2, parallel__context_parallel_size=2, ppo__ratio="sequence")
+    assert error.fix == "--ppo.ratio token"
 
 
 def test_ranks_that_do_not_divide(problems: Callable[..., list[MrlhfError]]) -> None:
@@ -253,6 +255,24 @@ def test_batch_arithmetic(problems: Callable[..., list[MrlhfError]]) -> None:
     assert (error.expected, error.fix) == ("a multiple of 4", "--train.global_batch_size 8")
     (error,) = problems("sft", train__micro_batch_size=3)
     assert error.what == "train.micro_batch_size = 3 does not divide train.global_batch_size = 8"
+
+
+def test_micro_batches_by_tokens(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
+    """Any number of rows, no micro_batch_size beside it, and nothing that is larger than a micro-batch."""
+    assert not problems("sft", ranks=4, train__global_batch_size=10, train__max_tokens_per_micro_batch=4096)
+    (error,) = problems("sft", train__micro_batch_size=2, train__max_tokens_per_micro_batch=4096)
+    assert error.fix == "--train.micro_batch_size 1"
+    packs, pairs = PackedDataset.open(world / "sft"), PackedDataset.open(world / "pref")
+    largest = int(np.add.reduceat(packs.lengths, packs.doc_index[:-1]).max())
+    assert not problems("sft", train__max_tokens_per_micro_batch=largest)
+    (error,) = problems("sft", train__max_tokens_per_micro_batch=largest - 1)
+    assert error.what == f"train.max_tokens_per_micro_batch = {largest - 1} is less than the largest pack takes: {largest} tokens with padding"
+    width = -(-pairs.max_length // 4) * 4
+    options: dict[str, Any] = {"data__packing": False, "ranks": 4, "parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+    (error,) = problems("dpo", parallel__context_parallel_size=2, train__max_tokens_per_micro_batch=2 * width - 1, **options)
+    assert "the largest pair takes" in error.what and error.fix == f"--train.max_tokens_per_micro_batch {2 * width}"
+    (error,) = problems("ppo", train__max_tokens_per_micro_batch=8)
+    assert "the largest prompt and answer takes" in error.what
 
 
 def test_data_of_another_task_or_length(problems: Callable[..., list[MrlhfError]], world: Path) -> None:

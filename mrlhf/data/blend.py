@@ -34,6 +34,8 @@ class Dataset(Protocol):
 
     def sample(self, i: int) -> IndexedSample: ...
     def pack(self, row: int) -> list[IndexedSample]: ...
+    def row_lengths(self, row: int, *, packing: bool) -> list[int]: ...  # tokens of the samples of a row
+    def longest_row(self, *, packing: bool) -> list[int]: ...  # its samples' lengths; padded, all are as long as the longest sample
     def margin(self, pair_index: int) -> float | None: ...
     def label(self, i: int) -> Any: ...
 
@@ -85,6 +87,15 @@ class Blend:
     def pack(self, row: int) -> list[IndexedSample]:
         source, inside, first = self._find(self._packs, row)
         return [(first + i, tokens, mask) for i, tokens, mask in source.pack(inside)]
+
+    def row_lengths(self, row: int, *, packing: bool) -> list[int]:
+        group = 1 if packing or self.task != "preference" else 2
+        starts = self._packs if packing else [first // group for first in self._samples]
+        source, inside, _ = self._find(starts, row)
+        return source.row_lengths(inside, packing=packing)
+
+    def longest_row(self, *, packing: bool) -> list[int]:
+        return max((s.longest_row(packing=packing) for s in self.sources), key=sum)
 
     def margin(self, pair_index: int) -> float | None:
         source, inside, _ = self._find(self._samples, 2 * pair_index)

@@ -237,6 +237,18 @@ class PackedDataset:
         """The samples of one pack."""
         return [self.sample(i) for i in range(int(self.doc_index[row]), int(self.doc_index[row + 1]))]
 
+    def row_lengths(self, row: int, *, packing: bool) -> list[int]:
+        """Tokens of the samples of one row: a pack's, or with `packing` false a sample's or both of a pair's."""
+        group = 2 if self.task == "preference" else 1
+        first, end = (int(self.doc_index[row]), int(self.doc_index[row + 1])) if packing else (row * group, (row + 1) * group)
+        return self.lengths[first:end].tolist()
+
+    def longest_row(self, *, packing: bool) -> list[int]:
+        """Lengths of the row that takes the most tokens with its padding. Packed: reads the lengths of all samples."""
+        if packing:
+            return self.row_lengths(int(np.add.reduceat(self.lengths, self.doc_index[:-1]).argmax()), packing=True)
+        return [self.max_length] * (2 if self.task == "preference" else 1)
+
     def tokens(self, i: int) -> np.ndarray:
         """Token ids of sample i: int64 [lengths[i]], a copy."""
         return self._ids[i].astype(np.int64)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from mrlhf.data.balance import share
 from mrlhf.data.blend import Dataset, rows_of
 
 
@@ -42,6 +43,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
     attention_mask: torch.Tensor | None
+    place_BT: torch.Tensor | None = None  # rollouts: which token of its answer a position predicts
     # a context-parallel rank's part: the [B, T] fields hold tokens first .. first + T of every row, and last_N is -1 where the sample
     # ends on another rank; cu_seqlens and attention_mask stay those of the whole rows; over_ranks sums over the ranks, with gradient
     first: int = 0
@@ -140,8 +142,10 @@ class Loader:
         pad_multiple: int = 1,
         padding_side: str = "right",
         slice_multiple: int = 1,
+        max_tokens: int | None = None,
     ) -> None:
-        self.slice_multiple = slice_multiple  # of micro-batches, in `in_order`
+        """max_tokens: of a micro-batch, in the place of micro_batch_size (balance.py). slice_multiple: what micro-batches come in."""
+        self.slice_multiple, self.max_tokens = slice_multiple, max_tokens
         self.dataset, self.packing, self.micro_batch_size = dataset, packing, micro_batch_size
         self.dp_rank, self.dp_size, self.pad_multiple, self.padding_side = dp_rank, dp_size, pad_multiple, padding_side
         self.group = 2 if dataset.task == "preference" else 1
@@ -158,17 +162,24 @@ class Loader:
         return [Sample(tokens, mask, i, weight) for i, tokens, mask in found]
 
     def micro_batches(self, rows: list[int]) -> list[MicroBatch]:
-        """This rank's share of a global batch, in order; len(rows) is a multiple of micro_batch_size x dp_size."""
-        unit = self.micro_batch_size * self.dp_size
-        assert len(rows) % unit == 0, (len(rows), unit)
-        found = []
-        for at in range(0, len(rows), unit):
-            start = at + self.dp_rank * self.micro_batch_size
-            samples = [s for row in rows[start : start + self.micro_batch_size] for s in self.samples(row)]
-            if self.group == 2 and not self.packing:  # cat(chosen, rejected) -> [2B, T]
-                samples = samples[0::2] + samples[1::2]
-            found.append(collate(samples, packing=self.packing, pad_multiple=self.pad_multiple, padding_side=self.padding_side))
-        return found
+        """This rank's share of a global batch; without max_tokens len(rows) is a multiple of micro_batch_size x dp_size."""
+        parts = share(
+            rows,
+            lambda row: self.dataset.row_lengths(row, packing=self.packing),
+            micro_batch_size=self.micro_batch_size,
+            max_tokens=self.max_tokens,
+            packing=self.packing,
+            rank=self.dp_rank,
+            ranks=self.dp_size,
+            pad_multiple=self.pad_multiple,
+            multiple=self.slice_multiple,
+        )
+        return [self._collate([s for row in part for s in self.samples(row)]) for part in parts]
+
+    def _collate(self, samples: list[Sample]) -> MicroBatch:
+        if self.group == 2 and not self.packing:  # cat(chosen, rejected) -> [2B, T]
+            samples = samples[0::2] + samples[1::2]
+        return collate(samples, packing=self.packing, pad_multiple=self.pad_multiple, padding_side=self.padding_side)
 
     def pairs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices [P] into the samples of a preference micro-batch: the chosen, the rejected."""
@@ -183,7 +194,11 @@ class Loader:
 
     def in_order(self) -> Iterator[list[int]]:
         """Rows of the whole set once, for evaluation and scoring, in slices every rank takes part in."""
-        unit = self.micro_batch_size * self.dp_size * self.slice_multiple
+        unit = self.dp_size * self.slice_multiple
+        if self.max_tokens is None:
+            unit *= self.micro_batch_size
+        else:  # a few micro-batches' worth, so that rows of like length can meet
+            unit *= max(1, 4 * self.max_tokens * self.num_rows // self.dataset.num_tokens)
         for at in range(0, self.num_rows, unit):
             rows = list(range(at, min(at + unit, self.num_rows)))
             yield rows + [-1] * (unit - len(rows))

@@ -128,6 +128,13 @@ class MegatronText:
         row = bisect_right(range(self.num_packs), i, key=self._first_sample) - 1
         return self.pack(row)[i - self._first_sample(row)]
 
+    def row_lengths(self, row: int, *, packing: bool) -> list[int]:
+        """Tokens of the samples of one row, which are read for it."""
+        return [len(tokens) for _, tokens, _ in (self.pack(row) if packing else [self.sample(row)])]
+
+    def longest_row(self, *, packing: bool) -> list[int]:
+        return [min(self.seq_length, self.num_tokens) if packing else self.max_length]
+
     def margin(self, pair_index: int) -> None:
         return None
 

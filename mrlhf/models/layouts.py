@@ -12,13 +12,13 @@ from mrlhf.parallel.state import Layout
 def trainer_shard(spec: ModelSpec, layout: Layout, rank: int) -> dict[str, list[Block]]:
     """Parameters of a rank of the LM: its pipeline stage's layers, the embedding on the first, the head on the last."""
     tp, _, pp = layout.coordinates(rank)
-    layers = spec.num_layers // layout.pp
+    stages = layout.stages(spec.num_layers)
     found = {}
     for name, blocks in megatron_map(
         spec, head="lm", tp=layout.tp, rank=tp, ep=layout.ep, ep_rank=layout.expert_rank(rank)
     ).items():
         if name.startswith("decoder.layers."):
-            here = int(name.split(".")[2]) // layers == pp
+            here = stages[int(name.split(".")[2])] == pp
         elif name.startswith("embedding."):
             here = pp == 0
         else:

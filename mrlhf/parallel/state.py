@@ -19,20 +19,23 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from mrlhf.config import ParallelConfig
+from mrlhf.config import ParallelConfig, TrainConfig
 from mrlhf.errors import ConfigError
 from mrlhf.parallel import device
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks there are of each kind."""
+    """How many ranks there are of each kind, and how the pipeline's divide the layers."""
 
     world: int
     tp: int
     pp: int
     ep: int = 1
     cp: int = 1
+    pieces: int = 1  # of the model on each pipeline rank
+    first_layers: int | None = None  # of the first pipeline stage, where it is uneven
+    last_layers: int | None = None
 
     @staticmethod
     def of(parallel: ParallelConfig, world: int) -> Layout:
@@ -42,6 +45,9 @@ class Layout:
             parallel.pipeline_model_parallel_size,
             parallel.expert_model_parallel_size,
             parallel.context_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size or 1,
+            parallel.num_layers_in_first_pipeline_stage,
+            parallel.num_layers_in_last_pipeline_stage,
         )
 
     @property
@@ -57,16 +63,27 @@ class Layout:
         """(tp, dp, pp) of a rank."""
         return rank % self.tp, rank // (self.tp * self.cp) % self.dp, rank // (self.tp * self.cp * self.dp)
 
+    def stages(self, num_layers: int) -> list[int]:
+        """The pipeline rank of every layer: stage after stage, and so once round for each piece of an interleaved pipeline."""
+        ends = [n for n in (self.first_layers, self.last_layers) if n is not None]
+        layers = [(num_layers - sum(ends)) // max(1, self.pp - len(ends))] * self.pp
+        layers[0] = layers[0] if self.first_layers is None else self.first_layers
+        layers[-1] = layers[-1] if self.last_layers is None else self.last_layers
+        return [rank for _ in range(self.pieces) for rank in range(self.pp) for _ in range(layers[rank] // self.pieces)]
+
     def expert_rank(self, rank: int) -> int:
         """Which of the EP shares of the experts a rank holds."""
         return rank % (self.tp * self.cp * self.dp) % self.ep
 
-    def describe(self, *, global_batch: int, micro_batch: int) -> str:
-        accumulation = global_batch // (micro_batch * self.dp)
+    def describe(self, train: TrainConfig) -> str:
+        """The arithmetic of a step."""
+        parts = f"micro {train.micro_batch_size} x accumulation {train.global_batch_size // (train.micro_batch_size * self.dp)}"
+        if train.max_tokens_per_micro_batch is not None:
+            parts = f"micro-batches of up to {train.max_tokens_per_micro_batch:,} tokens"
         context = f" x cp {self.cp}" if self.cp > 1 else ""
         experts = f", experts over {self.ep}" if self.ep > 1 else ""
         return (
-            f"global {global_batch} = micro {micro_batch} x accumulation {accumulation} x dp {self.dp}   "
+            f"global {train.global_batch_size} = {parts} x dp {self.dp}   "
             f"({self.world} ranks = tp {self.tp} x pp {self.pp}{context} x dp {self.dp}{experts})"
         )
 
@@ -79,8 +96,13 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def check_batch(train: Any, parallel: ParallelConfig, world: int) -> list[ConfigError]:
-    """The global batch must be micro_batch_size x data-parallel ranks x a whole accumulation (x PP where the pipeline is interleaved)."""
+def check_batch(train: TrainConfig, parallel: ParallelConfig, world: int) -> list[ConfigError]:
+    """The global batch must be micro_batch_size x data-parallel ranks x a whole accumulation (x PP where the pipeline is interleaved).
+
+    Any number of rows does with micro-batches by tokens: ranks that have none left get fillers.
+    """
+    if train.max_tokens_per_micro_batch is not None:
+        return []
     dp = max(1, Layout.of(parallel, world).dp)
     unit, parts = train.micro_batch_size * dp, f"micro_batch_size {train.micro_batch_size} x dp {dp}"
     if parallel.virtual_pipeline_model_parallel_size is not None:

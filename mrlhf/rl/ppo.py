@@ -141,6 +141,8 @@ class PPO:
             dp_size=self.layout.dp,
             packing=self.config.data.packing,
             pad_multiple=state.pad_multiple(self.config.parallel),
+            max_tokens=self.config.train.max_tokens_per_micro_batch,
+            slice_multiple=state.slice_multiple(self.config.parallel),
         )
 
     def logprobs(self, model: Model, rollout: Rollout, *, with_entropy: bool = False) -> list[torch.Tensor]:
@@ -213,7 +215,7 @@ class PPO:
             if config.kl.in_loss and ref_BA is not None:
                 kl_BT = kl_estimate(logps_BT, spread(batch, ref_BA), kind=config.kl.kind)
                 total = total + self.kl.value * reduce_loss(kl_BT, batch.mask_BT, aggregation=aggregation, denominator=1.0, **pieces)[0]
-            count = batch.mask_BT.sum() if aggregation == "token" else torch.tensor(batch.num_samples, device=hidden_BTH.device)
+            count = batch.mask_BT.sum() if aggregation == "token" else batch.weights_N.sum()
             return total, count, {**partials, "entropy": sum_and_count(entropy_BT, batch.mask_BT.bool())}
 
         return loss
@@ -342,7 +344,7 @@ class PPO:
     def evaluate(self, data: Any) -> dict[str, float]:
         """Greedy answers to every prompt of the evaluation set: their score and length."""
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
-        unit = self.config.train.micro_batch_size * self.layout.dp
+        unit = self.config.train.micro_batch_size * self.layout.dp * state.slice_multiple(self.config.parallel)
         rows = list(range(data.num_samples))
         rollout = self.generate(data, rows + [0] * (-len(rows) % unit), step=0, n=1, sampling=greedy)
         scores_B, _ = self.rewards.score(rollout, self.batches(rollout, range(rollout.size)))
@@ -387,7 +389,7 @@ def main(config: PPOStage) -> None:
     layout = state.initialize(config.parallel, seed=config.train.seed)
     say = supervised.say
     say(f"device: {device.current().describe()}")
-    say(layout.describe(global_batch=config.train.global_batch_size, micro_batch=config.train.micro_batch_size))
+    say(layout.describe(config.train))
     total = make_prompt_order(config, run.train).total_steps
     resumed = checkpoint.to_resume(output_dir, total_steps=total)
     done = 0 if resumed is None else int(resumed.manifest["step"])

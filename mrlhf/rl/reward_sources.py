@@ -114,7 +114,8 @@ class Rewards:
         model = self.models[source.spec]
         scores_B = torch.zeros(rollout.size, dtype=torch.float64)
         for batch, scores_N in zip(batches, score_micro_batches(model, batches), strict=True):
-            scores_B[batch.index_N] = scores_N.double()
+            real = batch.weights_N > 0
+            scores_B[batch.index_N[real]] = scores_N[real].double()
         scores_B = state.sum_over_data_parallel(scores_B).float()
         if not bool(scores_B.isfinite().all()):
             raise RewardError(f"reward model {source.spec!r} gave a score that is not finite")

@@ -8,13 +8,14 @@ N samples of a micro-batch. Answer b belongs to prompt b // n. Every rank holds 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from mrlhf.data.balance import share
 from mrlhf.data.loader import MicroBatch, Sample, collate
 from mrlhf.parallel import state
 from mrlhf.rl.vllm_engine import Answer, Sampling, VLLMEngine
@@ -49,11 +50,16 @@ class Rollout:
             out_BA[b, : len(answer.tokens)] = torch.tensor(answer.logps)
         return out_BA
 
+    def length(self, b: int) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompts[b]) + len(self.answers[b].tokens)
+
     def sample(self, b: int) -> Sample:
-        """Prompt and answer as one sequence whose answer tokens are trained."""
+        """Prompt and answer as one sequence whose answer tokens are trained; -1 is a filler: the first one with weight 0."""
+        weight, b = (1.0, b) if b >= 0 else (0.0, 0)
         prompt, answer = self.prompts[b], self.answers[b].tokens
         mask = np.concatenate([np.zeros(len(prompt), np.uint8), np.ones(len(answer), np.uint8)])
-        return Sample(np.array(prompt + answer, np.int64), mask, b)
+        return Sample(np.array(prompt + answer, np.int64), mask, b, weight)
 
 
 def request_seed(*parts: int) -> int:
@@ -85,25 +91,52 @@ def generate(
 
 
 def micro_batches(
-    rollout: Rollout, rows: Sequence[int], *, micro_batch_size: int, dp_rank: int, dp_size: int, packing: bool, pad_multiple: int
+    rollout: Rollout,
+    rows: Sequence[int],
+    *,
+    micro_batch_size: int,
+    max_tokens: int | None,
+    dp_rank: int,
+    dp_size: int,
+    packing: bool,
+    pad_multiple: int,
+    slice_multiple: int,
 ) -> list[MicroBatch]:
-    """This rank's share of `rows`; their number is a multiple of micro_batch_size x dp_size."""
-    unit = micro_batch_size * dp_size
-    assert len(rows) % unit == 0, (len(rows), unit)
-    starts = [at + dp_rank * micro_batch_size for at in range(0, len(rows), unit)]
-    return [
-        collate([rollout.sample(b) for b in rows[s : s + micro_batch_size]], packing=packing, pad_multiple=pad_multiple) for s in starts
-    ]
+    """This rank's share of `rows`; see data/balance.py for `micro_batch_size` and `max_tokens`."""
+    parts = share(
+        rows,
+        lambda b: [rollout.length(b)],
+        micro_batch_size=micro_batch_size,
+        max_tokens=max_tokens,
+        packing=packing,
+        rank=dp_rank,
+        ranks=dp_size,
+        pad_multiple=pad_multiple,
+        multiple=slice_multiple,
+    )
+    batches = [collate([rollout.sample(b) for b in part], packing=packing, pad_multiple=pad_multiple) for part in parts]
+    return [replace(batch, place_BT=_places(batch)) for batch in batches]
+
+
+def _places(batch: MicroBatch) -> torch.Tensor:
+    """[B, T]: which token of its answer each masked-in position predicts, 0 elsewhere."""
+    keep_BT = batch.mask_BT.bool()
+    count_BT = batch.mask_BT.long().view(-1).cumsum(0).view_as(keep_BT)  # answers stand one after another, in one row or in several
+    lengths_N = batch.sum_N(batch.mask_BT).long()
+    before_N = lengths_N.cumsum(0) - lengths_N
+    return torch.where(keep_BT, count_BT - 1 - before_N[_samples(batch)], 0)
+
+
+def _samples(batch: MicroBatch) -> torch.Tensor:
+    """[B, T]: the sample of each token, some sample at padding."""
+    return batch.segments_BT.clamp(max=batch.num_samples - 1)
 
 
 def spread(batch: MicroBatch, table_BA: torch.Tensor) -> torch.Tensor:
     """Rows of a table at the positions of a micro-batch that predict those tokens: like tokens_BT, 0 elsewhere."""
-    out_BT = torch.zeros(batch.mask_BT.shape, device=batch.mask_BT.device)
-    index_N = batch.index_N.cpu()
-    lengths_N = batch.sum_N(batch.mask_BT).long().cpu()
-    values = torch.cat([table_BA[b, :length] for b, length in zip(index_N.tolist(), lengths_N.tolist(), strict=True)])
-    out_BT[batch.mask_BT.bool()] = values.to(out_BT)
-    return out_BT
+    assert batch.place_BT is not None
+    values_BT = table_BA.to(batch.mask_BT.device)[batch.index_N[_samples(batch)], batch.place_BT]
+    return values_BT * batch.mask_BT
 
 
 def table(

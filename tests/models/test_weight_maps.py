@@ -202,6 +202,32 @@ def test_trainer_stages_hold_the_whole_model_once() -> None:
     assert "output_layer.weight" in last and "output_layer.weight" not in set(trainer_shard(spec, Layout(2, 2, 1), 0))
 
 
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [(8, {"pp": 4}), (8, {"pp": 2, "pieces": 2}), (12, {"pp": 3, "pieces": 2}), (7, {"pp": 3, "first_layers": 1}),
+     (9, {"pp": 3, "last_layers": 1}), (9, {"pp": 3, "first_layers": 2, "last_layers": 3}), (5, {"pp": 2, "first_layers": 2, "last_layers": 3}),
+     (10, {"pp": 3, "pieces": 2, "first_layers": 2, "last_layers": 4})],
+)  # fmt: skip
+def test_stages_are_those_that_megatron_builds(layers: int, options: dict[str, int]) -> None:
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    pieces = options.get("pieces")
+    config = TransformerConfig(
+        num_layers=layers, hidden_size=8, num_attention_heads=2, pipeline_model_parallel_size=options["pp"], pipeline_dtype=torch.float32,
+        virtual_pipeline_model_parallel_size=pieces, num_layers_in_first_pipeline_stage=options.get("first_layers"),
+        num_layers_in_last_pipeline_stage=options.get("last_layers"),
+    )  # fmt: skip
+    expected = [-1] * layers
+    for rank in range(options["pp"]):
+        for piece in [None] if pieces is None else range(pieces):
+            start = get_transformer_layer_offset(config, piece, rank)
+            for layer in range(start, start + get_num_layers_to_build(config, piece, rank)):
+                expected[layer] = rank
+    assert Layout(options["pp"], 1, **options).stages(layers) == expected
+
+
 def test_experts_over_ranks_are_whole_and_each_once() -> None:
     """EP over TP x DP ranks of a stage; what is no expert is split by TP as without EP."""
     experts = Experts(8, 2, 6)

@@ -1,7 +1,7 @@
 """Under torchrun, or alone: a few training steps of every case, one after another; rank 0 prints the losses and gradient norms as JSON.
 
 usage: parity_program.py WORLD_DIR STEPS CASE ...
-A case is NAME:KEY=VALUE,... with parallel.* keys (without the prefix) and stage, model, packing, side, micro, lr, dtype, neftune.
+A case is NAME:KEY=VALUE,... with parallel.* keys (without the prefix) and stage, model, packing, side, micro, budget, lr, dtype, neftune.
 """
 
 import json
@@ -28,6 +28,7 @@ def main() -> None:
     def run(options: dict[str, str]) -> list[dict[str, float]]:
         stage, dtype, kind = options.pop("stage", "sft"), options.pop("dtype", "float32"), options.pop("model", "qwen2")
         packing, side, micro = options.pop("packing", "1") == "1", options.pop("side", "right"), int(options.pop("micro", 1))
+        budget = int(options.pop("budget", 0)) or None
         lr, alpha = float(options.pop("lr", 1e-3)), float(options.pop("neftune", 0))
         parallel = ParallelConfig(**{k: v == "true" if v in ("true", "false") else int(v) if v.isdigit() else v for k, v in options.items()})
         layout = state.initialize(parallel, seed=1)
@@ -42,6 +43,7 @@ def main() -> None:
             pad_multiple=state.pad_multiple(parallel),
             padding_side=side,
             slice_multiple=state.slice_multiple(parallel),
+            max_tokens=budget,
         )
         trainer = Trainer(
             open_source(str(world / kind)),
