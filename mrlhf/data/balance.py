@@ -89,8 +89,9 @@ def share(
     """
     if max_tokens is not None:
         real = [row for row in rows if row >= 0]
-        options = {"max_tokens": max_tokens, "packing": packing, "ranks": ranks, "pad_multiple": pad_multiple, "multiple": multiple}
-        return [[real[i] for i in group] or [-1] for group in plan([lengths_of(row) for row in real], **options)[rank]]
+        lengths = [lengths_of(row) for row in real]
+        groups = plan(lengths, max_tokens=max_tokens, packing=packing, ranks=ranks, pad_multiple=pad_multiple, multiple=multiple)
+        return [[real[i] for i in group] or [-1] for group in groups[rank]]
     unit = micro_batch_size * ranks
     assert len(rows) % unit == 0, (len(rows), unit)
     starts = [at + rank * micro_batch_size for at in range(0, len(rows), unit)]
