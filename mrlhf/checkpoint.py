@@ -27,6 +27,7 @@ from mrlhf.errors import CheckpointError
 from mrlhf.models.families import spec_from_hf
 from mrlhf.models.hf_io import HFReader, copy_side_files, resolve_hf
 from mrlhf.models.spec import ModelSpec, read_hf_config
+from mrlhf.safe_pickle import check_directory
 
 MANIFEST, FORMAT = "mrlhf.json", 1
 _OPTIMIZER_FORMAT = "fully_reshardable"
@@ -83,6 +84,9 @@ def open_source(path: str) -> ModelSource:
         manifest = _json(directory / MANIFEST)
         if manifest.get("format") != FORMAT:
             raise CheckpointError(f"format {manifest.get('format')!r}", where=str(directory / MANIFEST), expected=str(FORMAT))
+        outside = [f for f in manifest["files"] if Path(f).is_absolute() or ".." in Path(f).parts]
+        if outside:
+            raise CheckpointError(f"it names a file outside the checkpoint: {outside[0]!r}", where=str(directory / MANIFEST))
         wrong = [f for f, size in manifest["files"].items() if not (directory / f).is_file() or (directory / f).stat().st_size != size]
         if wrong:
             raise CheckpointError(
@@ -127,6 +131,14 @@ def _dist_save(directory: Path, models: list[Any], optimizer: Any | None) -> Non
     dist_checkpointing.save(state, str(directory), content_metadata=dict(CONTENT))
 
 
+def _dist_load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Fill `state`. Raises CheckpointError before anything is unpickled that a checkpoint would not hold."""
+    from megatron.core import dist_checkpointing
+
+    check_directory(directory)
+    return dist_checkpointing.load(state, str(directory))
+
+
 def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int) -> None:
     """Fill a rank's built model (its parts, in an interleaved pipeline) from `source`.
 
@@ -140,13 +152,11 @@ def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int
         raise CheckpointError("it holds a value model, which has no LM head", where=str(source.path), expected="an LM checkpoint")
     new_head = head == "value" and source.head == "lm"
     if source.is_checkpoint:
-        from megatron.core import dist_checkpointing
-
         state = _sharded(models)
         if new_head:
             state = {part: {k: v for k, v in names.items() if not k.startswith("output_layer.")} for part, names in state.items()}
         with torch.no_grad():
-            loaded = dist_checkpointing.load(state, str(source.path / "dist"))
+            loaded = _dist_load(state, source.path / "dist")
             for part, model in zip(state, models, strict=True):
                 missing, unexpected = model.load_state_dict(loaded[part], strict=False)
                 missing = [k for k in missing if not k.endswith("_extra_state") and not (new_head and k.startswith("output_layer."))]
@@ -175,13 +185,11 @@ class _WithHead:
 
 def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
     """Weights and optimizer state of a checkpoint directory, whatever layout wrote it."""
-    from megatron.core import dist_checkpointing
-
     state = _sharded(models)
     parts, weights = list(state), state["model"] if len(models) == 1 else dict(state)
     state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata())
     with torch.no_grad():
-        loaded = dist_checkpointing.load(state, str(directory / "dist"))
+        loaded = _dist_load(state, directory / "dist")
         for part, model in zip(parts, models, strict=True):
             model.load_state_dict(loaded[part])
         optimizer.load_state_dict(loaded["optimizer"])

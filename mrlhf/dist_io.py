@@ -47,6 +47,7 @@ from mrlhf.errors import CheckpointError
 from mrlhf.models import gpt
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
+from mrlhf.safe_pickle import read_metadata
 
 _AGAIN = "take an earlier checkpoint, or copy this one again"
 _SYNC_BYTES = 1 << 29  # how much a killed conversion may have to do again
@@ -255,10 +256,7 @@ class DistReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        try:
-            metadata = filesystem.FileSystemReader(str(directory)).read_metadata()
-        except Exception as error:  # a damaged .metadata fails inside pickle in many ways
-            raise CheckpointError(f"the index of the tensors cannot be read: {error}", where=str(directory / ".metadata"), fix=_AGAIN) from error
+        metadata = read_metadata(directory)
         self._places = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._fds: dict[str, int] = {}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf.checkpoint import MANIFEST, open_source
-from mrlhf.errors import CheckpointError
 from mrlhf.models.hf_io import open_files
+from mrlhf.safe_pickle import read_metadata
 
 Row = tuple[str, tuple[int, ...], str]  # name, shape, dtype
 _BYTES = {
@@ -29,13 +29,9 @@ _BYTES = {
 
 def checkpoint_tensors(directory: Path) -> list[Row]:
     """Of a torch_dist directory; layers of one kind are stacked, layer first. Raises CheckpointError."""
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    try:
-        entries = FileSystemReader(str(directory)).read_metadata().state_dict_metadata
-    except Exception as error:  # a damaged .metadata fails inside pickle in many ways
-        raise CheckpointError(f"the index of the tensors cannot be read: {error}", where=str(directory / ".metadata")) from error
+    entries = read_metadata(directory).state_dict_metadata
     found = {name: e for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
     return [(name, tuple(e.size), str(e.properties.dtype).removeprefix("torch.")) for name, e in sorted(found.items())]
 

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 from mrlhf import __version__
 from mrlhf.metrics import METRICS, find
+from mrlhf.redaction import redact
 
 _PACKAGES = (
     "torch",
@@ -49,11 +49,6 @@ _ENV_PREFIXES = (
     "LOCAL_WORLD_SIZE",
     "HF_",
     "MRLHF_",
-)
-_SECRET_NAME = re.compile(r"(?i)(?:^|[._\-])(token|secret|password|passwd|api[_\-]?key|access[_\-]?key|credentials?|auth)$")
-_SECRET_VALUE = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[\w\-]{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,}|xox[abp]-[\w\-]{10,}"
-    r"|eyJ[\w\-]{10,}\.[\w\-]+\.[\w\-]+|(?<=://)[^/@\s]+(?=@)|(?i:(?<=bearer )\S+)|(?i:(?<=token=)[^&\s]+|(?<=api_key=)[^&\s]+)"
 )
 _ORDER = {name: i for i, name in enumerate(METRICS)}
 
@@ -95,25 +90,6 @@ def collect_env(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     return redact({**facts, **(extra or {})})
-
-
-def redact(value: Any) -> Any:
-    """The same structure without passwords: by the name they go under, or by their look."""
-    if isinstance(value, Mapping):
-        return {k: "<redacted>" if v and isinstance(v, str) and _SECRET_NAME.search(str(k)) else redact(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        cleaned: list[Any] = []
-        for item in value:
-            before = cleaned[-1] if cleaned else None
-            secret = isinstance(before, str) and before.startswith("-") and "=" not in before and _SECRET_NAME.search(before)
-            cleaned.append("<redacted>" if secret and not str(item).startswith("--") else redact(item))
-        return cleaned
-    if isinstance(value, str):
-        name, equals, _ = value.partition("=")
-        if equals and _SECRET_NAME.search(name):
-            return f"{name}=<redacted>"
-        return _SECRET_VALUE.sub("<redacted>", value)
-    return value
 
 
 class Tracker:

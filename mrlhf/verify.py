@@ -115,7 +115,7 @@ def _hf_outputs(theirs: ModelSource, samples: list[Sample], stored: torch.dtype,
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if theirs.head == "value" else AutoModelForCausalLM
-    model = kind.from_pretrained(theirs.path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = kind.from_pretrained(theirs.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False).eval()
     for parameter in model.parameters():
         parameter.copy_(parameter.to(stored))
     found = []

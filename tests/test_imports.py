@@ -12,11 +12,11 @@ from conftest import ROOT
 
 # A module may import its own layer and those above it in this list. The longest name that fits counts.
 LAYERS = (
-    ("mrlhf", "mrlhf.errors", "mrlhf.metrics"),
+    ("mrlhf", "mrlhf.errors", "mrlhf.metrics", "mrlhf.redaction"),
     ("mrlhf.config", "mrlhf.config_io"),
     ("mrlhf.parallel",),
     ("mrlhf.data", "mrlhf.models", "mrlhf.losses", "mrlhf.rl.advantages", "mrlhf.rl.kl", "mrlhf.rl.policy_loss", "mrlhf.rl.rewards",
-     "mrlhf.rl", "mrlhf.tokenizer", "mrlhf.plan"),
+     "mrlhf.rl", "mrlhf.tokenizer", "mrlhf.plan", "mrlhf.safe_pickle"),
     ("mrlhf.checkpoint", "mrlhf.dist_io", "mrlhf.engine", "mrlhf.preflight", "mrlhf.tracking", "mrlhf.report", "mrlhf.profiling", "mrlhf.inspection",
      "mrlhf.rl.vllm_engine", "mrlhf.rl.rollout"),
     ("mrlhf.supervised", "mrlhf.pretrain", "mrlhf.sft", "mrlhf.rm", "mrlhf.dpo", "mrlhf.score", "mrlhf.generate",

@@ -248,8 +248,14 @@ Stored = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor -> dtype an
 
 
 def plan_output(tensors: Stored, hf_dir: Path, *, shard_bytes: int = 5 << 30) -> tuple[list[OutputFile], str | None]:
-    """(files, text of the index or None for a single file): as `hf_dir` notes its own, else shards of at most `shard_bytes`."""
+    """(files, text of the index or None for a single file): as `hf_dir` notes its own, else shards of at most `shard_bytes`.
+
+    Raises CheckpointError for a note that would write elsewhere.
+    """
     note = json.loads((hf_dir / HEADERS).read_text()) if (hf_dir / HEADERS).is_file() else {"index": None, "files": {}}
+    outside = [file for file in note["files"] if Path(file).name != file or not file.endswith(".safetensors")]
+    if outside:
+        raise CheckpointError(f"it names a file outside the output: {outside[0]!r}", where=str(hf_dir / HEADERS))
     texts = {file: json.loads(raw) for file, raw in note["files"].items()}
     noted = {name: (file, entry) for file, text in texts.items() for name, entry in text.items() if name != "__metadata__"}
     prefix = left_out_prefix(noted, tensors)

@@ -24,11 +24,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 
 from mrlhf.errors import ConfigError, RewardError
+from mrlhf.redaction import SECRET_NAME
 
 RewardFunction = Callable[..., list[float]]
 
@@ -338,6 +339,12 @@ def _check_url(url: str) -> None:
     if user is not None:
         raise ConfigError(
             f"the reward URL for {host!r} holds a user name or password, which logs would show",
+            fix="pass a bearer token by an environment variable",
+        )
+    secret = next((key for key, _ in parse_qsl(parts.query) if SECRET_NAME.search(key)), None)
+    if secret is not None:
+        raise ConfigError(
+            f"the reward URL for {host!r} holds a secret ({secret}=...), which logs would show",
             fix="pass a bearer token by an environment variable",
         )
 

@@ -222,6 +222,7 @@ class VLLMEngine:
                     str(config_only),
                     load_format="dummy",
                     skip_tokenizer_init=True,
+                    trust_remote_code=False,
                     dtype=dtype,
                     max_model_len=max_model_len,
                     tensor_parallel_size=tp,

@@ -38,6 +38,7 @@ class TestParseSource:
             "http://a/s,b/s",
             "ftp://a/s",
             "http://me:secret@a/s",
+            "http://a/s?n=1&api_key=secret",
         ],
     )
     def test_other_texts_are_refused(self, text):
