@@ -32,16 +32,19 @@ SUMMARIES = {
     "ppo": "PPO, REINFORCE, RLOO, GRPO with vLLM rollouts",
     "score": "log-probs or scores of a data set under a checkpoint",
     "generate": "answers to prompts through vLLM",
+    "serve-reward": "a reward model behind HTTP, for runs on other machines",
     "data": "what a data set holds, its samples with the trained part marked, and whether it is whole",
     "report": "curves and samples of finished runs as one HTML file",
 }
+
+MODULES = {"ppo": "mrlhf.rl.ppo", "serve-reward": "mrlhf.serve_reward"}  # where a stage is not mrlhf.STAGE
 
 USAGE = (
     "usage: mrlhf STAGE --config FILE [--dry-run] [--section.key VALUE ...]\n"
     "       torchrun --nproc-per-node N -m mrlhf STAGE --config FILE ...\n"
     "       mrlhf data PREFIX [--samples N] [--check] [--tokenizer DIR]\n"
     "       mrlhf report RUN_DIR [RUN_DIR ...] [--output report.html]\n\n"
-    + "".join(f"  {name:<10} {text}\n" for name, text in SUMMARIES.items())
+    + "".join(f"  {name:<12} {text}\n" for name, text in SUMMARIES.items())
     + "\n  mrlhf STAGE --help   every option of a stage\n  mrlhf --version\n"
 )
 
@@ -106,7 +109,7 @@ def _run(argv: list[str]) -> int:
         return _status(importlib.import_module("mrlhf.dryrun").main(name, config))
 
     def stage() -> int:
-        return _guarded(lambda: _status(importlib.import_module("mrlhf.rl.ppo" if name == "ppo" else f"mrlhf.{name}").main(config)))
+        return _guarded(lambda: _status(importlib.import_module(MODULES.get(name, f"mrlhf.{name}")).main(config)))
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record

@@ -186,7 +186,11 @@ class RewardConfig:
     weights: tuple[float, ...] = option((), "a weight for each source; empty: 1 each")
     normalize: bool = option(True, "reward models: (score - mean) / std with the statistics in their checkpoint")
     clip: float = option(10.0, "the sequence score is clipped to +- this")
+    function_timeout_s: float = option(300.0, "of one call of a Python function; then its process is killed and the run ends")
+    function_memory_mib: int = option(8192, "address space of a Python function's process; 0: no limit, e.g. for one that uses a GPU")
+    function_env: tuple[str, ...] = option((), "names of environment variables that Python functions may see; all but a few are kept from them")
     http_timeout_s: float = option(30.0, "of one request")
+    http_total_timeout_s: float = option(300.0, "of a request with all its retries")
     http_retries: int = option(4, "after a failed request, with back-off")
     http_batch_size: int = option(64, "answers a request")
     http_token_env: str | None = option(None, "name of the environment variable that holds the bearer token")
@@ -310,6 +314,22 @@ class GenerateStage:
     input_template: str | None = option(None, "plain text template for tokenizers without a chat template")
 
 
+@dataclass(frozen=True)
+class ServeRewardStage:
+    checkpoint: str = option(REQUIRED, "reward model: mrlhf checkpoint, run directory or HF ...ForSequenceClassification directory")
+    host: str = option("127.0.0.1", "address to listen at; anything but this machine itself needs a token")
+    port: int = option(5000, "0: any free one")
+    token_env: str | None = option(None, "name of the environment variable with the bearer token that requests must bring")
+    normalize: bool = option(True, "(score - mean) / std with the statistics in the checkpoint")
+    packing: bool = option(True, "false: pad instead of pack")
+    micro_batch_size: int = option(16, "sequences a forward pass")
+    max_batch_size: int = option(512, "sequences a request, and those of several requests that go through the model together")
+    max_request_mib: int = option(16, "larger requests are refused")
+    timeout_s: float = option(300.0, "a request that waits longer for the model is answered with 503")
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of parameters and activations")
+    parallel: ParallelConfig = ParallelConfig()
+
+
 STAGES: dict[str, type] = {
     "pretrain": PretrainStage,
     "sft": SFTStage,
@@ -318,17 +338,19 @@ STAGES: dict[str, type] = {
     "ppo": PPOStage,
     "score": ScoreStage,
     "generate": GenerateStage,
+    "serve-reward": ServeRewardStage,
 }
 
 _POSITIVE = (
     "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size num_layers_in_first_pipeline_stage "
     "num_layers_in_last_pipeline_stage context_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
     "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
-    "http_timeout_s http_batch_size max_prompt_length value_clip max_tokens_per_micro_batch"
+    "http_timeout_s http_total_timeout_s timeout_s max_batch_size max_request_mib function_timeout_s http_batch_size max_prompt_length value_clip "
+    "max_tokens_per_micro_batch"
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "
-    "critic_warmup_steps entropy_coef nll_coef z_loss neftune_alpha samples_to_log correction_low critic_lr"
+    "function_memory_mib port critic_warmup_steps entropy_coef nll_coef z_loss neftune_alpha samples_to_log correction_low critic_lr"
 ).split()
 
 
@@ -454,6 +476,11 @@ def check(config: Any) -> list[ConfigError]:
             bad("ppo.gamma", f"ppo.estimator = {config.ppo.estimator} has gamma 1", "1.0", "--ppo.gamma 1.0")
         if config.reward.weights and len(config.reward.weights) != len(config.reward.sources):
             bad("reward.weights", f"{len(config.reward.weights)} weights for {len(config.reward.sources)} reward sources", "one for each")
+        for name in ("function_timeout_s", "http_total_timeout_s"):
+            seconds, patience = getattr(config.reward, name), config.parallel.timeout_minutes * 60
+            if seconds >= patience:
+                what = f"reward.{name} = {seconds:g} is not below parallel.timeout_minutes = {config.parallel.timeout_minutes:g} ({patience:g} s)"
+                bad(f"reward.{name}", what, "less: the other ranks would give up first", f"--parallel.timeout_minutes {seconds / 60 + 5:g}")
         if not config.reward.sources:
             bad("reward.sources", "no reward source", "model:DIR, file.py:function or a URL")
         if config.rollout.temperature == 0:

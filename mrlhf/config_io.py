@@ -176,7 +176,7 @@ def diff(before: Any, after: Any) -> list[str]:
 def help_text(stage_name: str) -> str:
     """Every option of a stage, grouped by section: `--section.key TYPE (default)  help`."""
     width = max(80, min(160, shutil.get_terminal_size((120, 40)).columns))
-    config = "[--config FILE]" if stage_name in ("score", "generate") else "--config FILE"
+    config = "[--config FILE]" if stage_name in ("score", "generate", "serve-reward") else "--config FILE"
     lines = [f"usage: mrlhf {stage_name} {config} [--dry-run] [--section.key VALUE ...]", ""]
     lines += ["  --config FILE    YAML with the options below; flags win over it"]
     lines += ["  --dry-run        check everything without a GPU and stop"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf import preflight
-from mrlhf.config import GenerateStage, PPOStage, ScoreStage
+from mrlhf.config import GenerateStage, PPOStage, ScoreStage, ServeRewardStage
 from mrlhf.data.blend import Dataset, names_of, sources_of
 from mrlhf.data.inspect import marked
 from mrlhf.data.order import Order
@@ -86,6 +86,10 @@ def main(stage: str, config: Any) -> None:
         from mrlhf.score import check as check_score
 
         check_score(config, int(os.environ.get("WORLD_SIZE", Layout.of(config.parallel, 1).smallest)))
+    elif isinstance(config, ServeRewardStage):
+        from mrlhf.serve_reward import check as check_server
+
+        check_server(config, int(os.environ.get("WORLD_SIZE", Layout.of(config.parallel, 1).smallest)))
     elif isinstance(config, GenerateStage):
         from mrlhf.generate import check as check_generate
         from mrlhf.generate import read_prompts

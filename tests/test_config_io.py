@@ -28,6 +28,7 @@ MINIMAL = {
     "pretrain": ["--model.path", "m", "--data.train", "d", "--train.output_dir", "o", "--train.global_batch_size", "8"],
     "score": ["--checkpoint", "c", "--data", "d", "--output", "o"],
     "generate": ["--checkpoint", "c", "--prompts", "p", "--output", "o"],
+    "serve-reward": ["--checkpoint", "c"],
 }
 MINIMAL |= dict.fromkeys(("sft", "rm", "dpo"), MINIMAL["pretrain"])
 MINIMAL["ppo"] = [*MINIMAL["pretrain"], "--rollout.batch_size", "16", "--reward.sources", "model:runs/rm"]

@@ -16,11 +16,12 @@ LAYERS = (
     ("mrlhf.config", "mrlhf.config_io"),
     ("mrlhf.parallel",),
     ("mrlhf.data", "mrlhf.models", "mrlhf.losses", "mrlhf.rl.advantages", "mrlhf.rl.kl", "mrlhf.rl.policy_loss", "mrlhf.rl.rewards",
+     "mrlhf.rl.reward_child", "mrlhf.rl.reward_process", "mrlhf.rl.reward_http", "mrlhf.rl.reward_server",
      "mrlhf.rl", "mrlhf.tokenizer", "mrlhf.plan", "mrlhf.safe_pickle"),
     ("mrlhf.checkpoint", "mrlhf.dist_io", "mrlhf.engine", "mrlhf.preflight", "mrlhf.tracking", "mrlhf.report", "mrlhf.profiling", "mrlhf.inspection",
      "mrlhf.rl.vllm_engine", "mrlhf.rl.rollout"),
     ("mrlhf.supervised", "mrlhf.pretrain", "mrlhf.sft", "mrlhf.rm", "mrlhf.dpo", "mrlhf.score", "mrlhf.generate",
-     "mrlhf.convert", "mrlhf.verify", "mrlhf.model_card",
+     "mrlhf.serve_reward", "mrlhf.convert", "mrlhf.verify", "mrlhf.model_card",
      "mrlhf.rl.reward_sources", "mrlhf.rl.ppo"),
     ("mrlhf.cli", "mrlhf.__main__", "mrlhf.dryrun", "mrlhf.doctor", "mrlhf.tool"),
     ("tools",),
@@ -86,7 +87,7 @@ def test_no_cycles() -> None:
         ("torch.utils.tensorboard", "mrlhf/tracking.py"),
         ("wandb", "mrlhf/tracking.py"),
         ("mlflow", "mrlhf/tracking.py"),
-        ("httpx", "mrlhf/rl/rewards.py"),
+        ("httpx", "mrlhf/rl/reward_http.py"),
     ],
 )
 def test_one_file_imports_it(package: str, file: str) -> None:

@@ -435,6 +435,7 @@ def main(config: PPOStage) -> None:
                 keep_last=config.checkpoint.keep_last,
             )
     tracker.close()
+    ppo.rewards.close()
     ppo.engine.shutdown()
     say(f"finished: {output_dir / 'checkpoints'}")
     state.shutdown()

@@ -14,7 +14,9 @@ from mrlhf.engine import Model
 from mrlhf.errors import CheckpointError, ConfigError, MrlhfError, RewardError
 from mrlhf.models.spec import check_layout
 from mrlhf.parallel import state
-from mrlhf.rl.rewards import HttpReward, RewardSource, load_function, parse_source, score_with_function
+from mrlhf.rl.reward_http import HttpReward
+from mrlhf.rl.reward_process import RewardProcess
+from mrlhf.rl.rewards import RewardSource, parse_source
 from mrlhf.rl.rollout import Rollout
 from mrlhf.rm import score_micro_batches
 from mrlhf.tokenizer import fingerprint
@@ -30,6 +32,23 @@ def model_sources(config: PPOStage) -> list[str]:
     return [s.spec for s in _sources(config) if s.kind == "model"]
 
 
+def _start_function(config: PPOStage, source: RewardSource) -> RewardProcess:
+    r = config.reward
+    return RewardProcess(source, timeout_s=r.function_timeout_s, memory_mib=r.function_memory_mib, env=r.function_env)
+
+
+def _connect(config: PPOStage, source: RewardSource) -> HttpReward:
+    r = config.reward
+    return HttpReward(
+        source.urls,
+        timeout_s=r.http_timeout_s,
+        total_s=r.http_total_timeout_s,
+        retries=r.http_retries,
+        batch_size=r.http_batch_size,
+        token_env=r.http_token_env,
+    )
+
+
 def critic_source(config: PPOStage, actor: ModelSource) -> ModelSource:
     """`ppo.critic`, else the first local reward model, else the actor's model (with a fresh head)."""
     if config.ppo.critic:
@@ -39,7 +58,7 @@ def critic_source(config: PPOStage, actor: ModelSource) -> ModelSource:
 
 
 class Rewards:
-    """Functions and HTTP run on rank 0 and their scores travel; reward models run on all ranks."""
+    """Functions (in processes of their own) and HTTP are asked by rank 0 and their scores travel; reward models run on all ranks."""
 
     def __init__(self, config: PPOStage, actor: ModelSource, tokenizer: Any) -> None:
         self.config, self.tokenizer, self.sources = config, tokenizer, _sources(config)
@@ -53,15 +72,18 @@ class Rewards:
             for path, model in self.models.items():
                 if "reward_mean" not in model.source.manifest and state.is_main():
                     print(f"reward model {path} has no score statistics: its scores are not normalised", flush=True)
-        self.functions = {s.spec: load_function(s) for s in self.sources if s.kind == "function"}
-        r = config.reward
-        self.http = {
-            s.spec: HttpReward(
-                s.urls, timeout_s=r.http_timeout_s, retries=r.http_retries, batch_size=r.http_batch_size, token_env=r.http_token_env
-            )
-            for s in self.sources
-            if s.kind == "http"
-        }
+        self.outside: dict[str, RewardProcess | HttpReward] = {}
+        if state.is_main():
+            for source in self.sources:
+                if source.kind == "function":
+                    self.outside[source.spec] = _start_function(config, source)
+                elif source.kind == "http":
+                    self.outside[source.spec] = _connect(config, source)
+        self.fingerprint = fingerprint(actor.hf_dir)
+
+    def close(self) -> None:
+        for source in self.outside.values():
+            source.close()
 
     @staticmethod
     def check(config: PPOStage, actor: ModelSource, *, world: int) -> list[MrlhfError]:
@@ -94,9 +116,9 @@ class Rewards:
                 )
             found += check_layout(config.parallel, model.spec, world, trained=False)
         for source in sources:
-            if source.kind == "function":
+            if source.kind != "model" and state.is_main():  # the rank that calls it
                 try:
-                    load_function(source)
+                    (_start_function if source.kind == "function" else _connect)(config, source).close()
                 except ConfigError as error:
                     found.append(ConfigError(error.what, where="reward.sources", expected=error.expected, fix=error.fix))
         return found
@@ -129,19 +151,13 @@ class Rewards:
         if dist.get_rank() == 0:
             prompts = [self.tokenizer.decode(p) for p in rollout.prompts]
             completions = [self.tokenizer.decode(a.tokens, skip_special_tokens=True) for a in rollout.answers]
+            columns = {"labels": rollout.labels, "prompt_ids": rollout.prompts, "completion_ids": [a.tokens for a in rollout.answers]}
+            asked = self.outside[source.spec]
             try:
-                if source.kind == "http":
-                    answer[0] = self.http[source.spec].score(prompts, completions, labels=rollout.labels)
+                if isinstance(asked, HttpReward):
+                    answer[0] = asked.score(prompts, completions, tokenizer=self.fingerprint, **columns)
                 else:
-                    answer[0] = score_with_function(
-                        self.functions[source.spec],
-                        prompts,
-                        completions,
-                        labels=rollout.labels,
-                        prompt_ids=rollout.prompts,
-                        completion_ids=[a.tokens for a in rollout.answers],
-                        source=source.spec,
-                    )
+                    answer[0] = asked.score(prompts, completions, **columns)
             except RewardError as error:  # the other ranks wait for the broadcast: they must hear of it
                 answer[1] = error.render()
         dist.broadcast_object_list(answer, src=0)
