@@ -42,9 +42,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServer]:
     thread.join()
 
 
-def post(server: RewardServer, content: object, **headers: str) -> httpx.Response:
+def post(server: RewardServer, content: object, **headers: bytes) -> httpx.Response:
     body = content if isinstance(content, (bytes, str)) else json.dumps(content)
-    return httpx.post(server.url, content=body, headers={"Authorization": f"Bearer {TOKEN}", **headers}, trust_env=False)
+    return httpx.post(server.url, content=body, headers={"Authorization": f"Bearer {TOKEN}".encode(), **headers}, trust_env=False)
 
 
 GOOD = {"prompts": ["a"], "completions": ["b"], "labels": [{"x": [1]}], "prompt_ids": [[1, 2]], "completion_ids": [[3]], "tokenizer": "print"}
@@ -61,7 +61,7 @@ def test_ids_are_scored_as_they_are_and_texts_are_tokenised(server: RewardServer
 
 @pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", f"bearer {TOKEN}", f"Bearer {TOKEN}x", TOKEN, "Bearer ü"])
 def test_without_the_token_nothing_is_read(server: RewardServer, given: str) -> None:
-    answer = post(server, GOOD, Authorization=given.encode().decode("latin-1"))
+    answer = post(server, GOOD, Authorization=given.encode())
     assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
 
 
