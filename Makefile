@@ -3,13 +3,14 @@ PY := .venv/bin/python
 SEED ?= 1
 export PYTHON DEVICE
 
-.PHONY: help setup test gpu-test lint bench docs quickstart clean
+.PHONY: help setup test gpu-test lint audit bench docs quickstart clean
 
 help:
 	@echo "make setup       .venv with everything (PYTHON=python3.12, DEVICE=gpu)"
 	@echo "make test        every test that needs no GPU"
 	@echo "make gpu-test    the tests that need one"
 	@echo "make lint        ruff and mypy"
+	@echo "make audit       known advisories of the installed packages (asks an index about each)"
 	@echo "make quickstart  corpus -> pretrain -> SFT -> RM -> PPO -> HF export -> report, on the CPU (SEED=1)"
 	@echo "make bench       every benchmarks/*.py"
 	@echo "make docs        docs/metrics.md and docs/configuration.md from the code"
@@ -27,6 +28,9 @@ gpu-test: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+audit: setup
+	$(PY) scripts/audit.py
 
 bench: setup
 	@set -e; for script in benchmarks/*.py; do \

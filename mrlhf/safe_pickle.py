@@ -133,7 +133,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the Python
         self.stack.append(_Storage())
 
     for _operation, _method in ((pickle.REDUCE, _call), (pickle.NEWOBJ, _new), (pickle.BUILD, _fill), (pickle.BINPERSID, _storage)):
-        dispatch[_operation[0]] = _method
+        dispatch[_operation[0]] = _method  # type: ignore[assignment]
     del _operation, _method
 
 
