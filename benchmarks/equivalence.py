@@ -53,6 +53,7 @@ LAYOUTS: dict[str, Layout] = {
     "PP2, interleaved 2": Layout(2, VPP, ("sft", "rm", "dpo")),
     "PP2, interleaved 2, recompute full": Layout(2, {**VPP, "recompute": "full"}, ("sft",)),
     "DP2": Layout(2, {}, ("sft", "pretrain")),
+    "DP2, loss weights": Layout(2, {"blend": 1}, ("sft",)),
     "DP2, token budget, unpacked": Layout(2, BUDGET, ("sft", "rm", "dpo")),
     "PP2, interleaved 2, token budget, unpacked": Layout(2, {**VPP, **BUDGET}, ("dpo",)),
     "CP2": Layout(2, {CP: 2}, ("sft", "rm", "dpo")),
@@ -82,7 +83,7 @@ def cases(*, tested: bool) -> list[tuple[str, str]]:
     """(layout, stage)."""
 
     def wanted(layout: Layout, stage: str) -> bool:
-        everywhere = layout.model == "qwen2" and layout.options.get("side") != "left" and "neftune" not in layout.options
+        everywhere = layout.model == "qwen2" and layout.options.get("side") != "left" and not {"neftune", "blend"} & set(layout.options)
         return stage in layout.tested or (everywhere and not tested)
 
     return [(name, stage) for name, layout in LAYOUTS.items() for stage in STAGES if wanted(layout, stage)]

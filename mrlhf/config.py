@@ -8,9 +8,11 @@ One frozen dataclass per concern; a stage's configuration is a dataclass of thes
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from mrlhf.errors import ConfigError
+from mrlhf.metrics import EVALUATED
 
 REQUIRED: Any = object()
 
@@ -57,17 +59,23 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class DataSource:
-    """One source of a blend. docs/data.md says what weights and epochs mean."""
+    """One source of a blend. docs/data.md says what weights and epochs mean.
+
+    weight: its share of the rows. loss_weight: what each of its tokens counts in the loss (pretrain, sft), 1 where it is None.
+    """
 
     prefix: str
     weight: float | None = None
     epochs: float | None = None
+    loss_weight: float | None = None
 
 
 @dataclass(frozen=True)
 class DataConfig:
     train: tuple[DataSource, ...] = option(
-        REQUIRED, "prefix written by tools/preprocess_data.py, or a blend: weight = share of the rows, epochs = passes over that source"
+        REQUIRED,
+        "prefix written by tools/preprocess_data.py, or a blend: weight = share of the rows, epochs = passes over that source, "
+        "loss_weight = what its tokens count in the loss (pretrain, sft)",
     )
     eval: str | None = option(None, "prefix of the evaluation split")
     packing: bool = option(
@@ -107,6 +115,11 @@ class TrainConfig:
     max_steps: int | None = option(None, "stop after so many optimizer steps (ppo: rollouts) whatever num_epochs says")
     eval_interval: int = option(0, "evaluate every so many steps; 0: only at the end")
     seed: int = option(1, "order of the data, new weights, sampling")
+    loss_spike_threshold: float = option(
+        6.0,
+        "say so, with the samples, when a step's loss lies this many robust standard deviations (1.4826 x MAD) above the median of the last 50; "
+        "0: off; not for ppo",
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "loss or gradient not finite on any rank: stop, or leave the step out (ten in a row stop the run); ppo: stop"
     )
@@ -155,10 +168,10 @@ class DPOConfig:
     beta: float = option(0.1, "strength of the pull to the reference")
     loss: Literal["sigmoid", "ipo", "hinge"] = option("sigmoid", "the loss of the margin")
     label_smoothing: float = option(0.0, "cDPO: share of pairs taken to be flipped")
-    length_normalize: bool = option(False, "mean instead of summed log-probs (ipo)")
+    length_normalize: bool = option(False, "mean instead of summed log-probs of an answer, with any loss")
     nll_coef: float = option(0.0, "weight of the negative log-likelihood of the chosen answer")
     reference: Literal["precompute", "online"] = option(
-        "precompute", "reference log-probs once before training, or a second model in memory"
+        "precompute", "reference log-probs once before training, kept beside the data for later runs; or a second model in memory"
     )
 
 
@@ -350,7 +363,7 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "
-    "function_memory_mib port critic_warmup_steps entropy_coef nll_coef z_loss neftune_alpha samples_to_log correction_low critic_lr"
+    "function_memory_mib port critic_warmup_steps entropy_coef nll_coef z_loss neftune_alpha samples_to_log correction_low critic_lr loss_spike_threshold"
 ).split()
 
 
@@ -367,10 +380,12 @@ def check_sources(sources: tuple[DataSource, ...]) -> list[ConfigError]:
     for prefix in dict.fromkeys(p for p in prefixes if prefixes.count(p) > 1):
         bad(f"{prefix} is given {prefixes.count(prefix)} times", "each source once; epochs says how often it is passed")
     for source in sources:
-        for name in ("weight", "epochs"):
+        for name in ("weight", "epochs", "loss_weight"):
             value = getattr(source, name)
             if value is not None and not 0 < value < float("inf"):
                 bad(f"{name} = {value} of {source.prefix}", "a number above 0")
+    if len(sources) == 1 and sources[0].loss_weight is not None:
+        bad("loss_weight of the only source changes nothing: the loss is a weighted mean", "two sources or more, or no loss_weight")
     without = [s.prefix for s in sources if s.weight is None]
     if 0 < len(without) < len(sources):
         bad(f"{', '.join(without)} without a weight, the others with one", "a weight for every source or for none")
@@ -386,8 +401,14 @@ def _check_best(config: Any) -> list[ConfigError]:
         found.append(ConfigError(f"{key} is for pretrain, sft, rm and dpo", where=key, fix=f"--{key} null"))
     elif config.data.eval is None:
         found.append(ConfigError(f"{key} = {metric} needs an evaluation split", where=key, expected="data.eval"))
-    if not metric.startswith("eval/"):
-        found.append(ConfigError(f"{key} = {metric} is not of the evaluation", where=key, expected="eval/..., e.g. eval/loss"))
+    stage = next(name for name, kind in STAGES.items() if kind is type(config))
+    known = [f"eval/{name}" for name in EVALUATED.get(stage, ())]
+    if isinstance(config, PretrainStage) and config.loss.z_loss:
+        known.append("eval/log_z_squared")
+    if known and metric not in known:
+        near = get_close_matches(metric, known, n=1)
+        what = f"{key} = {metric} is not measured by the evaluation of {stage}"
+        found.append(ConfigError(what, where=key, expected=", ".join(known), fix=f"--{key} {near[0]}" if near else None))
     return found
 
 
@@ -453,6 +474,8 @@ def check(config: Any) -> list[ConfigError]:
             what = f"train.micro_batch_size = {config.train.micro_batch_size} beside train.max_tokens_per_micro_batch"
             bad("train.micro_batch_size", what, "one of the two", "--train.micro_batch_size 1")
         found += check_sources(config.data.train)
+        if not isinstance(config, PretrainStage) and any(s.loss_weight is not None for s in config.data.train):
+            bad("data.train", "data.train: loss_weight is for pretrain and sft", "sources without loss_weight")
         found += _check_best(config)
     if isinstance(config, PPOStage):
         if config.train.on_nonfinite != "stop":

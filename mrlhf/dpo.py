@@ -2,22 +2,24 @@
 
 Legend: B rows, T tokens, H hidden size, N samples, P pairs.
 The reference's log-probs are computed once, before the first step, by the policy itself (it still is the
-reference then) and kept in the run's directory; `dpo.reference: online` keeps a second model instead.
+reference then), and kept beside the data (references.py); `dpo.reference: online` keeps a second model instead.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from mrlhf import supervised
 from mrlhf.config import DPOStage
+from mrlhf.data.blend import sources_of
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.losses import dpo_loss
 from mrlhf.parallel import state
+from mrlhf.references import fingerprint, stored
 
 
 def answer_logps(model: Model, hidden_BTH: torch.Tensor, batch: MicroBatch, *, mean: bool) -> torch.Tensor:
@@ -27,57 +29,40 @@ def answer_logps(model: Model, hidden_BTH: torch.Tensor, batch: MicroBatch, *, m
     return sums_N / batch.sum_N(batch.mask_BT).clamp(min=1) if mean else sums_N
 
 
-def _logps_of(model: Model, batches: list[MicroBatch], *, mean: bool) -> list[torch.Tensor]:
-    """[N] of every micro-batch, without gradient."""
+def _logps_of(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
+    """[N] of every micro-batch, summed over each answer's trained tokens, without gradient."""
 
     def per_token(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         logps_BT = model.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT).logps
         return (logps_BT * batch.mask_BT)[None]
 
-    found = []
-    for batch, logps_1BT in zip(batches, model.forward(batches, per_token, channels=1), strict=True):
-        sums_N = batch.sum_N(logps_1BT[0].cpu())
-        found.append(sums_N / batch.sum_N(batch.mask_BT).clamp(min=1) if mean else sums_N)
-    return found
+    outputs = model.forward(batches, per_token, channels=1)
+    return [batch.sum_N(logps_1BT[0].cpu()) for batch, logps_1BT in zip(batches, outputs, strict=True)]
 
 
-def reference_logps(model: Model, loader: Loader, *, mean: bool) -> torch.Tensor:
-    """[samples of the dataset]: each answer's log-prob under the model as it is. Collective; the same on all ranks."""
+def reference_logps(model: Model, loader: Loader) -> torch.Tensor:
+    """[samples of the dataset]: each answer's summed log-prob under the model as it is. Collective; the same on all ranks."""
     found = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
     for rows in loader.in_order():
         batches = loader.micro_batches(rows)
-        for batch, logps_N in zip(batches, _logps_of(model, batches, mean=mean), strict=True):
+        for batch, logps_N in zip(batches, _logps_of(model, batches), strict=True):
             real = batch.weights_N > 0
             found[batch.index_N[real]] = logps_N[real].double()
     return state.sum_over_data_parallel(found).float()
 
 
-def _precomputed(config: DPOStage, trainer: Trainer, loader: Loader) -> torch.Tensor:
-    """Computed by the first start of the run, read by later ones."""
-    path = Path(config.train.output_dir) / f"reference_{loader.dataset.identity[:16]}.pt"
-    box = [path.is_file()]
-    dist.broadcast_object_list(box, src=0)
-    if box[0]:
-        return torch.load(path, weights_only=True)
-    supervised.say(f"reference log-probs of {loader.dataset.num_samples} answers")
-    logps = reference_logps(trainer, loader, mean=config.dpo.length_normalize)
-    if state.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(logps, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)
-    return logps
-
-
 def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, reference: torch.Tensor) -> LossFn:
     """Mean over the step's pairs of the DPO loss, plus nll_coef x mean over pairs of the chosen answer's token mean.
 
-    reference: log-prob of every answer of the loader's dataset, by sample index.
+    reference: summed log-prob of every answer of the loader's dataset, by sample index.
     """
     options, mean = config.dpo, config.dpo.length_normalize
 
     def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
         policy_N = answer_logps(trainer, hidden_BTH, batch, mean=mean)
         reference_N = reference[batch.index_N.cpu()].to(policy_N.device)
+        if mean:
+            reference_N = reference_N / batch.sum_N(batch.mask_BT).clamp(min=1)
         chosen, rejected = (i.to(policy_N.device) for i in loader.pairs(batch))
         weight_P = batch.weights_N[chosen]
         total, partials = dpo_loss(
@@ -101,6 +86,7 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
 
 def main(config: DPOStage) -> None:
     online = config.dpo.reference == "online"
+    fingerprints: list[str] = []
     references: dict[str, torch.Tensor] = {}
     frozen: list[Model] = []
 
@@ -110,11 +96,23 @@ def main(config: DPOStage) -> None:
                 frozen.append(Model(trainer.source, config.parallel, head="lm", dtype=config.model.dtype, seed=config.train.seed))
             references[loader.dataset.prefix] = torch.zeros(loader.dataset.num_samples)
         else:
-            references[loader.dataset.prefix] = _precomputed(config, trainer, loader)
+            if not fingerprints:
+                fingerprints.append(fingerprint(trainer.source, dtype=config.model.dtype))
+            parts = [
+                stored(
+                    data,
+                    reference=fingerprints[0],
+                    run_dir=Path(config.train.output_dir),
+                    compute=partial(reference_logps, trainer, loader.of(data)),
+                    say=supervised.say,
+                )
+                for data in sources_of(loader.dataset)
+            ]
+            references[loader.dataset.prefix] = torch.cat(parts)
         return preference_loss(config, trainer, loader, references[loader.dataset.prefix])
 
     def before_step(loader: Loader, batches: list[MicroBatch]) -> None:
-        for batch, logps_N in zip(batches, _logps_of(frozen[0], batches, mean=config.dpo.length_normalize), strict=True):
+        for batch, logps_N in zip(batches, _logps_of(frozen[0], batches), strict=True):
             references[loader.dataset.prefix][batch.index_N] = logps_N
 
     supervised.train("dpo", config, head="lm", make_loss=make_loss, before_step=before_step if online else None)

@@ -226,7 +226,8 @@ class Trainer(Model):
         self.adam = adam.install()
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=optim.use_distributed_optimizer, grad_reduce_in_fp32=True)
         self.chunks = [DistributedDataParallel(self.config, ddp, module) for module in self.modules]
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.finalize_model_grads_func = self._finalize
+        self._count = torch.zeros((), dtype=torch.float64, device=self.device)  # of this rank and step
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -255,7 +256,9 @@ class Trainer(Model):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         noise = self._noise if self.neftune_alpha else None
-        results = self._schedule(micro_batches, self._loss_step(loss_fn, noise), forward_only=False)
+        self._count.zero_()
+        results = self._schedule(micro_batches, self._loss_step(self._counted(loss_fn), noise), forward_only=False)
+        self._last = (micro_batches, results)
         self.steps_done += 1
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
@@ -271,6 +274,28 @@ class Trainer(Model):
         if self.on_nonfinite == "skip":
             found["skipped"] = float(self.skipped_in_a_row > 0)
         return found
+
+    def micro_batch_losses(self) -> list[tuple[float, tuple[int, ...]]]:
+        """(mean loss, its samples) of every micro-batch of the last step on all ranks, the highest first. Collective; the same on all ranks."""
+        batches, results = self._last
+        mine = [(tuple(sorted(_samples([b]))), *r["loss"].tolist()) for b, r in zip(batches, results, strict=False)]
+        sums: dict[tuple[int, ...], tuple[float, float]] = {}
+        for samples, total, count in state.from_all_ranks(mine):  # tensor-parallel ranks say the same, context-parallel ones a part each
+            before = sums.get(samples, (0.0, 0.0))
+            sums[samples] = (before[0] + total, before[1] + count)
+        return sorted(((total / count, samples) for samples, (total, count) in sums.items() if count), reverse=True)
+
+    def _counted(self, loss_fn: LossFn) -> LossFn:
+        def counted(output: torch.Tensor, batch: MicroBatch):
+            total, count, partials = loss_fn(output, batch)
+            self._count += count.detach()
+            return total, count, partials
+
+        return counted
+
+    def _finalize(self, chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None, **rest: Any) -> None:
+        """Megatron's count is an integer, and weights of samples need not be."""
+        finalize_model_grads(chunks, None if num_tokens is None else self._count, **rest)
 
     def _noise(self, batch: MicroBatch) -> torch.Tensor:
         return neftune.noise(

@@ -78,6 +78,7 @@ def reduce_loss(
     *,
     aggregation: str = "token",
     denominator: Tensor | float | None = None,
+    weight: Tensor | None = None,
     segment_ids: Tensor | None = None,
     num_segments: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -85,6 +86,7 @@ def reduce_loss(
 
     aggregation "token":    sum over masked-in tokens / denominator (number of such tokens).
     aggregation "sequence": sum over sequences of their token means / denominator (number of sequences that have a masked-in token).
+    weight [B, T], the same for all tokens of a sequence: makes it a weighted sum of tokens (sequences), and the count the sum of weights.
     segment_ids, num_segments: see `sequence_means`; used by "sequence" alone.
 
     Returns (loss, [sum, count]) with the second detached, before the division. No masked-in token: loss 0, still differentiable.
@@ -95,9 +97,15 @@ def reduce_loss(
         items, keep = x, mask.bool()
     else:
         items, keep = sequence_means(x, mask, segment_ids=segment_ids, num_segments=num_segments)
-    total = fill_masked(items, keep).sum()
-    count = keep.sum().float()
-    loss = total / (count.clamp(min=1) if denominator is None else denominator)
+    kept, count = fill_masked(items, keep), keep.sum().float()
+    if weight is not None:
+        check_same_shape(x=x, weight=weight)
+        if aggregation == "sequence":
+            weight, _ = sequence_means(weight, mask, segment_ids=segment_ids, num_segments=num_segments)
+        of_kept = fill_masked(weight, keep)
+        kept, count = kept * of_kept, of_kept.sum()
+    total = kept.sum()
+    loss = total / (torch.where(count > 0, count, 1.0) if denominator is None else denominator)
     return loss, torch.stack([total.detach(), count])
 
 
@@ -107,6 +115,7 @@ def masked_cross_entropy(
     *,
     denominator: Tensor | float | None = None,
     aggregation: str = "token",
+    weight: Tensor | None = None,
     segment_ids: Tensor | None = None,
     num_segments: int | None = None,
 ) -> Tensor:
@@ -116,11 +125,18 @@ def masked_cross_entropy(
     denominator: trained tokens of the whole optimizer step, or the number of sequences with
     aggregation="sequence" (mean of per-sequence means). segment_ids [B, T], num_segments: the sequence of
     each token in packed rows (without them a row is a sequence). Sequences must be whole in this call.
+    weight [B, T], see `reduce_loss`: the loss is sum(weight x loss) / sum(weight), and `denominator` then stands for the second sum.
 
     Raises ConfigError for an unknown aggregation, ValueError for shapes that differ.
     """
     loss, _ = reduce_loss(
-        -logps, mask, aggregation=aggregation, denominator=denominator, segment_ids=segment_ids, num_segments=num_segments
+        -logps,
+        mask,
+        aggregation=aggregation,
+        denominator=denominator,
+        weight=weight,
+        segment_ids=segment_ids,
+        num_segments=num_segments,
     )
     return loss
 
@@ -164,6 +180,24 @@ def pairwise_loss(
         "max_reward": torch.stack([scores_2P.masked_fill(~keep_2P, -torch.inf).amax(), one]),
     }
     return loss, metrics
+
+
+MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, float("inf"))
+
+
+def accuracy_by_margin(chosen_P: Tensor, rejected_P: Tensor, *, weight: Tensor) -> Metrics:
+    """Of a reward model, the accuracy of the pairs whose two scores differ by so much: accuracy_by_margin/0-0.5 ... /2+ as [sum, count].
+
+    chosen_P, rejected_P, weight [P] as in `pairwise_loss`. By Bradley and Terry a difference m means sigmoid(m): a calibrated model is
+    right in 0.50 to 0.62, 0.62 to 0.73, 0.73 to 0.88 and 0.88 to 1 of the pairs of these buckets.
+    """
+    keep, difference_P = weight.bool(), (chosen_P - rejected_P).detach()
+    found = {}
+    for low, high in zip(MARGIN_EDGES, MARGIN_EDGES[1:], strict=False):
+        inside = keep & (difference_P.abs() >= low) & (difference_P.abs() < high)
+        name = f"{low:g}-{high:g}" if high < float("inf") else f"{low:g}+"
+        found[f"accuracy_by_margin/{name}"] = sum_and_count(difference_P > 0, inside)
+    return found
 
 
 def dpo_loss(

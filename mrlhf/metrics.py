@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-Reduction = Literal["mean", "max", "min", "sum", "last"]
+Reduction = Literal["mean", "exp_mean", "max", "min", "sum", "last"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`mean`, `sum`, `max`, `min` run over micro-batches and ranks; `last` is the same on all ranks and is not reduced."""
+    """`mean`, `sum`, `max`, `min` run over micro-batches and ranks, `exp_mean` is exp of the mean; `last` is the same on all ranks and is not reduced."""
 
     meaning: str
     unit: str
@@ -38,6 +38,7 @@ METRICS: dict[str, Metric] = {
     "train/num_rows": Metric("rows of this step: packs, samples or pairs", "rows", "sum"),
     "train/samples": Metric("samples (pairs, answers) trained on so far", "samples", "last"),
     "train/epoch": Metric("passes over the training data so far", "epochs", "last"),
+    "train/loss_spike": Metric("1 if the loss lies far above those of the last 50 steps (train.loss_spike_threshold)", "", "last"),
     "train/skipped": Metric("1 if the step was left out, its loss or gradient not finite (train.on_nonfinite skip)", "", "last"),
     "perf/tokens_per_s_per_gpu": Metric("tokens read in a second by one rank, padding not counted", "tokens/s", "last"),
     "perf/tflops": Metric("model floating-point operations a second and rank", "TFLOP/s", "last"),
@@ -47,6 +48,7 @@ METRICS: dict[str, Metric] = {
     "memory/max_reserved_gib": Metric("largest device memory reserved on any rank so far", "GiB", "max"),
     # sft, pretrain
     "train/mean_token_accuracy": Metric("trained tokens whose most probable prediction is right", "share", "mean"),
+    "train/perplexity": Metric("exp of the mean of -log p over trained tokens", "", "exp_mean"),
     "train/entropy": Metric("entropy of the prediction, over trained tokens", "nats", "mean"),
     "train/log_z_squared": Metric("log(sum of exp(logits))^2 over trained tokens (with loss.z_loss)", "", "mean"),
     # rm
@@ -109,8 +111,21 @@ METRICS: dict[str, Metric] = {
 
 PATTERNS: list[tuple[str, Metric]] = [
     ("reward/*", Metric("score of one reward source before its weight", "score", "mean")),
+    ("train/accuracy_by_margin/*", Metric("(eval) accuracy of the pairs whose scores differ by so much", "share", "mean")),
     ("data/*/epoch", Metric("passes over one source of a blend so far", "epochs", "last")),
 ]
+
+
+# what the evaluation of a stage measures, whatever its options: what checkpoint.best_metric may name
+_LANGUAGE_MODEL = ("loss", "mean_token_accuracy", "perplexity", "entropy", "num_tokens")
+EVALUATED: dict[str, tuple[str, ...]] = {
+    "pretrain": _LANGUAGE_MODEL,
+    "sft": _LANGUAGE_MODEL,
+    "rm": ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"),
+    "dpo": (
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+    ),
+}  # fmt: skip
 
 
 def find(key: str) -> Metric | None:
@@ -165,7 +180,7 @@ def all_reduce(partials: dict[str, Tensor], group: ProcessGroup | None) -> dict[
         return dict(partials)
     reduced = dict(partials)
     # float64 counts tokens exactly; min rides along with max as its negative.
-    adds = [n for n in sorted(partials) if reduction(n) in ("mean", "sum")]
+    adds = [n for n in sorted(partials) if reduction(n) in ("mean", "exp_mean", "sum")]
     if adds:
         stacked = torch.stack([partials[n].double() for n in adds])
         dist.all_reduce(stacked, op=dist.ReduceOp.SUM, group=group)
@@ -192,7 +207,9 @@ def finalize(partials: dict[str, Tensor]) -> dict[str, float]:
         if count == 0:
             values[name] = math.nan
         else:
-            values[name] = value / count if reduction(name) == "mean" else value
+            kind = reduction(name)
+            mean = value / count
+            values[name] = mean if kind == "mean" else math.exp(min(mean, 700.0)) if kind == "exp_mean" else value
     return values
 
 
@@ -208,7 +225,7 @@ def markdown_table() -> str:
 def _join(kind: Reduction, a: Tensor, b: Tensor) -> Tensor:
     import torch
 
-    if kind in ("mean", "sum"):
+    if kind in ("mean", "exp_mean", "sum"):
         return a + b
     if kind == "last":
         return torch.where(b[1] > 0, b, a)

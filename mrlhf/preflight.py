@@ -36,16 +36,17 @@ def open_train(
     sources: Sequence[DataSource], *, task: str, source: ModelSource | None, seq_length: int | None
 ) -> tuple[Dataset | None, list[MrlhfError]]:
     """data.train, one data set or a blend, and everything in which its parts do not fit the run or each other."""
-    opened, found = [], []
+    opened, weights, found = [], [], []
     for item in sources:
         data, problems = open_data(item.prefix, key="data.train", task=task, source=source, seq_length=seq_length)
         found += problems
         if data is not None:
             opened.append(data)
+            weights.append(1.0 if item.loss_weight is None else item.loss_weight)
     if not opened:
         return None, found
     found += mismatches(opened, key="data.train")
-    return opened[0] if len(opened) == 1 else Blend(opened), found
+    return opened[0] if len(opened) == 1 else Blend(opened, loss_weights=weights), found
 
 
 def _open_megatron(prefix: str, *, key: str, source: ModelSource | None, seq_length: int | None) -> MegatronText:

@@ -30,6 +30,8 @@ _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("response length", ("response_length/mean", "response_length/max")),
     ("accuracy", ("train/accuracy", "eval/accuracy", "train/rewards/accuracies", "eval/rewards/accuracies")),
     ("token accuracy", ("train/mean_token_accuracy", "eval/mean_token_accuracy")),
+    ("perplexity", ("eval/perplexity",)),
+    ("accuracy by margin of the scores", tuple(f"eval/accuracy_by_margin/{bucket}" for bucket in ("0-0.5", "0.5-1", "1-2", "2+"))),
     ("margin", ("train/margin", "eval/margin", "train/rewards/margins", "eval/rewards/margins")),
     ("rewards", ("train/rewards/chosen", "train/rewards/rejected")),
     ("entropy", ("train/entropy", "actor/entropy")),
@@ -158,6 +160,42 @@ def line_chart(title: str, series: Mapping[str, Points], *, width: int = 360, he
     return f"<figure><figcaption>{_e(title)}{shown}</figcaption>{''.join(parts)}</svg></figure>"
 
 
+def histogram(title: str, edges: Sequence[float], series: Mapping[str, Sequence[float]], *, width: int = 360, height: int = 190) -> str:
+    """One figure of counts: edges [n + 1], each series [n]; the series are laid over each other."""
+    left, right, top, bottom = 52, 10, 8, 22
+    ticks = _ticks(0.0, max(max(counts) for counts in series.values()))
+
+    def px(x: float) -> float:
+        return left + (x - edges[0]) / ((edges[-1] - edges[0]) or 1) * (width - left - right)
+
+    def py(y: float) -> float:
+        return height - bottom - y / (ticks[-1] or 1) * (height - top - bottom)
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_e(title)}" font-size="10" font-family="inherit">']
+    for tick in ticks:
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}" stroke="#e5e7eb"/>')
+        parts.append(f'<text x="{left - 6}" y="{py(tick) + 3:.1f}" text-anchor="end" fill="#6b7280">{_number(tick)}</text>')
+    for x, anchor in ((edges[0], "start"), (edges[-1], "end")):
+        parts.append(f'<text x="{px(x):.1f}" y="{height - 6}" text-anchor="{anchor}" fill="#6b7280">{x:.3g}</text>')
+    legend = []
+    for colour, (label, counts) in zip(_COLOURS, series.items(), strict=False):
+        for low, high, count in zip(edges, edges[1:], counts, strict=False):
+            if count:
+                size = f'width="{px(high) - px(low):.1f}" height="{py(0) - py(count):.1f}"'
+                parts.append(f'<rect x="{px(low):.1f}" y="{py(count):.1f}" {size} fill="{colour}" fill-opacity="0.5"/>')
+        legend.append(f'<span style="color:{colour}">&#9632;</span> {_e(label)}')
+    shown = f' <span class="soft" style="font-weight:400">{"&ensp;".join(legend)}</span>'
+    return f"<figure><figcaption>{_e(title)}{shown}</figcaption>{''.join(parts)}</svg></figure>"
+
+
+def _rewards(file: Path) -> str:
+    """Scores of a reward model's last evaluation."""
+    if not file.is_file():
+        return ""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return histogram("scores of the last evaluation, answers", found["edges"], {k: found[k] for k in ("chosen", "rejected")})
+
+
 def _run_section(name: str, folder: Path, curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
     history: dict[str, Points] = {}
     for row in _jsonl(folder / "metrics.jsonl"):
@@ -170,6 +208,7 @@ def _run_section(name: str, folder: Path, curves: Mapping[str, Sequence[Sequence
     charts = [line_chart(label, {label: [(float(x), float(y)) for x, y in points]}) for label, points in curves.items()]
     for title, keys in _CHARTS:
         charts.append(line_chart(title, {k: history[k] for k in keys if k in history}))
+    charts.append(_rewards(folder / "rewards.json"))
     chosen = _summary(config_text)
     parts = [
         f'<section id="{_anchor(name)}"><h2>{_e(name)}</h2>',

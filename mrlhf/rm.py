@@ -5,13 +5,18 @@ Legend: B rows, T tokens, N samples, P pairs.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import torch
 
 from mrlhf import supervised
+from mrlhf.checkpoint import write_text
 from mrlhf.config import RMStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import LossFn, Model, Trainer
-from mrlhf.losses import pairwise_loss
+from mrlhf.losses import accuracy_by_margin, pairwise_loss
 from mrlhf.parallel import state
 
 
@@ -21,8 +26,8 @@ def score_micro_batches(model: Model, batches: list[MicroBatch]) -> list[torch.T
     return [batch.last(v_1BT[0].cpu()) for batch, v_1BT in zip(batches, values, strict=True)]
 
 
-def reward_loss(trainer: Trainer, loader: Loader, *, kind: str) -> LossFn:
-    """Mean over the step's pairs of -log sigmoid(chosen - rejected - margin)."""
+def reward_loss(trainer: Trainer, loader: Loader, *, kind: str, by_margin: bool = False) -> LossFn:
+    """Mean over the step's pairs of -log sigmoid(chosen - rejected - margin). by_margin: measures `accuracy_by_margin` too."""
 
     def loss(values_BT1: torch.Tensor, batch: MicroBatch):
         scores_N = batch.last(values_BT1.squeeze(-1))
@@ -37,26 +42,47 @@ def reward_loss(trainer: Trainer, loader: Loader, *, kind: str) -> LossFn:
             denominator=1.0,
             weight=weight_P,
         )
+        if by_margin:
+            partials |= accuracy_by_margin(scores_N[chosen], scores_N[rejected], weight=weight_P)
         return total, weight_P.sum(), partials
 
     return loss
 
 
-def score_statistics(trainer: Trainer, loader: Loader) -> dict[str, float]:
-    """Mean and standard deviation of the scores over all answers of a preference set: {"reward_mean", "reward_std", "reward_count"}."""
-    sums = torch.zeros(3, dtype=torch.float64)
+def all_scores(trainer: Trainer, loader: Loader) -> torch.Tensor:
+    """float64 [samples] of a preference set: chosen, rejected, chosen, ... Collective; the same on all ranks."""
+    found = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
     for rows in loader.in_order():
         batches = loader.micro_batches(rows)
         for batch, scores_N in zip(batches, score_micro_batches(trainer, batches), strict=True):
-            real = scores_N[batch.weights_N > 0].double()
-            sums += torch.stack([real.sum(), (real**2).sum(), torch.tensor(float(len(real)), dtype=torch.float64)])
-    sums = state.sum_over_data_parallel(sums)
-    mean = float(sums[0] / sums[2])
-    return {"reward_mean": mean, "reward_std": max(float(sums[1] / sums[2]) - mean**2, 1e-12) ** 0.5, "reward_count": int(sums[2])}
+            real = batch.weights_N > 0
+            found[batch.index_N[real]] = scores_N[real].double()
+    return state.sum_over_data_parallel(found)
+
+
+def score_statistics(scores: torch.Tensor) -> dict[str, float]:
+    """Mean and (biased) standard deviation of the scores of all answers: {"reward_mean", "reward_std", "reward_count"}."""
+    return {"reward_mean": float(scores.mean()), "reward_std": max(float(scores.var(correction=0)), 1e-12) ** 0.5, "reward_count": len(scores)}
+
+
+def score_histogram(scores: torch.Tensor, *, bins: int = 30) -> dict[str, list[float]]:
+    """How many chosen and rejected answers have which score: {"edges" [bins + 1], "chosen" [bins], "rejected" [bins]}, for the report."""
+    edges = np.histogram_bin_edges(scores.numpy(), bins)
+    counts = {name: np.histogram(scores[at::2].numpy(), edges)[0].tolist() for at, name in enumerate(("chosen", "rejected"))}
+    return {"edges": edges.tolist(), **counts}
 
 
 def main(config: RMStage) -> None:
     def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
         return reward_loss(trainer, loader, kind=config.rm.loss)
 
-    supervised.train("rm", config, head="value", make_loss=make_loss, finish=score_statistics)
+    def make_eval_loss(trainer: Trainer, loader: Loader) -> LossFn:
+        return reward_loss(trainer, loader, kind=config.rm.loss, by_margin=True)
+
+    def finish(trainer: Trainer, loader: Loader) -> dict[str, float]:
+        scores = all_scores(trainer, loader)
+        if state.is_main():
+            write_text(Path(config.train.output_dir) / "rewards.json", json.dumps(score_histogram(scores)) + "\n")
+        return score_statistics(scores)
+
+    supervised.train("rm", config, head="value", make_loss=make_loss, make_eval_loss=make_eval_loss, finish=finish)

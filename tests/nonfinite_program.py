@@ -70,12 +70,22 @@ def main() -> None:
         also_skipped = trainer.step(batches, bad_gradient)
         untouched_by_gradient = same(before, everything(trainer))
         after = trainer.step(batches, good)
+
+        def spike(output: Any, batch: Any) -> Any:
+            total, count, partials = good(output, batch)  # noqa: B023
+            return total * (100 if 7 in batch.index_N.tolist() else 1), count, partials
+
+        trainer.step(batches, spike)
+        losses = trainer.micro_batch_losses()
         result: dict[str, Any] = {
             "skipped": [s["skipped"] for s in (first, skipped, also_skipped, after)],
             "untouched": [untouched, untouched_by_gradient],
             "moved": not same(before, everything(trainer)),
             "goes on": after["loss"] < first["loss"],
             "loss": str(skipped["loss"]),
+            "worst": losses[0][1],
+            "micro-batches": sorted(i for _, samples in losses for i in samples),
+            "worst agreed": len(set(state.from_all_ranks([repr(losses)]))) == 1,
         }
         for _ in range(MAX_SKIPPED - 1):
             trainer.step(batches, bad_loss)

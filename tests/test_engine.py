@@ -60,6 +60,7 @@ def test_what_is_not_finite_on_one_rank_touches_none(nonfinite: dict[str, Any], 
     assert found["skipped"] == [0.0, 1.0, 1.0, 0.0] and found["loss"] == "nan"
     assert found["untouched"] == [True, True, True]
     assert found["moved"] and found["goes on"]
+    assert found["worst"] == [6, 7] and found["micro-batches"] == list(range(4, 12)) and found["worst agreed"]
     assert found["limit agreed"] and "the 10th step in a row" in found["limit"]
     assert found["stop agreed"] and "not finite in the loss of sample(s) 6, 7; loss nan" in found["stop"]
     assert found["stop gradient agreed"]

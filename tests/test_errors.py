@@ -249,6 +249,28 @@ def test_ranks_that_do_not_divide(problems: Callable[..., list[MrlhfError]]) -> 
     assert error.what == "3 ranks cannot be cut into tensor 2 x pipeline 1" and error.expected == "a multiple of 2 ranks"
 
 
+def test_best_metric_that_the_stage_does_not_measure(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
+    (error,) = problems("rm", data__eval=world / "pref", checkpoint__best_metric="eval/accurracy")
+    assert error.what == "checkpoint.best_metric = eval/accurracy is not measured by the evaluation of rm"
+    assert error.expected == "eval/loss, eval/accuracy, eval/margin, eval/mean_reward, eval/min_reward, eval/max_reward"
+    assert error.fix == "--checkpoint.best_metric eval/accuracy"
+    sft = {"data__eval": world / "sft", "checkpoint__best_metric": "eval/log_z_squared"}
+    assert len(problems("sft", **sft)) == 1 and not problems("sft", **sft, loss__z_loss=1e-4)
+
+
+def test_loss_weights(problems: Callable[..., list[MrlhfError]], world: Path, tmp_path: Path) -> None:
+    for file in world.glob("sft[._]*"):
+        shutil.copy(file, tmp_path / file.name)
+    one, other = world / "sft", tmp_path / "sft"
+    assert not problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 0.5}}, {other}]")
+    (error,) = problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 0}}, {other}]")
+    assert error.what == f"data.train: loss_weight = 0.0 of {one}"
+    (error,) = problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 2}}]")
+    assert "of the only source changes nothing" in error.what
+    (error,) = problems("dpo", data__train=f"[{{prefix: {one}, loss_weight: 2}}, {other}]")
+    assert error.what == "data.train: loss_weight is for pretrain and sft"
+
+
 def test_batch_arithmetic(problems: Callable[..., list[MrlhfError]]) -> None:
     (error,) = problems("sft", ranks=4, train__global_batch_size=10)
     assert error.what == "train.global_batch_size = 10 is not a multiple of micro_batch_size 1 x dp 4 = 4"

@@ -16,6 +16,7 @@ from conftest import ROOT, environment, metrics
 
 from mrlhf.config import STAGES
 from mrlhf.config_io import dump_yaml, load_config
+from mrlhf.metrics import EVALUATED
 
 YAMLS = sorted(p for p in ROOT.glob("examples/*/*.yaml"))
 DATA = {"pretrain": "text", "sft": "sft", "rm": "pref", "dpo": "pref", "ppo": "prompts"}
@@ -165,8 +166,15 @@ def test_pretrain(world: Path, tmp_path: Path) -> None:
 
 
 def test_rm_then_ppo(world: Path, tmp_path: Path) -> None:
-    lines = train(world, "rm", exported(tmp_path / "rm"), "--data.eval", "null")
-    assert len(lines) == 2 and "train/accuracy" in lines[0]
+    lines = train(world, "rm", exported(tmp_path / "rm"), "--data.eval", world / "pref", "--train.eval_interval", 0)
+    assert [line["step"] for line in lines] == [1, 2, 2] and "train/accuracy" in lines[0]
+    measured = {key.removeprefix("eval/") for key in lines[-1] if key != "step"}
+    assert {key for key in measured if not key.startswith("accuracy_by_margin/")} == set(EVALUATED["rm"]) and len(measured) == 6 + 4
+    scores = json.loads((tmp_path / "rm/rewards.json").read_text())
+    pairs = json.loads((world / "pref.json").read_text())["num_samples"] // 2
+    assert sum(scores["chosen"]) == sum(scores["rejected"]) == pairs and len(scores["edges"]) == 31
+    manifest = json.loads((tmp_path / "rm/checkpoints/step_2/mrlhf.json").read_text())
+    assert manifest["reward_count"] == 2 * pairs and manifest["reward_mean"] == pytest.approx(lines[-1]["eval/mean_reward"], abs=1e-6)
     small = ("--parallel.tensor_model_parallel_size", 1, "--rollout.tensor_parallel_size", 1, "--rollout.batch_size", 8)
     small += ("--train.global_batch_size", 4, "--train.micro_batch_size", 4)
     lines = train(world, "ppo", exported(tmp_path / "ppo"), *small, REWARD=f"model:{tmp_path / 'rm'}")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrlhf.errors import ConfigError
-from mrlhf.losses import dpo_loss, masked_cross_entropy, pairwise_loss, sequence_means
+from mrlhf.losses import accuracy_by_margin, dpo_loss, masked_cross_entropy, pairwise_loss, sequence_means
 
 NAN = float("nan")
 LOGPS = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
@@ -54,6 +54,22 @@ class TestMaskedCrossEntropy:
         loss.backward()
         assert loss.item() == 2
         assert logps.grad.tolist() == [[0, -1, 0]]
+
+    def test_weights_stand_in_numerator_and_denominator(self):
+        """Losses 2 and 3 of weight 1, 4 of weight 0.5."""
+        weight = torch.tensor([[1.0, 1.0, 1.0], [0.5, 0.5, 0.5]])
+        assert masked_cross_entropy(LOGPS, MASK, weight=weight).item() == pytest.approx((2 + 3 + 0.5 * 4) / 2.5)
+        assert masked_cross_entropy(LOGPS, MASK, weight=7 * weight).item() == pytest.approx((2 + 3 + 0.5 * 4) / 2.5)
+        assert masked_cross_entropy(LOGPS, MASK, weight=weight, aggregation="sequence").item() == pytest.approx((2.5 + 0.5 * 4) / 1.5)
+
+    @pytest.mark.parametrize("aggregation", ["token", "sequence"])
+    def test_weight_2_is_standing_there_twice(self, aggregation):
+        weight = torch.tensor([[2.0], [1.0]]).expand_as(LOGPS)
+        twice = masked_cross_entropy(torch.cat([LOGPS, LOGPS[:1]]), torch.cat([MASK, MASK[:1]]), aggregation=aggregation).item()
+        assert masked_cross_entropy(LOGPS, MASK, weight=weight, aggregation=aggregation).item() == pytest.approx(twice)
+        packed = {"segment_ids": torch.tensor([[0, 0, 0, 1, 1, 1]]), "num_segments": 2}
+        flat = masked_cross_entropy(LOGPS.view(1, 6), MASK.view(1, 6), weight=weight.reshape(1, 6), aggregation=aggregation, **packed)
+        assert flat.item() == pytest.approx(twice)
 
     def test_all_masked_gives_a_differentiable_zero(self):
         logps = LOGPS.clone().requires_grad_()
@@ -124,6 +140,19 @@ class TestPairwiseLoss:
     def test_unknown_kind(self):
         with pytest.raises(ConfigError, match="kind"):
             pairwise_loss(torch.ones(1), torch.ones(1), kind="hinge")
+
+
+def test_accuracy_by_margin():
+    """Differences 0.2, -0.3, 0 (a tie is not right), 0.5, -1.9, 2, inf; the last pair is padding."""
+    chosen = torch.tensor([0.2, 0.0, 1.0, 0.5, 0.0, 3.0, float("inf"), NAN])
+    rejected = torch.tensor([0.0, 0.3, 1.0, 0.0, 1.9, 1.0, 0.0, 0.0])
+    found = accuracy_by_margin(chosen, rejected, weight=torch.tensor([1, 1, 1, 1, 1, 1, 1, 0]))
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "accuracy_by_margin/0-0.5": [1, 3],
+        "accuracy_by_margin/0.5-1": [1, 1],
+        "accuracy_by_margin/1-2": [0, 1],
+        "accuracy_by_margin/2+": [1, 1],
+    }
 
 
 class TestDpoLoss:

@@ -78,6 +78,12 @@ def test_nothing_seen_is_nan_and_keys_may_differ():
     assert finalize({}) == {} and merge([]) == {}
 
 
+def test_perplexity_is_exp_of_the_mean_over_all_tokens():
+    parts = [{"perplexity": pair(6.0, 3)}, {"perplexity": pair(2.0, 1)}]
+    assert finalize(merge(parts)) == {"perplexity": pytest.approx(math.exp(8 / 4))}
+    assert finalize({"perplexity": pair(1e9, 1)})["perplexity"] == math.exp(700), "no overflow"
+
+
 def test_one_rank_reduces_nothing():
     assert finalize(all_reduce({"loss": pair(3.0, 2)}, None)) == {"loss": 1.5}
 

@@ -88,6 +88,17 @@ def test_line_chart_of_odd_values(values):
     assert "nan" not in svg and "inf" not in svg and "<svg" in svg
 
 
+def test_scores_of_a_reward_model(run, tmp_path):
+    """Three bins; the highest bar reaches the height of its tick, an empty bin has none."""
+    (run / "rewards.json").write_text(json.dumps({"edges": [-1.0, 0.0, 1.0, 2.0], "chosen": [0, 10, 30], "rejected": [30, 10, 0]}))
+    page = build_report({"rm": run}, tmp_path / "r.html").read_text()
+    chart = next(c for c in map(ET.fromstring, re.findall(r"<svg.*?</svg>", page)) if c.get("aria-label", "").startswith("scores"))
+    bars = [{k: float(bar.get(k)) for k in ("x", "y", "width", "height")} for bar in chart.findall("rect")]
+    assert len(bars) == 4 and all(bar["y"] + bar["height"] == pytest.approx(168) for bar in bars)
+    assert bars[1]["height"] == pytest.approx(3 * bars[0]["height"], abs=0.2) and bars[0]["x"] + bars[0]["width"] == pytest.approx(bars[1]["x"], abs=0.2)
+    assert bars[2]["x"] == 52 and bars[1]["x"] + bars[1]["width"] == pytest.approx(350, abs=0.2)
+
+
 def test_nothing_to_draw():
     assert line_chart("x", {"a": [(1, math.nan)]}) == "" and line_chart("x", {}) == ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from conftest import ROOT, environment, metrics, mrlhf
 
 from mrlhf.checkpoint import open_source
 from mrlhf.errors import CheckpointError
+from mrlhf.metrics import EVALUATED
 
 _TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
 
@@ -76,6 +78,10 @@ def test_sft_killed_and_resumed(world: Path, tmp_path: Path) -> None:
             "--train.num_epochs", 5, "--optim.lr", 1e-3, "--optim.lr_warmup_steps", 3, "--checkpoint.save_interval", 4,
             "--data.eval", world / "sft", "--checkpoint.best_metric", "eval/loss", "--checkpoint.keep_last", 1]  # fmt: skip
     check(tmp_path, args, kill_at=7)
+    measured = {k: v for k, v in metrics(tmp_path / "whole")[-1].items() if k != "step"}
+    assert set(measured) == {f"eval/{name}" for name in EVALUATED["sft"]}
+    assert measured["eval/perplexity"] == pytest.approx(math.exp(measured["eval/loss"]))
+    assert all(line["train/loss_spike"] == 0 for line in metrics(tmp_path / "whole") if "train/loss" in line)
     for run in ("whole", "broken"):  # on its own data the last one is the best
         best = open_source(str(tmp_path / run / "checkpoints/best"))
         assert best.manifest["eval"]["eval/loss"] == metrics(tmp_path / run)[-1]["eval/loss"]

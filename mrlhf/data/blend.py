@@ -50,6 +50,16 @@ def sources_of(data: Dataset) -> list[Dataset]:
     return data.sources if isinstance(data, Blend) else [data]
 
 
+def describe_samples(data: Dataset, indices: Sequence[int], *, most: int = 20) -> str:
+    """Where samples are, for a message: `sample(s) 3, 17 of data/chat and sample(s) 5 of data/code`."""
+    found: dict[str, list[int]] = {}
+    for i in sorted(indices)[:most]:
+        prefix, inside = data.located(i) if isinstance(data, Blend) else (data.prefix, i)
+        found.setdefault(prefix, []).append(inside)
+    text = " and ".join(f"sample(s) {', '.join(map(str, numbers))} of {prefix}" for prefix, numbers in found.items())
+    return text + (f" and {len(indices) - most} more" if len(indices) > most else "")
+
+
 def names_of(prefixes: Sequence[str]) -> list[str]:
     """Short names for logs: the prefix's last part, or all of it where that is not unique."""
     short = [os.path.basename(p) for p in prefixes]
@@ -59,8 +69,10 @@ def names_of(prefixes: Sequence[str]) -> list[str]:
 class Blend:
     """Two or more data sets that fit together (see `mismatches`), as one Dataset."""
 
-    def __init__(self, sources: Sequence[Dataset]) -> None:
+    def __init__(self, sources: Sequence[Dataset], *, loss_weights: Sequence[float] | None = None) -> None:
+        """loss_weights: what a token of each source counts in the loss; without them 1."""
         self.sources = list(sources)
+        self.loss_weights = [1.0] * len(self.sources) if loss_weights is None else list(loss_weights)
         self.prefix = " + ".join(s.prefix for s in sources)
         self.task = sources[0].task
         self.meta = sources[0].meta  # for what all of them agree in
@@ -87,6 +99,15 @@ class Blend:
     def pack(self, row: int) -> list[IndexedSample]:
         source, inside, first = self._find(self._packs, row)
         return [(first + i, tokens, mask) for i, tokens, mask in source.pack(inside)]
+
+    def located(self, i: int) -> tuple[str, int]:
+        """The prefix of sample i's source, and its number there."""
+        source, inside, _ = self._find(self._samples, i)
+        return source.prefix, inside
+
+    def loss_weight(self, i: int) -> float:
+        """Of the source of sample i."""
+        return self.loss_weights[bisect_right(self._samples, i) - 1]
 
     def row_lengths(self, row: int, *, packing: bool) -> list[int]:
         group = 1 if packing or self.task != "preference" else 2

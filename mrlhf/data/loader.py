@@ -8,6 +8,7 @@ so that a loss is written once for both.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 
 from mrlhf.data.balance import share
-from mrlhf.data.blend import Dataset, rows_of
+from mrlhf.data.blend import Blend, Dataset, rows_of
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`mask[t]` = 1 where token t is trained; weight 0 = a filler that counts nowhere; `index` in the dataset."""
+    """`mask[t]` = 1 where token t is trained; `index` in the dataset; weight: what it counts in the loss, 0 = a filler that counts nowhere."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -150,16 +151,25 @@ class Loader:
         self.dp_rank, self.dp_size, self.pad_multiple, self.padding_side = dp_rank, dp_size, pad_multiple, padding_side
         self.group = 2 if dataset.task == "preference" else 1
 
+    def of(self, dataset: Dataset) -> Loader:
+        """The same loader of another data set of its kind."""
+        other = copy.copy(self)
+        other.dataset = dataset
+        return other
+
     @property
     def num_rows(self) -> int:
         return rows_of(self.dataset, packing=self.packing)
 
     def samples(self, row: int) -> list[Sample]:
         """Of one row; row -1 is a filler: the first row with weight 0. Prompts have no mask: nothing is trained."""
-        weight, row = (1.0, row) if row >= 0 else (0.0, 0)
+        is_real, row = row >= 0, max(row, 0)
         d, first = self.dataset, row * self.group
         found = d.pack(row) if self.packing else [d.sample(i) for i in range(first, first + self.group)]
-        return [Sample(tokens, mask, i, weight) for i, tokens, mask in found]
+        return [Sample(tokens, mask, i, self._weight(i) if is_real else 0.0) for i, tokens, mask in found]
+
+    def _weight(self, i: int) -> float:
+        return self.dataset.loss_weight(i) if isinstance(self.dataset, Blend) else 1.0
 
     def micro_batches(self, rows: list[int]) -> list[MicroBatch]:
         """This rank's share of a global batch; without max_tokens len(rows) is a multiple of micro_batch_size x dp_size."""

@@ -1,7 +1,8 @@
 """Under torchrun, or alone: a few training steps of every case, one after another; rank 0 prints the losses and gradient norms as JSON.
 
 usage: parity_program.py WORLD_DIR STEPS CASE ...
-A case is NAME:KEY=VALUE,... with parallel.* keys (without the prefix) and stage, model, packing, side, micro, budget, lr, dtype, neftune.
+A case is NAME:KEY=VALUE,... with parallel.* keys (without the prefix) and stage, model, packing, side, micro, budget, lr, dtype, neftune,
+blend=1 (the set twice, as two sources with loss weights that are no integers).
 """
 
 import json
@@ -15,6 +16,7 @@ def main() -> None:
 
     from mrlhf.checkpoint import open_source
     from mrlhf.config import DataConfig, DPOConfig, DPOStage, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+    from mrlhf.data.blend import Blend, Dataset
     from mrlhf.data.indexed import PackedDataset
     from mrlhf.data.loader import Loader
     from mrlhf.dpo import preference_loss, reference_logps
@@ -34,8 +36,11 @@ def main() -> None:
         layout = state.initialize(parallel, seed=1)
         _, dp, _ = layout.coordinates(dist.get_rank())
         prefix = str(world / {"sft": "sft", "pretrain": "text"}.get(stage, "pref"))
+        data: Dataset = PackedDataset.open(prefix)
+        if options.pop("blend", "0") == "1":
+            data = Blend([data, data], loss_weights=[0.3, 0.07])
         loader = Loader(
-            PackedDataset.open(prefix),
+            data,
             packing=packing,
             micro_batch_size=micro,
             dp_rank=dp,
@@ -63,7 +68,7 @@ def main() -> None:
             config = DPOStage(
                 model=ModelConfig(kind), data=DataConfig(prefix), train=TrainConfig("", 1), dpo=DPOConfig(beta=0.5, nll_coef=0.1)
             )
-            loss = preference_loss(config, trainer, loader, reference_logps(trainer, loader, mean=False))
+            loss = preference_loss(config, trainer, loader, reference_logps(trainer, loader))
         # the whole set every step, whatever a row is: packed and unpacked see the same samples
         batches = [b for rows in loader.in_order() for b in loader.micro_batches(rows)]
         return [trainer.step(batches, loss) for _ in range(steps)]
