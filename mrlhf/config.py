@@ -31,6 +31,10 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = option(
         "bfloat16", "parameters and activations; bfloat16 keeps fp32 master weights and fp32 gradients"
     )
+    moe_aux_loss_coeff: float = option(
+        0.0, "experts: weight of the load-balancing loss of each layer, e.g. 0.001; config.json's router_aux_loss_coef is not read. 0: without"
+    )
+    moe_z_loss_coeff: float = option(0.0, "experts: weight of the mean of log(sum of exp(router's logits))^2 of each layer, e.g. 0.001")
 
 
 @dataclass(frozen=True)
@@ -363,7 +367,8 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "
-    "function_memory_mib port critic_warmup_steps entropy_coef nll_coef z_loss neftune_alpha samples_to_log correction_low critic_lr loss_spike_threshold"
+    "function_memory_mib port critic_warmup_steps entropy_coef nll_coef z_loss "
+    "moe_aux_loss_coeff moe_z_loss_coeff neftune_alpha samples_to_log correction_low critic_lr loss_spike_threshold"
 ).split()
 
 

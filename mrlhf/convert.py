@@ -188,7 +188,7 @@ def plan_import(hf: str, *, head: str | None = None, dtype: str | None = None) -
     if head == "lm" and source.head == "value":
         raise CheckpointError("it holds a value model, which has no LM head", where=str(source.path), expected="an LM checkpoint")
     reader = HFReader(source.path, source.spec, head=source.head)
-    types = {reader.dtype(name) for name in reader.tensors}
+    types = {reader.dtype(name) for name, tensor in reader.tensors.items() if not tensor.in_fp32}
     return Import(source, reader, head or source.head, dtype or ("bfloat16" if types == {torch.bfloat16} else "float32"))
 
 
@@ -211,7 +211,8 @@ def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str
     extra: dict[str, Any] = {"converted_from": hf}
     if dtype is None:
         kinds = {name: _NAMES[reader.dtype(name)] for name in reader.tensors}
-        extra["hf_dtypes"] = {name: kind for name, kind in kinds.items() if kind != plan.dtype}
+        usual = {name: "float32" if tensor.in_fp32 else plan.dtype for name, tensor in reader.tensors.items()}
+        extra["hf_dtypes"] = {name: kind for name, kind in kinds.items() if kind != usual[name]}
     fingerprint = {"from": _files(plan.source.path, reader.headers), "head": plan.head, "dtype": dtype, "seed": seed}
     with _work(output, fingerprint) as work:
         if dist.get_rank() == 0:
@@ -295,7 +296,8 @@ def plan_export(path: str, output: Path, *, dtype: str | None = None, part: str 
     stored = source.manifest["dtype"]
     own = source.manifest.get("hf_dtypes") if dtype is None else None
     tensors = hf_tensors(source.spec, head=source.head)
-    dtypes = {name: DTYPES[dtype or (own or {}).get(name, stored)] for name in tensors}
+    usual = dtype or stored
+    dtypes = {name: DTYPES[(own or {}).get(name, "float32" if t.in_fp32 else usual)] for name, t in tensors.items()}
     config, notes = _hf_config(source, None if own is not None else dtype or stored)
     files, index = plan_output({name: (dtypes[name], t.stored_shape) for name, t in tensors.items()}, source.hf_dir)
     return Export(output, source, tuple(notes), tuple(files), index, config, dtypes)

@@ -72,6 +72,7 @@ class Piece:
 class Parameter:
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     blocks: tuple[Block, ...]
     pieces: tuple[Piece, ...]
 
@@ -100,7 +101,7 @@ class Skeleton:
                           value.data.storage_offset())
                 )  # fmt: skip
         self.parameters = [
-            Parameter(name, tuple(p.shape), tuple(blocks), tuple(pieces[p.untyped_storage().data_ptr()]))
+            Parameter(name, tuple(p.shape), p.dtype, tuple(blocks), tuple(pieces[p.untyped_storage().data_ptr()]))
             for name, p, blocks in gpt.local_blocks(model, spec, head=head)
             if p.untyped_storage().data_ptr() in pieces  # a tied output layer on the last stage is the embedding of the first
         ]
@@ -108,9 +109,12 @@ class Skeleton:
 
     def buffers(self) -> Callable[[Parameter], torch.Tensor]:
         """A function that gives memory for one parameter at a time, the same memory every time."""
-        size = max(torch.Size(p.shape).numel() for p in self.parameters)
-        memory = torch.empty(size, dtype=self.dtype)
-        return lambda p: memory[: torch.Size(p.shape).numel()].view(p.shape)
+
+        def nbytes(p: Parameter) -> int:
+            return torch.Size(p.shape).numel() * p.dtype.itemsize
+
+        memory = torch.empty(max(map(nbytes, self.parameters)), dtype=torch.uint8)
+        return lambda p: memory[: nbytes(p)].view(p.dtype).view(p.shape)
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class DistWriter:
         os.fdatasync(self._fd)
 
     def write(self, parameter: Parameter, value: torch.Tensor) -> None:
-        """`value`: contiguous, the parameter's shape and the skeleton's dtype. Raises CheckpointError where the disk is full."""
+        """`value`: contiguous, of the parameter's shape and dtype. Raises CheckpointError where the disk is full."""
         items = []
         for piece in parameter.pieces:
             length = _save(_own_storage(piece.view(value)), self._fd, self._end)
@@ -197,9 +201,10 @@ class DistWriter:
         self._sync()
         os.close(self._fd)
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self.file, self.items))
+        dtypes = {piece.key: p.dtype for p in self.skeleton.parameters for piece in p.pieces}
+        dist.all_gather_object(everyone, (self.file, self.items, dtypes))
         if dist.get_rank() == 0:
-            (self.directory / ".metadata").write_bytes(pickle.dumps(_metadata(everyone, self.skeleton.dtype)))
+            (self.directory / ".metadata").write_bytes(pickle.dumps(_metadata(everyone)))
             torch.save({"content_metadata": CONTENT}, self.directory / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
         dist.barrier()
@@ -236,15 +241,15 @@ def _own_storage(view: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(view.reshape(-1).view(torch.uint8).numpy()).view(view.dtype).view(view.shape)
 
 
-def _metadata(everyone: Iterable[tuple[str, list[_Item]]], dtype: torch.dtype) -> Metadata:
+def _metadata(everyone: Iterable[tuple[str, list[_Item], dict[str, torch.dtype]]]) -> Metadata:
     tensors: dict[str, Any] = {}
     places = {}
-    for file, items in everyone:
+    for file, items, dtypes in everyone:
         for i in items:
             if i.offset is None or i.shape is None or i.global_shape is None:
                 tensors[i.key] = BytesStorageMetadata()
             else:
-                known = tensors.setdefault(i.key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(i.global_shape), []))
+                known = tensors.setdefault(i.key, TensorStorageMetadata(TensorProperties(dtype=dtypes[i.key]), torch.Size(i.global_shape), []))
                 known.chunks.append(ChunkStorageMetadata(torch.Size(i.offset), torch.Size(i.shape)))
             index = MetadataIndex(i.key, None if i.offset is None else torch.Size(i.offset))
             places[index] = filesystem._StorageInfo(file, i.at, i.length)

@@ -18,6 +18,7 @@ from mrlhf.data.blend import sources_of
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.losses import dpo_loss
+from mrlhf.models.balance import pairs
 from mrlhf.parallel import state
 from mrlhf.references import fingerprint, stored
 
@@ -115,4 +116,4 @@ def main(config: DPOStage) -> None:
         for batch, logps_N in zip(batches, _logps_of(frozen[0], batches), strict=True):
             references[loader.dataset.prefix][batch.index_N] = logps_N
 
-    supervised.train("dpo", config, head="lm", make_loss=make_loss, before_step=before_step if online else None)
+    supervised.train("dpo", config, head="lm", make_loss=make_loss, count=pairs, before_step=before_step if online else None)

@@ -34,6 +34,8 @@ from mrlhf.checkpoint import ModelSource, Part, load_optimizer, load_weights
 from mrlhf.config import OptimConfig, ParallelConfig
 from mrlhf.data.loader import MicroBatch
 from mrlhf.models import gpt, neftune
+from mrlhf.models.balance import Balance, Balancer, StepBalance, samples_of
+from mrlhf.models.router import Router
 from mrlhf.parallel import adam, device, state
 from mrlhf.parallel.context import gather_tokens, sum_over_ranks
 from mrlhf.parallel.logprobs import OfTargets, head_logprobs
@@ -174,7 +176,9 @@ class Model:
         for chunk in self.chunks:
             chunk.train(on)
 
-    def _loss_step(self, loss_fn: LossFn, noise: Callable[[MicroBatch], torch.Tensor] | None = None) -> Callable:
+    def _loss_step(
+        self, loss_fn: LossFn, noise: Callable[[MicroBatch], torch.Tensor] | None = None, balance: StepBalance | None = None
+    ) -> Callable:
         def step(iterator, model):
             whole = next(iterator).to(self.device)
             batch = _local_part(whole)
@@ -184,7 +188,8 @@ class Model:
                 # the copy goes to the log; Megatron's schedule divides what it is given in place
                 return total, count.to(torch.int), {**partials, "loss": torch.stack([total.detach(), count.detach().float()])}
 
-            return gpt.run(model, batch, noise=None if noise is None else lambda: noise(whole)), loss
+            samples_BT = None if balance is None else samples_of(batch)
+            return gpt.run(model, batch, noise=None if noise is None else lambda: noise(whole), samples_BT=samples_BT), loss
 
         return step
 
@@ -219,10 +224,12 @@ class Trainer(Model):
         random_init: bool = False,
         on_nonfinite: str = "stop",
         neftune_alpha: float = 0.0,
+        balance: Balance | None = None,
     ) -> None:
         self.on_nonfinite, self.skipped_in_a_row = on_nonfinite, 0
         self.neftune_alpha, self.seed, self.steps_done = neftune_alpha, seed, 0
         super().__init__(source, parallel, head=head, dtype=dtype, seed=seed, random_init=random_init)
+        self.balance = self._balancers(balance) if balance is not None else None
         self.adam = adam.install()
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=optim.use_distributed_optimizer, grad_reduce_in_fp32=True)
         self.chunks = [DistributedDataParallel(self.config, ddp, module) for module in self.modules]
@@ -246,8 +253,16 @@ class Trainer(Model):
         )
         self.scheduler = make_scheduler(self.optimizer, optim, total_steps=total_steps)
 
+    def _balancers(self, balance: Balance) -> StepBalance:
+        found = []
+        for router in (m for module in self.modules for m in module.modules() if isinstance(m, Router)):
+            router.balancer = Balancer(balance)
+            found.append(router.balancer)
+        return StepBalance(balance, found, layers=sum(layer.moe for layer in self.spec.layers))
+
     def step(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
-        """One optimizer step. Returns the reduced metrics with `loss`, `grad_norm` (before clipping) and `lr`; `skipped` under on_nonfinite skip.
+        """One optimizer step. Returns the reduced metrics with `loss`, `grad_norm` (before clipping) and `lr`; `skipped` under on_nonfinite skip,
+        `moe_aux_loss` and `moe_z_loss` with auxiliary losses of the routers, which `loss` does not contain.
 
         A loss or gradient norm that is not finite, on any rank, leaves parameters and optimizer state as they were on all.
         Raises FloatingPointError then, naming the samples, or, with skip, for the last of MAX_SKIPPED in a row.
@@ -256,14 +271,19 @@ class Trainer(Model):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         noise = self._noise if self.neftune_alpha else None
+        if self.balance is not None:
+            self.balance.begin(_local_part(b.to(self.device)) for b in micro_batches)
         self._count.zero_()
-        results = self._schedule(micro_batches, self._loss_step(self._counted(loss_fn), noise), forward_only=False)
+        results = self._schedule(micro_batches, self._loss_step(self._counted(loss_fn), noise, self.balance), forward_only=False)
         self._last = (micro_batches, results)
         self.steps_done += 1
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        found = metrics.finalize(self._reduce(results))
+        reduced = self._reduce(results)
+        found = metrics.finalize(reduced)
+        if self.balance is not None:
+            found |= self.balance.finish(float(reduced["loss"][1]))
         found["grad_norm"], found["lr"] = grad_norm, self.lr
         bad = not (math.isfinite(found["loss"]) and math.isfinite(grad_norm))
         if state.on_any_rank(bad):

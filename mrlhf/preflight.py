@@ -15,6 +15,7 @@ from mrlhf.data.blend import Blend, Dataset, mismatches, sources_of
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.data.megatron import MegatronText, is_megatron
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError, Problems
+from mrlhf.models import balance
 from mrlhf.models.spec import check_layout
 from mrlhf.parallel import state
 from mrlhf.tokenizer import fingerprint
@@ -127,6 +128,7 @@ def check_run(
         )
     if source is not None:
         problems.extend(check_layout(config.parallel, source.spec, world))
+        problems.extend(_check_experts(stage, config, source))
         if stage != "rm" and source.head == "value":
             problems.add(
                 ConfigError(f"model.path = {config.model.path} holds a value model", where="model.path", expected="an LM checkpoint")
@@ -146,7 +148,23 @@ def check_run(
     problems.raise_if_any()
     assert source is not None and train is not None
     parts = [*sources_of(train), *(sources_of(evaluation) if evaluation is not None else [])]
-    return Run(source, train, evaluation, tuple(p.note for p in parts if isinstance(p, MegatronText)))
+    notes = [p.note for p in parts if isinstance(p, MegatronText)]
+    if source.spec.experts is not None:
+        notes.append(balance.describe(config.model))
+    return Run(source, train, evaluation, tuple(notes))
+
+
+def _check_experts(stage: str, config: Any, source: ModelSource) -> list[ConfigError]:
+    experts, found = source.spec.experts, []
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        key = f"model.{name}"
+        if getattr(config.model, name) and experts is None:
+            found.append(ConfigError(f"{key} is set, and {source.path} has no experts", where=key, expected="0", fix=f"--{key} 0"))
+    is_cut = config.parallel.pipeline_model_parallel_size > 1 and config.model.dtype != "float32"
+    if stage == "ppo" and experts is not None and experts.selection_bias and is_cut:
+        what = f"the bias for the choice of experts of {source.spec.family} would reach vLLM from another pipeline stage rounded to {config.model.dtype}"
+        found.append(ConfigError(what, where="parallel.pipeline_model_parallel_size", expected="1, or model.dtype float32"))
+    return found
 
 
 def check_micro_batches(config: Any, data: Dataset, *, key: str) -> list[MrlhfError]:

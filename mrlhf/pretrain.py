@@ -6,6 +6,7 @@ from mrlhf import supervised
 from mrlhf.config import PretrainStage
 from mrlhf.data.loader import Loader
 from mrlhf.engine import LossFn, Trainer
+from mrlhf.models.balance import of_aggregation
 from mrlhf.sft import language_model_loss
 
 
@@ -13,4 +14,4 @@ def main(config: PretrainStage) -> None:
     def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
         return language_model_loss(trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)
 
-    supervised.train("pretrain", config, head="lm", make_loss=make_loss)
+    supervised.train("pretrain", config, head="lm", make_loss=make_loss, count=of_aggregation(config.loss))

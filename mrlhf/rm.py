@@ -17,6 +17,7 @@ from mrlhf.config import RMStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.losses import accuracy_by_margin, pairwise_loss
+from mrlhf.models.balance import pairs
 from mrlhf.parallel import state
 
 
@@ -85,4 +86,4 @@ def main(config: RMStage) -> None:
             write_text(Path(config.train.output_dir) / "rewards.json", json.dumps(score_histogram(scores)) + "\n")
         return score_statistics(scores)
 
-    supervised.train("rm", config, head="value", make_loss=make_loss, make_eval_loss=make_eval_loss, finish=finish)
+    supervised.train("rm", config, head="value", make_loss=make_loss, count=pairs, make_eval_loss=make_eval_loss, finish=finish)

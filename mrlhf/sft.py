@@ -14,6 +14,7 @@ from mrlhf.config import SFTStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import LossFn, Trainer
 from mrlhf.losses import masked_cross_entropy, reduce_loss, sum_and_count
+from mrlhf.models.balance import of_aggregation
 
 
 def language_model_loss(trainer: Trainer, *, aggregation: str, z_loss: float = 0.0) -> LossFn:
@@ -51,4 +52,4 @@ def main(config: SFTStage) -> None:
     def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
         return language_model_loss(trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)
 
-    supervised.train("sft", config, head="lm", make_loss=make_loss)
+    supervised.train("sft", config, head="lm", make_loss=make_loss, count=of_aggregation(config.loss))

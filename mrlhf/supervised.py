@@ -20,6 +20,7 @@ from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.data.order import Mix, Order
 from mrlhf.engine import LossFn, Trainer
 from mrlhf.errors import CheckpointError, ConfigError
+from mrlhf.models.balance import Count, make_balance
 from mrlhf.parallel import device, state
 from mrlhf.spikes import SpikeDetector
 from mrlhf.tracking import Tracker
@@ -169,14 +170,15 @@ def train(
     *,
     head: str,
     make_loss: Callable[[Trainer, Loader], LossFn],
+    count: Count,
     make_eval_loss: Callable[[Trainer, Loader], LossFn] | None = None,
     before_step: Callable[[Loader, list[MicroBatch]], None] | None = None,
     finish: Callable[[Trainer, Loader], dict[str, Any]] | None = None,
 ) -> None:
     """Run a supervised stage from its configuration to its last checkpoint.
 
-    `make_loss(trainer, loader)` gives the loss function (called before the first step, with the starting weights), `make_eval_loss` that of
-    the evaluation where it measures more;
+    `make_loss(trainer, loader)` gives the loss function (called before the first step, with the starting weights), `count` what it counts,
+    `make_eval_loss` the loss function of the evaluation where it measures more;
     `before_step(loader, batches)` may prepare it for a step; `finish(trainer, eval_loader)` gives what goes into
     the last checkpoint's metadata. Started again with the same configuration it goes on from the newest checkpoint.
     """
@@ -226,6 +228,7 @@ def train(
         random_init=random_init,
         on_nonfinite=config.train.on_nonfinite,
         neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
+        balance=make_balance(config.model, count),
     )
     say(f"model: {run.source.spec.describe()}, {config.model.dtype}, Adam: {trainer.adam}")
     loss_fn = make_loss(trainer, loader)

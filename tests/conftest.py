@@ -81,6 +81,9 @@ def make_tokenizer(directory: Path, texts: list[str], vocab_size: int = 320) -> 
     fast.save_pretrained(directory)
 
 
+_LATENT = {"kv_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 24, "moe_intermediate_size": 64,
+           "first_k_dense_replace": 1}  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
 # family -> transformers' name, and what its smallest interesting model has beyond SIZES
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
@@ -102,12 +105,19 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "starcoder2": ("Starcoder2", {"tie_word_embeddings": True, "sliding_window": 9}),
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True, "no_rope_layer_interval": 2}),
     "seed_oss": ("SeedOss", {"attention_out_bias": True}),
+    # the second layer alone has experts
+    "deepseek_v2": ("DeepseekV2", {**_LATENT, "q_lora_rank": None, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3,
+                                   "n_shared_experts": 2, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+                                   "routed_scaling_factor": 1.7, "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
+    "deepseek_v3": ("DeepseekV3", {**_LATENT, "q_lora_rank": 40, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2,
+                                   "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+                                   "num_nextn_predict_layers": 0, "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.8}}),
 }  # fmt: skip
 _OTHER_NAMES = {
     "gpt2": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "n_positions",
              "rms_norm_eps": "layer_norm_epsilon", "intermediate_size": "n_inner", "num_key_value_heads": "", "head_dim": ""},
     "starcoder2": {"rms_norm_eps": "norm_epsilon", "head_dim": ""},
-    **{family: {"head_dim": ""} for family in ("phi3", "olmo2", "granite", "smollm3")},
+    **{family: {"head_dim": ""} for family in ("phi3", "olmo2", "granite", "smollm3", "deepseek_v2", "deepseek_v3")},
 }  # fmt: skip
 
 
@@ -148,6 +158,9 @@ def make_hf_model(directory: Path, family: str, *, vocab_size: int, seed: int = 
                 p.normal_(0, 0.1)
             if name.endswith("gate.weight"):  # of a router: far from ties, which two correct programs may break differently
                 p.normal_(0, 0.5)
+        for name, b in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                b.normal_(0, 0.3)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(directory)
 

@@ -93,8 +93,9 @@ def test_there_and_back_in_bfloat16(found: dict[str, Any], zoo: Path, work: Path
     once, twice = tensors_of(work / f"{kind}.bf16.hf"), tensors_of(work / f"{kind}.bf16.again")
     assert set(once) == set(tensors_of(zoo / kind))
     for name, tensor in tensors_of(zoo / kind).items():
-        assert torch.equal(tensor.bfloat16(), once[name]), name
-    assert all(torch.equal(tensor.view(torch.int16), twice[name].view(torch.int16)) for name, tensor in once.items())
+        stays = name.endswith("e_score_correction_bias")  # as transformers keeps it
+        assert torch.equal(tensor if stays else tensor.bfloat16(), once[name]), name
+    assert all(torch.equal(tensor.view(torch.uint8), twice[name].view(torch.uint8)) for name, tensor in once.items())
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *MORE])

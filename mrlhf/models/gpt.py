@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -44,10 +46,12 @@ from mrlhf.models.families import hf_tensors, megatron_map
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.heads import ValueHead
 from mrlhf.models.rope import inverse_frequencies
+from mrlhf.models.router import MoE, Router
 from mrlhf.models.spec import Layer, ModelSpec
 from mrlhf.parallel import device, state
 from mrlhf.parallel.attention import CoreAttention
 from mrlhf.parallel.context import ContextParams
+from mrlhf.parallel.latent import LatentAttention
 from mrlhf.parallel.logprobs import Head
 from mrlhf.parallel.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
 from mrlhf.parallel.rope import Attention, Rotary
@@ -115,7 +119,8 @@ def _expert_config(spec: ModelSpec, ep: int, etp: int) -> dict[str, Any]:
         "num_moe_experts": spec.experts.num,
         "moe_ffn_hidden_size": spec.experts.ffn_hidden_size,
         "moe_router_topk": spec.experts.top_k,
-        "moe_router_pre_softmax": not spec.experts.renormalise,
+        "moe_shared_expert_intermediate_size": spec.experts.shared_ffn_hidden_size or None,
+        "moe_router_pre_softmax": True,  # as Megatron wants for one expert a token; our router (router.py) does not ask it
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_layer_freq": 1 if kinds == {True} else [int(layer.moe) for layer in spec.layers],
@@ -152,7 +157,16 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer) -> Mod
             return get_bias_dropout_add
         return ModuleSpec(module=ResidualAdd, params={"config": config, "normed": spec.post_norm, "scale": spec.residual_scale})
 
-    attention = SelfAttentionSubmodules(
+    def attention() -> ModuleSpec:
+        params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal, "rope": layer.rope}
+        if spec.latent is None:
+            return ModuleSpec(module=Attention, params=params, submodules=submodules)
+        rope = spec.ropes[layer.rope or 0]
+        assert spec.attention_scale is not None and spec.norm == "rms" and not spec.output_bias, "no family has another latent attention"
+        params |= {**asdict(spec.latent), "key_scale": rope.qk_scale, "scale": spec.attention_scale}
+        return ModuleSpec(module=LatentAttention, params=params, submodules=submodules)
+
+    submodules = SelfAttentionSubmodules(
         linear_qkv=_ColumnWithoutBias if spec.mlp_bias and not spec.qkv_bias else ColumnParallelLinear,
         core_attention=ModuleSpec(module=CoreAttention, params={"window": layer.window, "softcap": spec.attention_softcap}),
         linear_proj=_RowWithBias if spec.output_bias else _RowWithoutBias,
@@ -160,18 +174,27 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer) -> Mod
         k_layernorm=qk_norm(spec.num_query_groups),
     )
     norm = Norm if spec.pre_norm else IdentityOp
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linears))
+
+    def mlp() -> ModuleSpec:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        if not layer.moe:
+            return ModuleSpec(module=MLP, submodules=linears)
+        assert spec.experts is not None
+        parts = MoESubmodules(
+            experts=ModuleSpec(module=SequentialMLP, submodules=linears),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
+            router=functools.partial(Router, experts=spec.experts),
+        )
+        return ModuleSpec(module=MoE, submodules=parts)
+
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=Attention, params={"attn_mask_type": AttnMaskType.causal, "rope": layer.rope}, submodules=attention
-            ),
+            self_attention=attention(),
             self_attn_bda=residual_add(),
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MoELayer, submodules=experts) if layer.moe else ModuleSpec(module=MLP, submodules=linears),
+            mlp=mlp(),
             mlp_bda=residual_add(),
         ),
     )
@@ -224,7 +247,7 @@ def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str, vp_sta
         vp_stage=vp_stage,
     )
     if spec.ropes:
-        frequencies = torch.stack([inverse_frequencies(rope, spec.head_dim) for rope in spec.ropes])
+        frequencies = torch.stack([inverse_frequencies(rope, spec.rope_dim) for rope in spec.ropes])
         model.rotary_pos_emb = Rotary(frequencies.to(device.current().name), interleaved=spec.ropes[0].interleaved)
     if head == "value" and is_last:
         model.output_layer = ValueHead(config)
@@ -280,7 +303,7 @@ class RandomSource:
     def _tensor(self, name: str) -> torch.Tensor:
         if self._last is None or self._last[0] != name:
             tensor = self.tensors[name]
-            if tensor.kind == "bias":
+            if tensor.kind in ("bias", "choice"):
                 value = torch.zeros(tensor.shape)
             elif tensor.kind == "norm":
                 value = torch.full(tensor.shape, 0.0 if self.spec.norm == "rms_plus_one" else 1.0)
@@ -354,10 +377,13 @@ def _positions(batch: MicroBatch) -> torch.Tensor:
     return at_T.expand(b, t)
 
 
-def run(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+def run(
+    model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.Tensor] | None = None, samples_BT: torch.Tensor | None = None
+) -> torch.Tensor:
     """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its slice) elsewhere.
 
     noise: gives what is added to the embeddings, [B, T, H] of the whole rows where context parallelism cuts them.
+    samples_BT: each token's sample, for the auxiliary losses of routers (balance.py); None: without them.
     """
     positions_BT, packed, cu = _positions(batch), None, batch.cu_seqlens
     lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
@@ -375,4 +401,4 @@ def run(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.
         if inner.config.sequence_parallel:
             added = added.chunk(parallel_state.get_tensor_model_parallel_world_size())[parallel_state.get_tensor_model_parallel_rank()]
         embedded = embedded + added.to(embedded.dtype)
-    return model(batch.tokens_BT, positions_BT, batch.attention_mask, decoder_input=embedded, packed_seq_params=packed)
+    return model(batch.tokens_BT, positions_BT, batch.attention_mask, decoder_input=embedded, packed_seq_params=packed, padding_mask=samples_BT)

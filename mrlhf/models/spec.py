@@ -29,12 +29,32 @@ class Layer:
 
 @dataclass(frozen=True)
 class Experts:
-    """Of the layers with a mixture of experts: each token goes to `top_k` of `num`, weighted by a softmax over them."""
+    """Of the layers with a mixture of experts: each token goes to `top_k` of `num`, weighted by its scores for them."""
 
     num: int
     top_k: int
     ffn_hidden_size: int
-    renormalise: bool = True  # weights sum to 1 over the chosen; False: softmax over all experts
+    renormalise: bool = True  # the weights of the chosen sum to 1; False: their scores as they are
+    score: Literal["softmax", "sigmoid"] = "softmax"  # over all experts, or of each by itself
+    groups: int = 1  # the experts lie in so many groups, of which a token can choose within `top_groups`
+    top_groups: int = 1
+    group_score: Literal["best", "best_two"] = "best"  # what the groups are chosen by: the highest score in each, or the sum of two
+    weight_scale: float = 1.0
+    selection_bias: bool = False  # a number for each expert that is added to the scores for the choice, not for the weights
+    shared_ffn_hidden_size: int = 0  # of one more expert, which every token goes to; 0: none
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): the keys and values of all heads are made from one short vector a token.
+
+    A query or key has `nope_dim` dimensions without positions and `rope_dim` that are rotated, the latter of keys common to all heads.
+    """
+
+    kv_rank: int
+    q_rank: int | None  # of the vector that queries are made from; None: from the hidden states
+    nope_dim: int
+    rope_dim: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +65,7 @@ class ModelSpec:
     ffn_hidden_size: int  # of the dense layers
     num_attention_heads: int
     num_query_groups: int
-    head_dim: int
+    head_dim: int  # with `latent` of the values, else of queries and keys too
     vocab_size: int
     max_position_embeddings: int
     norm_eps: float
@@ -70,6 +90,17 @@ class ModelSpec:
     logit_scale: float = 1.0
     learned_positions: bool = False
     experts: Experts | None = None
+    latent: Latent | None = None
+
+    @property
+    def qk_dim(self) -> int:
+        """Of a head's queries and keys."""
+        return self.head_dim if self.latent is None else self.latent.nope_dim + self.latent.rope_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """What `ropes` divide into pairs."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
 
     @property
     def padded_vocab_size(self) -> int:
@@ -85,14 +116,22 @@ class ModelSpec:
 
     def layer_parameters(self, layer: Layer, *, active: bool = False) -> int:
         """Of one layer; `active`: only the experts that one token uses."""
-        h, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
-        found = h * (2 * q + 2 * kv) + self.qkv_bias * (q + 2 * kv) + self.output_bias * h
-        found += {"none": 0, "head": 2 * self.head_dim, "all": q + kv}[self.qk_norm]
-        found += 2 * (self.pre_norm + self.post_norm) * self.norm_parameters
+        found = self._attention_parameters() + 2 * (self.pre_norm + self.post_norm) * self.norm_parameters
         if layer.moe and self.experts is not None:
             e = self.experts
-            return found + e.num * h + (e.top_k if active else e.num) * self.mlp_parameters(e.ffn_hidden_size)
+            found += e.num * (self.hidden_size + e.selection_bias) + self.mlp_parameters(e.shared_ffn_hidden_size)
+            return found + (e.top_k if active else e.num) * self.mlp_parameters(e.ffn_hidden_size)
         return found + self.mlp_parameters(self.ffn_hidden_size)
+
+    def _attention_parameters(self) -> int:
+        h, n = self.hidden_size, self.num_attention_heads
+        q, kv, out = n * self.qk_dim, self.num_query_groups * self.head_dim, n * self.head_dim * h
+        if self.latent is not None:
+            x = self.latent
+            queries = h * q if x.q_rank is None else x.q_rank * (h + 1 + q)
+            return queries + h * (x.kv_rank + x.rope_dim) + x.kv_rank * (1 + n * (x.nope_dim + self.head_dim)) + out
+        found = h * (q + 2 * kv) + out + self.qkv_bias * (q + 2 * kv) + self.output_bias * h
+        return found + {"none": 0, "head": 2 * self.head_dim, "all": q + kv}[self.qk_norm]
 
     @property
     def expert_parameters(self) -> int:
@@ -113,18 +152,18 @@ class ModelSpec:
         return sum(map(self.layer_parameters, self.layers)) + self.end_parameters
 
     def describe(self) -> str:
-        """Family and size, and of experts what nobody should overlook."""
+        """Family and size."""
         text = f"{self.family}, {self.num_parameters:,} parameters"
         if self.experts is not None:
             active = sum(self.layer_parameters(layer, active=True) for layer in self.layers) + self.end_parameters
-            text += f" ({active:,} a token: {self.experts.top_k} of {self.experts.num} experts; trained without a load-balancing loss)"
+            text += f" ({active:,} a token: {self.experts.top_k} of {self.experts.num} experts)"
         return text
 
     def flops_per_token(self, seq_length: float) -> float:
         """Forward + backward of one token in a sequence of this mean length (6 x matmul weights + attention)."""
         weights = sum(self.layer_parameters(layer, active=True) for layer in self.layers) + self.vocab_size * self.hidden_size
         seen = sum(min(seq_length, layer.window or seq_length) for layer in self.layers)
-        return 6 * weights + 6 * self.num_attention_heads * self.head_dim * seen
+        return 6 * weights + 3 * self.num_attention_heads * (self.qk_dim + self.head_dim) * seen
 
 
 def read_hf_config(directory: Path) -> dict[str, Any]:
@@ -142,8 +181,10 @@ def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, train
     tp, pp, found = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, []
     limits = {"num_attention_heads": spec.num_attention_heads, "num_key_value_heads (num_query_groups)": spec.num_query_groups}
     limits |= {"intermediate_size": spec.ffn_hidden_size, "the padded vocabulary's unit": VOCAB_MULTIPLE}
-    if spec.experts is not None and parallel.expert_model_parallel_size == 1:
-        limits["the experts' intermediate size"] = spec.experts.ffn_hidden_size
+    if spec.experts is not None:
+        limits["the shared experts' intermediate size"] = spec.experts.shared_ffn_hidden_size
+        if parallel.expert_model_parallel_size == 1:
+            limits["the experts' intermediate size"] = spec.experts.ffn_hidden_size
     wrong = [f"{name} = {size}" for name, size in limits.items() if size % tp]
     if wrong:
         good = [n for n in range(1, spec.num_query_groups + 1) if all(size % n == 0 for size in limits.values())]

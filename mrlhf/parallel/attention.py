@@ -3,6 +3,7 @@
 Shapes: s tokens, b rows, t packed tokens, n query heads and g key/value heads on this rank, d head size.
   dense   query [s, b, n, d], key/value [s, b, g, d] -> [s, b, n*d]
   packed  query [t, n, d],    key/value [t, g, d]    -> [t, n, d]; sample i is cu_seqlens[i]:cu_seqlens[i+1]
+Values may have another d than queries and keys (latent attention); the output then has theirs.
 A `window` lets a token see itself and window - 1 tokens before it. A `softcap` makes every score cap * tanh(score / cap);
 no kernel of torch has it, so the scores are then built whole, s x s for each head.
 On CUDA torch's varlen attention for half precision. On CPU, for fp32, which its kernels do not take, and with a softcap:
@@ -71,10 +72,11 @@ def packed_attention(
     if q_tnd.is_cuda and q_tnd.dtype != torch.float32 and softcap is None:
         from torch.nn.attention.varlen import varlen_attn
 
+        width = v_tgd.size(-1)
         return varlen_attn(
             q_tnd,
             k_tgd,
-            v_tgd,
+            F.pad(v_tgd, (0, q_tnd.size(-1) - width)),  # the kernel wants one width
             cu_seqlens,
             cu_seqlens,
             max_seqlen,
@@ -82,7 +84,7 @@ def packed_attention(
             scale=scale,
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=q_tnd.size(1) != k_tgd.size(1),
-        )
+        )[..., :width]
     cu = tuple(cu_seqlens.tolist())
     assert cu[-1] == q_tnd.size(0), (cu[-1], q_tnd.shape)
     groups, place_T = _by_length(cu, q_tnd.device)
@@ -90,7 +92,7 @@ def packed_attention(
     for index_NL, count, length in groups:
         q, k, v = (x.index_select(0, index_NL).view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q_tnd, k_tgd, v_tgd))
         out = _attend(q, k, v, scale=scale, window=window, softcap=softcap)
-        pieces.append(out.transpose(1, 2).reshape(count * length, *q_tnd.shape[1:]))
+        pieces.append(out.transpose(1, 2).reshape(count * length, q_tnd.size(1), v_tgd.size(2)))
     return torch.cat(pieces).index_select(0, place_T)
 
 
@@ -148,7 +150,7 @@ class CoreAttention(MegatronModule):
                 out_sbx = self._whole_rows(query, key, value, attention_mask, None)
             else:
                 out_sbx = self._whole_rows(query.squeeze(1), key.squeeze(1), value.squeeze(1), None, packed_seq_params)
-            out_sbnd = heads_to_tokens(out_sbx.view(*query.shape), self.context_group)
+            out_sbnd = heads_to_tokens(out_sbx.view(*query.shape[:-1], value.size(-1)), self.context_group)
             return out_sbnd.reshape(out_sbnd.size(0), out_sbnd.size(1), -1)
         return self._whole_rows(query, key, value, attention_mask, packed_seq_params)
 

@@ -31,8 +31,8 @@ class Rotary(RotaryEmbedding):
         return table[:, :, None]
 
 
-class Attention(SelfAttention):
-    """Megatron's self-attention with the rope of its layer (`rope`: index of the kind; None: no positions)."""
+class OwnRope:
+    """Before a class of Megatron's attention: the rope of its layer (`rope`: index of the kind; None: no positions)."""
 
     def __init__(self, *args, rope: int | None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -45,3 +45,7 @@ class Attention(SelfAttention):
             if rotary_pos_emb is not None and isinstance(packed, ContextParams):
                 rotary_pos_emb = rotary_pos_emb.index_select(0, packed.positions_s)
         return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+
+class Attention(OwnRope, SelfAttention):
+    """Megatron's self-attention with the rope of its layer."""

@@ -25,6 +25,7 @@ from mrlhf.data.order import Order
 from mrlhf.engine import Model, Trainer
 from mrlhf.errors import MrlhfError
 from mrlhf.losses import reduce_loss, sum_and_count
+from mrlhf.models.balance import make_balance, of_aggregation, trained_tokens
 from mrlhf.models.layouts import make_reshard
 from mrlhf.parallel import device, state
 from mrlhf.rl import advantages as adv
@@ -73,13 +74,15 @@ class PPO:
         self.updates_per_rollout = ppo.epochs * (self.answers // config.train.global_batch_size)
         updates = self.order.total_steps * self.updates_per_rollout
         dtype = config.model.dtype
-        self.actor = Trainer(run.source, config.parallel, config.optim, head="lm", dtype=dtype, seed=seed, total_steps=updates)
+        common: dict[str, Any] = {"dtype": dtype, "seed": seed, "total_steps": updates}
+        balance = make_balance(config.model, of_aggregation(config.loss))
+        self.actor = Trainer(run.source, config.parallel, config.optim, head="lm", balance=balance, **common)
         self.critic: Trainer | None = None
         if ppo.estimator == "gae":
             optim = replace(config.optim, lr=ppo.critic_lr, min_lr=min(config.optim.min_lr, ppo.critic_lr))
-            self.critic = Trainer(
-                critic_source(config, run.source), config.parallel, optim, head="value", dtype=dtype, seed=seed, total_steps=updates
-            )
+            source = critic_source(config, run.source)
+            balance = make_balance(config.model, trained_tokens) if source.spec.experts is not None else None
+            self.critic = Trainer(source, config.parallel, optim, head="value", balance=balance, **common)
         self.reference: Model | None = None
         if config.kl.coef > 0:
             self.reference = Model(run.source, config.parallel, head="lm", dtype=dtype, seed=seed)
@@ -274,7 +277,7 @@ class PPO:
         if self.critic is not None and values_BA is not None:
             with timer("update_critic"):
                 found = self.update(self.critic, rollout, self.critic_loss(values_BA, returns_BA), step=step)
-            log |= {f"critic/{k}": found[k] for k in ("vf_loss", "vf_clipfrac", "grad_norm", "lr")}
+            log |= {f"critic/{k}": found[k] for k in ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "moe_z_loss") if k in found}
         if step > config.ppo.critic_warmup_steps:
             with timer("update_actor"):
                 found = self.update(self.actor, rollout, self.actor_loss(old_BA, ref_BA, advantages_BA, rollout_BA), step=step)

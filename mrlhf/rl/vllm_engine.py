@@ -4,6 +4,9 @@ vLLM is started by `external_launcher` on torchrun's own process group, with a c
 (load_format dummy); its tensor-parallel groups are consecutive ranks, any number of replicas. The only
 module that imports vllm.
 
+Models with latent attention run as plain attention over all heads (VLLM_MLA_DISABLE): vLLM's own kernels for it keep products of the
+weights, which a write in place does not reach, and on CPU know one size of head. The cache of keys and values is larger for it.
+
 What is changed in vLLM, on CPU alone and for this process:
   * linear layers keep their weight as a plain parameter (vLLM's own fallback) instead of packing it, so that
     it can be written in place as on CUDA; measured not slower for the sizes a CPU can run;
@@ -14,6 +17,7 @@ What is changed in vLLM, on CPU alone and for this process:
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import random
@@ -31,8 +35,8 @@ import torch
 import torch.distributed as dist
 
 from mrlhf.errors import ConfigError, EnvironmentProblem
-from mrlhf.models.families import vllm_map
-from mrlhf.models.spec import ModelSpec
+from mrlhf.models.families import vllm_config, vllm_map
+from mrlhf.models.spec import ModelSpec, read_hf_config
 from mrlhf.parallel import device
 
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -126,19 +130,36 @@ def check_rollout(spec: ModelSpec, *, tp: int, world: int, key: str) -> list[Con
     if spec.qk_norm == "all" and tp > 1:
         what = f"{key} = {tp}: vLLM's norm over all heads together is not known to be right for {spec.family} when they are split"
         found.append(ConfigError(what, where=key, expected="1", fix=f"--{key} 1"))
+    if spec.experts is not None and spec.experts.shared_ffn_hidden_size % tp:
+        what = f"{key} = {tp} does not divide the shared experts' intermediate size {spec.experts.shared_ffn_hidden_size}"
+        found.append(ConfigError(what, where=key, expected="a divisor"))
+    found += _check_latent(spec)
     ffn = spec.experts.ffn_hidden_size // tp if spec.experts else 0
     if not device.current().is_cuda and ffn % 32:
         what = f"vLLM's CPU experts pad an intermediate size of {ffn} a rank, and cannot be written in place then"
         found.append(ConfigError(what, where="model", expected="a multiple of 32 on each rank"))
-    if not device.current().is_cuda and spec.head_dim not in _CPU_HEAD_DIMS:
+    if not device.current().is_cuda and spec.qk_dim not in _CPU_HEAD_DIMS:
         found.append(
             ConfigError(
-                f"vLLM's CPU attention has no kernel for head_dim = {spec.head_dim}",
+                f"vLLM's CPU attention has no kernel for head_dim = {spec.qk_dim}",
                 where="model",
                 expected=", ".join(map(str, _CPU_HEAD_DIMS)),
             )
         )
     return found
+
+
+def _check_latent(spec: ModelSpec) -> list[ConfigError]:
+    """vLLM takes these for granted, whatever config.json says; its answers would be another model's."""
+    if spec.latent is None:
+        return []
+    wrong = {
+        "with tied embeddings": spec.tied,
+        "whose rotated dimensions are not pairs of neighbours (rope_interleave false)": not spec.ropes[0].interleaved,
+        # measured: its kernel turns queries by other angles than its own reference does when they have more heads than the keys
+        "with rotary positions that are not scaled, on CPU": not device.current().is_cuda and spec.ropes[0].scaling == "none",
+    }
+    return [ConfigError(f"vLLM computes {spec.family} {what} wrongly", where="model") for what, is_so in wrong.items() if is_so]
 
 
 def parameters_of(llm: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
@@ -197,7 +218,7 @@ class VLLMEngine:
         seed: int,
         sleep: bool = False,
     ) -> None:
-        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_MLA_DISABLE="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         on_cuda = device.current().is_cuda
         # vLLM probes for triton in ways that make torch and triton stubs talk; nothing is lost without it on CPU
@@ -215,7 +236,7 @@ class VLLMEngine:
                 _own_shared_memory_names()
         self.sleeps = sleep and on_cuda
         config_only = Path(tempfile.mkdtemp(prefix="mrlhf-vllm-"))
-        shutil.copyfile(hf_dir / "config.json", config_only / "config.json")
+        (config_only / "config.json").write_text(json.dumps(read_hf_config(hf_dir) | vllm_config(spec)))
         try:
             with _everything_restored():
                 self.llm = vllm.LLM(

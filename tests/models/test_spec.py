@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mrlhf.config import ParallelConfig
+from mrlhf.config import ModelConfig, ParallelConfig
 from mrlhf.models.spec import Experts, Layer, ModelSpec, check_layout
 from mrlhf.plan import model_bytes
 
@@ -46,5 +46,9 @@ def test_memory_of_experts(tp: int, ep: int, dp: int) -> None:
 
 
 def test_experts_are_named_at_the_start() -> None:
+    from mrlhf.models.balance import describe
+
     assert DENSE.describe() == f"llama, {DENSE.num_parameters:,} parameters"
-    assert "2 of 8 experts; trained without a load-balancing loss" in MOE.describe()
+    assert MOE.describe().endswith("2 of 8 experts)")
+    assert describe(ModelConfig(".")) == "experts: trained without a load-balancing loss (model.moe_aux_loss_coeff)"
+    assert describe(ModelConfig(".", moe_z_loss_coeff=0.1)) == "experts: load-balancing loss x 0, router z-loss x 0.1"

@@ -12,8 +12,10 @@ from conftest import TESTS, run, torchrun
 from zoo import KINDS, MOE, train_reference
 
 # split over ranks: what no other kind splits in this way
-SPLIT = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", "olmo2", "glm4", "mixtral", "qwen3_moe_mixed")
-LAYOUTS = {"1": tuple(KINDS), "tp2+sp": SPLIT, "pp2": SPLIT, "ep2": tuple(MOE), "tp2xep2": tuple(MOE)}
+SPLIT = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", "olmo2", "glm4", "mixtral", "qwen3_moe_mixed", "deepseek_v3")
+BALANCED = ("mixtral+balance", "deepseek_v3+balance")
+LAYOUTS = {"1": (*KINDS, *BALANCED), "tp2": ("deepseek_v3_dense",), "tp2+sp": (*SPLIT, BALANCED[0]), "pp2": (*SPLIT, BALANCED[0]),
+           "dp2": BALANCED, "cp2": BALANCED[:1], "ep2": (*MOE, BALANCED[0]), "tp2xep2": tuple(MOE)}  # fmt: skip
 CASES = [(layout, kind) for layout, kinds in LAYOUTS.items() for kind in kinds]
 
 
@@ -29,7 +31,8 @@ def ours(zoo: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def theirs(zoo: Path) -> dict[str, Any]:
-    return {kind: train_reference(zoo, kind) for kind in KINDS}
+    found = {kind: train_reference(zoo, kind) for kind in KINDS}
+    return found | {kind: train_reference(zoo, kind.removesuffix("+balance"), balanced=True) for kind in BALANCED}
 
 
 @pytest.mark.parametrize(("layout", "kind"), CASES)
@@ -37,4 +40,6 @@ def test_steps_equal_transformers(ours: dict[str, Any], theirs: dict[str, Any], 
     for step, (a, b) in enumerate(zip(ours[layout][kind], theirs[kind], strict=True)):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4), step
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3), step
+        for name in ("moe_aux_loss", "moe_z_loss") if kind in BALANCED else ():
+            assert a[name] == pytest.approx(b[name], rel=1e-4), (name, step)
     assert theirs[kind][-1]["loss"] < theirs[kind][0]["loss"] - 0.05

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mrlhf.models.families import FAMILIES, hf_shapes, megatron_map, vllm_map
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.layouts import make_reshard, trainer_shard
-from mrlhf.models.spec import VOCAB_MULTIPLE, Experts, Layer, ModelSpec
+from mrlhf.models.spec import VOCAB_MULTIPLE, Experts, Latent, Layer, ModelSpec
 from mrlhf.parallel.reshard import Piece, make_plan
 from mrlhf.parallel.state import Layout
 
@@ -23,14 +23,15 @@ from mrlhf.parallel.state import Layout
 def specs(draw: st.DrawFn, *, splits: int = 1, layers: int = 1) -> ModelSpec:
     """Any model whose heads and sizes `splits` divides; `layers` divides the number of layers."""
     family = draw(st.sampled_from(sorted(FAMILIES)))
-    groups, n, is_moe = splits * draw(st.integers(1, 2)), layers * draw(st.integers(1, 2)), family in ("mixtral", "qwen3_moe")
+    is_latent = family in ("deepseek_v2", "deepseek_v3")
+    groups, n, is_moe = splits * draw(st.integers(1, 2)), layers * draw(st.integers(1, 2)), is_latent or family in ("mixtral", "qwen3_moe")
     plain, post_norm = family in ("gpt2", "starcoder2"), family in ("gemma2", "gemma3_text", "olmo2", "glm4")
     return ModelSpec(
         family=family,
         num_layers=n,
         hidden_size=draw(st.integers(1, 6)),
         ffn_hidden_size=splits * draw(st.integers(1, 5)),
-        num_attention_heads=groups * draw(st.integers(1, 3)),
+        num_attention_heads=groups * (1 if is_latent else draw(st.integers(1, 3))),
         num_query_groups=groups,
         head_dim=2 * draw(st.integers(1, 3)),
         vocab_size=draw(st.integers(1, 700)),
@@ -42,12 +43,16 @@ def specs(draw: st.DrawFn, *, splits: int = 1, layers: int = 1) -> ModelSpec:
         pre_norm=family != "olmo2",
         post_norm=post_norm,
         qk_norm="all" if family == "olmo2" else "head" if family in ("qwen3", "qwen3_moe", "gemma3_text") else "none",
-        qkv_bias=draw(st.booleans()),
-        output_bias=draw(st.booleans()),
+        qkv_bias=not is_latent and draw(st.booleans()),
+        output_bias=not is_latent and draw(st.booleans()),
         mlp_bias=not is_moe and draw(st.booleans()),
         gated=not plain,
         learned_positions=family == "gpt2",
-        experts=Experts(splits * draw(st.integers(1, 2)), 1, splits * draw(st.integers(1, 3))) if is_moe else None,
+        experts=Experts(
+            splits * draw(st.integers(1, 2)), 1, splits * draw(st.integers(1, 3)), selection_bias=family == "deepseek_v3",
+            shared_ffn_hidden_size=splits * draw(st.integers(1, 2)) if is_latent else 0,
+        ) if is_moe else None,
+        latent=Latent(draw(st.integers(1, 3)), draw(st.none() | st.integers(1, 3)), draw(st.integers(1, 3)), 2) if is_latent else None,
     )
 
 
@@ -55,7 +60,7 @@ def copied(spec: ModelSpec, hf: str) -> bool:
     """Held whole by every rank: norms, biases that are added after the sum over ranks, router, positions, score."""
     if spec.qk_norm == "all" and re.search(r"\.[qk]_norm\.", hf):
         return False  # each rank norms its own heads
-    return bool(re.search(r"norm|\.ln_|(o_proj|c_proj|down_proj)\.bias|(mlp|moe)\.gate\.weight|wpe|score", hf))
+    return bool(re.search(r"norm|\.ln_|(o_proj|c_proj|down_proj)\.bias|(mlp|moe)\.gate\.weight|wpe|score|_a_proj", hf))
 
 
 def coverage(shapes: dict[str, tuple[int, ...]], shards: list[dict[str, list[Block]]]) -> dict[tuple[str, str], list[int]]:
@@ -247,12 +252,14 @@ def test_parameters_are_counted_right(kind: str) -> None:
     for family in FAMILIES:
         for tied in (False, True):
             plain = family in ("gpt2", "starcoder2")
-            moe = family in ("mixtral", "qwen3_moe")
+            latent = Latent(3, 5, 2, 4) if family == "deepseek_v2" else Latent(3, None, 2, 4) if family == "deepseek_v3" else None
+            moe = family in ("mixtral", "qwen3_moe") or latent is not None
+            experts = Experts(8, 2, 6, selection_bias=family == "deepseek_v3", shared_ffn_hidden_size=4 if latent else 0)
             spec = ModelSpec(
-                family, 3, 8, 16, 4, 2, 4, 70, 64, 1e-6, tied=tied, layers=(Layer(), Layer(moe=moe), Layer(moe=moe)),
-                norm="layer" if plain else "rms", qk_norm="all", qkv_bias=True, output_bias=True, mlp_bias=not moe, gated=not plain,
-                pre_norm=family != "olmo2", post_norm=family in ("gemma2", "gemma3_text", "olmo2", "glm4"),
-                learned_positions=family == "gpt2", experts=Experts(8, 2, 6) if moe else None,
+                family, 3, 8, 16, 4, 4 if latent else 2, 4, 70, 64, 1e-6, tied=tied, layers=(Layer(), Layer(moe=moe), Layer(moe=moe)),
+                norm="layer" if plain else "rms", qk_norm="none" if latent else "all", qkv_bias=True, output_bias=latent is None, mlp_bias=not moe,
+                gated=not plain, pre_norm=family != "olmo2", post_norm=family in ("gemma2", "gemma3_text", "olmo2", "glm4"),
+                learned_positions=family == "gpt2", experts=experts if moe else None, latent=latent,
             )  # fmt: skip
             total = sum(math.prod(shape) for shape in hf_shapes(spec, head=kind).values())
             assert total == spec.num_parameters + (spec.hidden_size - (0 if tied else 70 * 8) if kind == "value" else 0), family

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", MRLHF_DEVICE="cpu")
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_MLA_DISABLE="1", MRLHF_DEVICE="cpu")
     import torch
     import vllm
     import vllm.distributed.parallel_state as groups

@@ -15,13 +15,13 @@ from types import ModuleType
 from typing import Any
 
 from mrlhf.errors import CheckpointError
-from mrlhf.models.families import gemma, glm4, gpt2, granite, llama, mistral, olmo2, phi3, qwen, seed_oss, smollm3, starcoder2
+from mrlhf.models.families import deepseek, gemma, glm4, gpt2, granite, llama, mistral, olmo2, phi3, qwen, seed_oss, smollm3, starcoder2
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.maps import Entry, HFTensor, entries
 from mrlhf.models.spec import ModelSpec
 
-_MODULES = (llama, mistral, qwen, gemma, phi3, gpt2, olmo2, granite, glm4, starcoder2, smollm3, seed_oss)
+_MODULES = (llama, mistral, qwen, gemma, phi3, gpt2, olmo2, granite, glm4, starcoder2, smollm3, seed_oss, deepseek)
 FAMILIES: dict[str, ModuleType] = {kind: module for module in _MODULES for kind in module.CLASSIFIERS}
 
 
@@ -71,6 +71,14 @@ def megatron_map(spec: ModelSpec, *, head: str, tp: int, rank: int, ep: int = 1,
 def vllm_map(spec: ModelSpec, *, tp: int, rank: int) -> dict[str, list[Block]]:
     """vLLM parameter -> blocks of this tensor-parallel rank; experts as slices of vLLM's stacked parameters, `...experts.{e}.w13_weight`."""
     return {e.vllm: e.vllm_rule.blocks(tp, rank) for e in _entries(spec, "lm") if not (spec.tied and e.megatron == "output_layer.weight")}
+
+
+def vllm_config(spec: ModelSpec) -> dict[str, Any]:
+    """What vLLM reads in config.json where transformers goes by the model's class: without it DeepSeek's experts would be chosen otherwise."""
+    if spec.latent is None or spec.experts is None:
+        return {}
+    e = spec.experts
+    return {"n_group": e.groups, "topk_group": e.top_groups, "scoring_func": e.score} | ({"topk_method": "noaux_tc"} if e.selection_bias else {})
 
 
 def hf_tensors(spec: ModelSpec, *, head: str) -> dict[str, HFTensor]:

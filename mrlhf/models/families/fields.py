@@ -93,10 +93,13 @@ class Fields:
             "layers": (Layer(),) * layers,
         }
 
-    def rope(self, *, theta: float = 10000.0, partial: float | None = None, interleaved: bool = False, key: str | None = None) -> Rope:
+    def rope(
+        self, *, theta: float = 10000.0, partial: float | None = None, interleaved: bool = False, key: str | None = None, yarn: bool = False
+    ) -> Rope:
         """transformers >= 5 writes rope_parameters (with `key`: of that kind of layer), older ones rope_theta and rope_scaling.
 
         partial: the default share of rotated dimensions; None: the architecture always rotates all of them.
+        yarn: the family's attention multiplies by what it asks for (`Rope.qk_scale`); else it is refused.
         """
         old = self.get("rope_scaling", {})
         found = self.get("rope_parameters", old)
@@ -112,9 +115,14 @@ class Fields:
             "linear": ("factor",),
             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         }
-        if kind not in names or set(values) != set(names[kind]):
+        optional = set()
+        if yarn:
+            names["yarn"] = ("factor", "original_max_position_embeddings")
+            optional = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} if kind == "yarn" else set()
+        if kind not in names or set(values) - optional != set(names[kind]):
+            known = ", ".join(names)
             raise CheckpointError(
-                f"rotary scaling {kind!r} {values} is not supported", where=self.where, expected="default, linear or llama3, with their own factors"
+                f"rotary scaling {kind!r} {values} is not supported", where=self.where, expected=f"one of {known}, with their own factors"
             )
         numbers = {"original_length" if k.startswith("original") else k: v for k, v in values.items()}
         scaling: Any = "none" if kind == "default" else kind

@@ -14,7 +14,8 @@ from mrlhf.models.families.names import Names, VLLMNames
 from mrlhf.models.spec import VOCAB_MULTIPLE, ModelSpec
 
 VLLM_VOCAB_MULTIPLE = 64
-Kind = Literal["embedding", "norm", "bias", "in", "out", "score"]  # what it is drawn as: `out` writes into the residual
+# what it is drawn as: `out` writes into the residual; `choice` decides which experts a token goes to, is not trained, and stays in fp32
+Kind = Literal["embedding", "norm", "bias", "in", "out", "score", "choice"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class HFTensor:
     shape: tuple[int, ...]
     kind: Kind
     transposed: bool = False
+
+    @property
+    def in_fp32(self) -> bool:
+        """In checkpoints and files of any dtype: rounded, such a number would choose other experts."""
+        return self.kind == "choice"
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -95,7 +101,9 @@ def _attention(spec: ModelSpec, names: Names, vllm: VLLMNames, there: str, here:
     heads = (spec.num_attention_heads, spec.num_query_groups, spec.head_dim)
     if spec.pre_norm:
         yield from _norm(spec, there + "input_layernorm", here + names.attention_norm)
-    for part in ("weight", "bias") if spec.qkv_bias else ("weight",):
+    if spec.latent is not None:
+        yield from _latent(spec, names, there + "self_attention.", here)
+    for part in () if spec.latent else ("weight", "bias") if spec.qkv_bias else ("weight",):
         hf = [f"{here}{name}.{part}" for name in names.qkv]
         fused = len(hf) == 1
         rows = (q + 2 * kv,) if fused else (q, kv, kv)
@@ -122,6 +130,26 @@ def _attention(spec: ModelSpec, names: Names, vllm: VLLMNames, there: str, here:
         yield from _norm(spec, there + "self_attn_bda.norm", here + names.attention_post_norm)
 
 
+def _latent(spec: ModelSpec, names: Names, there: str, here: str) -> Iterator[Entry]:
+    """Down to the latent vectors whole on every rank, up to the heads cut by them; vLLM likewise, with VLLM_MLA_DISABLE (rl/vllm_engine.py)."""
+    x, h, n = spec.latent, spec.hidden_size, spec.num_attention_heads
+    assert x is not None
+
+    def up(megatron: str, hf: str, shape: tuple[int, int]) -> Entry:
+        rule = Stacked((Ref(hf),), shape[0])
+        return Entry(megatron, rule, hf, rule, {hf: HFTensor(shape, "in")})
+
+    if x.q_rank is None:
+        yield up(there + "linear_q_up.weight", f"{here}{names.qkv[0]}.weight", (n * spec.qk_dim, h))
+    else:
+        yield _copied(there + "linear_q_down.weight", f"{here}{names.q_down}.weight", (x.q_rank, h), "in")
+        yield _copied(there + "q_layernorm.weight", f"{here}{names.q_down_norm}.weight", (x.q_rank,), "norm")
+        yield up(there + "linear_q_up.weight", f"{here}{names.q_up}.weight", (n * spec.qk_dim, x.q_rank))
+    yield _copied(there + "linear_kv_down.weight", f"{here}{names.kv_down}.weight", (x.kv_rank + x.rope_dim, h), "in")
+    yield _copied(there + "kv_layernorm.weight", f"{here}{names.kv_down_norm}.weight", (x.kv_rank,), "norm")
+    yield up(there + "linear_kv_up.weight", f"{here}{names.kv_up}.weight", (n * (x.nope_dim + spec.head_dim), x.kv_rank))
+
+
 def _mlp(spec: ModelSpec, names: Names, vllm: VLLMNames, there: str, here: str) -> Iterator[Entry]:
     h, f = spec.hidden_size, spec.ffn_hidden_size
     if spec.pre_norm:
@@ -145,6 +173,14 @@ def _experts(spec: ModelSpec, names: Names, vllm: VLLMNames, there: str, here: s
     h, f = spec.hidden_size, experts.ffn_hidden_size
     yield from _norm(spec, there + "pre_mlp_layernorm", here + names.mlp_norm)
     yield _copied(there + "mlp.router.weight", f"{here}{names.router}.weight", (experts.num, h), "in")
+    if experts.selection_bias:
+        yield _copied(there + "mlp.router.expert_bias", here + names.selection_bias, (experts.num,), "choice")
+    if experts.shared_ffn_hidden_size:
+        hf = tuple(f"{here}{name}.weight" for name in names.shared_fc1)
+        rule, shape = Stacked(tuple(map(Ref, hf)), experts.shared_ffn_hidden_size), (experts.shared_ffn_hidden_size, h)
+        tensors = {name: HFTensor(shape, "in") for name in hf}
+        yield Entry(there + "mlp.shared_experts.linear_fc1.weight", rule, f"{here}{vllm.shared_fc1}.weight", rule, tensors)
+        yield from _row_parallel(there + "mlp.shared_experts.linear_fc2", here + names.shared_fc2, shape[::-1], bias=False, transposed=False)
     for e in range(experts.num):
         local = f"{there}mlp.experts.local_experts.{e}."
         gate_up = tuple(f"{here}{name.format(e=e)}.weight" for name in names.expert_fc1)
