@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+FEW = 18
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 CHATML = (
@@ -190,7 +191,13 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def make_world(root: Path) -> Path:
-    """HF models qwen2/, llama/, qwen3/, qwen3_moe/ (one tokenizer) and data prefixes sft, pref, prompts, text in a directory."""
+    """HF models qwen2/, llama/, qwen3/, qwen3_moe/ (one tokenizer) and data prefixes sft, pref, prompts, text in a directory.
+
+    sft_few and so on hold the first FEW rows, for programs that train on all of them many times.
+    """
+    from mrlhf.data.options import PreprocessConfig
+    from mrlhf.data.preprocess import preprocess
+
     chats = conversations(48)
     texts = [m["content"] for chat in chats for m in chat] + ["system user assistant"]
     for family in ("qwen2", "llama", "qwen3", "qwen3_moe"):
@@ -205,9 +212,10 @@ def make_world(root: Path) -> Path:
         ("text", "pretrain"): [{"text": t} for t in texts],
     }
     for (name, task), rows in sources.items():
-        file = write_jsonl(root / f"{name}.jsonl", rows)
-        run(sys.executable, "tools/preprocess_data.py", "--task", task, "--input", file, "--tokenizer", root / "qwen2", "--output-prefix", root / name,
-            "--seq-length", 160)  # fmt: skip
+        for prefix, part in ((name, rows), (f"{name}_few", rows[:FEW])):
+            file = write_jsonl(root / f"{prefix}.jsonl", part)
+            options = {"input": (str(file),), "tokenizer": str(root / "qwen2"), "output_prefix": str(root / prefix)}
+            preprocess(PreprocessConfig(task=task, **options, seq_length=160, workers=1))
     return root
 
 

@@ -3,7 +3,7 @@
 Legend: N tokens (all leading dimensions), H hidden size, V vocabulary, W = V / TP the rows of the head on this rank.
 [N, V] logits are never whole: both passes go through the tokens in chunks. Forward keeps two numbers a token,
 backward multiplies by the head once more (4 matrix products instead of 3) and adds up both gradients, so the memory beyond
-them is two buffers of chunk x W floats. Two collectives in forward and one in backward, whatever N is.
+them is two buffers of chunk x W floats. Where one chunk holds all tokens, its logits wait for backward and the fourth product is saved. Two collectives in forward and one in backward, whatever N is.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class _HeadLogProbs(torch.autograd.Function):
         local_N = local_N.clamp(0, max(real - 1, 0))
         chunks = _Chunks(hidden_NH, weight_WH[:real], head.scale, head.softcap, temperature)
         # of this rank's part, with z = logit / temperature - its own maximum: sum exp(z), sum exp(z) z; and the target's logit / temperature
-        max_N = torch.full((n,), float("-inf"), device=hidden_NH.device)
+        max_N = own_N = torch.full((n,), float("-inf"), device=hidden_NH.device)
         sums_3N = torch.zeros(3, n, dtype=torch.float32, device=hidden_NH.device)
         for c in chunks.slices:
             z_CR = chunks.z(c)
@@ -115,6 +115,7 @@ class _HeadLogProbs(torch.autograd.Function):
         entropy_N = sums_3N[0].log() - sums_3N[1] / sums_3N[0] if with_entropy else torch.zeros_like(logps_N)
         ctx.save_for_backward(hidden_NH, weight_WH, local_N, mine_N, log_z_N, entropy_N)
         ctx.head, ctx.temperature, ctx.real = head, temperature, real
+        ctx.kept = (chunks, own_N) if len(chunks.slices) == 1 and any(ctx.needs_input_grad[:2]) else None
         ctx.set_materialize_grads(False)
         is_top_N = sums_3N[2] == max_N
         ctx.mark_non_differentiable(is_top_N, *(() if with_entropy else (entropy_N,)))
@@ -130,9 +131,10 @@ class _HeadLogProbs(torch.autograd.Function):
         grad_hidden_NH = torch.zeros_like(hidden_NH)
         # fp32 over the chunks: bf16 would round at every addition
         grad_weight_WH = torch.zeros_like(weight_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        chunks = _Chunks(hidden_NH, weight_RH, ctx.head.scale, ctx.head.softcap, ctx.temperature)
+        chunks, own_N = ctx.kept or (_Chunks(hidden_NH, weight_RH, ctx.head.scale, ctx.head.softcap, ctx.temperature), None)
+        ctx.kept = None
         for c in chunks.slices:
-            z_CR = chunks.z(c)
+            z_CR = chunks.z(c) if own_N is None else chunks.z_CR.add_(own_N[:, None])
             capped_CR = z_CR.clone() if ctx.head.softcap is not None else None
             logp_CR = z_CR.sub_(log_z_N[c, None])
             g_CR = torch.exp(logp_CR, out=chunks.other(c))

@@ -35,7 +35,7 @@ def main() -> None:
         parallel = ParallelConfig(**{k: v == "true" if v in ("true", "false") else int(v) if v.isdigit() else v for k, v in options.items()})
         layout = state.initialize(parallel, seed=1)
         _, dp, _ = layout.coordinates(dist.get_rank())
-        prefix = str(world / {"sft": "sft", "pretrain": "text"}.get(stage, "pref"))
+        prefix = str(world / {"sft": "sft_few", "pretrain": "text_few"}.get(stage, "pref_few"))
         data: Dataset = PackedDataset.open(prefix)
         if options.pop("blend", "0") == "1":
             data = Blend([data, data], loss_weights=[0.3, 0.07])

@@ -50,7 +50,7 @@ def reference(world: Path) -> Steps:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(world / "qwen2", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    data = PackedDataset.open(world / "sft")
+    data = PackedDataset.open(world / "sft_few")
     found = []
     for _ in range(STEPS):
         optimizer.zero_grad()
