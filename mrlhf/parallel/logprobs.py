@@ -3,7 +3,8 @@
 Legend: N tokens (all leading dimensions), H hidden size, V vocabulary, W = V / TP the rows of the head on this rank.
 [N, V] logits are never whole: both passes go through the tokens in chunks. Forward keeps two numbers a token,
 backward multiplies by the head once more (4 matrix products instead of 3) and adds up both gradients, so the memory beyond
-them is two buffers of chunk x W floats. Where one chunk holds all tokens, its logits wait for backward and the fourth product is saved. Two collectives in forward and one in backward, whatever N is.
+them is two buffers of chunk x W floats. Where one chunk holds all tokens, its logits wait for backward and the fourth
+product is saved. Two collectives in forward and one in backward, whatever N is.
 """
 
 from __future__ import annotations

@@ -31,13 +31,14 @@ def main() -> None:
         stage, dtype, kind = options.pop("stage", "sft"), options.pop("dtype", "float32"), options.pop("model", "qwen2")
         packing, side, micro = options.pop("packing", "1") == "1", options.pop("side", "right"), int(options.pop("micro", 1))
         budget = int(options.pop("budget", 0)) or None
+        blended = options.pop("blend", "0") == "1"
         lr, alpha = float(options.pop("lr", 1e-3)), float(options.pop("neftune", 0))
         parallel = ParallelConfig(**{k: v == "true" if v in ("true", "false") else int(v) if v.isdigit() else v for k, v in options.items()})
         layout = state.initialize(parallel, seed=1)
         _, dp, _ = layout.coordinates(dist.get_rank())
         prefix = str(world / {"sft": "sft_few", "pretrain": "text_few"}.get(stage, "pref_few"))
         data: Dataset = PackedDataset.open(prefix)
-        if options.pop("blend", "0") == "1":
+        if blended:
             data = Blend([data, data], loss_weights=[0.3, 0.07])
         loader = Loader(
             data,
