@@ -224,3 +224,24 @@ def test_another_format_or_a_missing_file_is_refused(tmp_path: Path) -> None:
     for file in ("metadata.json", "common.pt", "__0_0.distcp", ".metadata"):
         (write(where) / file).unlink()
         refused(where, file, check_directory)
+
+
+def test_every_way_to_load_looks_first(tmp_path: Path) -> None:
+    """Training and resuming, the converters, inspect_checkpoint; torch itself runs the program."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from mrlhf.checkpoint import _dist_load
+    from mrlhf.dist_io import DistReader
+    from mrlhf.inspection import checkpoint_tensors
+
+    mark = tmp_path / "mark"
+    evil = _dumps(Call(os.system, f"touch {mark}"))
+    where = write(tmp_path / "c", metadata=evil)
+    for load in (DistReader, checkpoint_tensors, lambda d: _dist_load({}, d)):
+        refused(where, ".metadata", load)
+    refused(write(tmp_path / "c", blob=archive(evil)), "__0_0.distcp", lambda d: _dist_load({}, d))
+    refused(write(tmp_path / "c", common=archive(evil)), "common.pt", lambda d: _dist_load({}, d))
+    assert not mark.exists()
+    with pytest.raises(AttributeError):  # of the 0 that the program gave back
+        FileSystemReader(str(write(tmp_path / "c", metadata=evil))).read_metadata()
+    assert mark.exists(), "torch has stopped running what is in .metadata: this module may have become needless"
