@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from conftest import ROOT, environment, metrics, mrlhf
 
@@ -84,9 +85,13 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(world: Path, rewa
     }  # fmt: skip
     command = [part for key, value in options.items() for part in (f"--{key}", value)]
 
+    listening: set[str] = set()  # where the server and the run with its vLLM can be reached
+
     def kill_after_the_first_step() -> None:
         while not (tmp_path / "run/checkpoints/latest").is_file():
             time.sleep(0.02)
+        for process in (psutil.Process(server.process.pid), *psutil.Process().children(recursive=True)):
+            listening.update(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
         server.end(signal.SIGKILL)
 
     killer = threading.Thread(target=kill_after_the_first_step)
@@ -97,6 +102,7 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(world: Path, rewa
     assert done.returncode == 2 and time.monotonic() - began < 120
     assert f"reward source '{server.url}' failed" in done.stderr and "try 3: ConnectError" in done.stderr, done.stderr
     assert len(metrics(tmp_path / "run")) < 3
+    assert listening == {"127.0.0.1"}
 
     again = Server(reward_model, port=server.port)
     done = mrlhf("ppo", *command)
