@@ -59,6 +59,7 @@ class ParallelConfig:
         "none", "activations computed again in backward: selective: inside attention; full: of every layer but its input"
     )
     timeout_minutes: float = option(10.0, "a collective that waits longer ends the run with an error")
+    silence_seconds: float = option(60.0, "a rank that gives no sign of life for so long ends the run on all ranks, with its name")
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,21 @@ class RolloutConfig:
     kv_cache_mib: int = option(256, "vLLM's key/value cache on each rank")
     max_num_seqs: int = option(256, "answers vLLM decodes at once")
     sleep: bool = option(True, "CUDA: free vLLM's memory while training")
+    reshard_bucket_mib: int = option(256, "memory of each rank for packing and unpacking while weights go to vLLM")
     correction: Literal["none", "tis", "icepop"] = option("none", "weigh the policy loss by exp(trainer - vLLM log-prob)")
     correction_low: float = option(0.0, "lower bound of that weight")
     correction_high: float = option(2.0, "upper bound of that weight")
     samples_to_log: int = option(4, "answers of each rollout written to samples/step_N.jsonl")
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """What waits in the host's memory while no phase needs it."""
+
+    reference: bool = option(False, "the reference model's weights")
+    reward: bool = option(False, "the reward models' weights")
+    optimizer: bool = option(False, "actor's and critic's optimizer states, but for their own update")
+    gradients: bool = option(False, "actor's and critic's gradients, which are simply dropped between updates")
 
 
 @dataclass(frozen=True)
@@ -292,6 +304,7 @@ class PPOStage:
     reward: RewardConfig
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
+    offload: OffloadConfig = OffloadConfig()
     parallel: ParallelConfig = ParallelConfig()
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
@@ -363,7 +376,7 @@ _POSITIVE = (
     "num_layers_in_last_pipeline_stage context_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
     "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
     "http_timeout_s http_total_timeout_s timeout_s max_batch_size max_request_mib function_timeout_s http_batch_size max_prompt_length value_clip "
-    "max_tokens_per_micro_batch"
+    "max_tokens_per_micro_batch reshard_bucket_mib silence_seconds"
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "

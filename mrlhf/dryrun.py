@@ -16,6 +16,8 @@ from mrlhf.config import GenerateStage, PPOStage, ScoreStage, ServeRewardStage
 from mrlhf.data.blend import Dataset, names_of, sources_of
 from mrlhf.data.inspect import marked
 from mrlhf.data.order import Order
+from mrlhf.models.layouts import make_planner
+from mrlhf.parallel import reshard, state
 from mrlhf.parallel.state import Layout
 from mrlhf.plan import GIB, memory_table
 from mrlhf.supervised import check_resume, make_order
@@ -77,6 +79,10 @@ def _training(stage: str, config: Any) -> None:
     table = memory_table(stage, config, spec, world=world, others=others)
     print("memory   a rank, without activations: " + ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in table))
     print(f"         together {sum(size for _, size in table) / GIB:.2f} GiB")
+    if isinstance(config, PPOStage):
+        planner = make_planner(spec, layout, rollout_tp=config.rollout.tensor_parallel_size, node=state.ranks_of_a_node())
+        for line in reshard.describe(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
+            print(line)
     print("first sample, [[trained]]:")
     print(_first_sample(data, load(run.source.hf_dir)))
 

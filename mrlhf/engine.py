@@ -119,6 +119,11 @@ class Model:
         """This rank's parameters by Megatron's name with the global layer index."""
         return {name: p.data for module in self.modules for name, p in gpt.local_parameters(module)}
 
+    def tensors(self, kind: str) -> list[torch.Tensor]:
+        """Everything on the device of one kind: "weights"; of a trainer also "optimizer" (moments, fp32 weights) and "gradients"."""
+        assert kind == "weights", kind
+        return [p.data for module in self.modules for p in (*module.parameters(), *module.buffers())]
+
     def logprobs(
         self,
         hidden_BTH: torch.Tensor,
@@ -316,6 +321,18 @@ class Trainer(Model):
     def _finalize(self, chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None, **rest: Any) -> None:
         """Megatron's count is an integer, and weights of samples need not be."""
         finalize_model_grads(chunks, None if num_tokens is None else self._count, **rest)
+
+    def tensors(self, kind: str) -> list[torch.Tensor]:
+        if kind == "gradients":
+            return [b.grad_data for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        if kind != "optimizer":
+            return super().tensors(kind)
+        weights = {t.untyped_storage()._cdata for t in super().tensors("weights")}
+        held = [part.optimizer for part in self.optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
+        states = [x for o in held for s in o.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
+        # in fp32 what is optimized are views of the weights themselves
+        masters = [p.data for o in held for group in o.param_groups for p in group["params"]]
+        return [t for t in (*states, *masters) if t.untyped_storage()._cdata not in weights]
 
     def _noise(self, batch: MicroBatch) -> torch.Tensor:
         return neftune.noise(

@@ -13,7 +13,7 @@ from mrlhf.config import GenerateStage, ParallelConfig
 from mrlhf.data.formats import Columns, RowProblem, normalise
 from mrlhf.data.sources import read_chunks
 from mrlhf.data.template import Template
-from mrlhf.engine import Model
+from mrlhf.engine import DTYPES, Model
 from mrlhf.errors import CheckpointError, DataError, Problems
 from mrlhf.models.layouts import make_reshard
 from mrlhf.models.spec import check_layout
@@ -85,9 +85,8 @@ def main(config: GenerateStage) -> None:
         max_num_seqs=config.max_num_seqs,
         seed=config.seed,
     )
-    make_reshard(source.spec, layout, rollout_tp=config.tensor_parallel_size, rank=dist.get_rank()).exchange(
-        model.parameters(), engine.parameters
-    )
+    plan = make_reshard(source.spec, layout, rollout_tp=config.tensor_parallel_size, rank=dist.get_rank(), dtype=DTYPES[config.dtype])
+    plan.exchange(model.parameters(), engine.parameters)
     engine.weights_changed()
     del model
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens, stop_ids(source.hf_dir, tokenizer))

@@ -116,6 +116,7 @@ METRICS: dict[str, Metric] = {
 }
 
 PATTERNS: list[tuple[str, Metric]] = [
+    ("memory/*_gib", Metric("largest memory during a phase, of the fullest rank: tensors on the device; on CPU resident memory", "GiB", "max")),
     ("reward/*", Metric("score of one reward source before its weight", "score", "mean")),
     ("train/accuracy_by_margin/*", Metric("(eval) accuracy of the pairs whose scores differ by so much", "share", "mean")),
     ("data/*/epoch", Metric("passes over one source of a blend so far", "epochs", "last")),

@@ -19,7 +19,7 @@ LAYERS = (
      "mrlhf.rl.reward_child", "mrlhf.rl.reward_process", "mrlhf.rl.reward_http", "mrlhf.rl.reward_server",
      "mrlhf.rl", "mrlhf.tokenizer", "mrlhf.plan", "mrlhf.safe_pickle", "mrlhf.spikes"),
     ("mrlhf.checkpoint", "mrlhf.dist_io", "mrlhf.engine", "mrlhf.preflight", "mrlhf.tracking", "mrlhf.report", "mrlhf.profiling", "mrlhf.inspection",
-     "mrlhf.rl.vllm_engine", "mrlhf.rl.rollout"),
+     "mrlhf.rl.vllm_engine", "mrlhf.rl.rollout", "mrlhf.rl.phases"),
     ("mrlhf.supervised", "mrlhf.references", "mrlhf.pretrain", "mrlhf.sft", "mrlhf.rm", "mrlhf.dpo", "mrlhf.score", "mrlhf.generate",
      "mrlhf.serve_reward", "mrlhf.convert", "mrlhf.verify", "mrlhf.model_card",
      "mrlhf.rl.reward_sources", "mrlhf.rl.ppo"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from mrlhf.models.families import megatron_map, vllm_map
+import torch
+
+from mrlhf.models.families import hf_tensors, megatron_map, vllm_map
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
-from mrlhf.parallel.reshard import Reshard
-from mrlhf.parallel.state import Layout
+from mrlhf.parallel.reshard import Planner, Reshard
+from mrlhf.parallel.state import Layout, ranks_of_a_node
 
 
 def trainer_shard(spec: ModelSpec, layout: Layout, rank: int) -> dict[str, list[Block]]:
@@ -29,15 +31,39 @@ def trainer_shard(spec: ModelSpec, layout: Layout, rank: int) -> dict[str, list[
     return found
 
 
-def make_reshard(spec: ModelSpec, layout: Layout, *, rollout_tp: int, rank: int) -> Reshard:
-    """From the trainer's layout to vLLM replicas of `rollout_tp` consecutive ranks."""
-    sources = [trainer_shard(spec, layout, r) for r in range(layout.world)]
+def make_planner(spec: ModelSpec, layout: Layout, *, rollout_tp: int, node: int) -> Planner:
+    """From the trainer's layout to vLLM replicas of `rollout_tp` consecutive ranks; `node`: ranks of a machine."""
+    shards: dict[tuple[int, int, int], dict[str, list[Block]]] = {}
+    sources = []
+    for rank in range(layout.world):
+        tp, _, pp = layout.coordinates(rank)
+        place = tp, pp, layout.expert_rank(rank)
+        if place not in shards:
+            shards[place] = trainer_shard(spec, layout, rank)
+        sources.append(shards[place])
     by_tp = [vllm_map(spec, tp=rollout_tp, rank=r) for r in range(rollout_tp)]
     targets = [by_tp[r % rollout_tp] for r in range(layout.world)]
+    replicas = layout.dp * layout.cp  # of a stage
 
     def distance(src: int, dst: int) -> tuple[int, ...]:
-        """The same data-parallel replica first, then the same tensor-parallel place."""
-        (src_tp, src_dp, _), (dst_tp, dst_dp, _) = layout.coordinates(src), layout.coordinates(dst)
-        return (src_dp - dst_dp) % layout.dp, (src_tp - dst_tp) % layout.tp
+        """The same machine first, then the same data- and context-parallel replica, then the same tensor-parallel place."""
+        return src // node != dst // node, (src // layout.tp - dst // layout.tp) % replicas, (src - dst) % layout.tp
 
-    return Reshard(sources, targets, distance=distance, rank=rank)
+    tensors = hf_tensors(spec, head="lm")
+    shapes, wide = {name: t.shape for name, t in tensors.items()}, [name for name, t in tensors.items() if t.in_fp32]
+    return Planner(sources, targets, shapes=shapes, distance=distance, wide=wide)
+
+
+def make_reshard(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    rollout_tp: int,
+    rank: int,
+    dtype: torch.dtype,
+    bucket_bytes: int = 256 << 20,
+    node: int | None = None,
+) -> Reshard:
+    """The plan of this rank."""
+    node = ranks_of_a_node() if node is None else node
+    return Reshard(make_planner(spec, layout, rollout_tp=rollout_tp, node=node), rank=rank, dtype=dtype, bucket_bytes=bucket_bytes)

@@ -22,7 +22,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from mrlhf.config import ParallelConfig, TrainConfig
 from mrlhf.errors import ConfigError
-from mrlhf.parallel import device
+from mrlhf.parallel import device, watch
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class Layout:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_of_a_node() -> int:
+    """As torchrun says; else the world is one machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def is_main() -> bool:
@@ -169,6 +174,9 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
         distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    if world > 1 and "MASTER_ADDR" in os.environ:
+        # nine tenths: before the collective's own time-out, which names nobody
+        watch.start(silence_s=parallel.silence_seconds, behind_s=54 * parallel.timeout_minutes)
     return Layout.of(parallel, world)
 
 
@@ -176,6 +184,7 @@ def shutdown() -> None:
     """Leave the groups in order; a rank that exits earlier would make the others report a lost peer."""
     if dist.is_initialized():
         dist.barrier()
+        watch.stop()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 

@@ -7,8 +7,6 @@ Legend: B answers of a rollout, A tokens of the longest answer, T tokens and N s
 
 from __future__ import annotations
 
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,15 @@ from mrlhf.config import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.loader import MicroBatch
 from mrlhf.data.order import Order
-from mrlhf.engine import Model, Trainer
+from mrlhf.engine import DTYPES, Model, Trainer
 from mrlhf.errors import MrlhfError
 from mrlhf.losses import reduce_loss, sum_and_count
 from mrlhf.models.balance import make_balance, of_aggregation, trained_tokens
 from mrlhf.models.layouts import make_reshard
-from mrlhf.parallel import device, state
+from mrlhf.parallel import device, reshard, state, watch
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
+from mrlhf.rl.phases import Offload, Phases
 from mrlhf.rl.policy_loss import policy_loss, value_loss
 from mrlhf.rl.reward_sources import Rewards, critic_source
 from mrlhf.rl.rollout import Rollout, generate, micro_batches, spread, table
@@ -38,19 +37,6 @@ from mrlhf.tokenizer import load, stop_ids
 
 # rounding between the forward pass that gave the old log-probs and the training pass, not a change of the policy
 _FIRST_RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
-
-
-class Timer:
-    """Seconds of each named phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[f"timing_s/{name}"] = self.seconds.get(f"timing_s/{name}", 0.0) + time.perf_counter() - start
 
 
 def make_prompt_order(config: PPOStage, data: Dataset) -> Order:
@@ -93,6 +79,9 @@ class PPO:
         )
         self.tokenizer = load(run.source.hf_dir)
         self.rewards = Rewards(config, run.source, self.tokenizer)
+        trainers = {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
+        frozen = self.rewards.models | ({"reference": self.reference} if self.reference is not None else {})
+        self.offload = Offload(config.offload, trainers=trainers, frozen=frozen)
         self.sampling = Sampling(
             rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stop_ids(run.source.hf_dir, self.tokenizer)
         )
@@ -106,18 +95,26 @@ class PPO:
             max_num_seqs=rollout.max_num_seqs,
             seed=seed,
             sleep=rollout.sleep,
+            log_dir=Path(config.train.output_dir) / "logs",
         )
-        self.reshard = make_reshard(run.source.spec, layout, rollout_tp=rollout.tensor_parallel_size, rank=self.rank)
+        self.reshard = make_reshard(
+            run.source.spec,
+            layout,
+            rollout_tp=rollout.tensor_parallel_size,
+            rank=self.rank,
+            dtype=DTYPES[dtype],
+            bucket_bytes=rollout.reshard_bucket_mib << 20,
+        )
 
     # ------------------------------------------------------------------ the phases
 
     def sync_weights(self) -> dict[str, float]:
         """Actor weights into vLLM."""
         self.engine.wake_weights()
-        received, seconds = self.reshard.exchange(self.actor.parameters(), self.engine.parameters)
+        seconds = self.reshard.exchange(self.actor.parameters(), self.engine.parameters)
         self.engine.wake_cache()
         self.engine.weights_changed()
-        worst = torch.tensor([float(received), seconds], dtype=torch.float64, device=device.current().name)
+        worst = torch.tensor([float(self.reshard.received), seconds], dtype=torch.float64, device=device.current().name)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return {"reshard/bytes": float(worst[0]), "reshard/seconds": float(worst[1])}
 
@@ -255,13 +252,14 @@ class PPO:
 
     def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """One rollout: metrics and a few samples for the log."""
-        config, timer, start = self.config, Timer(), time.perf_counter()
+        config, timer = self.config, Phases(step)
+        self.offload.park_all()
         with timer("gen"):
             rollout = self.generate(self.run.train, self.order.rows(step), step=step, n=config.rollout.n, sampling=self.sampling)
             self.engine.sleep()
-        with timer("reward"):
+        with timer("reward"), self.offload.using(*self.rewards.models):
             scores_B, parts = self.rewards.score(rollout, self.batches(rollout, range(rollout.size)))
-        with timer("logprobs"):
+        with timer("logprobs"), self.offload.using("reference"):
             old_BA, entropy_BA = self.logprobs(self.actor, rollout, with_entropy=True)
             ref_BA = self.logprobs(self.reference, rollout)[0] if self.reference is not None else None
         with timer("values"):
@@ -275,22 +273,23 @@ class PPO:
                 advantages_BA = adv.whiten(advantages_BA, mask_BA)
         log: dict[str, float] = {}
         if self.critic is not None and values_BA is not None:
-            with timer("update_critic"):
+            with timer("update_critic"), self.offload.using("critic"):
                 found = self.update(self.critic, rollout, self.critic_loss(values_BA, returns_BA), step=step)
             log |= {f"critic/{k}": found[k] for k in ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "moe_z_loss") if k in found}
         if step > config.ppo.critic_warmup_steps:
-            with timer("update_actor"):
+            with timer("update_actor"), self.offload.using("actor"):
                 found = self.update(self.actor, rollout, self.actor_loss(old_BA, ref_BA, advantages_BA, rollout_BA), step=step)
             log |= {f"actor/{k}": v for k, v in found.items() if k != "loss"}
         else:
             self.actor.scheduler.step(increment=self.updates_per_rollout)
         with timer("reshard"):
             log |= self.sync_weights()
-        seconds = timer.seconds | {"timing_s/step": time.perf_counter() - start}
+        seconds = timer.times()
         k1_BA = kl_estimate(old_BA, ref_BA, kind="k1") * mask_BA if ref_BA is not None else torch.zeros_like(old_BA)
         kl_B = k1_BA.sum(-1)
         log |= (
             seconds
+            | timer.memory()
             | parts
             | self.describe(rollout, scores_B, rewards_BA, raw_BA, returns_BA, values_BA, kl_B, old_BA, rollout_BA, mask_BA, seconds)
         )
@@ -350,7 +349,8 @@ class PPO:
         unit = self.config.train.micro_batch_size * self.layout.dp * state.slice_multiple(self.config.parallel)
         rows = list(range(data.num_samples))
         rollout = self.generate(data, rows + [0] * (-len(rows) % unit), step=0, n=1, sampling=greedy)
-        scores_B, _ = self.rewards.score(rollout, self.batches(rollout, range(rollout.size)))
+        with self.offload.using(*self.rewards.models):
+            scores_B, _ = self.rewards.score(rollout, self.batches(rollout, range(rollout.size)))
         lengths_B = rollout.lengths_B().float()[: len(rows)]
         return {"eval/score/mean": float(scores_B[: len(rows)].mean()), "eval/response_length/mean": float(lengths_B.mean())}
 
@@ -390,6 +390,7 @@ def main(config: PPOStage) -> None:
     output_dir = Path(config.train.output_dir)
     supervised.check_resume(config, output_dir)
     layout = state.initialize(config.parallel, seed=config.train.seed)
+    watch.log_to(output_dir / "logs")
     say = supervised.say
     say(f"device: {device.current().describe()}")
     say(layout.describe(config.train))
@@ -401,10 +402,9 @@ def main(config: PPOStage) -> None:
         return state.shutdown()
     ppo = PPO(config, run, layout)
     replicas = layout.world // config.rollout.tensor_parallel_size
-    say(
-        f"vLLM: {replicas} replica(s) of tensor parallel {config.rollout.tensor_parallel_size}; reshard plan: {ppo.reshard.remote_pieces} pieces between ranks"
-    )
-
+    say(f"vLLM: {replicas} replica(s) of tensor parallel {config.rollout.tensor_parallel_size}; {ppo.engine.memory.describe()}")
+    for line in reshard.describe(state.from_all_ranks([(ppo.reshard.sent, ppo.reshard.received, ppo.reshard.copied)])):
+        say(line)
     if resumed is not None:
         ppo.actor.resume(resumed.path, done * ppo.updates_per_rollout)
         if ppo.critic is not None:
@@ -417,7 +417,7 @@ def main(config: PPOStage) -> None:
 
     for step in range(done + 1, total + 1):
         log, samples = ppo.step(step)
-        log |= {"train/epoch": ppo.order.epoch(step), "memory/max_reserved_gib": supervised.memory_gib()}
+        log["train/epoch"] = ppo.order.epoch(step)
         tracker.log(step, log | supervised.source_epochs(ppo.order, run.train, step))
         tracker.samples(step, samples)
         last = step == total
@@ -428,6 +428,7 @@ def main(config: PPOStage) -> None:
             parts = [ppo.actor.part(with_optimizer=keep)]
             if ppo.critic is not None:
                 parts.append(ppo.critic.part("critic", with_optimizer=keep))
+            ppo.offload.fetch("actor", "critic")
             checkpoint.save(
                 output_dir / "checkpoints" / f"step_{step}",
                 parts,

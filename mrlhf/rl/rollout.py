@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mrlhf.data.balance import share
 from mrlhf.data.loader import MicroBatch, Sample, collate
-from mrlhf.parallel import state
+from mrlhf.parallel import state, watch
 from mrlhf.rl.vllm_engine import Answer, Sampling, VLLMEngine
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def generate(
     mine = range(replica, len(prompts), replicas)
     requests = [(p, i) for p in mine for i in range(n)]
     answers = engine.generate([prompts[p] for p, _ in requests], [request_seed(seed, step, p, i) for p, i in requests], sampling)
+    watch.phase("waiting for the other replicas' answers")
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, dict(zip(requests, answers, strict=True)))
     everything = {key: answer for part in parts for key, answer in part.items()}

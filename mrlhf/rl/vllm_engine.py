@@ -37,7 +37,8 @@ import torch.distributed as dist
 from mrlhf.errors import ConfigError, EnvironmentProblem
 from mrlhf.models.families import vllm_config, vllm_map
 from mrlhf.models.spec import ModelSpec, read_hf_config
-from mrlhf.parallel import device
+from mrlhf.parallel import device, state
+from mrlhf.plan import model_bytes
 
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -162,6 +163,62 @@ def _check_latent(spec: ModelSpec) -> list[ConfigError]:
     return [ConfigError(f"vLLM computes {spec.family} {what} wrongly", where="model") for what, is_so in wrong.items() if is_so]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of one rank."""
+
+    weights: int
+    cache: int
+    free: int
+
+    def describe(self) -> str:
+        gib = 2.0**30
+        return f"{self.weights / gib:.2f} GiB of weights and {self.cache / gib:.2f} GiB of cache on each rank, {self.free / gib:.2f} GiB were free"
+
+
+def _free_bytes() -> int:
+    """On this rank's device; on CPU its share of the machine's."""
+    if device.current().is_cuda:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024 // state.ranks_of_a_node()
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // state.ranks_of_a_node()
+
+
+def check_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int) -> Budget:
+    """Before vLLM allocates anything; collective. Raises ConfigError on all ranks where they do not fit on one."""
+    weights = model_bytes(spec, dtype=dtype, tp=tp, pp=1, dp=1, trained=False, distributed_optimizer=False)
+    free = torch.tensor(float(_free_bytes()), dtype=torch.float64, device=device.current().name)
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)
+    budget = Budget(weights, kv_cache_mib << 20, int(free))
+    if budget.weights + budget.cache > budget.free:
+        room = (budget.free - budget.weights) >> 20
+        raise ConfigError(
+            f"vLLM does not fit: {budget.describe()}",
+            where="rollout.kv_cache_mib",
+            expected=f"at most {room}" if room > 0 else "a larger tensor-parallel size, or offload.* to free memory",
+            fix=f"--rollout.kv_cache_mib {room // 2}" if room > 1 else None,
+        )
+    return budget
+
+
+def _log_to(directory: Path) -> None:
+    """vLLM's lines of this rank (of rank 0 also those that are no warnings) into a file, its errors also to stderr."""
+    directory.mkdir(parents=True, exist_ok=True)
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
+    file = logging.FileHandler(directory / f"vllm_rank_{dist.get_rank()}.log", delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    screen = logging.StreamHandler()
+    screen.setLevel(logging.ERROR)
+    logger = logging.getLogger("vllm")
+    logger.setLevel(logging.INFO if dist.get_rank() == 0 else logging.WARNING)
+    logger.propagate = False
+    logger.handlers = [file, screen]
+
+
 def parameters_of(llm: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """vLLM's parameters by its own names; of stacked experts [e, ...] a view of each, as `...experts.{e}.w13_weight`."""
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
@@ -217,9 +274,14 @@ class VLLMEngine:
         max_num_seqs: int,
         seed: int,
         sleep: bool = False,
+        log_dir: Path | None = None,
     ) -> None:
+        """log_dir: where vLLM's own lines go; without it only its errors are shown. Raises ConfigError where its memory is not free."""
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_MLA_DISABLE="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if log_dir is not None and "VLLM_CONFIGURE_LOGGING" not in os.environ:
+            _log_to(log_dir)
+        self.memory = check_memory(spec, dtype=dtype, tp=tp, kv_cache_mib=kv_cache_mib)
         on_cuda = device.current().is_cuda
         # vLLM probes for triton in ways that make torch and triton stubs talk; nothing is lost without it on CPU
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
@@ -288,6 +350,7 @@ class VLLMEngine:
 
     def wake_weights(self) -> None:
         if self.sleeps:
+            torch.cuda.empty_cache()  # vLLM's memory is not from torch's cache, which would keep what training has freed
             self.llm.wake_up(tags=["weights"])
 
     def wake_cache(self) -> None:

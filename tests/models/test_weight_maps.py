@@ -1,10 +1,10 @@
-"""The weight maps cover every row of every HF tensor, for any sizes; the reshard plan built on them equals slicing."""
+"""The weight maps cover every row of every HF tensor, for any sizes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 
 import pytest
 import torch
@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from mrlhf.models.families import FAMILIES, hf_shapes, megatron_map, vllm_map
 from mrlhf.models.families.blocks import Block
-from mrlhf.models.layouts import make_reshard, trainer_shard
+from mrlhf.models.layouts import trainer_shard
 from mrlhf.models.spec import VOCAB_MULTIPLE, Experts, Latent, Layer, ModelSpec
-from mrlhf.parallel.reshard import Piece, make_plan
 from mrlhf.parallel.state import Layout
 
 
@@ -110,91 +109,6 @@ def test_vllm_map_holds_every_row_once(data: st.DataObject, tp: int, replicated:
         else:
             times = tp if copied(spec, hf) else kv_times if ".k_proj" in hf or ".v_proj" in hf else 1
             assert set(rows) == {times}, (name, hf)
-
-
-def shard_tensors(shard: dict[str, list[Block]], values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters of a shard, filled straight from the HF tensors; -1 where no HF row stands (vocabulary padding)."""
-    found = {}
-    for name, blocks in shard.items():
-        shape = list(values[blocks[0].hf].shape) if blocks else [0]
-        if blocks:
-            shape[blocks[0].dim] = max(b.offset + b.length for b in blocks)
-        found[name] = torch.full(shape, -1.0, dtype=torch.float64)
-        for b in blocks:
-            found[name].narrow(b.dim, b.offset, b.length).copy_(values[b.hf].narrow(b.dim, b.start, b.length))
-    return found
-
-
-def held_rows(shard: dict[str, list[Block]]) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = defaultdict(set)
-    for blocks in shard.values():
-        for b in blocks:
-            found[b.hf] |= set(range(b.start, b.start + b.length))
-    return found
-
-
-@given(
-    data=st.data(),
-    tp=st.sampled_from([1, 2, 4]),
-    pp=st.sampled_from([1, 2]),
-    dp=st.sampled_from([1, 2]),
-    rollout=st.sampled_from([1, 2, 4]),
-)
-@settings(max_examples=40, deadline=None)
-def test_reshard_equals_slicing_and_moves_the_least(data: st.DataObject, tp: int, pp: int, dp: int, rollout: int) -> None:
-    layout = Layout(tp * pp * dp, tp, pp)
-    rollout = math.gcd(rollout, layout.world)
-    spec = data.draw(specs(splits=math.lcm(tp, rollout), layers=pp))
-    shapes, at = hf_shapes(spec, head="lm"), 0
-    values: dict[str, torch.Tensor] = {}
-    for name, shape in shapes.items():
-        values[name] = torch.arange(at, at + math.prod(shape), dtype=torch.float64).view(shape)
-        at += math.prod(shape)
-    sources = [trainer_shard(spec, layout, r) for r in range(layout.world)]
-    targets = [vllm_map(spec, tp=rollout, rank=r % rollout) for r in range(layout.world)]
-    held = [shard_tensors(s, values) for s in sources]
-    wanted = [shard_tensors(t, values) for t in targets]
-    written = [{n: torch.zeros_like(x) for n, x in w.items()} for w in wanted]
-    got = [{n: torch.full_like(x, -1.0) for n, x in w.items()} for w in wanted]
-    received = [Counter[str]() for _ in range(layout.world)]
-
-    plan = make_plan(sources, targets, distance=lambda src, dst: ((src - dst) % layout.world,))
-    for hf, pieces in plan.items():
-        for p in pieces:
-            got[p.dst][p.target].narrow(p.dim, p.target_offset, p.length).copy_(
-                held[p.src][p.source].narrow(p.dim, p.source_offset, p.length)
-            )
-            written[p.dst][p.target].narrow(p.dim, p.target_offset, p.length).add_(1)
-            if p.src != p.dst:
-                received[p.dst][hf] += p.length
-    for rank in range(layout.world):
-        for name, tensor in wanted[rank].items():
-            assert torch.equal(got[rank][name], tensor), (rank, name)
-            assert torch.equal(written[rank][name], (tensor >= 0).double()), (rank, name)
-        mine, needed = held_rows(sources[rank]), held_rows(targets[rank])
-        assert received[rank] == Counter({hf: len(rows - mine[hf]) for hf, rows in needed.items()}), rank
-
-
-@given(
-    data=st.data(), tp=st.sampled_from([1, 2, 4]), pp=st.sampled_from([1, 2]), dp=st.sampled_from([1, 2]), rollout=st.sampled_from([1, 2])
-)
-@settings(max_examples=15, deadline=None)
-def test_ranks_agree_on_every_message(data: st.DataObject, tp: int, pp: int, dp: int, rollout: int) -> None:
-    """What one rank sends another, bucket by bucket and in this order, is what the other expects."""
-    layout = Layout(tp * pp * dp, tp, pp)
-    rollout = math.gcd(rollout, layout.world)
-    spec = data.draw(specs(splits=math.lcm(tp, rollout), layers=pp))
-    ranks = [make_reshard(spec, layout, rollout_tp=rollout, rank=r) for r in range(layout.world)]
-    assert len({tuple(r._is_remote) for r in ranks}) == 1
-    for bucket, is_remote in enumerate(ranks[0]._is_remote):
-        for src in range(layout.world):
-            for dst in range(layout.world):
-
-                def messages(rank: int, src: int = src, dst: int = dst, bucket: int = bucket) -> list[Piece]:
-                    return [p for p in ranks[rank]._buckets[bucket] if (p.src, p.dst) == (src, dst)]
-
-                assert messages(src) == messages(dst)
-                assert is_remote or src == dst or not messages(src)
 
 
 def test_trainer_stages_hold_the_whole_model_once() -> None:

@@ -25,6 +25,8 @@ def main() -> None:
     ppo = PPO(config, run, layout)
     ppo.sync_weights()
     logs = [ppo.step(step)[0] for step in (1, 2)]
+    ppo.offload.park_all()
+    parked = [kind for role in ppo.offload.parked.values() for parking, _, kind in role if parking.is_away]
     rollout = ppo.generate(run.train, list(range(32)), step=0, n=1, sampling=replace(ppo.sampling, temperature=0.0))
     checkpoint.save(
         Path(config.train.output_dir), [ppo.actor.part(with_optimizer=False)], stage="ppo", step=2, dtype=config.model.dtype, extra={}
@@ -32,7 +34,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         answers = [a.tokens for a in rollout.answers]
         Path(sys.argv[1]).write_text(
-            json.dumps({"logs": logs, "prompts": rollout.prompts, "answers": answers, "pieces": ppo.reshard.remote_pieces})
+            json.dumps({"logs": logs, "prompts": rollout.prompts, "answers": answers, "received": ppo.reshard.received, "parked": parked})
         )
     ppo.engine.shutdown()
     state.shutdown()
