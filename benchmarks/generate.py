@@ -123,6 +123,9 @@ def main() -> None:
         "| | tokens / s | tokens / CPU s |",
         "|---|---|---|",
         *throughput(args),
+        "",
+        "The second way is what PPO asks of vLLM, token for token the same work: what mrlhf adds to it is the last line. The line before has vLLM's own",
+        "price of a seed for every request (answers that do not depend on the number of ranks) and of the sampled tokens' log-probs.",
     ]
     if args.metrics:
         lines += ["", "## A step of the quickstart's PPO", "", f"From `{args.metrics.name}` of `make quickstart`'s PPO stage (2 ranks, TP 2).", ""]
