@@ -46,12 +46,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def start(spec: ModelSpec | None = None) -> ParallelConfig:
-    """Groups for a conversion: every rank a pipeline stage. Raises EnvironmentProblem where they do not divide `spec`'s layers."""
-    world = state.world_size()
-    parallel = ParallelConfig(pipeline_model_parallel_size=world)
+    """Groups for a conversion: every rank a pipeline stage, the last with what is left over. Raises EnvironmentProblem for more ranks than layers."""
+    world, last = state.world_size(), None
+    if spec is not None and spec.num_layers < world:
+        raise EnvironmentProblem(f"{world} ranks cannot share {spec.num_layers} layers", expected=f"1 to {spec.num_layers} ranks")
     if spec is not None and spec.num_layers % world:
-        good = ", ".join(str(n) for n in range(1, spec.num_layers + 1) if spec.num_layers % n == 0)
-        raise EnvironmentProblem(f"{world} ranks cannot share {spec.num_layers} layers", expected=f"{good} ranks")
+        last = spec.num_layers - (world - 1) * (spec.num_layers // world)
+    parallel = ParallelConfig(pipeline_model_parallel_size=world, num_layers_in_last_pipeline_stage=last)
     if device.current().is_cuda:
         raise EnvironmentProblem("converters work in the machine's memory", fix="MRLHF_DEVICE=cpu")
     if not dist.is_initialized():

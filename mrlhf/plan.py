@@ -14,13 +14,13 @@ GIB = 2**30
 def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, trained: bool, distributed_optimizer: bool, ep: int = 1) -> int:
     """Weights, and for a trained model fp32 gradients, Adam's two moments and (bf16) fp32 master weights, of the fullest rank.
 
-    Layers are cut by TP x PP; of experts each rank has num / EP whole ones, or with EP 1 a share of all by TP; the embedding and the
-    head are cut by TP, each on one stage.
+    Layers are cut by TP x PP (projections to latent vectors by PP alone); of experts each rank has num / EP whole ones, or with EP 1 a
+    share of all by TP; the embedding and the head are cut by TP, each on one stage.
     """
     vocabulary = spec.padded_vocab_size * spec.hidden_size
-    layers = spec.num_parameters - spec.end_parameters - spec.expert_parameters
+    layers = spec.num_parameters - spec.end_parameters - spec.expert_parameters - spec.whole_parameters
     at_ends = vocabulary if pp > 1 or spec.tied else 2 * vocabulary
-    dense = layers // (tp * pp) + at_ends // tp
+    dense = layers // (tp * pp) + spec.whole_parameters // pp + at_ends // tp
     experts = spec.expert_parameters // ((ep if ep > 1 else tp) * pp)
     weight = 4 if dtype == "float32" else 2
     if not trained:

@@ -1,6 +1,7 @@
 """Under torchrun with two ranks: models of the zoo there and back by both, and their checkpoints loaded under other layouts.
 
-usage: convert_ranks_program.py ZOO_DIR WORK_DIR KIND ...      Writes WORK/KIND.mrlhf and WORK/KIND.hf; rank 0 prints JSON.
+usage: convert_ranks_program.py ZOO_DIR WORK_DIR KIND ...      Writes WORK/KIND.mrlhf and WORK/KIND.hf; rank 0 prints JSON. A KIND may be the path of
+another model, which is only converted.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
         state.initialize(layout, seed=1)
         for kind in kinds:
             source = open_source(str(work / f"{kind}.mrlhf"))
-            if layout.expert_model_parallel_size > 1 and source.spec.experts is None:
+            if (layout.expert_model_parallel_size > 1 and source.spec.experts is None) or not (zoo / f"{kind}.pt").is_file():
                 continue
             model = Model(source, layout, head="lm", dtype="float32", seed=1)
             batch = collate(rows, packing=True, pad_multiple=2)

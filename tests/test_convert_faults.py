@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TESTS, make_hf_model, run, torchrun
 from safetensors.torch import load_file, save_file
+from zoo import MOE
 
 KILL = TESTS / "convert_kill_program.py"
 PARAMETERS = 2 * 7 + 3  # of the zoo's qwen2
-RANKS = ("qwen2_tied", "gpt2", "gemma2", "qwen3_moe_mixed")
+RANKS = ("qwen2_tied", "gpt2", "gemma2", "qwen3_moe_mixed", "deepseek_v3")
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -49,9 +50,12 @@ def test_what_was_begun_from_other_inputs_begins_anew(zoo: Path, tmp_path: Path)
 
 def test_several_ranks_share_the_work(zoo: Path, tmp_path: Path) -> None:
     """The files do not depend on how many they were, and the checkpoints load under other layouts."""
-    done = torchrun(2, TESTS / "convert_ranks_program.py", zoo, tmp_path, *RANKS)
+    odd = tmp_path / "odd"
+    make_hf_model(odd, "llama", vocab_size=323, num_hidden_layers=3)
+    done = torchrun(2, TESTS / "convert_ranks_program.py", zoo, tmp_path, *RANKS, odd)
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
-    assert set(found) == {*(f"{kind} tp 2 ep 1" for kind in RANKS), "qwen3_moe_mixed tp 1 ep 2"}
+    assert set(found) == {*(f"{kind} tp 2 ep 1" for kind in RANKS), *(f"{kind} tp 1 ep 2" for kind in RANKS if kind in MOE)}
+    assert files(tmp_path / "odd.hf") == files(odd)
     assert max(found.values()) < 1e-5
     for kind in RANKS:
         assert len(list((tmp_path / f"{kind}.mrlhf/dist").glob("*.distcp"))) == 2

@@ -120,13 +120,13 @@ class Balancer:
 
     def __init__(self, balance: Balance) -> None:
         self.balance, self.scale = balance, 0.0
-        self.sums = torch.zeros(2, dtype=torch.float64)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device.current().name)
 
     def attach(
         self, weights: torch.Tensor, logits_TE: torch.Tensor, scores_TE: torch.Tensor, chosen_TK: torch.Tensor, sample_T: torch.Tensor, group: Any
     ) -> torch.Tensor:
         aux, z = balancing_sum(scores_TE, chosen_TK, sample_T, group=group), z_sum(logits_TE, sample_T)
-        self.sums += torch.stack([aux, z]).detach().double().cpu()
+        self.sums += torch.stack([aux, z]).detach()
         return _Attach.apply(weights, self.scale * (self.balance.aux_coeff * aux + self.balance.z_coeff * z))
 
 
@@ -154,7 +154,7 @@ class StepBalance:
     def finish(self, count: float) -> dict[str, float]:
         """Collective. Means over tokens and layers. `count`: what the loss functions counted in the step."""
         assert abs(count - self._count) <= 1e-4 * self._count, (count, self._count)
-        sums = _summed(sum((b.sums for b in self.balancers), torch.zeros(2, dtype=torch.float64)), None)
+        sums = _summed(sum((b.sums.cpu() for b in self.balancers), torch.zeros(2, dtype=torch.float64)), None)
         aux, z = (sums / (max(1.0, self._tokens) * self.layers)).tolist()
         return {"moe_aux_loss": aux, "moe_z_loss": z}
 

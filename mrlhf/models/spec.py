@@ -141,6 +141,12 @@ class ModelSpec:
         return sum(layer.moe for layer in self.layers) * self.experts.num * self.mlp_parameters(self.experts.ffn_hidden_size)
 
     @property
+    def whole_parameters(self) -> int:
+        """Of the matrices in all layers that every tensor-parallel rank has whole: down to the latent vectors."""
+        x = self.latent
+        return 0 if x is None else self.num_layers * self.hidden_size * ((x.q_rank or 0) + x.kv_rank + x.rope_dim)
+
+    @property
     def end_parameters(self) -> int:
         """Of everything that is in no layer: embeddings, final norm, LM head; without padding rows."""
         rows = self.vocab_size * (1 if self.tied else 2) + self.learned_positions * self.max_position_embeddings

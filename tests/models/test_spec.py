@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mrlhf.config import ModelConfig, ParallelConfig
-from mrlhf.models.spec import Experts, Layer, ModelSpec, check_layout
+from mrlhf.models.spec import Experts, Latent, Layer, ModelSpec, check_layout
 from mrlhf.plan import model_bytes
 
 DENSE = ModelSpec("llama", 4, 64, 128, 8, 4, 8, 256, 128, 1e-6, tied=False, layers=(Layer(),) * 4)
@@ -43,6 +45,15 @@ def test_memory_of_experts(tp: int, ep: int, dp: int) -> None:
     assert MOE.expert_parameters == experts
     dense = MOE.num_parameters - experts - MOE.end_parameters + 2 * 256 * 64
     assert model_bytes(MOE, tp=tp, ep=ep, dp=dp, **cut) == 2 * (dense // tp + experts // (ep if ep > 1 else tp))
+
+
+def test_memory_of_latent_attention() -> None:
+    """Every tensor-parallel rank has the projections down to the latent vectors whole."""
+    spec = replace(MOE, family="deepseek_v3", num_query_groups=8, latent=Latent(16, 24, 8, 4), layers=(Layer(),) * 4, experts=None)
+    down = 4 * 64 * (24 + 16 + 4)
+    cut = {"dtype": "float32", "pp": 1, "dp": 1, "trained": False, "distributed_optimizer": False}
+    assert model_bytes(spec, tp=1, **cut) == 4 * spec.num_parameters - 4 * 64  # the padded vocabulary is the vocabulary
+    assert model_bytes(spec, tp=2, **cut) == 4 * ((spec.num_parameters - spec.norm_parameters - down) // 2 + down)
 
 
 def test_experts_are_named_at_the_start() -> None:
