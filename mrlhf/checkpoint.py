@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from mrlhf.errors import CheckpointError
 from mrlhf.models.families import spec_from_hf
 from mrlhf.models.hf_io import HFReader, copy_side_files, resolve_hf
 from mrlhf.models.spec import ModelSpec, read_hf_config
-from mrlhf.safe_pickle import check_directory
+from mrlhf.safe_pickle import check_directory, read_metadata
 
 MANIFEST, FORMAT = "mrlhf.json", 1
 _OPTIMIZER_FORMAT = "fully_reshardable"
@@ -183,8 +184,27 @@ class _WithHead:
         return (self.head if block.hf == "score.weight" else self.reader).read(block)
 
 
+def check_optimizer_names(names: Iterable[str], *, spread: bool, where: str) -> None:
+    """`spread`: experts are over ranks now, and Megatron has an optimizer of their own for them. Raises CheckpointError where it was not so."""
+    was_spread = any(name.startswith("chained_") for name in names)
+    if was_spread != spread:
+        one, more = "parallel.expert_model_parallel_size = 1", "parallel.expert_model_parallel_size above 1"
+        raise CheckpointError(
+            f"its optimizer state was written with {more if was_spread else one}", where=where, expected=more if was_spread else one,
+            fix="that size (any above 1 is as good as another), or start anew from its weights: --model.path and another --train.output_dir",
+        )  # fmt: skip
+
+
 def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
-    """Weights and optimizer state of a checkpoint directory, whatever layout wrote it."""
+    """Weights and optimizer state of a checkpoint directory, whatever layout wrote it.
+
+    Raises CheckpointError where experts were spread over ranks and are not now, or the other way round: Megatron keeps their optimizer
+    state under other names then.
+    """
+    from mrlhf.parallel import state as ranks
+
+    spread = ranks.on_any_rank(len(optimizer.chained_optimizers) > 1)
+    check_optimizer_names(read_metadata(directory / "dist").state_dict_metadata, spread=spread, where=str(directory))
     state = _sharded(models)
     parts, weights = list(state), state["model"] if len(models) == 1 else dict(state)
     state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata())
