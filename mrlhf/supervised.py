@@ -142,14 +142,15 @@ def performance(trainer: Trainer, *, tokens: int, mean_length: float, seconds: f
 
 
 def report_spike(detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer, data: Dataset) -> dict[str, float]:
-    """train/loss_spike of one step; for a spike also a line with the samples of the worst micro-batches. Collective where there is one."""
+    """train/loss_spike of one step; for a spike also a line with the samples of the worst micro-batches. Collective."""
     wrong = detector.meet(loss)
-    if wrong is not None:
+    is_spike = state.on_any_rank(wrong is not None)  # tensor-parallel ranks may have computed losses that differ in the last bit
+    if is_spike:
         losses = trainer.micro_batch_losses()
         high = [found for found in losses if found[0] > loss / 2] or losses  # often it is one among many
         worst = "; ".join(f"{mean:.4f} with {describe_samples(data, samples)}" for mean, samples in high[:3])
-        say(f"loss spike at step {step}: {wrong}; micro-batches: {worst}")
-    return {"loss_spike": float(wrong is not None)}
+        say(f"loss spike at step {step}: {wrong or f'{loss:.4f}'}; micro-batches: {worst}")
+    return {"loss_spike": float(is_spike)}
 
 
 def evaluate(trainer: Trainer, loader: Loader, loss_fn: LossFn, before: Callable | None = None) -> dict[str, float]:

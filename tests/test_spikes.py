@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mrlhf.parallel import state
 from mrlhf.spikes import LEAST, WINDOW, SpikeDetector, deviations, normal
 from mrlhf.supervised import report_spike
 
@@ -50,7 +51,8 @@ def test_what_a_checkpoint_keeps_goes_on_the_same() -> None:
     assert resumed.meet(math.nan) is None and math.nan not in resumed.recent
 
 
-def test_the_report_names_the_samples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_names_the_samples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "on_any_rank", lambda flag: flag)  # of a world of one
     detector = SpikeDetector(6.0, [1.0, 1.1] * 20)
     trainer = SimpleNamespace(micro_batch_losses=lambda: [(9.0, (7, 3)), (4.0, (12,)), (1.0, (5,))])
     data = SimpleNamespace(prefix="data/sft")
