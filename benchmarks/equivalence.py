@@ -33,6 +33,7 @@ class Layout:
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 SP, VPP = {TP: 2, "sequence_parallel": "true"}, {PP: 2, "virtual_pipeline_model_parallel_size": 2}
+OVERLAPPED = {"overlap_grad_reduce": "true", "overlap_param_gather": "true"}
 UNPACKED = {"packing": 0, "micro": 3}
 BUDGET = {"packing": 0, "budget": 340}  # two packs, or the longest pair
 LAYOUTS: dict[str, Layout] = {
@@ -56,6 +57,8 @@ LAYOUTS: dict[str, Layout] = {
     "DP2, loss weights": Layout(2, {"blend": 1}, ("sft",)),
     "DP2, token budget, unpacked": Layout(2, BUDGET, ("sft", "rm", "dpo")),
     "PP2, interleaved 2, token budget, unpacked": Layout(2, {**VPP, **BUDGET}, ("dpo",)),
+    "DP2, overlapped": Layout(2, OVERLAPPED, ("sft", "rm")),
+    "DP2 x PP2, interleaved 2, overlapped": Layout(4, {**VPP, **OVERLAPPED}, ("sft",)),
     "CP2": Layout(2, {CP: 2}, ("sft", "rm", "dpo")),
     "CP2, unpacked": Layout(2, {CP: 2, **UNPACKED}, ("sft", "rm", "dpo")),
     "CP2, token budget": Layout(2, {CP: 2, "budget": 340}, ("sft",)),
@@ -65,6 +68,7 @@ LAYOUTS: dict[str, Layout] = {
     "PP2, interleaved 2, x CP2": Layout(4, {**VPP, CP: 2}, ("sft",)),
     "MoE, 1 process": Layout(1, {}, ("sft",), "qwen3_moe"),
     "MoE, EP2": Layout(2, {"expert_model_parallel_size": 2}, ("sft",), "qwen3_moe"),
+    "MoE, EP2, overlapped": Layout(2, {"expert_model_parallel_size": 2, **OVERLAPPED}, ("sft",), "qwen3_moe"),
     "MoE, CP2 x EP2": Layout(2, {CP: 2, "expert_model_parallel_size": 2}, ("sft",), "qwen3_moe"),
     "NEFTune, 1 process": Layout(1, {"neftune": 5}, ("sft",)),
     "NEFTune, unpacked": Layout(1, {"neftune": 5, **UNPACKED}, ("sft",)),

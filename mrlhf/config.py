@@ -58,6 +58,12 @@ class ParallelConfig:
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activations computed again in backward: selective: inside attention; full: of every layer but its input"
     )
+    overlap_grad_reduce: bool | None = option(
+        None, "reduce gradients over data-parallel ranks while backward still runs; unset: where there is a GPU"
+    )
+    overlap_param_gather: bool | None = option(
+        None, "distributed optimizer: gather the new parameters while the next forward runs; unset: where there is a GPU"
+    )
     timeout_minutes: float = option(10.0, "a collective that waits longer ends the run with an error")
     silence_seconds: float = option(60.0, "a rank that gives no sign of life for so long ends the run on all ranks, with its name")
 

@@ -38,7 +38,7 @@ from mrlhf.models.balance import Balance, Balancer, StepBalance, samples_of
 from mrlhf.models.router import Router
 from mrlhf.parallel import adam, device, state
 from mrlhf.parallel.context import gather_tokens, sum_over_ranks
-from mrlhf.parallel.logprobs import OfTargets, head_logprobs
+from mrlhf.parallel.logprobs import Head, OfTargets, head_logprobs
 
 Partials = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, Partials]]
@@ -134,8 +134,10 @@ class Model:
         keep_BT: torch.Tensor | None = None,
     ) -> OfTargets:
         """Of the batch's targets, from an LM's output, [B, T] each; see `head_logprobs`."""
-        head = gpt.lm_head(self.modules[-1], self.spec)
-        return head_logprobs(hidden_BTH, batch.targets_BT, head, temperature=temperature, with_entropy=with_entropy, keep=keep_BT)
+        return head_logprobs(hidden_BTH, batch.targets_BT, self._head(), temperature=temperature, with_entropy=with_entropy, keep=keep_BT)
+
+    def _head(self) -> Head:
+        return gpt.lm_head(self.modules[-1], self.spec)
 
     def _schedule(self, micro_batches: list[MicroBatch], step: Callable, *, forward_only: bool, collect: bool = False) -> list:
         iterators = [iter(micro_batches) for _ in self.chunks]
@@ -236,8 +238,18 @@ class Trainer(Model):
         super().__init__(source, parallel, head=head, dtype=dtype, seed=seed, random_init=random_init)
         self.balance = self._balancers(balance) if balance is not None else None
         self.adam = adam.install()
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=optim.use_distributed_optimizer, grad_reduce_in_fp32=True)
+        reduces, gathers = self._overlaps(parallel, optim)
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=optim.use_distributed_optimizer,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=reduces or gathers,
+            overlap_param_gather=gathers,
+        )
         self.chunks = [DistributedDataParallel(self.config, ddp, module) for module in self.modules]
+        self._gathers, self._to_gather = gathers, False
+        if reduces or gathers:
+            waits = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = waits if len(waits) > 1 else waits[0]
         self.config.finalize_model_grads_func = self._finalize
         self._count = torch.zeros((), dtype=torch.float64, device=self.device)  # of this rank and step
         self.optimizer = get_megatron_optimizer(
@@ -251,12 +263,40 @@ class Trainer(Model):
                 adam_eps=optim.adam_eps,
                 clip_grad=optim.clip_grad,
                 use_distributed_optimizer=optim.use_distributed_optimizer,
+                overlap_param_gather=gathers,
                 bf16=dtype == "bfloat16",
                 params_dtype=DTYPES[dtype],
             ),
             self.chunks,
         )
         self.scheduler = make_scheduler(self.optimizer, optim, total_steps=total_steps)
+
+    @staticmethod
+    def _overlaps(parallel: ParallelConfig, optim: OptimConfig) -> tuple[bool, bool]:
+        """(reduce gradients in backward, gather parameters in forward). The second needs Megatron's first."""
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
+            return False, False
+        wanted = (device.current().is_cuda if x is None else x for x in (parallel.overlap_grad_reduce, parallel.overlap_param_gather))
+        reduces, gathers = wanted
+        return reduces, gathers and optim.use_distributed_optimizer
+
+    def _settle(self) -> None:
+        """Whole new parameters, where the next forward pass would have gathered them. Collective."""
+        if self._to_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+            self._to_gather = False
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        self._settle()
+        return super().parameters()
+
+    def _head(self) -> Head:
+        """No forward hook waits for its weight: it is used outside of its module."""
+        head = super()._head()
+        if self._gathers:
+            self.chunks[-1].param_to_bucket_group[head.weight_WH].finish_param_sync()
+        return head
 
     def _balancers(self, balance: Balance) -> StepBalance:
         found = []
@@ -346,6 +386,7 @@ class Trainer(Model):
             if parameters and part.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
+        self._to_gather = self._gathers
 
     def _nonfinite(self, micro_batches: list[MicroBatch], results: list[Partials], found: dict[str, float]) -> None:
         """Collective. Says which samples had such a loss, or, where all losses are finite, which were in the step; stops, or counts."""
@@ -368,6 +409,7 @@ class Trainer(Model):
         return float(self.optimizer.param_groups[0]["lr"])
 
     def part(self, name: str = "", *, with_optimizer: bool = True) -> Part:
+        self._settle()
         return Part(name, self.modules, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir)
 
     def resume(self, directory: Any, steps_done: int) -> None:

@@ -8,6 +8,7 @@ blend=1 (the set twice, as two sources with loss weights that are no integers).
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -22,6 +23,10 @@ def main() -> None:
     from mrlhf.dpo import preference_loss, reference_logps
     from mrlhf.engine import Trainer
     from mrlhf.parallel import state
+
+    # isort: split
+    from megatron.core import parallel_state
+
     from mrlhf.rm import reward_loss
     from mrlhf.sft import language_model_loss
 
@@ -72,7 +77,14 @@ def main() -> None:
             loss = preference_loss(config, trainer, loader, reference_logps(trainer, loader))
         # the whole set every step, whatever a row is: packed and unpacked see the same samples
         batches = [b for rows in loader.in_order() for b in loader.micro_batches(rows)]
-        return [trainer.step(batches, loss) for _ in range(steps)]
+        done = [trainer.step(batches, loss) for _ in range(steps)]
+        # ranks that share parameters hold the same ones, also where the next forward pass would have gathered them
+        mine = {name: float(p.double().sum()) for name, p in trainer.parameters().items() if ".experts." not in name}
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        shares: list[Any] = [None] * group.size()
+        dist.all_gather_object(shares, mine, group=group)
+        assert all(share == mine for share in shares)
+        return done
 
     for case in sys.argv[3:]:
         name, _, options = case.partition(":")
