@@ -202,6 +202,15 @@ class RolloutConfig:
     correction: Literal["none", "tis", "icepop"] = option("none", "weigh the policy loss by exp(trainer - vLLM log-prob)")
     correction_low: float = option(0.0, "lower bound of that weight")
     correction_high: float = option(2.0, "upper bound of that weight")
+    stop: tuple[str, ...] = option((), "texts that end an answer (a turn) besides the end-of-turn token; they belong to it")
+    stop_token_ids: tuple[int, ...] = option((), "ids that do so")
+    environment: str | None = option(None, "file.py:Class that the model talks with in turns (tools, games); see docs/rl.md")
+    max_turns: int = option(8, "turns of the model in a conversation with the environment")
+    environment_threads: int = option(16, "steps of the environment at once, on each vLLM replica")
+    environment_timeout_s: float = option(60.0, "of one turn's steps, all conversations together")
+    mismatch_warning: float = option(0.01, "rollout/kl_mismatch, in nats a token, above which a step prints a warning")
+    dynamic_sampling: bool = option(False, "drop the groups whose scores are all equal and draw further prompts in their place (DAPO)")
+    max_refills: int = option(4, "times that a rollout draws further prompts; the last ones are taken whatever their scores")
     samples_to_log: int = option(4, "answers of each rollout written to samples/step_N.jsonl")
 
 
@@ -217,10 +226,15 @@ class OffloadConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    sources: tuple[str, ...] = option(REQUIRED, "model:DIR, file.py:function or http(s)://host[,http://host2]; weighted sum of all")
+    sources: tuple[str, ...] = option((), "model:DIR, file.py:function or http(s)://host[,http://host2]; weighted sum of all")
     weights: tuple[float, ...] = option((), "a weight for each source; empty: 1 each")
     normalize: bool = option(True, "reward models: (score - mean) / std with the statistics in their checkpoint")
     clip: float = option(10.0, "the sequence score is clipped to +- this")
+    scaling: Literal["none", "whiten", "std", "running_std"] = option(
+        "none", "of the scores of a rollout: minus mean, by std; by std; by the std of all rollouts so far"
+    )
+    overlong_buffer: int = option(0, "DAPO: the last so many tokens before rollout.max_new_tokens are punished, linearly; 0: off")
+    overlong_penalty: float = option(1.0, "DAPO: subtracted from the score of an answer of rollout.max_new_tokens")
     function_timeout_s: float = option(300.0, "of one call of a Python function; then its process is killed and the run ends")
     function_memory_mib: int = option(8192, "address space of a Python function's process; 0: no limit, e.g. for one that uses a GPU")
     function_env: tuple[str, ...] = option((), "names of environment variables that Python functions may see; all but a few are kept from them")
@@ -258,6 +272,14 @@ class PPOConfig:
     critic: str | None = option(None, "where the critic starts; unset: a local reward model, else model.path with a fresh head")
     critic_lr: float = option(1e-5, "peak learning rate of the critic")
     critic_warmup_steps: int = option(0, "rollouts that train only the critic")
+
+
+@dataclass(frozen=True)
+class PTXConfig:
+    coef: float = option(0.0, "weight of the pretraining loss in the actor's updates; 0: none")
+    data: str | None = option(None, "prefix written by tools/preprocess_data.py --task sft or pretrain")
+    batch_size: int = option(8, "rows of it in every update")
+    micro_batch_size: int = option(1, "rows of it a forward pass")
 
 
 @dataclass(frozen=True)
@@ -307,9 +329,10 @@ class PPOStage:
     data: DataConfig
     train: TrainConfig
     rollout: RolloutConfig
-    reward: RewardConfig
+    reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
+    ptx: PTXConfig = PTXConfig()
     offload: OffloadConfig = OffloadConfig()
     parallel: ParallelConfig = ParallelConfig()
     optim: OptimConfig = OptimConfig()
@@ -337,10 +360,16 @@ class GenerateStage:
     prompts: str = option(REQUIRED, "jsonl with `prompt` (messages) or `input` (string) in every line")
     output: str = option(REQUIRED, "jsonl to write: the line's columns and `completions`")
     n: int = option(1, "answers a prompt")
+    best_of: int = option(0, "so many answers a prompt, of which the best goes into `output` as a row for sft; 0: off")
+    pairs: str | None = option(None, "with best_of: jsonl to write with the best and the worst answers, rows for rm and dpo")
+    min_score: float | None = option(None, "with best_of: leave out prompts whose best answer scores less (rejection sampling)")
     temperature: float = option(1.0, "0: greedy")
     top_p: float = option(1.0, "nucleus; 1: off")
     top_k: int = option(-1, "-1: off")
-    max_new_tokens: int = option(128, "longest answer")
+    max_new_tokens: int = option(128, "longest answer (conversation)")
+    stop: tuple[str, ...] = option((), "texts that end an answer besides the end-of-turn token")
+    environment: str | None = option(None, "file.py:Class to talk with in turns, as rollout.environment of ppo")
+    max_turns: int = option(8, "turns of the model in a conversation with the environment")
     max_prompt_length: int | None = option(None, "refuse longer prompts; unset: what the model's length leaves")
     seed: int = option(1, "answers are the same for the same seed, whatever the number of ranks")
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of parameters and activations")
@@ -348,6 +377,8 @@ class GenerateStage:
     kv_cache_mib: int = option(256, "vLLM's key/value cache on each rank")
     max_num_seqs: int = option(256, "answers vLLM decodes at once")
     input_template: str | None = option(None, "plain text template for tokenizers without a chat template")
+    micro_batch_size: int = option(8, "answers a forward pass of a reward model")
+    reward: RewardConfig = RewardConfig()
 
 
 @dataclass(frozen=True)
@@ -365,6 +396,7 @@ class ServeRewardStage:
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of parameters and activations")
     parallel: ParallelConfig = ParallelConfig()
 
+GROUP_ESTIMATORS = ("rloo", "grpo", "dr_grpo", "reinforce_baseline")
 
 STAGES: dict[str, type] = {
     "pretrain": PretrainStage,
@@ -382,12 +414,13 @@ _POSITIVE = (
     "num_layers_in_last_pipeline_stage context_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
     "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
     "http_timeout_s http_total_timeout_s timeout_s max_batch_size max_request_mib function_timeout_s http_batch_size max_prompt_length value_clip "
-    "max_tokens_per_micro_batch reshard_bucket_mib silence_seconds"
+    "max_tokens_per_micro_batch reshard_bucket_mib silence_seconds max_turns environment_threads environment_timeout_s"
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "
     "function_memory_mib port critic_warmup_steps entropy_coef nll_coef z_loss "
-    "moe_aux_loss_coeff moe_z_loss_coeff neftune_alpha samples_to_log correction_low critic_lr loss_spike_threshold"
+    "moe_aux_loss_coeff moe_z_loss_coeff neftune_alpha samples_to_log correction_low critic_lr loss_spike_threshold "
+    "overlong_buffer overlong_penalty max_refills mismatch_warning best_of"
 ).split()
 
 
@@ -513,7 +546,7 @@ def check(config: Any) -> list[ConfigError]:
                 f"train.global_batch_size = {config.train.global_batch_size} does not divide rollout.batch_size x rollout.n = {answers}",
                 "a divisor: each rollout is cut into whole mini-batches",
             )
-        if config.ppo.estimator in ("rloo", "grpo", "dr_grpo", "reinforce_baseline") and config.rollout.n < 2:
+        if config.ppo.estimator in GROUP_ESTIMATORS and config.rollout.n < 2:
             bad(
                 "rollout.n",
                 f"ppo.estimator = {config.ppo.estimator} compares the answers of one prompt, and rollout.n = {config.rollout.n}",
@@ -521,6 +554,20 @@ def check(config: Any) -> list[ConfigError]:
             )
         if config.ppo.estimator in ("rloo", "grpo", "dr_grpo") and config.ppo.gamma != 1.0:
             bad("ppo.gamma", f"ppo.estimator = {config.ppo.estimator} has gamma 1", "1.0", "--ppo.gamma 1.0")
+        if config.rollout.dynamic_sampling and (config.rollout.n < 2 or config.ppo.estimator not in GROUP_ESTIMATORS):
+            what = f"rollout.dynamic_sampling compares the answers of one prompt; ppo.estimator = {config.ppo.estimator}, rollout.n = {config.rollout.n}"
+            bad("rollout.dynamic_sampling", what, f"rollout.n of 2 or more and one of {', '.join(GROUP_ESTIMATORS)}")
+        if config.reward.overlong_buffer > config.rollout.max_new_tokens:
+            what = f"reward.overlong_buffer = {config.reward.overlong_buffer} is longer than an answer"
+            bad("reward.overlong_buffer", what, f"at most rollout.max_new_tokens = {config.rollout.max_new_tokens}")
+        if config.ptx.coef > 0 and config.ptx.data is None:
+            bad("ptx.data", f"ptx.coef = {config.ptx.coef} needs a data set", "a prefix made with --task sft or pretrain")
+        if config.ptx.coef > 0 and (config.model.moe_aux_loss_coeff or config.model.moe_z_loss_coeff):
+            what = "ptx.coef and the routers' losses (model.moe_aux_loss_coeff, moe_z_loss_coeff) would be counted by different tokens"
+            bad("ptx.coef", what, "one of them", "--ptx.coef 0")
+        if config.ptx.batch_size % max(1, config.ptx.micro_batch_size):
+            what = f"ptx.micro_batch_size = {config.ptx.micro_batch_size} does not divide ptx.batch_size = {config.ptx.batch_size}"
+            bad("ptx.micro_batch_size", what)
         if config.reward.weights and len(config.reward.weights) != len(config.reward.sources):
             bad("reward.weights", f"{len(config.reward.weights)} weights for {len(config.reward.sources)} reward sources", "one for each")
         for name in ("function_timeout_s", "http_total_timeout_s"):
@@ -528,8 +575,8 @@ def check(config: Any) -> list[ConfigError]:
             if seconds >= patience:
                 what = f"reward.{name} = {seconds:g} is not below parallel.timeout_minutes = {config.parallel.timeout_minutes:g} ({patience:g} s)"
                 bad(f"reward.{name}", what, "less: the other ranks would give up first", f"--parallel.timeout_minutes {seconds / 60 + 5:g}")
-        if not config.reward.sources:
-            bad("reward.sources", "no reward source", "model:DIR, file.py:function or a URL")
+        if not config.reward.sources and config.rollout.environment is None:
+            bad("reward.sources", "no reward source", "model:DIR, file.py:function or a URL, or rollout.environment")
         if config.rollout.temperature == 0:
             bad("rollout.temperature", "greedy answers have no gradient", "above 0")
         if config.kl.target is not None and config.kl.coef == 0:
@@ -544,6 +591,16 @@ def check(config: Any) -> list[ConfigError]:
             bad("ppo.dual_clip", f"ppo.dual_clip = {config.ppo.dual_clip}", "a number above 1 (usually 3), or null")
         if config.rollout.correction_low > config.rollout.correction_high:
             bad("rollout.correction_low", "rollout.correction_low is above rollout.correction_high")
+    if isinstance(config, GenerateStage):
+        if config.best_of and config.n != 1:
+            bad("best_of", f"best_of = {config.best_of} and n = {config.n}: both say how many answers a prompt gets", "one of them", "--n 1")
+        if config.best_of and not config.reward.sources:
+            bad("reward.sources", "best_of needs something that scores", "model:DIR, file.py:function or a URL")
+        for name in ("pairs", "min_score"):
+            if getattr(config, name) is not None and not config.best_of:
+                bad(name, f"{name} = {getattr(config, name)} without best_of", fix="--best_of 8")
+        if config.best_of and config.environment is not None:
+            bad("best_of", "best_of writes rows of one answer, and conversations with an environment have several turns", "0", "--best_of 0")
     if (
         isinstance(config, DPOStage)
         and config.dpo.label_smoothing

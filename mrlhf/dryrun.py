@@ -47,13 +47,14 @@ def _training(stage: str, config: Any) -> None:
     others = {}
     if isinstance(config, PPOStage):
         from mrlhf.checkpoint import open_source
-        from mrlhf.rl.ppo import check, make_prompt_order
+        from mrlhf.rl.ppo import check
+        from mrlhf.rl.prompts import make_prompt_order
         from mrlhf.rl.reward_sources import critic_source, model_sources
 
         run = check(config, world)
         if config.ppo.estimator == "gae":
             others["critic"] = critic_source(config, run.source).spec
-        others |= {f"reward {path}": open_source(path).spec for path in model_sources(config)}
+        others |= {f"reward {path}": open_source(path).spec for path in model_sources(config.reward)}
     else:
         run = preflight.check_run(stage, config, world=world)
     check_resume(config, Path(config.train.output_dir))
@@ -102,8 +103,7 @@ def main(stage: str, config: Any) -> None:
 
         source, _ = check_generate(config, int(os.environ.get("WORLD_SIZE", config.tensor_parallel_size)))
         limit = config.max_prompt_length or source.spec.max_position_embeddings - config.max_new_tokens
-        records, _ = read_prompts(config, load(source.hf_dir), limit)
-        print(f"{len(records)} prompts")
+        print(f"{len(read_prompts(config, load(source.hf_dir), limit))} prompts")
     else:
         _training(stage, config)
     print("nothing wrong was found")

@@ -49,6 +49,10 @@ class RewardError(MrlhfError):
     """A reward source failed, or gave a missing, non-finite or wrong-length answer."""
 
 
+class ToolError(MrlhfError):
+    """An environment (rollout.environment) raised, took too long or answered with something else than it must."""
+
+
 class EnvironmentProblem(MrlhfError):
     """The machine or an installed package does not fit (version, missing extra, device)."""
 

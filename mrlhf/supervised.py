@@ -56,14 +56,14 @@ def make_order(config: Any, data: Dataset) -> Order:
     )
 
 
-def data_position(order: Order, data: Dataset, step: int) -> dict[str, Any]:
+def data_position(order: Order, data: Dataset, consumed: list[int]) -> dict[str, Any]:
     """What a checkpoint keeps of the data: for each source what it is and how many of its rows were met."""
-    parts = zip(sources_of(data), order.mix.rows, order.consumed(step), strict=True)
+    parts = zip(sources_of(data), order.mix.rows, consumed, strict=True)
     return {"data": [{"prefix": d.prefix, "identity": d.identity, "rows": rows, "consumed": n} for d, rows, n in parts]}
 
 
-def go_on(order: Order, data: Dataset, manifest: dict[str, Any], *, where: str) -> None:
-    """Bring the order to a checkpoint's position. Raises CheckpointError where the data is not what the checkpoint was trained on."""
+def go_on(order: Order, data: Dataset, manifest: dict[str, Any], *, where: str, position: int | None = None) -> None:
+    """Bring the order to a checkpoint's position (None: that of its step). Raises CheckpointError where the data is not what the checkpoint was trained on."""
     kept = manifest.get("data")
     if kept is None:
         return
@@ -77,17 +77,17 @@ def go_on(order: Order, data: Dataset, manifest: dict[str, Any], *, where: str) 
                 fix="bring that data back, or start anew: --model.path with another --train.output_dir",
             )
     try:
-        order.go_on(manifest["step"], [source["consumed"] for source in kept])
+        order.go_on_at(order.position(manifest["step"]) if position is None else position, [source["consumed"] for source in kept])
     except ValueError as error:
         raise CheckpointError(f"its data position cannot be right: {error}", where=where, fix="take an earlier checkpoint") from error
 
 
-def source_epochs(order: Order, data: Dataset, step: int) -> dict[str, float]:
-    """data/<source>/epoch of a blend: passes over each source after `step`."""
+def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str, float]:
+    """data/<source>/epoch of a blend: passes over each source after so many of its rows."""
     parts = sources_of(data)
     if len(parts) == 1:
         return {}
-    counts = zip(names_of([p.prefix for p in parts]), order.consumed(step), order.mix.rows, strict=True)
+    counts = zip(names_of([p.prefix for p in parts]), consumed, order.mix.rows, strict=True)
     return {f"data/{name}/epoch": n / rows for name, n, rows in counts}
 
 
@@ -252,7 +252,7 @@ def train(
             stage=stage,
             step=step,
             dtype=config.model.dtype,
-            extra=extra | data_position(order, run.train, step) | {"recent_losses": spikes.recent},
+            extra=extra | data_position(order, run.train, order.consumed(step)) | {"recent_losses": spikes.recent},
             keep_last=config.checkpoint.keep_last,
             best=best,
         )
@@ -269,7 +269,7 @@ def train(
         seconds = time.perf_counter() - start
         lengths = [n for b in batches for n in b.lengths]
         log = {f"train/{k}": v for k, v in found.items()} | {"train/epoch": order.epoch(step), "time/data_s": waited}
-        log |= source_epochs(order, run.train, step)
+        log |= source_epochs(order, run.train, order.consumed(step))
         # this rank's share stands for the others'
         log |= performance(
             trainer, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world

@@ -41,7 +41,7 @@ LARGE = {"llama3_8b": (LLAMA_3_8B, "8,030,261,248"), "llama3_70b": (LLAMA_3_70B,
 
 
 def stage_of(path: Path) -> str:
-    return path.stem if path.parent.name == "quickstart" else path.parent.name
+    return path.stem if path.parent.name in ("quickstart", "calculator") else path.parent.name
 
 
 def name(path: Path) -> str:
@@ -191,3 +191,35 @@ def test_grpo(world: Path, tmp_path: Path) -> None:
     config = {"CONFIG": "examples/ppo/grpo.yaml", "REWARD": "examples/rewards/exact_match.py:exact_match"}
     lines = train(world, "ppo", exported(tmp_path / "run"), *small, **config)
     assert len(lines) == 2 and "critic/vf_loss" not in lines[0] and "reward/function:exact_match.py:exact_match" in lines[0]
+
+
+def test_iterative_dpo(world: Path, tmp_path: Path) -> None:
+    """One round: answers with rewards, the best and the worst of them through preprocessing, DPO."""
+    prompts = [json.dumps({"prompt": row["prompt"]}) for row in map(json.loads, (world / "prompts.jsonl").read_text().splitlines())]
+    (tmp_path / "prompts.jsonl").write_text("".join(line + "\n" for line in prompts))
+    reward = tmp_path / "reward.py"
+    reward.write_text("def vowels(prompts, completions, **columns):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n")
+    settings = {
+        "PYTHON": sys.executable, "NPROC": 1, "ROUNDS": 1, "BEST_OF": 4, "PROMPTS": 16, "INPUT": tmp_path / "prompts.jsonl", "SEQ_LENGTH": 160,
+        "TOKENIZER": world / "qwen2", "MODEL": world / "qwen2", "REWARD": f"{reward}:vowels", "OUTPUT": tmp_path / "out", "MAX_NEW_TOKENS": 90,
+    }  # fmt: skip
+    env = environment() | {key: str(value) for key, value in settings.items()}
+    command = ["examples/iterative_dpo/run.sh", "--train.max_steps", "2", "--train.global_batch_size", "2", "--logging.tensorboard", "false"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    here = tmp_path / "out/round_1"
+    best, pairs = ([json.loads(line) for line in (here / f"{name}.jsonl").read_text().splitlines()] for name in ("best", "pairs"))
+    assert 0 < len(pairs) <= len(best) <= 16
+    assert f"{len(best)} best answers, {len(pairs)} pairs" in done.stdout
+    for pair in pairs:
+        chosen, rejected = (sum(c in "aeiou" for c in pair[side][0]["content"]) for side in ("chosen", "rejected"))
+        assert chosen == pair["score_chosen"] > pair["score_rejected"] == rejected
+    assert json.loads((here / "pairs.json").read_text())["task"] == "preference"
+    assert metrics(here / "dpo")[0]["train/loss"] == pytest.approx(0.693147, abs=1e-5)
+    done_sft = subprocess.run(
+        [sys.executable, "tools/preprocess_data.py", "--task", "sft", "--input", here / "best.jsonl", "--tokenizer", world / "qwen2",
+         "--output-prefix", here / "best", "--seq-length", "160"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done_sft.returncode == 0, done_sft.stderr[-2000:]
+    assert json.loads((here / "best.json").read_text())["task"] == "sft"

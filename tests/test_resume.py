@@ -141,7 +141,8 @@ def test_ppo_killed_and_resumed(world: Path, tmp_path: Path) -> None:
     args = ["ppo", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "prompts", "--train.global_batch_size", 8,
             "--train.max_steps", 5, "--optim.lr", 1e-4, "--checkpoint.save_interval", 2, "--rollout.batch_size", 8, "--rollout.n", 2, "--ppo.epochs", 2,
             "--rollout.max_new_tokens", 12, "--rollout.kv_cache_mib", 64, "--kl.target", 0.1, "--kl.horizon", 200,
-            "--reward.sources", "examples/rewards/length_penalty.py:length_penalty"]  # fmt: skip
+            "--reward.sources", "examples/rewards/length_penalty.py:length_penalty", "--reward.overlong_buffer", 8, "--reward.scaling", "running_std",
+            "--ptx.coef", 0.1, "--ptx.data", world / "sft", "--ptx.batch_size", 2]  # fmt: skip
     check(tmp_path, args, kill_at=3)
 
 
@@ -163,7 +164,7 @@ def test_a_position_that_cannot_be_right_is_refused() -> None:
     flags = ["--model.path", "m", "--data.train", "x", "--train.output_dir", "o", "--train.global_batch_size", "4", "--data.packing", "false"]
     config, data = load_config(SFTStage, None, flags), Rows(30)
     order = make_order(config, data)
-    manifest = {"step": 3, **data_position(order, data, 3)}
+    manifest = {"step": 3, **data_position(order, data, order.consumed(3))}
     assert manifest["data"] == [{"prefix": "data/x", "identity": "x" * 64, "rows": 30, "consumed": 12}]
     resumed = make_order(config, data)
     go_on(resumed, data, manifest, where="c")
@@ -181,7 +182,7 @@ def test_prompts_of_a_blend() -> None:
     from mrlhf.config import PPOStage
     from mrlhf.config_io import load_config
     from mrlhf.data.blend import Blend
-    from mrlhf.rl.ppo import make_prompt_order
+    from mrlhf.rl.prompts import make_prompt_order
 
     flags = ["--model.path", "m", "--data.train", "[a, {prefix: b, epochs: 2}]", "--train.output_dir", "o", "--train.global_batch_size", "8",
              "--rollout.batch_size", "8", "--reward.sources", "f.py:f"]  # fmt: skip

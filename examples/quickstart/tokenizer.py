@@ -43,9 +43,11 @@ CONFIG: dict[str, Any] = {
 
 
 def texts(data_dir: Path) -> Iterator[str]:
-    """Every text of the training files."""
-    for name in ("pretrain", "sft_train"):
-        with (data_dir / f"{name}.jsonl").open() as lines:
+    """Every text of the training files that are there."""
+    for path in (data_dir / "pretrain.jsonl", data_dir / "sft_train.jsonl"):
+        if not path.is_file():
+            continue
+        with path.open() as lines:
             for line in lines:
                 row = json.loads(line)
                 if "text" in row:

@@ -49,6 +49,7 @@ class MicroBatch:
     # ends on another rank; cu_seqlens and attention_mask stay those of the whole rows; over_ranks sums over the ranks, with gradient
     first: int = 0
     over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ptx: bool = False  # of the pretraining data that is mixed into an update of PPO's actor
 
     @property
     def num_samples(self) -> int:

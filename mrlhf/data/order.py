@@ -178,11 +178,15 @@ class Order:
 
     def rows(self, step: int) -> list[int]:
         """Of step 1, 2, ... total_steps."""
-        start = self.position(step - 1)
+        found = self.span(self.position(step - 1), self.position(step))
+        return found + [-1] * (self.batch - len(found))
+
+    def span(self, start: int, stop: int) -> list[int]:
+        """Rows at positions start <= p < stop of the order, which has no end."""
         self._interleave.seek(start)
         before = list(self._interleave.taken)
-        sources = self._interleave.take(self.position(step) - start)
-        rows = np.full(self.batch, -1, np.int64)
+        sources = self._interleave.take(stop - start)
+        rows = np.empty(stop - start, np.int64)
         for s in np.unique(sources).tolist():
             where = np.flatnonzero(sources == s)
             rows[where] = self._first[s] + self._rows_of(s, before[s] + np.arange(len(where)))
@@ -204,7 +208,11 @@ class Order:
 
     def consumed(self, step: int) -> list[int]:
         """Rows met of each source after `step` steps."""
-        self._interleave.seek(self.position(step))
+        return self.taken_at(self.position(step))
+
+    def taken_at(self, position: int) -> list[int]:
+        """Rows of each source among the first `position`."""
+        self._interleave.seek(position)
         return list(self._interleave.taken)
 
     def share(self, position: int) -> list[int]:
@@ -213,4 +221,8 @@ class Order:
 
     def go_on(self, step: int, consumed: Sequence[int]) -> None:
         """Start behind `step` with what `consumed(step)` was. ValueError where it cannot have been that."""
-        self._interleave.seek(self.position(step), consumed)
+        self.go_on_at(self.position(step), consumed)
+
+    def go_on_at(self, position: int, taken: Sequence[int]) -> None:
+        """Start at `position` with what `taken_at` was there. ValueError where it cannot have been that."""
+        self._interleave.seek(position, taken)

@@ -18,6 +18,7 @@ from mrlhf.losses import check_choice, check_same_shape, fill_masked
 ESTIMATORS = ("rloo", "grpo", "dr_grpo", "reinforce_baseline", "reinforce")
 VARIANCE_FLOOR = 1e-8
 GRPO_EPSILON = 1e-9
+WHITENED = ("gae", "reinforce", "reinforce_baseline")
 
 
 def token_rewards(scores_B: Tensor, kl: Tensor, mask: Tensor, *, beta: float, clip: float | None = None) -> Tensor:
@@ -117,6 +118,34 @@ def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor
     # fp32: three scores of 0.1 have a mean of 0.1 + 1 ulp, which grpo's division would turn into an advantage near 1
     all_equal_G1 = (scores_GN == scores_GN[:, :1]).all(1, keepdim=True)
     return centred_GN.masked_fill(all_equal_G1, 0.0).flatten()
+
+
+def estimate(
+    scores_B: Tensor,
+    kl: Tensor,
+    values: Tensor | None,
+    mask: Tensor,
+    *,
+    estimator: str,
+    group_size: int,
+    beta: float,
+    clip: float,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(advantages, returns, token rewards) of a rollout, [B, T] each, from clipped scores [B] and per-token KL [B, T]; not yet whitened.
+
+    gae needs `values` [B, T]; the others give returns = advantages. docs/rl.md has the formula of every estimator.
+    """
+    if estimator == "gae":
+        assert values is not None
+        rewards_BT = token_rewards(scores_B, kl, mask, beta=beta, clip=clip)
+        advantages_BT, returns_BT = gae(rewards_BT, values, mask, gamma=gamma, lam=lam)
+        return advantages_BT, returns_BT, rewards_BT
+    shaped_B = group_scores(scores_B.clamp(-clip, clip), estimator=estimator, group_size=group_size)
+    rewards_BT = token_rewards(shaped_B, kl, mask, beta=beta)
+    returns_BT = discounted_returns(rewards_BT, mask, gamma=gamma)
+    return returns_BT, returns_BT, rewards_BT
 
 
 def _decay(keep: Tensor, factor: float) -> Tensor:

@@ -1,6 +1,6 @@
 """PPO and its critic-free relatives: actor, critic, reference and reward models on Megatron, vLLM in the same ranks.
 
-The loop (semantics of every number: docs/ppo.md):
+The loop (semantics of every number: docs/rl.md):
     generate -> score -> log-probs -> values -> advantages -> update -> reshard
 Legend: B answers of a rollout, A tokens of the longest answer, T tokens and N samples of a micro-batch.
 """
@@ -19,32 +19,26 @@ from mrlhf.checkpoint import ModelSource
 from mrlhf.config import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.loader import MicroBatch
-from mrlhf.data.order import Order
-from mrlhf.engine import DTYPES, Model, Trainer
-from mrlhf.errors import MrlhfError
-from mrlhf.losses import reduce_loss, sum_and_count
+from mrlhf.engine import DTYPES, LossFn, Model, Trainer
+from mrlhf.errors import DataError, MrlhfError
 from mrlhf.models.balance import make_balance, of_aggregation, trained_tokens
 from mrlhf.models.layouts import make_reshard
 from mrlhf.parallel import device, reshard, state, watch
 from mrlhf.rl import advantages as adv
+from mrlhf.rl.describe import Tables, describe, mismatch_warning
+from mrlhf.rl.environments import check_environment, make_environments
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from mrlhf.rl.phases import Offload, Phases
-from mrlhf.rl.policy_loss import policy_loss, value_loss
+from mrlhf.rl.prompts import Prompts
 from mrlhf.rl.reward_sources import Rewards, critic_source
-from mrlhf.rl.rollout import Rollout, generate, micro_batches, spread, table
+from mrlhf.rl.rollout import Rollout, generate, micro_batches, table
+from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
+from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
 from mrlhf.rl.vllm_engine import Sampling, VLLMEngine, check_rollout
 from mrlhf.tokenizer import load, stop_ids
 
 # rounding between the forward pass that gave the old log-probs and the training pass, not a change of the policy
 _FIRST_RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
-
-
-def make_prompt_order(config: PPOStage, data: Dataset) -> Order:
-    """Prompts of rollout 1, 2, ...: whole rollouts only, the last one goes on into a new epoch, no prompt is dropped."""
-    train = replace(config.train, global_batch_size=config.rollout.batch_size)
-    prompts = replace(config, train=train, data=replace(config.data, packing=False))
-    rollouts = supervised.make_order(prompts, data).total_steps
-    return supervised.make_order(replace(prompts, train=replace(train, max_steps=rollouts)), data)
 
 
 class PPO:
@@ -55,10 +49,9 @@ class PPO:
         self.rank = dist.get_rank()
         _, self.dp_rank, _ = layout.coordinates(self.rank)
         ppo, rollout, seed = config.ppo, config.rollout, config.train.seed
-        self.answers = rollout.batch_size * rollout.n
-        self.order = make_prompt_order(config, run.train)
-        self.updates_per_rollout = ppo.epochs * (self.answers // config.train.global_batch_size)
-        updates = self.order.total_steps * self.updates_per_rollout
+        self.prompts = Prompts(config, run.train)
+        self.updates_per_rollout = ppo.epochs * (rollout.batch_size * rollout.n // config.train.global_batch_size)
+        updates = self.prompts.total_steps * self.updates_per_rollout
         dtype = config.model.dtype
         common: dict[str, Any] = {"dtype": dtype, "seed": seed, "total_steps": updates}
         balance = make_balance(config.model, of_aggregation(config.loss))
@@ -77,14 +70,25 @@ class PPO:
             if config.kl.target is None
             else AdaptiveKL(config.kl.coef, target=config.kl.target, horizon=config.kl.horizon)
         )
+        self.running_std = RunningStd()
+        self.ptx: Pretraining | None = None
+        if config.ptx.coef > 0:
+            self.ptx = Pretraining(config, open_ptx(config, run.source)[0], dp_rank=self.dp_rank, dp_size=layout.dp)
         self.tokenizer = load(run.source.hf_dir)
-        self.rewards = Rewards(config, run.source, self.tokenizer)
+        self.rewards = Rewards(
+            config.reward, run.source, self.tokenizer, parallel=config.parallel, dtype=dtype, seed=seed,
+            environment=rollout.environment is not None,
+        )
         trainers = {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
         frozen = self.rewards.models | ({"reference": self.reference} if self.reference is not None else {})
         self.offload = Offload(config.offload, trainers=trainers, frozen=frozen)
-        self.sampling = Sampling(
-            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stop_ids(run.source.hf_dir, self.tokenizer)
-        )
+        ends = stop_ids(run.source.hf_dir, self.tokenizer)
+        stop = tuple(sorted({*ends, *rollout.stop_token_ids}))
+        self.sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stop, rollout.stop)
+        self.environments = make_environments(
+            rollout.environment, self.tokenizer, ends, max_turns=rollout.max_turns, threads=rollout.environment_threads,
+            timeout_s=rollout.environment_timeout_s, tp=rollout.tensor_parallel_size, world=layout.world, rank=self.rank,
+        )  # fmt: skip
         self.engine = VLLMEngine(
             run.source.spec,
             run.source.hf_dir,
@@ -95,6 +99,7 @@ class PPO:
             max_num_seqs=rollout.max_num_seqs,
             seed=seed,
             sleep=rollout.sleep,
+            tokenizer_dir=run.source.hf_dir if rollout.stop else None,
             log_dir=Path(config.train.output_dir) / "logs",
         )
         self.reshard = make_reshard(
@@ -118,7 +123,7 @@ class PPO:
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return {"reshard/bytes": float(worst[0]), "reshard/seconds": float(worst[1])}
 
-    def generate(self, data: Any, rows: list[int], *, step: int, n: int, sampling: Sampling) -> Rollout:
+    def generate(self, data: Any, rows: list[int], *, step: int, n: int, sampling: Sampling, first: int = 0) -> Rollout:
         tp = self.config.rollout.tensor_parallel_size
         return generate(
             self.engine,
@@ -130,6 +135,8 @@ class PPO:
             labels=[data.label(i) for i in rows],
             replicas=self.layout.world // tp,
             replica=self.rank // tp,
+            first=first,
+            environments=self.environments,
         )
 
     def batches(self, rollout: Rollout, rows: list[int] | range) -> list[MicroBatch]:
@@ -165,83 +172,66 @@ class PPO:
             self.critic, self.batches(rollout, range(rollout.size)), lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape
         )[0]
 
-    def advantages(
-        self, scores_B: torch.Tensor, kl_BA: torch.Tensor, values_BA: torch.Tensor | None, mask_BA: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(advantages, returns, token rewards), all [B, A]; sections 5.6 to 5.8 and the estimators without a critic."""
-        ppo, clip = self.config.ppo, self.config.reward.clip
-        beta = 0.0 if self.config.kl.in_loss else self.kl.value
-        if ppo.estimator == "gae":
-            assert values_BA is not None
-            rewards_BA = adv.token_rewards(scores_B, kl_BA, mask_BA, beta=beta, clip=clip)
-            advantages_BA, returns_BA = adv.gae(rewards_BA, values_BA, mask_BA, gamma=ppo.gamma, lam=ppo.lam)
-        else:
-            shaped_B = adv.group_scores(scores_B.clamp(-clip, clip), estimator=ppo.estimator, group_size=self.config.rollout.n)
-            rewards_BA = adv.token_rewards(shaped_B, kl_BA, mask_BA, beta=beta)
-            returns_BA = advantages_BA = adv.discounted_returns(rewards_BA, mask_BA, gamma=ppo.gamma)
-        return advantages_BA, returns_BA, rewards_BA
+    def score(self, rollout: Rollout) -> tuple[torch.Tensor, dict[str, float]]:
+        """[B] of every answer, and each source's mean."""
+        unit = self.config.train.micro_batch_size * self.layout.dp * state.slice_multiple(self.config.parallel)
+        return self.rewards.score(rollout, self.batches(rollout, [*range(rollout.size), *[-1] * (-rollout.size % unit)]))
 
-    # ------------------------------------------------------------------ losses
+    def collect(self, step: int, timer: Phases) -> tuple[Rollout, torch.Tensor, dict[str, float]]:
+        """Answers to `rollout.batch_size` prompts, their scores [B], and the sources' means.
 
-    def actor_loss(self, old_BA: torch.Tensor, ref_BA: torch.Tensor | None, advantages_BA: torch.Tensor, rollout_BA: torch.Tensor):
-        config, ppo, aggregation = self.config, self.config.ppo, self.config.loss.aggregation
-        name = config.rollout.correction
-        correction = None if name == "none" else (name, config.rollout.correction_low, config.rollout.correction_high)
+        With `rollout.dynamic_sampling` groups of equal scores are dropped, and as many further prompts drawn as are then missing, at
+        most `rollout.max_refills` times: the last refill is taken as it comes.
+        """
+        config, n = self.config.rollout, self.config.rollout.n
+        log: dict[str, float] = {}
+        kept, scores_B, drawn = Rollout([], [], []), torch.zeros(0), 0
+        for left in range(config.max_refills if config.dynamic_sampling else 0, -1, -1):
+            missing = config.batch_size - kept.size // n
+            with timer("gen"):
+                if drawn and self.engine.sleeps:
+                    self.sync_weights()
+                rollout = self.generate(self.run.train, self.prompts.draw(missing), step=step, n=n, sampling=self.sampling, first=drawn)
+                self.engine.sleep()
+            with timer("reward"), self.offload.using(*self.rewards.models):
+                new_B, parts = self.score(rollout)
+            log |= {k: (log.get(k, 0.0) * drawn + v * missing) / (drawn + missing) for k, v in parts.items()}
+            drawn += missing
+            rows = list(range(rollout.size))
+            if left:
+                differ_B = informative_groups(new_B, group_size=n).repeat_interleave(n)
+                rows = [b for b in rows if differ_B[b]]
+            kept, scores_B = kept + rollout.take(rows), torch.cat([scores_B, new_B[rows]])
+            if kept.size == config.batch_size * n:
+                break
+        if config.dynamic_sampling:
+            log |= {"rollout/prompts_drawn": float(drawn), "rollout/groups_dropped": float(drawn - config.batch_size)}
+            log["rollout/groups_equal"] = float((~informative_groups(scores_B, group_size=n)).sum())
+        return kept, scores_B, log
 
-        def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
-            logps_BT, entropy_BT, *_ = self.actor.logprobs(
-                hidden_BTH, batch, temperature=config.rollout.temperature, with_entropy=True, keep_BT=batch.mask_BT
-            )
-            pieces = {"segment_ids": batch.segments_BT, "num_segments": batch.num_samples + 1}
-            total, partials = policy_loss(
-                logps_BT,
-                spread(batch, old_BA),
-                spread(batch, advantages_BA),
-                batch.mask_BT,
-                clip_low=ppo.clip_low,
-                clip_high=ppo.clip_high,
-                dual_clip=ppo.dual_clip,
-                ratio=ppo.ratio,
-                aggregation=aggregation,
-                denominator=1.0,
-                rollout_logps=spread(batch, rollout_BA) if correction else None,
-                correction=correction,
-                **pieces,
-            )
-            if ppo.entropy_coef:
-                total = (
-                    total - ppo.entropy_coef * reduce_loss(entropy_BT, batch.mask_BT, aggregation=aggregation, denominator=1.0, **pieces)[0]
-                )
-            if config.kl.in_loss and ref_BA is not None:
-                kl_BT = kl_estimate(logps_BT, spread(batch, ref_BA), kind=config.kl.kind)
-                total = total + self.kl.value * reduce_loss(kl_BT, batch.mask_BT, aggregation=aggregation, denominator=1.0, **pieces)[0]
-            count = batch.mask_BT.sum() if aggregation == "token" else batch.weights_N.sum()
-            return total, count, {**partials, "entropy": sum_and_count(entropy_BT, batch.mask_BT.bool())}
+    def shape(self, rollout: Rollout, scores_B: torch.Tensor) -> torch.Tensor:
+        """[B]: with the overlong penalty, scaled; still to be clipped."""
+        reward, limit = self.config.reward, self.config.rollout.max_new_tokens
+        if reward.overlong_buffer:
+            lengths_B = rollout.lengths_B()
+            scores_B = scores_B + overlong_penalty(lengths_B, limit=limit, buffer=reward.overlong_buffer, factor=reward.overlong_penalty)
+        return scale_scores(scores_B, scaling=reward.scaling, running=self.running_std)
 
-        return loss
-
-    def critic_loss(self, old_values_BA: torch.Tensor, returns_BA: torch.Tensor):
-        def loss(values_BT1: torch.Tensor, batch: MicroBatch):
-            values_BT = values_BT1.squeeze(-1)
-            total, partials = value_loss(
-                values_BT,
-                spread(batch, old_values_BA),
-                spread(batch, returns_BA),
-                batch.mask_BT,
-                clip=self.config.ppo.value_clip,
-                denominator=1.0,
-            )
-            return total, batch.mask_BT.sum(), partials
-
-        return loss
-
-    def update(self, trainer: Trainer, rollout: Rollout, loss: Any, *, step: int) -> dict[str, float]:
+    def update(self, trainer: Trainer, rollout: Rollout, loss: LossFn, *, step: int, ptx: Pretraining | None = None) -> dict[str, float]:
         """`ppo.epochs` passes over shuffled mini-batches. Returns the means over the updates, and the first update's largest |ratio - 1|."""
-        size, found = self.config.train.global_batch_size, []
+        size = self.config.train.global_batch_size
+        found: list[dict[str, float]] = []
         for epoch in range(self.config.ppo.epochs):
             generator = torch.Generator().manual_seed((self.config.train.seed * 1_000_003 + step) * 101 + epoch)
             order = torch.randperm(rollout.size, generator=generator).tolist()
-            found += [trainer.step(self.batches(rollout, order[at : at + size]), loss) for at in range(0, rollout.size, size)]
+            for at in range(0, rollout.size, size):
+                rows = order[at : at + size]
+                batches, mixed = self.batches(rollout, rows), loss
+                if ptx is not None:
+                    more = ptx.batches((step - 1) * self.updates_per_rollout + len(found) + 1)
+                    count = policy_count(rollout, rows, self.config.loss.aggregation)
+                    batches, mixed = batches + more, ptx.mixed(loss, trainer, more, policy_count=count)
+                found.append(trainer.step(batches, mixed))
             first = found[0].get("ratio_max_dev", 0.0)
             if first > _FIRST_RATIO_TOLERANCE[self.config.model.dtype]:
                 raise FloatingPointError(f"the first ratio of a rollout is off 1 by {first}: training and scoring passes disagree")
@@ -252,13 +242,10 @@ class PPO:
 
     def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """One rollout: metrics and a few samples for the log."""
-        config, timer = self.config, Phases(step)
+        config, ppo, timer = self.config, self.config.ppo, Phases(step)
         self.offload.park_all()
-        with timer("gen"):
-            rollout = self.generate(self.run.train, self.order.rows(step), step=step, n=config.rollout.n, sampling=self.sampling)
-            self.engine.sleep()
-        with timer("reward"), self.offload.using(*self.rewards.models):
-            scores_B, parts = self.rewards.score(rollout, self.batches(rollout, range(rollout.size)))
+        rollout, scores_B, log = self.collect(step, timer)
+        scores_B = self.shape(rollout, scores_B)
         with timer("logprobs"), self.offload.using("reference"):
             old_BA, entropy_BA = self.logprobs(self.actor, rollout, with_entropy=True)
             ref_BA = self.logprobs(self.reference, rollout)[0] if self.reference is not None else None
@@ -267,92 +254,46 @@ class PPO:
         with timer("adv"):
             mask_BA, rollout_BA = rollout.mask_BA(), rollout.rollout_logps_BA()
             kl_BA = kl_estimate(old_BA, ref_BA, kind=config.kl.kind) * mask_BA if ref_BA is not None else torch.zeros_like(old_BA)
-            advantages_BA, returns_BA, rewards_BA = self.advantages(scores_B, kl_BA, values_BA, mask_BA)
-            raw_BA = advantages_BA
-            if config.ppo.whiten_advantages and config.ppo.estimator in ("gae", "reinforce", "reinforce_baseline"):
-                advantages_BA = adv.whiten(advantages_BA, mask_BA)
-        log: dict[str, float] = {}
+            raw_BA, returns_BA, rewards_BA = adv.estimate(
+                scores_B, kl_BA, values_BA, mask_BA, estimator=ppo.estimator, group_size=config.rollout.n,
+                beta=0.0 if config.kl.in_loss else self.kl.value, clip=config.reward.clip, gamma=ppo.gamma, lam=ppo.lam,
+            )  # fmt: skip
+            advantages_BA = adv.whiten(raw_BA, mask_BA) if ppo.whiten_advantages and ppo.estimator in adv.WHITENED else raw_BA
         if self.critic is not None and values_BA is not None:
             with timer("update_critic"), self.offload.using("critic"):
-                found = self.update(self.critic, rollout, self.critic_loss(values_BA, returns_BA), step=step)
+                loss = critic_loss(config, old_values_BA=values_BA, returns_BA=returns_BA)
+                found = self.update(self.critic, rollout, loss, step=step)
             log |= {f"critic/{k}": found[k] for k in ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "moe_z_loss") if k in found}
-        if step > config.ppo.critic_warmup_steps:
+        if step > ppo.critic_warmup_steps:
             with timer("update_actor"), self.offload.using("actor"):
-                found = self.update(self.actor, rollout, self.actor_loss(old_BA, ref_BA, advantages_BA, rollout_BA), step=step)
+                loss = actor_loss(
+                    self.actor, config, beta=self.kl.value, old_BA=old_BA, ref_BA=ref_BA, advantages_BA=advantages_BA, rollout_BA=rollout_BA
+                )
+                found = self.update(self.actor, rollout, loss, step=step, ptx=self.ptx)
             log |= {f"actor/{k}": v for k, v in found.items() if k != "loss"}
         else:
             self.actor.scheduler.step(increment=self.updates_per_rollout)
         with timer("reshard"):
             log |= self.sync_weights()
-        seconds = timer.times()
-        k1_BA = kl_estimate(old_BA, ref_BA, kind="k1") * mask_BA if ref_BA is not None else torch.zeros_like(old_BA)
-        kl_B = k1_BA.sum(-1)
-        log |= (
-            seconds
-            | timer.memory()
-            | parts
-            | self.describe(rollout, scores_B, rewards_BA, raw_BA, returns_BA, values_BA, kl_B, old_BA, rollout_BA, mask_BA, seconds)
-        )
-        log["actor/entropy"] = float((entropy_BA * mask_BA).sum() / mask_BA.sum())
+        tables = Tables(scores_B, mask_BA, rollout_BA, old_BA, entropy_BA, ref_BA, values_BA, rewards_BA, raw_BA, returns_BA)
+        gen_seconds = timer.seconds["timing_s/gen"]
+        log |= describe(rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds, with_environment=self.environments is not None)
+        log |= timer.times() | timer.memory()
+        corrected = config.rollout.correction != "none"
+        warning = mismatch_warning(log, limit=config.rollout.mismatch_warning, corrected=corrected)
+        if warning is not None:
+            supervised.say(f"step {step}: {warning}")
+        kl_B = tables.kl_B()
         self.kl.update(float(kl_B.mean()), rollout.size)
         return log, self.samples(rollout, scores_B, kl_B)
-
-    def describe(
-        self,
-        rollout: Rollout,
-        scores_B: torch.Tensor,
-        rewards_BA: torch.Tensor,
-        advantages_BA: torch.Tensor,
-        returns_BA: torch.Tensor,
-        values_BA: torch.Tensor | None,
-        kl_B: torch.Tensor,
-        old_BA: torch.Tensor,
-        rollout_BA: torch.Tensor,
-        mask_BA: torch.Tensor,
-        seconds: dict[str, float],
-    ) -> dict[str, float]:
-        """Means of the rollout; tokens are those of the answers."""
-
-        def mean(x_BA: torch.Tensor) -> float:
-            return float((x_BA * mask_BA).sum() / mask_BA.sum())
-
-        lengths_B = rollout.lengths_B().float()
-        gap_BA = (old_BA - rollout_BA) * mask_BA
-        found = {
-            "critic/score/mean": float(scores_B.mean()),
-            "critic/rewards/mean": float(rewards_BA.sum(-1).mean()),
-            "critic/advantages/mean": mean(advantages_BA),
-            "critic/returns/mean": mean(returns_BA),
-            "objective/kl": float(kl_B.mean()),
-            "kl/coef": self.kl.value,
-            "response_length/mean": float(lengths_B.mean()),
-            "response_length/max": float(lengths_B.max()),
-            "response_length/clip_ratio": sum(not a.stopped for a in rollout.answers) / rollout.size,
-            "prompt_length/mean": sum(map(len, rollout.prompts)) / rollout.size,
-            "rollout/num_answers": float(rollout.size),
-            "rollout/logprob_abs_diff_mean": mean(gap_BA.abs()),
-            "rollout/logprob_abs_diff_max": float(gap_BA.abs().max()),
-            # KL(vLLM || trainer) from vLLM's samples, by k3
-            "rollout/kl_mismatch": mean(torch.expm1(gap_BA) - gap_BA),
-            "rollout/tokens_per_s": float(lengths_B.sum()) / seconds["timing_s/gen"],
-        }
-        if values_BA is not None:
-            residual_BA, center = returns_BA - values_BA, mean(returns_BA)
-            spread_of_returns = mean((returns_BA - center) ** 2)
-            found["critic/values/mean"] = mean(values_BA)
-            found["critic/vf_explained_var"] = 1 - mean((residual_BA - mean(residual_BA)) ** 2) / max(spread_of_returns, 1e-8)
-        return found
 
     def evaluate(self, data: Any) -> dict[str, float]:
         """Greedy answers to every prompt of the evaluation set: their score and length."""
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
-        unit = self.config.train.micro_batch_size * self.layout.dp * state.slice_multiple(self.config.parallel)
-        rows = list(range(data.num_samples))
-        rollout = self.generate(data, rows + [0] * (-len(rows) % unit), step=0, n=1, sampling=greedy)
+        rollout = self.generate(data, list(range(data.num_samples)), step=0, n=1, sampling=greedy)
         with self.offload.using(*self.rewards.models):
-            scores_B, _ = self.rewards.score(rollout, self.batches(rollout, range(rollout.size)))
-        lengths_B = rollout.lengths_B().float()[: len(rows)]
-        return {"eval/score/mean": float(scores_B[: len(rows)].mean()), "eval/response_length/mean": float(lengths_B.mean())}
+            scores_B, _ = self.score(rollout)
+        return {"eval/score/mean": float(scores_B.mean()), "eval/response_length/mean": float(rollout.lengths_B().float().mean())}
 
     def samples(self, rollout: Rollout, scores_B: torch.Tensor, kl_B: torch.Tensor) -> list[dict[str, Any]]:
         found = []
@@ -371,6 +312,16 @@ class PPO:
         return found
 
 
+def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfError]]:
+    """The data set of ptx.data: made for sft or for pretrain."""
+    assert config.ptx.data is not None
+    data, found = preflight.open_data(config.ptx.data, key="ptx.data", task=None, source=source, seq_length=None)
+    if data is not None and data.task not in ("sft", "pretrain"):
+        where = f"ptx.data = {config.ptx.data}"
+        found.append(DataError(f"the data was made with --task {data.task}", where=where, expected="--task sft or pretrain"))
+    return data, found
+
+
 def check(config: PPOStage, world: int) -> preflight.Run:
     """Everything that can be wrong, before anything is built."""
 
@@ -379,7 +330,9 @@ def check(config: PPOStage, world: int) -> preflight.Run:
         return [
             *check_rollout(source.spec, tp=tp, world=world, key="rollout.tensor_parallel_size"),
             *preflight.check_prompt_budget(config, source, sets),
-            *Rewards.check(config, source, world=world),
+            *Rewards.check(config.reward, source, parallel=config.parallel, world=world, critic=config.ppo.critic),
+            *(open_ptx(config, source)[1] if config.ptx.coef > 0 else []),
+            *(check_environment(config.rollout.environment, load(source.hf_dir), sets[0][1].meta) if sets else []),
         ]
 
     return preflight.check_run("ppo", config, world=world, more=more)
@@ -394,7 +347,7 @@ def main(config: PPOStage) -> None:
     say = supervised.say
     say(f"device: {device.current().describe()}")
     say(layout.describe(config.train))
-    total = make_prompt_order(config, run.train).total_steps
+    total = Prompts(config, run.train).total_steps
     resumed = checkpoint.to_resume(output_dir, total_steps=total)
     done = 0 if resumed is None else int(resumed.manifest["step"])
     if done >= total:
@@ -409,16 +362,17 @@ def main(config: PPOStage) -> None:
         ppo.actor.resume(resumed.path, done * ppo.updates_per_rollout)
         if ppo.critic is not None:
             ppo.critic.resume(resumed.path / "critic", done * ppo.updates_per_rollout)
-        supervised.go_on(ppo.order, run.train, resumed.manifest, where=str(resumed.path))
+        ppo.prompts.go_on(resumed.manifest, where=str(resumed.path))
         ppo.kl.load_state_dict(resumed.manifest["kl"])
+        if config.reward.scaling == "running_std":
+            ppo.running_std.load_state_dict(resumed.manifest["running_std"])
         say(f"resumed from {resumed.path}")
     ppo.sync_weights()
     tracker = supervised.make_tracker("ppo", config, total_steps=total, done=done)
 
     for step in range(done + 1, total + 1):
         log, samples = ppo.step(step)
-        log["train/epoch"] = ppo.order.epoch(step)
-        tracker.log(step, log | supervised.source_epochs(ppo.order, run.train, step))
+        tracker.log(step, log | ppo.prompts.metrics())
         tracker.samples(step, samples)
         last = step == total
         if run.eval is not None and (last or (config.train.eval_interval and step % config.train.eval_interval == 0)):
@@ -435,7 +389,7 @@ def main(config: PPOStage) -> None:
                 stage="ppo",
                 step=step,
                 dtype=config.model.dtype,
-                extra={"kl": ppo.kl.state_dict(), **supervised.data_position(ppo.order, run.train, step)},
+                extra={"kl": ppo.kl.state_dict(), "running_std": ppo.running_std.state_dict(), **ppo.prompts.state()},
                 keep_last=config.checkpoint.keep_last,
             )
     tracker.close()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mrlhf.checkpoint import ModelSource, open_source
-from mrlhf.config import PPOStage
+from mrlhf.config import ParallelConfig, PPOStage, RewardConfig
 from mrlhf.data.loader import MicroBatch
 from mrlhf.engine import Model
 from mrlhf.errors import CheckpointError, ConfigError, MrlhfError, RewardError
@@ -22,23 +22,21 @@ from mrlhf.rm import score_micro_batches
 from mrlhf.tokenizer import fingerprint
 
 
-def _sources(config: PPOStage) -> list[RewardSource]:
-    weights = config.reward.weights or (1.0,) * len(config.reward.sources)
-    return [parse_source(text, weight=w) for text, w in zip(config.reward.sources, weights, strict=True)]
+def _sources(reward: RewardConfig) -> list[RewardSource]:
+    weights = reward.weights or (1.0,) * len(reward.sources)
+    return [parse_source(text, weight=w) for text, w in zip(reward.sources, weights, strict=True)]
 
 
-def model_sources(config: PPOStage) -> list[str]:
+def model_sources(reward: RewardConfig) -> list[str]:
     """Where the local reward models are."""
-    return [s.spec for s in _sources(config) if s.kind == "model"]
+    return [s.spec for s in _sources(reward) if s.kind == "model"]
 
 
-def _start_function(config: PPOStage, source: RewardSource) -> RewardProcess:
-    r = config.reward
+def _start_function(r: RewardConfig, source: RewardSource) -> RewardProcess:
     return RewardProcess(source, timeout_s=r.function_timeout_s, memory_mib=r.function_memory_mib, env=r.function_env)
 
 
-def _connect(config: PPOStage, source: RewardSource) -> HttpReward:
-    r = config.reward
+def _connect(r: RewardConfig, source: RewardSource) -> HttpReward:
     return HttpReward(
         source.urls,
         timeout_s=r.http_timeout_s,
@@ -53,22 +51,25 @@ def critic_source(config: PPOStage, actor: ModelSource) -> ModelSource:
     """`ppo.critic`, else the first local reward model, else the actor's model (with a fresh head)."""
     if config.ppo.critic:
         return open_source(config.ppo.critic)
-    local = model_sources(config)
+    local = model_sources(config.reward)
     return open_source(local[0]) if local else actor
 
 
 class Rewards:
-    """Functions (in processes of their own) and HTTP are asked by rank 0 and their scores travel; reward models run on all ranks."""
+    """Functions (in processes of their own) and HTTP are asked by rank 0 and their scores travel; reward models run on all ranks.
 
-    def __init__(self, config: PPOStage, actor: ModelSource, tokenizer: Any) -> None:
-        self.config, self.tokenizer, self.sources = config, tokenizer, _sources(config)
+    environment: the answers have rewards of their own, which are added.
+    """
+
+    def __init__(
+        self, config: RewardConfig, actor: ModelSource, tokenizer: Any, *, parallel: ParallelConfig, dtype: str, seed: int, environment: bool = False
+    ) -> None:
+        self.config, self.tokenizer, self.sources, self.environment = config, tokenizer, _sources(config), environment
         self.models: dict[str, Model] = {}
         for source in self.sources:
             if source.kind == "model":
-                self.models[source.spec] = Model(
-                    open_source(source.spec), config.parallel, head="value", dtype=config.model.dtype, seed=config.train.seed
-                )
-        if config.reward.normalize:
+                self.models[source.spec] = Model(open_source(source.spec), parallel, head="value", dtype=dtype, seed=seed)
+        if config.normalize:
             for path, model in self.models.items():
                 if "reward_mean" not in model.source.manifest and state.is_main():
                     print(f"reward model {path} has no score statistics: its scores are not normalised", flush=True)
@@ -86,7 +87,9 @@ class Rewards:
             source.close()
 
     @staticmethod
-    def check(config: PPOStage, actor: ModelSource, *, world: int) -> list[MrlhfError]:
+    def check(
+        config: RewardConfig, actor: ModelSource, *, parallel: ParallelConfig, world: int, critic: str | None = None
+    ) -> list[MrlhfError]:
         """Everything wrong with the sources and the critic's start, before anything is built."""
         found: list[MrlhfError] = []
         try:
@@ -94,8 +97,8 @@ class Rewards:
         except ConfigError as error:
             return [ConfigError(error.what, where="reward.sources", expected=error.expected, fix=error.fix)]
         models = [("reward.sources", path) for path in model_sources(config)]
-        if config.ppo.critic:
-            models.append(("ppo.critic", config.ppo.critic))
+        if critic:
+            models.append(("ppo.critic", critic))
         for key, path in models:
             try:
                 model = open_source(path)
@@ -114,7 +117,7 @@ class Rewards:
                         "its tokenizer is not the actor's", where=f"{key} = {path}", expected=f"the tokenizer of {actor.hf_dir}"
                     )
                 )
-            found += check_layout(config.parallel, model.spec, world, trained=False)
+            found += check_layout(parallel, model.spec, world, trained=False)
         for source in sources:
             if source.kind != "model" and state.is_main():  # the rank that calls it
                 try:
@@ -124,12 +127,16 @@ class Rewards:
         return found
 
     def score(self, rollout: Rollout, batches: list[MicroBatch]) -> tuple[torch.Tensor, dict[str, float]]:
-        """([B] weighted sum on every rank, {"reward/<source>": mean}). Collective. Raises RewardError on all ranks."""
+        """([B] weighted sum, with the environment's reward, on every rank, {"reward/<source>": mean}). Collective. Raises RewardError on all ranks."""
         total_B, parts = torch.zeros(rollout.size), {}
         for source in self.sources:
             scores_B = self._model_scores(source, rollout, batches) if source.kind == "model" else self._outside_scores(source, rollout)
             total_B += source.weight * scores_B
             parts[f"reward/{source.kind}:{source.spec.rsplit('/', 1)[-1]}"] = float(scores_B.mean())
+        if self.environment:
+            scores_B = torch.tensor([answer.reward for answer in rollout.answers])
+            total_B += scores_B
+            parts["reward/environment"] = float(scores_B.mean())
         return total_B, parts
 
     def _model_scores(self, source: RewardSource, rollout: Rollout, batches: list[MicroBatch]) -> torch.Tensor:
@@ -142,7 +149,7 @@ class Rewards:
         if not bool(scores_B.isfinite().all()):
             raise RewardError(f"reward model {source.spec!r} gave a score that is not finite")
         statistics = model.source.manifest
-        if self.config.reward.normalize and "reward_mean" in statistics:
+        if self.config.normalize and "reward_mean" in statistics:
             scores_B = (scores_B - statistics["reward_mean"]) / statistics["reward_std"]
         return scores_B
 

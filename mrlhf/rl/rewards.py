@@ -17,6 +17,7 @@ import inspect
 import math
 import numbers
 import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,18 +71,13 @@ def parse_source(text: str, *, weight: float = 1.0) -> RewardSource:
     raise ConfigError(f"reward source {text!r} is none of the known forms", expected=SOURCE_FORMS)
 
 
-def load_function(source: RewardSource) -> RewardFunction:
-    """Imports the file of a `function` source and returns its function.
-
-    Raises ConfigError if the file is missing or does not import, if it has no such function (naming those it has), or if the function
-    cannot be called with prompts, completions and the columns.
-    """
-    path_text, _, name = source.spec.rpartition(":")
+def load_module(path_text: str, *, what: str) -> types.ModuleType:
+    """Imports a file of the user's. Raises ConfigError, calling it `what`, if it is missing or does not import."""
     path = Path(path_text).expanduser().resolve()
     if not path.is_file():
-        raise ConfigError(f"reward file {path_text!r} does not exist (looked for {path})", expected="path/file.py:function")
-    # named by path: two reward files may share a file name
-    module_name = f"mrlhf_reward_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
+        raise ConfigError(f"{what} {path_text!r} does not exist (looked for {path})", expected="path/file.py:name")
+    # named by path: two files may share a file name
+    module_name = f"mrlhf_user_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
     loader = importlib.machinery.SourceFileLoader(module_name, str(path))
     spec = importlib.machinery.ModuleSpec(module_name, loader, origin=str(path))
     spec.has_location = True
@@ -91,12 +87,22 @@ def load_function(source: RewardSource) -> RewardFunction:
         loader.exec_module(module)
     except Exception as error:
         del sys.modules[module_name]
-        raise ConfigError(f"reward file {path_text!r} does not import: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{what} {path_text!r} does not import: {type(error).__name__}: {error}") from error
+    return module
 
+
+def load_function(source: RewardSource) -> RewardFunction:
+    """Imports the file of a `function` source and returns its function.
+
+    Raises ConfigError if the file is missing or does not import, if it has no such function (naming those it has), or if the function
+    cannot be called with prompts, completions and the columns.
+    """
+    path_text, _, name = source.spec.rpartition(":")
+    module = load_module(path_text, what="reward file")
     found = {key: value for key, value in vars(module).items() if callable(value) and not inspect.isclass(value)}
     if name not in found:
         own = sorted(
-            key for key, value in found.items() if inspect.isfunction(value) and value.__module__ == module_name and not key.startswith("_")
+            key for key, value in found.items() if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
         )
         close = difflib.get_close_matches(name, own, n=1)
         raise ConfigError(

@@ -3,6 +3,8 @@
 Legend: B answers of the rollout (all ranks), A tokens of the longest answer, T tokens of a micro-batch row,
 N samples of a micro-batch. Answer b belongs to prompt b // n. Every rank holds the whole rollout's tables
 [B, A] (a few floats a token); a data-parallel rank computes the rows of its share and they are summed up.
+A token of an answer is one that the model wrote: what an environment put between its turns is read by the
+models, and stands in no table, no loss, no KL and no advantage.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mrlhf.data.balance import share
+from mrlhf.data.balance import largest_differencing, share
 from mrlhf.data.loader import MicroBatch, Sample, collate
+from mrlhf.errors import ToolError
 from mrlhf.parallel import state, watch
 from mrlhf.rl.vllm_engine import Answer, Sampling, VLLMEngine
 
 if TYPE_CHECKING:
     from mrlhf.engine import Model
+    from mrlhf.rl.environments import Environments
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Rollout:
         return len(self.answers)
 
     def lengths_B(self) -> torch.Tensor:
-        return torch.tensor([len(a.tokens) for a in self.answers])
+        return torch.tensor([len(a.logps) for a in self.answers])
 
     def mask_BA(self) -> torch.Tensor:
         lengths_B = self.lengths_B()
@@ -47,7 +51,7 @@ class Rollout:
         """vLLM's log-probs."""
         out_BA = torch.zeros(self.size, int(self.lengths_B().max()))
         for b, answer in enumerate(self.answers):
-            out_BA[b, : len(answer.tokens)] = torch.tensor(answer.logps)
+            out_BA[b, : len(answer.logps)] = torch.tensor(answer.logps)
         return out_BA
 
     def length(self, b: int) -> int:
@@ -55,11 +59,20 @@ class Rollout:
         return len(self.prompts[b]) + len(self.answers[b].tokens)
 
     def sample(self, b: int) -> Sample:
-        """Prompt and answer as one sequence whose answer tokens are trained; -1 is a filler: the first one with weight 0."""
+        """Prompt and answer as one sequence; the tokens that the model wrote are trained. -1 is a filler: the first one with weight 0."""
         weight, b = (1.0, b) if b >= 0 else (0.0, 0)
-        prompt, answer = self.prompts[b], self.answers[b].tokens
-        mask = np.concatenate([np.zeros(len(prompt), np.uint8), np.ones(len(answer), np.uint8)])
-        return Sample(np.array(prompt + answer, np.int64), mask, b, weight)
+        prompt, answer = self.prompts[b], self.answers[b]
+        mask = np.zeros(len(prompt) + len(answer.tokens), np.uint8)
+        mask[len(prompt) :] = 1
+        for start, stop in answer.observed:
+            mask[len(prompt) + start : len(prompt) + stop] = 0
+        return Sample(np.array(prompt + answer.tokens, np.int64), mask, b, weight)
+
+    def take(self, rows: Sequence[int]) -> Rollout:
+        return Rollout([self.prompts[b] for b in rows], [self.answers[b] for b in rows], [self.labels[b] for b in rows])
+
+    def __add__(self, other: Rollout) -> Rollout:
+        return Rollout(self.prompts + other.prompts, self.answers + other.answers, self.labels + other.labels)
 
 
 def request_seed(*parts: int) -> int:
@@ -78,14 +91,36 @@ def generate(
     labels: Sequence[Any],
     replicas: int,
     replica: int,
+    first: int = 0,
+    environments: Environments | None = None,
 ) -> Rollout:
-    """n answers a prompt. Collective: replicas take every replicas-th prompt, and all ranks get all answers."""
-    mine = range(replica, len(prompts), replicas)
-    requests = [(p, i) for p in mine for i in range(n)]
-    answers = engine.generate([prompts[p] for p, _ in requests], [request_seed(seed, step, p, i) for p, i in requests], sampling)
+    """n answers a prompt, or n conversations with `environments`. Collective: every replica takes its share, and all ranks get all.
+
+    Answer i of prompt p has the seed (seed, step, first + p, i), and its later turns their own. What is expected of a prompt is its own
+    length and n answers of the greatest length: that shares prompts out evenly by number, and their lengths too.
+    """
+    costs = [len(p) + n * sampling.max_new_tokens for p in prompts]
+    requests = [(p, i) for p in sorted(largest_differencing(costs, replicas)[replica]) for i in range(n)]
+
+    def seed_of(k: int, turn: int = 0) -> int:
+        p, i = requests[k]
+        return request_seed(seed, step, first + p, i, *([turn] if turn else []))
+
+    mine, failure = [prompts[p] for p, _ in requests], None
+    answers: list[Answer] = []
+    try:
+        if environments is None:
+            answers = engine.generate(mine, [seed_of(k) for k in range(len(mine))], sampling)
+        else:
+            answers = environments.converse(engine, mine, [labels[p] for p, _ in requests], seed_of, sampling)
+    except ToolError as error:  # the other replicas wait for the answers: they must hear of it
+        failure = error
     watch.phase("waiting for the other replicas' answers")
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, dict(zip(requests, answers, strict=True)))
+    dist.all_gather_object(parts, failure or dict(zip(requests, answers, strict=True)))
+    for part in parts:
+        if isinstance(part, ToolError):
+            raise part
     everything = {key: answer for part in parts for key, answer in part.items()}
     keys = [(p, i) for p in range(len(prompts)) for i in range(n)]
     return Rollout([prompts[p] for p, _ in keys], [everything[k] for k in keys], [labels[p] for p, _ in keys])

@@ -12,6 +12,7 @@ What is changed in vLLM, on CPU alone and for this process:
     it can be written in place as on CUDA; measured not slower for the sizes a CPU can run;
   * the shared-memory segments of a tensor-parallel group get a name of this job (vLLM's is the same for every
     job on a machine) and are unlinked once mapped, so that a killed job leaves nothing behind.
+Prompts are read whole there, not in chunks.
 """
 
 from __future__ import annotations
@@ -50,15 +51,23 @@ class Sampling:
     top_k: int
     max_new_tokens: int
     stop_ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids (with the stop token, if one ended it) and vLLM's log-prob of each, after temperature."""
+    """What follows a prompt: token ids, with the stop token or string if one ended it.
+
+    `logps`: vLLM's log-prob, after temperature, of each token that the model wrote: all but those in the spans [start, stop) of
+    `observed`, which an environment put in. `reward`: the environment's, summed over the turns.
+    """
 
     tokens: list[int]
     logps: list[float]
     stopped: bool
+    observed: tuple[tuple[int, int], ...] = ()
+    reward: float = 0.0
+    turns: int = 1
 
 
 @contextlib.contextmanager
@@ -274,9 +283,12 @@ class VLLMEngine:
         max_num_seqs: int,
         seed: int,
         sleep: bool = False,
+        tokenizer_dir: Path | None = None,
         log_dir: Path | None = None,
     ) -> None:
-        """log_dir: where vLLM's own lines go; without it only its errors are shown. Raises ConfigError where its memory is not free."""
+        """tokenizer_dir: for stop strings, which vLLM looks for in the decoded text. log_dir: where vLLM's own lines go; without it only its
+        errors are shown. Raises ConfigError where its memory is not free.
+        """
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_MLA_DISABLE="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if log_dir is not None and "VLLM_CONFIGURE_LOGGING" not in os.environ:
@@ -304,7 +316,8 @@ class VLLMEngine:
                 self.llm = vllm.LLM(
                     str(config_only),
                     load_format="dummy",
-                    skip_tokenizer_init=True,
+                    tokenizer=None if tokenizer_dir is None else str(tokenizer_dir),
+                    skip_tokenizer_init=tokenizer_dir is None,
                     trust_remote_code=False,
                     dtype=dtype,
                     max_model_len=max_model_len,
@@ -314,6 +327,9 @@ class VLLMEngine:
                     max_num_seqs=max_num_seqs,
                     logprobs_mode="processed_logprobs",
                     enforce_eager=not on_cuda,
+                    # vLLM winds a request's seed back after a part of its prompt, which generators on CPU cannot do
+                    enable_chunked_prefill=on_cuda,
+                    max_num_batched_tokens=None if on_cuda else max(8192, max_model_len),
                     enable_sleep_mode=self.sleeps,
                     disable_log_stats=True,
                     seed=seed,
@@ -361,10 +377,12 @@ class VLLMEngine:
         """Leave vLLM's groups while torch's default group still stands; collective."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, max_new_tokens: Sequence[int] | None = None
+    ) -> list[Answer]:
         """One answer a prompt, seeds[i] deciding the i-th: the same whatever else is in the batch or in other replicas.
 
-        All ranks of a replica call this with the same arguments.
+        max_new_tokens: of each prompt, instead of the sampling's. All ranks of a replica call this with the same arguments.
         """
         from vllm import SamplingParams
 
@@ -375,13 +393,14 @@ class VLLMEngine:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                max_tokens=sampling.max_new_tokens,
+                max_tokens=limit,
+                stop=list(sampling.stop),
                 stop_token_ids=list(sampling.stop_ids),
                 seed=seed,
                 logprobs=0,
-                detokenize=False,
+                detokenize=bool(sampling.stop),
             )
-            for seed in seeds
+            for seed, limit in zip(seeds, max_new_tokens or [sampling.max_new_tokens] * len(prompts), strict=True)
         ]
         with _everything_restored():
             outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)

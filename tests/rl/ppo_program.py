@@ -11,6 +11,7 @@ from pathlib import Path
 def main() -> None:
     from dataclasses import replace
 
+    import torch
     import torch.distributed as dist
 
     from mrlhf import checkpoint
@@ -25,6 +26,11 @@ def main() -> None:
     ppo = PPO(config, run, layout)
     ppo.sync_weights()
     logs = [ppo.step(step)[0] for step in (1, 2)]
+    with torch.no_grad():  # a sampler that is not the trained policy must show
+        for name in sorted(ppo.engine.parameters):
+            ppo.engine.parameters[name] *= 1.2
+    ppo.engine.weights_changed()
+    logs.append(ppo.step(3)[0])
     ppo.offload.park_all()
     parked = [kind for role in ppo.offload.parked.values() for parking, _, kind in role if parking.is_away]
     rollout = ppo.generate(run.train, list(range(32)), step=0, n=1, sampling=replace(ppo.sampling, temperature=0.0))

@@ -77,19 +77,31 @@ def results(world: Path, reward_model: Path, tmp_path_factory: pytest.TempPathFa
         out = tmp_path_factory.mktemp("ppo")
         args = options(world, reward_model, **layout, **{"train.output_dir": out / "checkpoint"})
         command = (TESTS / "rl/ppo_program.py", out / "result.json", *args)
-        run(sys.executable, *command) if ranks == 1 else torchrun(ranks, *command)
+        done = run(sys.executable, *command) if ranks == 1 else torchrun(ranks, *command)
         found[name] = (json.loads((out / "result.json").read_text()), out)
+        (out / "stdout.txt").write_text(done.stdout)
     return found
 
 
 def test_first_ratio_is_one_and_vllm_agrees_with_the_trainer(results: dict[str, tuple[dict, Path]]) -> None:
     for result, _ in results.values():
-        for log in result["logs"]:
+        for log in result["logs"][:2]:
             assert log["actor/ratio_max_dev"] < 1e-5
             assert log["rollout/logprob_abs_diff_max"] < 1e-3
             assert log["rollout/kl_mismatch"] < 1e-6
         assert result["logs"][0]["objective/kl"] == pytest.approx(0, abs=1e-6)
         assert result["logs"][1]["objective/kl"] != 0, "the update did not reach vLLM"
+
+
+def test_a_sampler_that_is_not_the_policy_raises_a_warning(results: dict[str, tuple[dict, Path]]) -> None:
+    """Before step 3 vLLM's weights were spoilt; rollout.correction is none."""
+    for result, out in results.values():
+        found = result["logs"][2]
+        assert found["rollout/kl_mismatch"] > 0.01 > 1e-6 > result["logs"][1]["rollout/kl_mismatch"]
+        warnings = [line for line in (out / "stdout.txt").read_text().splitlines() if "WARNING" in line]
+        assert len(warnings) == 1, warnings
+        assert warnings[0].startswith("step 3: ") and f"rollout/kl_mismatch {found['rollout/kl_mismatch']:.3g} > 0.01" in warnings[0]
+        assert "not corrected" in warnings[0]
 
 
 def test_the_layout_changes_no_number(results: dict[str, tuple[dict, Path]]) -> None:
@@ -163,7 +175,21 @@ class _LengthServer(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-def test_grpo_with_every_option_and_three_kinds_of_reward(world: Path, reward_model: Path, tmp_path: Path) -> None:
+ENVIRONMENT = """
+class Talk:
+    def reset(self, record):
+        assert "<|im_start|>assistant" in record["prompt"] and record["label"] in (2, 3, 4, 5)
+
+    def step(self, messages, text):
+        # vLLM ends a turn with the token that completes a stop string
+        assert "a" not in text or len(text) - text.index("a") <= 12, text
+        interrupted = "a" in text
+        return " go on" if interrupted else {"role": "tool", "content": "and then?"}, 0.25, False
+"""
+
+
+def test_grpo_with_every_option_an_environment_and_three_kinds_of_reward(world: Path, reward_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "talk.py").write_text(ENVIRONMENT)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _LengthServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sources = f"model:{reward_model},examples/rewards/length_penalty.py:length_penalty,http://127.0.0.1:{server.server_port}/score"
@@ -181,15 +207,29 @@ def test_grpo_with_every_option_and_three_kinds_of_reward(world: Path, reward_mo
         "kl.kind": "k3",
         "loss.aggregation": "sequence",
         "rollout.correction": "tis",
+        "rollout.environment": f"{tmp_path}/talk.py:Talk",
+        "rollout.max_turns": 3,
+        "rollout.max_new_tokens": 48,
+        "rollout.stop": "a",
+        "rollout.stop_token_ids": ",".join(map(str, range(200, 260))),
+        "rollout.dynamic_sampling": "true",
+        "ptx.coef": 0.1,
+        "ptx.data": world / "sft",
+        "ptx.batch_size": 2,
     }
     mrlhf("ppo", *options(world, reward_model, **extra))
     server.shutdown()
     lines = metrics(tmp_path)
     parts = {k: v for k, v in lines[0].items() if k.startswith("reward/")}
-    assert len(parts) == 3 and _LengthServer.requests >= 4
+    assert len(parts) == 4 and _LengthServer.requests >= 4
     model, function, http = (next(v for k, v in parts.items() if k.startswith("reward/" + kind)) for kind in ("model", "function", "http"))
     assert http > 0 and function == 0
-    assert lines[0]["critic/score/mean"] == pytest.approx(model + function + 0.1 * http, rel=1e-5)
+    assert lines[0]["critic/score/mean"] == pytest.approx(model + function + 0.1 * http + parts["reward/environment"], rel=1e-5)
+    # the trainer reads every conversation as vLLM did, observations included
+    assert lines[0]["rollout/logprob_abs_diff_max"] < 1e-3 and lines[0]["rollout/kl_mismatch"] < 1e-6
+    assert lines[0]["environment/turns/mean"] > 1.5 and lines[0]["environment/observed_tokens/mean"] > 2
+    assert parts["reward/environment"] > 0.3
+    assert (lines[0]["rollout/prompts_drawn"], lines[0]["rollout/groups_dropped"]) == (8, 0) and lines[0]["actor/ptx_loss"] > 1
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert "critic/vf_loss" not in lines[0] and lines[0]["actor/ratio_max_dev"] < 1e-5
     assert "eval/score/mean" in lines[-1]

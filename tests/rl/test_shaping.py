@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mrlhf.errors import CheckpointError, ConfigError
+from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
+
+
+def naive_overlong(length: int, limit: int, buffer: int, factor: float) -> float:
+    """DAPO eq. 13 as it is printed."""
+    if length <= limit - buffer:
+        return 0.0
+    if length <= limit:
+        return factor * ((limit - buffer) - length) / buffer
+    return -factor
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 60), st.floats(0, 3))
+def test_overlong_penalty_equals_the_paper(data: st.DataObject, limit: int, factor: float) -> None:
+    buffer = data.draw(st.integers(1, limit))
+    lengths = data.draw(st.lists(st.integers(1, limit + 5), min_size=1, max_size=8))
+    found = overlong_penalty(torch.tensor(lengths), limit=limit, buffer=buffer, factor=factor)
+    expected = [naive_overlong(length, limit, buffer, factor) for length in lengths]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_overlong_penalty_refuses_what_makes_no_sense() -> None:
+    for buffer in (0, 11):
+        with pytest.raises(ConfigError, match="overlong buffer"):
+            overlong_penalty(torch.tensor([5]), limit=10, buffer=buffer, factor=1.0)
+
+
+def test_informative_groups() -> None:
+    scores = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.1, 0.1, 0.1])
+    assert informative_groups(scores, group_size=3).tolist() == [False, True, False]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_running_std_is_that_of_all_scores_together(rollouts: list[list[float]]) -> None:
+    running, seen = RunningStd(), []
+    for scores in rollouts:
+        seen += scores
+        mean = math.fsum(seen) / len(seen)
+        expected = math.sqrt(max(math.fsum((x - mean) ** 2 for x in seen) / len(seen), 1e-8))
+        assert running.update(torch.tensor(scores)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        again = RunningStd()
+        again.load_state_dict(running.state_dict())
+        running = again
+
+
+def test_scalings() -> None:
+    scores, running = torch.tensor([1.0, 3.0]), RunningStd()
+    assert scale_scores(scores, scaling="none", running=running).tolist() == [1, 3]
+    assert scale_scores(scores, scaling="whiten", running=running).tolist() == [-1, 1]
+    assert scale_scores(2 * scores, scaling="std", running=running).tolist() == [1, 3]
+    assert running.count == 0
+    assert scale_scores(2 * scores, scaling="running_std", running=running).tolist() == [1, 3]
+    assert running.count == 2
+    assert scale_scores(torch.full((4,), 0.1), scaling="whiten", running=running).abs().max() < 1e-6
+    with pytest.raises(ConfigError, match="scaling"):
+        scale_scores(scores, scaling="both", running=running)
+    with pytest.raises(CheckpointError, match="running statistics"):
+        running.load_state_dict({})
