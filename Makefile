@@ -3,11 +3,12 @@ PY := .venv/bin/python
 SEED ?= 1
 export PYTHON DEVICE
 
-.PHONY: help setup test gpu-test lint audit bench docs quickstart clean
+.PHONY: help setup test soak gpu-test lint audit bench docs quickstart clean
 
 help:
 	@echo "make setup       .venv with everything (PYTHON=python3.12, DEVICE=gpu)"
 	@echo "make test        every test that needs no GPU"
+	@echo "make soak        runs, data, conversions and rewards broken again and again, with a summary table"
 	@echo "make gpu-test    the tests that need one"
 	@echo "make lint        ruff and mypy"
 	@echo "make audit       known advisories of the installed packages (asks an index about each)"
@@ -21,6 +22,9 @@ setup:
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
+
+soak: setup
+	$(PY) scripts/soak.py
 
 gpu-test: setup
 	$(PY) -m pytest -q -m gpu

@@ -64,7 +64,7 @@ def worker(arm: str, source: Path, target: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from mrlhf import convert
-    from mrlhf.checkpoint import fsync
+    from mrlhf.manifest import fsync
     from mrlhf.parallel import state
 
     convert.start()

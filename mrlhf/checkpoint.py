@@ -1,20 +1,9 @@
-"""Checkpoints: Megatron's distributed format plus a manifest, whole or not there at all.
-
-    step_10/
-      mrlhf.json   manifest: stage, step, head, dtype, files with sizes, metadata (reward statistics ...)
-      hf/          config.json, tokenizer, generation config, byte for byte as they came
-      dist/        weights and optimizer state, torch_dist, independent of TP, PP and DP
-      critic/      (ppo) another checkpoint of the same form
-A save goes to `step_10.tmp`, is fsync'ed and renamed; the pointers `latest` and `best` follow by the same way.
-"""
+"""Opening checkpoints and filling models from them. What lies in one: saving.py; what makes it whole: manifest.py."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
-import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import mrlhf
+from mrlhf import randomness
 from mrlhf.errors import CheckpointError
+from mrlhf.manifest import MANIFEST, check, newest_whole, steps_in
 from mrlhf.models.families import spec_from_hf
-from mrlhf.models.hf_io import HFReader, copy_side_files, resolve_hf
+from mrlhf.models.hf_io import HFReader, resolve_hf
 from mrlhf.models.spec import ModelSpec, read_hf_config
 from mrlhf.safe_pickle import check_directory, read_metadata
 
-MANIFEST, FORMAT = "mrlhf.json", 1
 _OPTIMIZER_FORMAT = "fully_reshardable"
 CONTENT = {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT}  # as Megatron notes it in a checkpoint
 
@@ -50,49 +39,25 @@ class ModelSource:
         return bool(self.manifest)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"not JSON: {error}", where=str(path)) from error
+def _newest(directory: Path) -> Path | None:
+    """The newest checkpoint in a directory of checkpoints or a run's directory, whole or not."""
+    found = [*steps_in(directory), *steps_in(directory / "checkpoints")]
+    return found[0] if found else None
 
 
-def _latest(directory: Path) -> Path | None:
-    """The checkpoint a directory of checkpoints (or a run's directory) points at; without `latest` the newest whole one."""
-    for place in (directory, directory / "checkpoints"):
-        pointer = place / "latest"
-        if pointer.is_file():
-            name = pointer.read_text().strip()
-            if re.fullmatch(r"step_\d+", name) and (place / name / MANIFEST).is_file():
-                return place / name
-        steps = [p for p in place.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / MANIFEST).is_file()]
-        if steps:
-            return max(steps, key=lambda p: int(p.name[5:]))
-    return None
+def open_source(path: str, *, verify: str = "size") -> ModelSource:
+    """A mrlhf checkpoint, a run's directory (its newest checkpoint), its checkpoints/best, a HF directory or a hub id.
 
-
-def open_source(path: str) -> ModelSource:
-    """A mrlhf checkpoint, a run's directory (its latest checkpoint), its checkpoints/best, a HF directory or a hub id.
-
-    Raises CheckpointError when it is none of them or its files are not all there.
+    verify: "size" or "hash", see manifest.damage. Raises CheckpointError when it is none of them or its files are not all as they were
+    written: another checkpoint than the one asked for is never taken silently (a run's own resume falls back: `to_resume`).
     """
     directory = Path(path)
     if directory.name in ("best", "latest") and directory.is_file() and re.fullmatch(r"step_\d+", name := directory.read_text().strip()):
         directory = directory.parent / name
     if directory.is_dir() and not (directory / MANIFEST).is_file():
-        directory = _latest(directory) or directory
-    if (directory / MANIFEST).is_file():
-        manifest = _json(directory / MANIFEST)
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(f"format {manifest.get('format')!r}", where=str(directory / MANIFEST), expected=str(FORMAT))
-        outside = [f for f in manifest["files"] if Path(f).is_absolute() or ".." in Path(f).parts]
-        if outside:
-            raise CheckpointError(f"it names a file outside the checkpoint: {outside[0]!r}", where=str(directory / MANIFEST))
-        wrong = [f for f, size in manifest["files"].items() if not (directory / f).is_file() or (directory / f).stat().st_size != size]
-        if wrong:
-            raise CheckpointError(
-                f"missing or of another size: {', '.join(wrong[:5])}", where=str(directory), fix="take an earlier checkpoint"
-            )
+        directory = _newest(directory) or directory
+    if (directory / MANIFEST).is_file() or (directory / "dist").is_dir():
+        manifest = check(directory, verify=verify)
         hf_dir = directory / "hf"
         return ModelSource(
             directory, hf_dir, spec_from_hf(read_hf_config(hf_dir), where=str(hf_dir / "config.json")), manifest["head"], manifest
@@ -114,22 +79,10 @@ def sharding_metadata() -> dict[str, Any]:
     }
 
 
-def _sharded(models: list[Any]) -> dict[str, Any]:
+def sharded(models: list[Any]) -> dict[str, Any]:
     """State of this rank's parts of the model; on disk names have no part in them, so any number of parts reads any other's."""
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
     return {name: model.sharded_state_dict(metadata=sharding_metadata()) for name, model in zip(names, models, strict=True)}
-
-
-def _dist_save(directory: Path, models: list[Any], optimizer: Any | None) -> None:
-    from megatron.core import dist_checkpointing
-
-    state = _sharded(models)
-    weights = state["model"] if len(models) == 1 else dict(state)
-    if optimizer is not None:
-        for part in optimizer.chained_optimizers:  # one that has not stepped yet (an actor while its critic warms up) has no state to save
-            part.init_state_fn(part.optimizer, part.config)
-        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=sharding_metadata())
-    dist_checkpointing.save(state, str(directory), content_metadata=dict(CONTENT))
 
 
 def _dist_load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -153,7 +106,7 @@ def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int
         raise CheckpointError("it holds a value model, which has no LM head", where=str(source.path), expected="an LM checkpoint")
     new_head = head == "value" and source.head == "lm"
     if source.is_checkpoint:
-        state = _sharded(models)
+        state = sharded(models)
         if new_head:
             state = {part: {k: v for k, v in names.items() if not k.startswith("output_layer.")} for part, names in state.items()}
         with torch.no_grad():
@@ -205,7 +158,7 @@ def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
 
     spread = ranks.on_any_rank(len(optimizer.chained_optimizers) > 1)
     check_optimizer_names(read_metadata(directory / "dist").state_dict_metadata, spread=spread, where=str(directory))
-    state = _sharded(models)
+    state = sharded(models)
     parts, weights = list(state), state["model"] if len(models) == 1 else dict(state)
     state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata())
     with torch.no_grad():
@@ -215,138 +168,28 @@ def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
         optimizer.load_state_dict(loaded["optimizer"])
 
 
-def fsync(path: Path) -> None:
-    """Push a file's content, or a directory's names, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def to_resume(run_dir: Path, *, total_steps: int, verify: str = "size") -> ModelSource | None:
+    """Collective. The newest whole checkpoint of a run; None for a new run. Rank 0 looks, and says which ones are damaged and passed over.
 
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: temporary name, fsync, rename."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    fsync(tmp)
-    os.replace(tmp, path)
-
-
-def write_manifest(directory: Path, *, stage: str, step: int, head: str, dtype: str, resumable: bool, extra: dict[str, Any]) -> None:
-    files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
-    for name in files:
-        fsync(directory / name)
-    manifest = {
-        "format": FORMAT,
-        "mrlhf": mrlhf.__version__,
-        "stage": stage,
-        "step": step,
-        "head": head,
-        "dtype": dtype,
-        "resumable": resumable,
-        **extra,
-    }
-    write_text(directory / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One model of a checkpoint (this rank's parts of it): `name` is "" for the main one, or the sub-directory."""
-
-    name: str
-    models: list[Any]
-    optimizer: Any | None
-    head: str
-    hf_dir: Path
-
-
-@dataclass(frozen=True)
-class Best:
-    """Which checkpoint of a run is kept however old: by a number of its manifest's "eval"."""
-
-    metric: str
-    highest: bool
-
-    def of(self, checkpoints: list[Path]) -> Path | None:
-        """The earliest of the best; None where no manifest has a finite value."""
-        values = [(_json(p / MANIFEST).get("eval", {}).get(self.metric), p) for p in sorted(checkpoints, key=_step)]
-        known = [(-v if self.highest else v, p) for v, p in values if v is not None and math.isfinite(v)]
-        return min(known, key=lambda found: found[0])[1] if known else None
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name[5:])
-
-
-def retain(directory: Path, newest: str, *, keep_last: int, best: Best | None) -> None:
-    """Point `latest` at the newest checkpoint and `best` at the best one; drop the others but for the last few."""
-    write_text(directory / "latest", newest + "\n")
-    whole = sorted((p for p in directory.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / MANIFEST).is_file()), key=_step)
-    kept = set(whole[-keep_last:])
-    found = best.of(whole) if best is not None else None
-    if found is not None:
-        write_text(directory / "best", found.name + "\n")
-        kept.add(found)
-    for old in whole:
-        if old not in kept:
-            shutil.rmtree(old)
-
-
-def save(
-    target: Path,
-    parts: list[Part],
-    *,
-    stage: str,
-    step: int,
-    dtype: str,
-    extra: dict[str, Any],
-    keep_last: int | None = None,
-    best: Best | None = None,
-) -> None:
-    """Collective. Writes `target` under a temporary name and renames it; then `latest` and `best`; then drops what is not kept."""
-    main = dist.get_rank() == 0
-    tmp = target.with_name(target.name + ".tmp")
-    if main:
-        left = target.parent.glob("step_*.tmp") if keep_last is not None else ()
-        for unfinished in {tmp, *left}:  # of saves that were killed
-            shutil.rmtree(unfinished, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        for part in parts:
-            (tmp / part.name / "dist").mkdir(parents=True)
-            copy_side_files(part.hf_dir, tmp / part.name / "hf")
-    dist.barrier()
-    for part in parts:
-        _dist_save(tmp / part.name / "dist", part.models, part.optimizer)
-    dist.barrier()
-    if main:
-        for part in reversed(parts):  # the main one last: its manifest counts the others' files
-            resumable = part.optimizer is not None
-            write_manifest(
-                tmp / part.name,
-                stage=stage,
-                step=step,
-                head=part.head,
-                dtype=dtype,
-                resumable=resumable,
-                extra=extra if not part.name else {},
-            )
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(tmp, target)
-        fsync(target.parent)
-        if keep_last is not None:
-            retain(target.parent, target.name, keep_last=keep_last, best=best)
-    dist.barrier()
-
-
-def to_resume(run_dir: Path, *, total_steps: int) -> ModelSource | None:
-    """The newest whole checkpoint of a run; None for a new run.
-
-    Raises CheckpointError where the run is not finished and the checkpoint cannot be gone on from (weights only).
+    Raises CheckpointError where there are checkpoints and none is whole (a run never begins again by itself), and where the run is not
+    finished and the checkpoint cannot be gone on from (weights only).
     """
-    found = _latest(run_dir / "checkpoints")
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        box = [newest_whole(steps_in(run_dir / "checkpoints"), verify=verify)]
+    dist.broadcast_object_list(box, src=0)
+    found, problems = box[0]
+    what = "; ".join(f"{p.where}: {p.what}" for p in problems)
     if found is None:
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint of this run is whole: {what}",
+                where=str(run_dir / "checkpoints"),
+                fix="bring one back, or start anew with another --train.output_dir",
+            )
         return None
+    if problems and dist.get_rank() == 0:
+        print(f"warning: not whole, passed over: {what}; going on from {found}", file=sys.stderr, flush=True)
     source = open_source(str(found))
     if source.manifest["step"] < total_steps and not source.manifest["resumable"]:
         raise CheckpointError(
@@ -356,3 +199,9 @@ def to_resume(run_dir: Path, *, total_steps: int) -> ModelSource | None:
             fix="start from it: --model.path with another --train.output_dir",
         )
     return source
+
+
+def restore_randomness(source: ModelSource) -> None:
+    """This rank's generators as they were, where as many ranks go on as have saved; on another layout they stay as the seed made them."""
+    if source.manifest.get("layout", {}).get("world") == dist.get_world_size():
+        randomness.restore((source.path / f"rng/rank_{dist.get_rank()}.json").read_text())

@@ -131,6 +131,12 @@ class TrainConfig:
         "say so, with the samples, when a step's loss lies this many robust standard deviations (1.4826 x MAD) above the median of the last 50; "
         "0: off; not for ppo",
     )
+    exit_duration_minutes: float | None = option(
+        None, "wall-clock budget: save and exit with status 75 before it is over; the same command again goes on"
+    )
+    allow_changes: tuple[str, ...] = option(
+        (), "what may differ from the run that is resumed: keys of the configuration, and data or tokenizer for changed files"
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "loss or gradient not finite on any rank: stop, or leave the step out (ten in a row stop the run); ppo: stop"
     )
@@ -145,6 +151,14 @@ class CheckpointConfig:
     )
     best_is: Literal["lowest", "highest"] = option("lowest", "which value of best_metric is best; highest for eval/accuracy")
     save_optimizer: bool = option(True, "false: weights only in the last checkpoint (cannot be resumed)")
+    keep_every: int = option(0, "also keep every checkpoint whose step is a multiple of this; 0: none")
+    async_save: bool = option(False, "copy the tensors and write them in the background while the next steps run; the last save waits")
+    verify: Literal["size", "hash"] = option("size", "how a checkpoint is checked before it is used: sizes of its files, or every byte")
+    on_save_error: Literal["stop", "continue"] = option(
+        "stop", "a save that fails (disk full, no permission): end the run, or warn and go on; the last save always ends it"
+    )
+    export_hf_at_end: bool = option(False, "write the last checkpoint also as a HF directory, <output_dir>/hf/step_N")
+    export_hf_interval: int = option(0, "the same every so many steps, where a checkpoint is saved; 0: never")
 
 
 @dataclass(frozen=True)
@@ -413,11 +427,12 @@ _POSITIVE = (
     "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size num_layers_in_first_pipeline_stage "
     "num_layers_in_last_pipeline_stage context_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
     "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
-    "http_timeout_s http_total_timeout_s timeout_s max_batch_size max_request_mib function_timeout_s http_batch_size max_prompt_length value_clip "
-    "max_tokens_per_micro_batch reshard_bucket_mib silence_seconds max_turns environment_threads environment_timeout_s"
+    "exit_duration_minutes http_timeout_s http_total_timeout_s timeout_s max_batch_size max_request_mib function_timeout_s http_batch_size "
+    "max_prompt_length value_clip max_tokens_per_micro_batch reshard_bucket_mib silence_seconds max_turns environment_threads environment_timeout_s"
 ).split()
 _NOT_NEGATIVE = (
-    "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval temperature clip_low clip_high coef http_retries "
+    "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval keep_every export_hf_interval "
+    "temperature clip_low clip_high coef http_retries "
     "function_memory_mib port critic_warmup_steps entropy_coef nll_coef z_loss "
     "moe_aux_loss_coeff moe_z_loss_coeff neftune_alpha samples_to_log correction_low critic_lr loss_spike_threshold "
     "overlong_buffer overlong_penalty max_refills mismatch_warning best_of"
@@ -467,6 +482,15 @@ def _check_best(config: Any) -> list[ConfigError]:
         what = f"{key} = {metric} is not measured by the evaluation of {stage}"
         found.append(ConfigError(what, where=key, expected=", ".join(known), fix=f"--{key} {near[0]}" if near else None))
     return found
+
+
+def _check_export(config: CheckpointConfig) -> list[ConfigError]:
+    every, saves = config.export_hf_interval, config.save_interval
+    if every > 0 and (saves <= 0 or every % saves):
+        key = "checkpoint.export_hf_interval"
+        what = f"{key} = {every} is not a multiple of checkpoint.save_interval = {saves}"
+        return [ConfigError(what, where=key, expected="an export is made of a saved checkpoint")]
+    return []
 
 
 def _check_pipeline(p: ParallelConfig) -> list[ConfigError]:
@@ -534,6 +558,7 @@ def check(config: Any) -> list[ConfigError]:
         if not isinstance(config, PretrainStage) and any(s.loss_weight is not None for s in config.data.train):
             bad("data.train", "data.train: loss_weight is for pretrain and sft", "sources without loss_weight")
         found += _check_best(config)
+        found += _check_export(config.checkpoint)
     if isinstance(config, PPOStage):
         if config.train.on_nonfinite != "stop":
             bad("train.on_nonfinite", "train.on_nonfinite = skip is not for ppo", "stop", "--train.on_nonfinite stop")

@@ -27,7 +27,7 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 import torch.distributed as dist
 
 import mrlhf
-from mrlhf import checkpoint, tokenizer
+from mrlhf import manifest, tokenizer
 from mrlhf.checkpoint import ModelSource, open_source
 from mrlhf.config import ParallelConfig
 from mrlhf.dist_io import DistReader, DistWriter, Journal, Parameter, Skeleton
@@ -126,9 +126,9 @@ def _finish(work: _Work, output: Path, last: Callable[[Path], None]) -> None:
             journal.unlink()
         last(work.directory)
         for file in work.directory.rglob("*"):
-            checkpoint.fsync(file)
+            manifest.fsync(file)
         os.rename(work.directory, output)
-        checkpoint.fsync(output.parent)
+        manifest.fsync(output.parent)
     dist.barrier()
 
 
@@ -238,8 +238,8 @@ def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str
         _finish(
             work,
             output,
-            lambda directory: checkpoint.write_manifest(
-                directory, stage=STAGE, step=0, head=plan.head, dtype=plan.dtype, resumable=False, extra=extra
+            lambda directory: manifest.write_manifest(
+                directory, {"stage": STAGE, "step": 0, "head": plan.head, "dtype": plan.dtype, "resumable": False, **extra}
             ),
         )
     return open_source(str(output))
@@ -286,7 +286,7 @@ def open_part(path: str, part: str) -> ModelSource:
         raise CheckpointError("not a mrlhf checkpoint", where=path, expected="a directory with mrlhf.json, or a run's directory")
     if not part:
         return source
-    if not (source.path / part / checkpoint.MANIFEST).is_file():
+    if not (source.path / part / manifest.MANIFEST).is_file():
         raise CheckpointError(f"it has no {part}", where=str(source.path), expected="a checkpoint of PPO with a critic (ppo.estimator gae)")
     return open_source(str(source.path / part))
 

@@ -185,7 +185,7 @@ class DistWriter:
         """`value`: contiguous, of the parameter's shape and dtype. Raises CheckpointError where the disk is full."""
         items = []
         for piece in parameter.pieces:
-            length = _save(_own_storage(piece.view(value)), self._fd, self._end)
+            length = save_tensor(own_storage(piece.view(value)), self._fd, self._end)
             items.append(_Item(piece.key, piece.offset, piece.shape, piece.global_shape, self._end, length))
             self._end += length
         self.items += items
@@ -197,17 +197,22 @@ class DistWriter:
             blob = io.BytesIO()
             torch.save([data], blob)  # Megatron keeps the objects of one key in a list
             self.items.append(_Item(key, None, None, None, self._end, len(blob.getbuffer())))
-            self._end += _write_from(self._fd, self._end, blob.getbuffer())
+            self._end += write_from(self._fd, self._end, blob.getbuffer())
         self._sync()
         os.close(self._fd)
         everyone: list[Any] = [None] * dist.get_world_size()
         dtypes = {piece.key: p.dtype for p in self.skeleton.parameters for piece in p.pieces}
         dist.all_gather_object(everyone, (self.file, self.items, dtypes))
         if dist.get_rank() == 0:
-            (self.directory / ".metadata").write_bytes(pickle.dumps(_metadata(everyone)))
+            write_metadata(self.directory, _metadata(everyone))
             torch.save({"content_metadata": CONTENT}, self.directory / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
         dist.barrier()
+
+
+def write_metadata(directory: Path, metadata: Metadata) -> None:
+    """The index of a distributed checkpoint, as torch wants it."""
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 class _Pickler(pickle.Pickler):
@@ -219,7 +224,7 @@ class _Pickler(pickle.Pickler):
         return None
 
 
-def _save(tensor: torch.Tensor, fd: int, at: int) -> int:
+def save_tensor(tensor: torch.Tensor, fd: int, at: int) -> int:
     """What torch.save writes, at `at` of the file; returns its length. torch copies the values twice on the way, this not at all."""
     head = io.BytesIO()
     _Pickler(head, protocol=2).dump(tensor)
@@ -234,7 +239,7 @@ def _save(tensor: torch.Tensor, fd: int, at: int) -> int:
     return window.tell()
 
 
-def _own_storage(view: torch.Tensor) -> torch.Tensor:
+def own_storage(view: torch.Tensor) -> torch.Tensor:
     """The same memory as a tensor whose storage is no larger than itself: torch.save writes whole storages."""
     if not view.is_contiguous():
         return view.contiguous()
@@ -333,7 +338,7 @@ def _read_into(fd: int, start: int, data: memoryview) -> bool:
     return True
 
 
-def _write_from(fd: int, start: int, data: Any) -> int:
+def write_from(fd: int, start: int, data: Any) -> int:
     """All of `data`. Raises CheckpointError where the disk is full."""
     done = 0
     try:
@@ -360,7 +365,7 @@ class _Window(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        done = _write_from(self._fd, self._start + self._at, data)
+        done = write_from(self._fd, self._start + self._at, data)
         self._at += done
         self._length = max(self._length, self._at)
         return done

@@ -85,7 +85,7 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
     return loss
 
 
-def main(config: DPOStage) -> None:
+def main(config: DPOStage) -> int:
     online = config.dpo.reference == "online"
     fingerprints: list[str] = []
     references: dict[str, torch.Tensor] = {}
@@ -116,4 +116,4 @@ def main(config: DPOStage) -> None:
         for batch, logps_N in zip(batches, _logps_of(frozen[0], batches), strict=True):
             references[loader.dataset.prefix][batch.index_N] = logps_N
 
-    supervised.train("dpo", config, head="lm", make_loss=make_loss, count=pairs, before_step=before_step if online else None)
+    return supervised.train("dpo", config, head="lm", make_loss=make_loss, count=pairs, before_step=before_step if online else None)

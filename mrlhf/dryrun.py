@@ -20,7 +20,8 @@ from mrlhf.models.layouts import make_planner
 from mrlhf.parallel import reshard, state
 from mrlhf.parallel.state import Layout
 from mrlhf.plan import GIB, memory_table
-from mrlhf.supervised import check_resume, make_order
+from mrlhf.resume import check_resume
+from mrlhf.supervised import make_order
 from mrlhf.tokenizer import load
 
 

@@ -30,7 +30,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mrlhf import metrics
-from mrlhf.checkpoint import ModelSource, Part, load_optimizer, load_weights
+from mrlhf.checkpoint import ModelSource, load_optimizer, load_weights
 from mrlhf.config import OptimConfig, ParallelConfig
 from mrlhf.data.loader import MicroBatch
 from mrlhf.models import gpt, neftune
@@ -39,6 +39,7 @@ from mrlhf.models.router import Router
 from mrlhf.parallel import adam, device, state
 from mrlhf.parallel.context import gather_tokens, sum_over_ranks
 from mrlhf.parallel.logprobs import Head, OfTargets, head_logprobs
+from mrlhf.saving import Part
 
 Partials = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, Partials]]
@@ -412,8 +413,8 @@ class Trainer(Model):
         self._settle()
         return Part(name, self.modules, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir)
 
-    def resume(self, directory: Any, steps_done: int) -> None:
-        """Weights, optimizer state and schedule as after `steps_done` steps of this trainer."""
+    def resume(self, directory: Any, steps_done: int, scheduled: int) -> None:
+        """Weights, optimizer state and schedule as after `steps_done` steps of this trainer; `scheduled`: where its schedule stood."""
         load_optimizer(directory, self.modules, self.optimizer)
-        self.scheduler.step(increment=steps_done)
+        self.scheduler.step(increment=scheduled)
         self.steps_done = steps_done

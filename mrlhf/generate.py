@@ -12,13 +12,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mrlhf.checkpoint import ModelSource, open_source, write_text
+from mrlhf.checkpoint import ModelSource, open_source
 from mrlhf.config import GenerateStage, ParallelConfig
 from mrlhf.data.formats import Columns, RowProblem, normalise
 from mrlhf.data.sources import read_chunks
 from mrlhf.data.template import Template
 from mrlhf.engine import DTYPES, Model
 from mrlhf.errors import CheckpointError, DataError, Problems
+from mrlhf.manifest import write_text
 from mrlhf.models.layouts import make_reshard
 from mrlhf.models.spec import check_layout
 from mrlhf.parallel import device, state

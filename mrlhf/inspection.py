@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mrlhf.checkpoint import MANIFEST, open_source
+from mrlhf.checkpoint import open_source
+from mrlhf.manifest import MANIFEST
 from mrlhf.models.hf_io import open_files
 from mrlhf.safe_pickle import read_metadata
 

@@ -10,8 +10,8 @@ from mrlhf.models.balance import of_aggregation
 from mrlhf.sft import language_model_loss
 
 
-def main(config: PretrainStage) -> None:
+def main(config: PretrainStage) -> int:
     def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
         return language_model_loss(trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)
 
-    supervised.train("pretrain", config, head="lm", make_loss=make_loss, count=of_aggregation(config.loss))
+    return supervised.train("pretrain", config, head="lm", make_loss=make_loss, count=of_aggregation(config.loss))

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from mrlhf import supervised
-from mrlhf.checkpoint import write_text
 from mrlhf.config import RMStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.losses import accuracy_by_margin, pairwise_loss
+from mrlhf.manifest import write_text
 from mrlhf.models.balance import pairs
 from mrlhf.parallel import state
 
@@ -73,7 +73,7 @@ def score_histogram(scores: torch.Tensor, *, bins: int = 30) -> dict[str, list[f
     return {"edges": edges.tolist(), **counts}
 
 
-def main(config: RMStage) -> None:
+def main(config: RMStage) -> int:
     def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
         return reward_loss(trainer, loader, kind=config.rm.loss)
 
@@ -86,4 +86,4 @@ def main(config: RMStage) -> None:
             write_text(Path(config.train.output_dir) / "rewards.json", json.dumps(score_histogram(scores)) + "\n")
         return score_statistics(scores)
 
-    supervised.train("rm", config, head="value", make_loss=make_loss, count=pairs, make_eval_loss=make_eval_loss, finish=finish)
+    return supervised.train("rm", config, head="value", make_loss=make_loss, count=pairs, make_eval_loss=make_eval_loss, finish=finish)

@@ -48,8 +48,8 @@ def language_model_loss(trainer: Trainer, *, aggregation: str, z_loss: float = 0
     return loss
 
 
-def main(config: SFTStage) -> None:
+def main(config: SFTStage) -> int:
     def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
         return language_model_loss(trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)
 
-    supervised.train("sft", config, head="lm", make_loss=make_loss, count=of_aggregation(config.loss))
+    return supervised.train("sft", config, head="lm", make_loss=make_loss, count=of_aggregation(config.loss))

@@ -12,34 +12,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mrlhf import checkpoint, metrics, preflight
+from mrlhf import checkpoint, heartbeat, metrics, preflight
 from mrlhf.config import SFTStage
-from mrlhf.config_io import diff, dump_yaml, load_config
+from mrlhf.config_io import dump_yaml
 from mrlhf.data.blend import Dataset, describe_samples, names_of, rows_of, sources_of
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.data.order import Mix, Order
 from mrlhf.engine import LossFn, Trainer
-from mrlhf.errors import CheckpointError, ConfigError
 from mrlhf.models.balance import Count, make_balance
 from mrlhf.parallel import device, state
+from mrlhf.resume import check_resume, data_position, describe_run, go_on
+from mrlhf.saver import Saver, best_of
 from mrlhf.spikes import SpikeDetector
+from mrlhf.stopping import EXIT_STOPPED, Stopper
 from mrlhf.tracking import Tracker
-
-# what may differ between the first command and the one that resumes it
-_FREE_TO_CHANGE = ("parallel.", "logging.", "checkpoint.", "train.output_dir", "train.eval_interval")
-
-
-def check_resume(config: Any, output_dir: Path) -> None:
-    """Refuse to go on with a run under another configuration, showing what differs."""
-    before = output_dir / "config.yaml"
-    if before.is_file():
-        changed = [line for line in diff(load_config(type(config), str(before), []), config) if not line.startswith(_FREE_TO_CHANGE)]
-        if changed:
-            raise ConfigError(
-                f"the run in {output_dir} was started with another configuration: {'; '.join(changed)}",
-                where="train.output_dir",
-                fix="the first command again, or another --train.output_dir",
-            )
 
 
 def make_order(config: Any, data: Dataset) -> Order:
@@ -54,32 +40,6 @@ def make_order(config: Any, data: Dataset) -> Order:
         seed=config.train.seed,
         shuffle=config.data.shuffle,
     )
-
-
-def data_position(order: Order, data: Dataset, consumed: list[int]) -> dict[str, Any]:
-    """What a checkpoint keeps of the data: for each source what it is and how many of its rows were met."""
-    parts = zip(sources_of(data), order.mix.rows, consumed, strict=True)
-    return {"data": [{"prefix": d.prefix, "identity": d.identity, "rows": rows, "consumed": n} for d, rows, n in parts]}
-
-
-def go_on(order: Order, data: Dataset, manifest: dict[str, Any], *, where: str, position: int | None = None) -> None:
-    """Bring the order to a checkpoint's position (None: that of its step). Raises CheckpointError where the data is not what the checkpoint was trained on."""
-    kept = manifest.get("data")
-    if kept is None:
-        return
-    for before, now, rows in zip(kept, sources_of(data), order.mix.rows, strict=True):
-        if (before["identity"], before["rows"]) != (now.identity, rows):
-            raise CheckpointError(
-                f"the data at {now.prefix} was changed since this checkpoint: the rows that are left would be others",
-                where=where,
-                expected=f"{before['prefix']} as it was ({before['rows']:,} rows, {before['identity'][:12]}), "
-                f"not {rows:,} rows, {now.identity[:12]}",
-                fix="bring that data back, or start anew: --model.path with another --train.output_dir",
-            )
-    try:
-        order.go_on_at(order.position(manifest["step"]) if position is None else position, [source["consumed"] for source in kept])
-    except ValueError as error:
-        raise CheckpointError(f"its data position cannot be right: {error}", where=where, fix="take an earlier checkpoint") from error
 
 
 def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str, float]:
@@ -99,6 +59,22 @@ def say(text: str) -> None:
     """One line on rank 0."""
     if state.is_main():
         print(text, flush=True)
+
+
+def guard(config: Any, *, began: float) -> Stopper:
+    """Signals, the wall-clock budget (from `began`, time.monotonic()) and the heartbeat of a run; after torch.distributed was started."""
+    heartbeat.start(Path(config.train.output_dir), rank=dist.get_rank())
+    return Stopper(budget_minutes=config.train.exit_duration_minutes, began=began)
+
+
+def leave(tracker: Tracker, saver: Saver, text: str, *, status: int = 0) -> int:
+    """Collective. The end of a run, complete or stopped; returns the exit status."""
+    saver.finish()
+    tracker.close()
+    heartbeat.stop()
+    say(text)
+    state.shutdown()
+    return status
 
 
 def make_tracker(stage: str, config: Any, *, total_steps: int, done: int) -> Tracker:
@@ -175,18 +151,20 @@ def train(
     make_eval_loss: Callable[[Trainer, Loader], LossFn] | None = None,
     before_step: Callable[[Loader, list[MicroBatch]], None] | None = None,
     finish: Callable[[Trainer, Loader], dict[str, Any]] | None = None,
-) -> None:
-    """Run a supervised stage from its configuration to its last checkpoint.
+) -> int:
+    """Run a supervised stage from its configuration to its last checkpoint; returns the exit status (EXIT_STOPPED where it was stopped).
 
     `make_loss(trainer, loader)` gives the loss function (called before the first step, with the starting weights), `count` what it counts,
     `make_eval_loss` the loss function of the evaluation where it measures more;
     `before_step(loader, batches)` may prepare it for a step; `finish(trainer, eval_loader)` gives what goes into
     the last checkpoint's metadata. Started again with the same configuration it goes on from the newest checkpoint.
     """
+    began = time.monotonic()
     run = preflight.check_run(stage, config, world=state.world_size())
     output_dir = Path(config.train.output_dir)
     check_resume(config, output_dir)
     layout = state.initialize(config.parallel, seed=config.train.seed)
+    stopper = guard(config, began=began)
     _, dp, _ = layout.coordinates(dist.get_rank())
     say(f"device: {device.current().describe()}")
     say(layout.describe(config.train))
@@ -210,13 +188,17 @@ def train(
     loader = make_loader(run.train)
     eval_loader = make_loader(run.eval) if run.eval is not None else None
     order = make_order(config, run.train)
-    resumed = checkpoint.to_resume(output_dir, total_steps=order.total_steps)
+    saver = Saver(output_dir, config.checkpoint)
+    resumed = checkpoint.to_resume(output_dir, total_steps=order.total_steps, verify=config.checkpoint.verify)
     done = 0 if resumed is None else int(resumed.manifest["step"])
     if done >= order.total_steps:
+        heartbeat.stop()
         say(f"already finished: {output_dir / 'checkpoints'}")
-        return state.shutdown()
+        state.shutdown()
+        return 0
     if resumed is not None:
-        go_on(order, run.train, resumed.manifest, where=str(resumed.path))
+        where, allowed = str(resumed.path), config.train.allow_changes
+        go_on(order, run.train, resumed.manifest, where=where, hf_dir=run.source.hf_dir, allowed=allowed)
     random_init = config.model.init == "random"
     trainer = Trainer(
         run.source,
@@ -236,26 +218,21 @@ def train(
     eval_loss_fn = (make_eval_loss or make_loss)(trainer, eval_loader) if eval_loader is not None else None
 
     if resumed is not None:
-        trainer.resume(resumed.path, done)
+        trainer.resume(resumed.path, done, resumed.manifest["scheduler"])
+        checkpoint.restore_randomness(resumed)
         say(f"resumed from {resumed.path}")
     tracker = make_tracker(stage, config, total_steps=order.total_steps, done=done)
 
-    best = config.checkpoint.best_metric and checkpoint.Best(config.checkpoint.best_metric, config.checkpoint.best_is == "highest")
+    best, described = best_of(config.checkpoint), describe_run(stage, config, layout, run.source.hf_dir)
 
     spikes = SpikeDetector(config.train.loss_spike_threshold, resumed.manifest.get("recent_losses", []) if resumed is not None else [])
 
     def save(step: int, extra: dict[str, Any]) -> None:
-        keep_optimizer = step < order.total_steps or config.checkpoint.save_optimizer
-        checkpoint.save(
-            output_dir / "checkpoints" / f"step_{step}",
-            [trainer.part(with_optimizer=keep_optimizer)],
-            stage=stage,
-            step=step,
-            dtype=config.model.dtype,
-            extra=extra | data_position(order, run.train, order.consumed(step)) | {"recent_losses": spikes.recent},
-            keep_last=config.checkpoint.keep_last,
-            best=best,
-        )
+        last = step == order.total_steps
+        part = trainer.part(with_optimizer=not last or config.checkpoint.save_optimizer)
+        content = {**described, "scheduler": trainer.scheduler.num_steps, **data_position(order, run.train, order.consumed(step)), **extra}
+        content["recent_losses"] = spikes.recent
+        saver.save(step, [part], content, last=last)
 
     for step in range(done + 1, order.total_steps + 1):
         start = time.perf_counter()
@@ -263,7 +240,8 @@ def train(
         waited = time.perf_counter() - start
         if before_step:
             before_step(loader, batches)
-        found = trainer.step(batches, loss_fn)
+        with heartbeat.phase("step", step):
+            found = trainer.step(batches, loss_fn)
         if config.train.loss_spike_threshold:
             found |= report_spike(spikes, found["loss"], step=step, trainer=trainer, data=run.train)
         seconds = time.perf_counter() - start
@@ -275,15 +253,19 @@ def train(
             trainer, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world
         )
         tracker.log(step, log)
+        saver.poll()
         last = step == order.total_steps
         to_save = last or _due(step, config.checkpoint.save_interval)
         extra: dict[str, Any] = {}
         if eval_loader is not None and eval_loss_fn is not None and (last or _due(step, config.train.eval_interval) or (best and to_save)):
-            values = evaluate(trainer, eval_loader, eval_loss_fn, before_step)
+            with heartbeat.phase("evaluate", step):
+                values = evaluate(trainer, eval_loader, eval_loss_fn, before_step)
             tracker.log(step, values)
             extra["eval"] = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no nan
         if to_save:
             save(step, extra | (finish(trainer, eval_loader or loader) if finish and last else {}))
-    tracker.close()
-    say(f"finished: {output_dir / 'checkpoints'}")
-    state.shutdown()
+        if not last and stopper.agreed(next_s=time.perf_counter() - start + saver.seconds):
+            if saver.last_step != step:
+                save(step, {})
+            return leave(tracker, saver, stopper.describe(step), status=EXIT_STOPPED)
+    return leave(tracker, saver, f"finished: {output_dir / 'checkpoints'}")

@@ -23,9 +23,15 @@ def make(source: str, parallel: Any, dtype: str, head: str = "lm", distributed: 
 
 
 def save(trainer: Any, target: Path, *, dtype: str, step: int, keep_last: int | None = 2) -> None:
-    from mrlhf import checkpoint
+    import torch.distributed as dist
 
-    checkpoint.save(target, [trainer.part()], stage="sft", step=step, dtype=dtype, extra={}, keep_last=keep_last)
+    from mrlhf import saving
+
+    content = {"stage": "sft", "step": step, "dtype": dtype, "scheduler": step, "layout": {"world": dist.get_world_size()}}
+    saving.save(target, [trainer.part()], content)
+    if keep_last is not None and dist.get_rank() == 0:
+        saving.retain(target.parent, target.name, saving.Keep(keep_last))
+    dist.barrier()
 
 
 def steps(trainer: Any, prefix: str, n: int) -> list[dict[str, float]]:
@@ -52,13 +58,110 @@ def steps(trainer: Any, prefix: str, n: int) -> list[dict[str, float]]:
     return [{k: v for k, v in trainer.step(batches, loss).items() if k in ("loss", "grad_norm", "lr")} for _ in range(n)]
 
 
+def failing_saves(hf: str, prefix: str, work: Path) -> dict[str, Any]:
+    """What a `Saver` does when the disk is full or forbidden, and that a save in the background is the one in the foreground."""
+    import os
+    import resource
+    import shutil
+    import time
+
+    from mrlhf import saving
+    from mrlhf.config import CheckpointConfig, ParallelConfig
+    from mrlhf.errors import CheckpointError
+    from mrlhf.manifest import read_manifest
+    from mrlhf.saver import Saver
+
+    found: dict[str, Any] = {}
+    trainer = make(hf, ParallelConfig(), "float32")
+    content = {"stage": "sft", "dtype": "float32"}
+
+    def names(saver: Saver) -> list[str]:
+        return sorted(p.name for p in saver.directory.iterdir())
+
+    def error_of(call: Any) -> str:
+        try:
+            call()
+        except CheckpointError as error:
+            return str(error)
+        return "none"
+
+    # in the background: the tensors change while they are written, and the next save waits
+    front, back = Saver(work / "front", CheckpointConfig()), Saver(work / "back", CheckpointConfig(async_save=True))
+    front.save(1, [trainer.part()], content)
+    save_tensor = saving.save_tensor
+
+    def slowly(*args: Any) -> int:
+        time.sleep(0.02)
+        return save_tensor(*args)
+
+    saving.save_tensor = slowly
+    back.save(1, [trainer.part()], content)
+    steps(trainer, prefix, 1)
+    found["while it is written"] = names(back)
+    back.poll()
+    assert back._under_way is not None, "the save was over before it could be looked at"
+    back.save(2, [trainer.part()], content)
+    found["when the next has begun"] = [names(back), (back.directory / "latest").read_text()]
+    saving.save_tensor = save_tensor
+    back.finish()
+    found["background"] = [names(back), (back.directory / "latest").read_text()]
+    files = [read_manifest(s.directory / "step_1")["files"] for s in (front, back)]
+    found["same bytes"] = [files[0] == files[1], len(files[0])]
+
+    # a disk that is full, under each policy, in front and in the background: real errors of the real write
+    def limited(saver: Saver, call: Any) -> str:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            return error_of(call)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def written_then_polled(saver: Saver, step: int) -> None:
+        saver.save(step, [trainer.part()], content)
+        saver._under_way.writer.join()
+        saver.poll()  # the step after
+
+    goes_on = Saver(work / "back", CheckpointConfig(async_save=True, on_save_error="continue"))
+    found["stop, background"] = limited(back, lambda: written_then_polled(back, 3))
+    found["stop, front"] = limited(front, lambda: front.save(3, [trainer.part()], content))
+    found["continue"] = limited(goes_on, lambda: written_then_polled(goes_on, 3))
+    found["continue, last"] = limited(goes_on, lambda: goes_on.save(3, [trainer.part()], content, last=True))
+    found["full"] = [names(front), names(back)]
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: usage(path)._replace(free=10_000)
+    found["no room"] = error_of(lambda: front.save(3, [trainer.part()], content))
+    shutil.disk_usage = usage
+    if os.geteuid() == 0:
+        for folder in (work, front.directory):
+            folder.chmod(0o755)
+        os.seteuid(65534)
+    else:
+        front.directory.chmod(0o555)
+    found["forbidden"] = error_of(lambda: front.save(3, [trainer.part()], content))
+    os.seteuid(0) if os.getuid() == 0 else front.directory.chmod(0o755)
+    found["after all"] = names(front)
+    front.save(3, [trainer.part()], content)
+    found["mended"] = names(front)
+
+    # to_resume: falls back with a warning that names the file
+    from mrlhf.checkpoint import to_resume
+
+    (front.directory / "step_3/dist/common.pt").write_bytes(b"")
+    source = to_resume(work / "front", total_steps=9, verify="hash")
+    found["fell back to"] = source and source.path.name
+    (front.directory / "step_1/hf/config.json").unlink()
+    found["none whole"] = error_of(lambda: to_resume(work / "front", total_steps=9))
+    return found
+
+
 def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     """A save that fails, a value model, a checkpoint of another dtype, an optimizer without steps and one that is not distributed."""
     import os
 
     import torch
 
-    from mrlhf import checkpoint
+    from mrlhf import checkpoint, saving
     from mrlhf.checkpoint import open_source
     from mrlhf.config import ParallelConfig
     from mrlhf.engine import Model
@@ -80,6 +183,7 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
         found["latest_after_failure"] = open_source(str(work / "killed")).manifest["step"]
     os.rename = rename
     (run / "step_9.tmp").mkdir()
+    saving.clear_unfinished(run)
     for step in (3, 4, 5):
         save(trainer, run / f"step_{step}", dtype="float32", step=step)
     found["after_recovery"] = sorted(p.name for p in run.iterdir())
@@ -107,7 +211,7 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     found["to_resume"] = newest and newest.manifest["step"]
 
     resumed = make(hf, ParallelConfig(), "float32")
-    resumed.resume(work / "interleaved", 4)
+    resumed.resume(work / "interleaved", 4, 4)
     found["after interleaved"] = steps(resumed, prefix, 2)
 
     for name, distributed, before in (("unstepped", True, 0), ("whole_optimizer", False, 2)):
@@ -115,7 +219,7 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
         steps(trainer, prefix, before)
         save(trainer, work / name, dtype="float32", step=before, keep_last=None)
         again = make(hf, ParallelConfig(), "float32", distributed=distributed)
-        again.resume(work / name, before)
+        again.resume(work / name, before, before)
         found[name] = [steps(trainer, prefix, 2), steps(again, prefix, 2)]
     return found
 
@@ -147,13 +251,13 @@ def main() -> None:
                 result["first"] = steps(trainer, prefix, 2)
                 save(trainer, saved, dtype=dtype, step=2)
             else:
-                trainer.resume(saved, 2)
+                trainer.resume(saved, 2, 2)
             result[f"{name} {dtype}"] = steps(trainer, prefix, 2)
             if name == "interleaved":
                 save(trainer, work / name, dtype=dtype, step=4, keep_last=None)
                 result["interleaved, unbroken"] = steps(trainer, prefix, 2)
         if world == 1:
-            result |= alone(hf, prefix, work)
+            result |= alone(hf, prefix, work) | {"saves": failing_saves(hf, prefix, work)}
         leave_layout()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(result))

@@ -20,13 +20,14 @@ def main() -> None:
     from zoo import KINDS
 
     from mrlhf import convert
-    from mrlhf.checkpoint import Part, open_source, save
+    from mrlhf.checkpoint import open_source
     from mrlhf.config import ParallelConfig
     from mrlhf.dist_io import Skeleton
     from mrlhf.engine import Model
     from mrlhf.errors import MrlhfError
     from mrlhf.models.families import hf_tensors
     from mrlhf.parallel import state
+    from mrlhf.saving import Part, save
     from mrlhf.verify import verify
 
     result: dict[str, object] = {}
@@ -44,7 +45,7 @@ def main() -> None:
     result["value beside its LM"] = verify(value, str(zoo / "qwen2")).max_abs
     model = Model(value, ParallelConfig(), head="value", dtype="float32", seed=1)
     part = Part("", model.modules, None, "value", value.hf_dir)
-    save(work / "rm.mrlhf", [part], stage="rm", step=3, dtype="float32", extra={"reward_mean": 1.5, "reward_std": 0.5}, keep_last=None)
+    save(work / "rm.mrlhf", [part], {"stage": "rm", "step": 3, "dtype": "float32", "reward_mean": 1.5, "reward_std": 0.5})
     export = convert.megatron_to_hf(str(work / "rm.mrlhf"), work / "rm.hf")
     result["value notes"] = export.notes
     result["value"] = verify(export.source, str(export.path)).max_abs
@@ -55,8 +56,8 @@ def main() -> None:
     # a run's directory with a critic beside the actor, as ppo.py saves it
     actor = Model(open_source(str(zoo / "qwen2")), ParallelConfig(), head="lm", dtype="bfloat16", seed=1)
     parts = [Part("", actor.modules, None, "lm", zoo / "qwen2"), Part("critic", model.modules, None, "value", value.hf_dir)]
-    save(work / "run/checkpoints/step_5", parts, stage="ppo", step=5, dtype="float32", extra={}, keep_last=1)
-    save(work / "half.mrlhf", parts[:1], stage="sft", step=5, dtype="bfloat16", extra={})
+    save(work / "run/checkpoints/step_5", parts, {"stage": "ppo", "step": 5, "dtype": "float32"})
+    save(work / "half.mrlhf", parts[:1], {"stage": "sft", "step": 5, "dtype": "bfloat16"})
     (work / "run/config.yaml").write_text(f"model: {{path: {zoo / 'qwen2'}}}\ndata: {{train: data/prompts}}\n")
     rows = [{"step": 4, "critic/score/mean": 0.5}, {"step": 5, "critic/score/mean": 0.75}, {"step": 6, "critic/score/mean": 9.0}]
     (work / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -89,7 +90,7 @@ def main() -> None:
 
     # Megatron's own save of the same model, and a checkpoint in which one bit has changed
     theirs = Model(open_source(str(work / "gemma3_text.mrlhf")), ParallelConfig(), head="lm", dtype="float32", seed=1)
-    save(work / "megatrons_own", [Part("", theirs.modules, None, "lm", zoo / "gemma3_text")], stage="x", step=0, dtype="float32", extra={})
+    save(work / "megatrons_own", [Part("", theirs.modules, None, "lm", zoo / "gemma3_text")], {"stage": "x", "step": 0, "dtype": "float32"})
     flipped = shutil.copytree(work / "llama.mrlhf", work / "flipped.mrlhf")
     (part_file,) = (flipped / "dist").glob("*.distcp")
     data = bytearray(part_file.read_bytes())
@@ -104,7 +105,7 @@ def main() -> None:
     skeleton.parameters[1] = broken
     with torch.no_grad():
         actor.modules[0].decoder.final_layernorm.weight[0] = 1e5
-    save(work / "large.mrlhf", parts[:1], stage="sft", step=5, dtype="bfloat16", extra={})
+    save(work / "large.mrlhf", parts[:1], {"stage": "sft", "step": 5, "dtype": "bfloat16"})
     result["refused"] = {
         "overflow": refusal(lambda: convert.megatron_to_hf(str(work / "large.mrlhf"), work / "large.hf", dtype="float16")),
         "existing": refusal(lambda: convert.hf_to_megatron(str(zoo / "qwen2"), work / "qwen2.mrlhf")),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TESTS, run, torchrun
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mrlhf.checkpoint import Best, open_source, retain
+from mrlhf.checkpoint import open_source
 from mrlhf.errors import CheckpointError
+from mrlhf.manifest import _seal, newest_whole, read_manifest, steps_in, write_manifest
+from mrlhf.saving import Best, Keep, retain
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def found(world: Path, work: Path) -> dict[str, Any]:
     args = (TESTS / "checkpoint_program.py", world / "qwen2", world / "sft", work)
     result: dict[str, Any] = {}
     for done in (torchrun(2, *args), run(sys.executable, *args)):
-        result |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+        result |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:]) | {"stderr": done.stderr}
     return result
 
 
@@ -57,7 +63,7 @@ def test_saved_by_an_interleaved_pipeline_and_gone_on_with_by_one_process(found:
 def test_failed_save_leaves_the_last_one(found: dict[str, Any]) -> None:
     assert found["after_failure"] == ["latest", "step_1", "step_2.tmp"]
     assert found["latest_after_failure"] == 1
-    assert found["after_recovery"] == ["latest", "step_4", "step_5"], "unfinished saves are cleared, the two newest kept"
+    assert found["after_recovery"] == ["latest", "step_4", "step_5"], "unfinished saves are cleared when the run starts again, the two newest kept"
 
 
 def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
@@ -68,8 +74,8 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
         directory = tmp_path / f"{best} {keep_last}"
         for step, value in losses.items():
             (directory / f"step_{step}").mkdir(parents=True)
-            (directory / f"step_{step}/mrlhf.json").write_text(json.dumps({"eval": {} if value is None else {"eval/loss": value}}))
-            retain(directory, f"step_{step}", keep_last=keep_last, best=best)
+            write_manifest(directory / f"step_{step}", {"eval": {} if value is None else {"eval/loss": value}})
+            retain(directory, f"step_{step}", Keep(keep_last, best=best))
         assert (directory / "latest").read_text() == "step_10\n"
         if best is not None and best.metric == "eval/loss":
             assert (directory / "best").read_text() == ("step_1\n" if best.highest else "step_2\n")
@@ -111,12 +117,107 @@ def test_damage_is_found_when_it_is_opened(copied: Path) -> None:
     assert open_source(str(copied)).path.name == "step_5"
     file = max((copied / "checkpoints/step_5/dist").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=rf"of another size: dist/{file.name}"):
+    with pytest.raises(CheckpointError, match=rf"dist/{file.name} has [\d,]+ bytes instead of [\d,]+"):
         open_source(str(copied))
     file.unlink()
     with pytest.raises(CheckpointError, match="missing"):
         open_source(str(copied))
     assert open_source(str(copied / "checkpoints/step_4")).manifest["step"] == 4
+
+
+def test_every_file_truncated_flipped_and_deleted(copied: Path) -> None:
+    """Each is found, named, and the checkpoint before it is taken: no silent load."""
+    newest = copied / "checkpoints/step_5"
+    names = [*read_manifest(newest)["files"], "mrlhf.json"]
+    assert {"dist/.metadata", "dist/common.pt", "dist/metadata.json", "dist/__0_0.distcp", "hf/config.json", "rng/rank_0.json"} <= set(names)
+    draw = random.Random(1)
+    for name in names:
+        path = newest / name
+        whole = path.read_bytes()
+        for kind in ("truncated", "flipped", "flipped", "deleted"):
+            if kind == "deleted":
+                path.unlink()
+            elif kind == "truncated":
+                path.write_bytes(whole[: draw.randrange(len(whole))])
+            else:
+                bit = draw.randrange(8 * len(whole))
+                path.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ (1 << bit % 8)]) + whole[bit // 8 + 1 :])
+            found, problems = newest_whole(steps_in(newest.parent), verify="hash")
+            assert found is not None and found.name == "step_4", (name, kind)
+            assert name in str(problems[0]), (name, kind)
+        path.write_bytes(whole)
+    assert newest_whole(steps_in(newest.parent), verify="hash") == (newest, [])
+    text = (newest / "mrlhf.json").read_bytes()
+    for bit in draw.sample(range(8 * len(text)), 300):  # every place of the manifest: sealed
+        (newest / "mrlhf.json").write_bytes(text[: bit // 8] + bytes([text[bit // 8] ^ (1 << bit % 8)]) + text[bit // 8 + 1 :])
+        with pytest.raises(CheckpointError):
+            read_manifest(newest)
+
+
+def test_a_save_in_the_background_is_the_one_in_the_foreground(found: dict[str, Any]) -> None:
+    saves = found["saves"]
+    same, files = saves["same bytes"]
+    assert same and files >= 9
+    assert saves["while it is written"] == ["step_1.tmp"]
+    assert saves["when the next has begun"] == [["latest", "step_1", "step_2.tmp"], "step_1\n"], "the next waits for the one before"
+    assert saves["background"] == [["latest", "step_1", "step_2"], "step_2\n"]
+
+
+def test_a_save_that_fails(found: dict[str, Any]) -> None:
+    """EFBIG of the real write, an announced lack of room, EACCES: by policy, and what was there stays."""
+    saves = found["saves"]
+    for what in ("stop, front", "stop, background", "continue, last"):
+        assert "cannot be saved: rank 0: " in saves[what] and "File too large" in saves[what], what
+        assert "earlier checkpoints are untouched" in saves[what]
+    assert saves["continue"] == "none"
+    assert saves["full"] == [["latest", "step_1"], ["latest", "step_1", "step_2"]]
+    assert "10,000 are free" in saves["no room"]
+    assert "Permission denied" in saves["forbidden"]
+    assert saves["after all"] == ["latest", "step_1"] and saves["mended"] == ["latest", "step_1", "step_3"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(found: dict[str, Any]) -> None:
+    assert found["saves"]["fell back to"] == "step_1"
+    assert "warning: not whole, passed over: " in found["stderr"] and "dist/common.pt has 0 bytes instead of" in found["stderr"]
+    none = found["saves"]["none whole"]
+    assert "no checkpoint of this run is whole" in none and "dist/common.pt" in none and "hf/config.json is missing" in none
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 30), st.booleans(), st.floats(0, 9)), min_size=1, max_size=8, unique_by=lambda s: s[0]),
+    last=st.integers(1, 3), every=st.sampled_from([0, 2, 5]), best=st.booleans(),
+)  # fmt: skip
+def test_what_is_kept(steps: list[tuple[int, bool, float]], last: int, every: int, best: bool) -> None:
+    """Whatever is damaged: the newest, the newest `last` whole ones, every whole multiple and the best stay; nothing whole goes for a damaged one."""
+    with tempfile.TemporaryDirectory() as made:
+        directory, steps = Path(made), sorted(steps)
+        steps[-1] = (steps[-1][0], True, steps[-1][2])  # has just been written
+        for step, whole, loss in steps:
+            folder = directory / f"step_{step}"
+            folder.mkdir()
+            (folder / "file").write_text("x")
+            write_manifest(folder, {"eval": {"eval/loss": loss}})
+            if not whole:
+                (folder / "file").write_text("xx")
+        retain(directory, f"step_{steps[-1][0]}", Keep(last, every, Best("eval/loss", False) if best else None))
+        left = {int(p.name[5:]) for p in directory.glob("step_*")}
+        good = [step for step, whole, _ in steps if whole]
+        wanted = {*good[-last:], *(s for s in good if every and s % every == 0)}
+        if best:
+            wanted.add(min((loss, step) for step, whole, loss in steps if whole)[1])
+            assert int((directory / "best").read_text()[5:]) in left
+        assert left == wanted
+        assert newest_whole(steps_in(directory), verify="hash")[0] == directory / f"step_{steps[-1][0]}"
+
+
+def test_of_a_link_the_link_alone_is_dropped(tmp_path: Path) -> None:
+    for name in ("elsewhere", "run/step_2"):
+        (tmp_path / name).mkdir(parents=True)
+        write_manifest(tmp_path / name, {})
+    (tmp_path / "run/step_1").symlink_to(tmp_path / "elsewhere")
+    retain(tmp_path / "run", "step_2", Keep(1))
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["latest", "step_2"] and (tmp_path / "elsewhere/mrlhf.json").is_file()
 
 
 def test_latest_that_points_nowhere(copied: Path) -> None:
@@ -125,13 +226,25 @@ def test_latest_that_points_nowhere(copied: Path) -> None:
     (copied / "checkpoints/latest").write_text("../../etc\n")
     assert open_source(str(copied / "checkpoints")).path.name == "step_5"
     (copied / "checkpoints/step_5/mrlhf.json").unlink()
-    assert open_source(str(copied)).path.name == "step_4", "what has no manifest was never finished"
+    with pytest.raises(CheckpointError, match=r"mrlhf\.json is missing"):
+        open_source(str(copied))
 
 
 def test_other_things_are_refused(copied: Path, tmp_path: Path) -> None:
     manifest = copied / "checkpoints/step_5/mrlhf.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    whole = manifest.read_text()
+    manifest.write_text(json.dumps({**json.loads(whole), "step": 6}))
+    with pytest.raises(CheckpointError, match="checksum differs from its own"):
+        open_source(str(copied))
+    manifest.write_text(json.dumps({**json.loads(whole), "format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
+        open_source(str(copied))
+    write_manifest(manifest.parent, json.loads(whole))
+    assert open_source(str(copied), verify="hash").manifest["step"] == 5
+    found = json.loads(whole)
+    found["files"]["../step_4/mrlhf.json"] = {"size": 1, "sha256": ""}
+    manifest.write_text(json.dumps({**found, "seal": _seal(found)}))
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
         open_source(str(copied))
     manifest.write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):

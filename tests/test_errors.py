@@ -425,7 +425,7 @@ def test_what_the_losses_would_refuse_is_refused_before_the_run(
 
 
 def test_resuming_with_another_configuration_shows_the_difference(world: Path, tmp_path: Path) -> None:
-    from mrlhf.supervised import check_resume
+    from mrlhf.resume import check_resume
 
     def config(**changes: object) -> Any:
         return load_config(STAGES["sft"], None, options(world, "sft", **{"train.output_dir": tmp_path, **changes}))
@@ -438,3 +438,8 @@ def test_resuming_with_another_configuration_shows_the_difference(world: Path, t
         check_resume(config(**{"optim.lr": 3e-4, "train.seed": 2}), tmp_path)
     assert raised.value.what.endswith("another configuration: train.seed: 1 -> 2; optim.lr: 1e-05 -> 0.0003")
     assert raised.value.fix == "the first command again, or another --train.output_dir"
+    assert raised.value.expected and "--train.allow_changes '[train.seed, optim.lr]'" in raised.value.expected
+    check_resume(config(**{"optim.lr": 3e-4, "train.seed": 2, "train.allow_changes": "[train.seed, optim.lr]"}), tmp_path)
+    for key, value in {"data.seq_length": 160, "train.global_batch_size": 8}.items():
+        with pytest.raises(MrlhfError, match=key):
+            check_resume(config(**{key: value}), tmp_path)

@@ -18,12 +18,13 @@ LAYERS = (
     ("mrlhf.data", "mrlhf.models", "mrlhf.losses", "mrlhf.rl.advantages", "mrlhf.rl.kl", "mrlhf.rl.policy_loss", "mrlhf.rl.rewards",
      "mrlhf.rl.reward_child", "mrlhf.rl.reward_process", "mrlhf.rl.reward_http", "mrlhf.rl.reward_server",
      "mrlhf.rl.shaping", "mrlhf.rl.best_of", "mrlhf.rl", "mrlhf.tokenizer", "mrlhf.plan", "mrlhf.safe_pickle", "mrlhf.spikes"),
-    ("mrlhf.checkpoint", "mrlhf.dist_io", "mrlhf.engine", "mrlhf.preflight", "mrlhf.tracking", "mrlhf.report", "mrlhf.profiling", "mrlhf.inspection",
+    ("mrlhf.checkpoint", "mrlhf.manifest", "mrlhf.randomness", "mrlhf.saving", "mrlhf.saver", "mrlhf.resume", "mrlhf.stopping", "mrlhf.heartbeat",
+     "mrlhf.dist_io", "mrlhf.engine", "mrlhf.preflight", "mrlhf.tracking", "mrlhf.report", "mrlhf.profiling", "mrlhf.inspection",
      "mrlhf.rl.vllm_engine", "mrlhf.rl.rollout", "mrlhf.rl.environments", "mrlhf.rl.describe", "mrlhf.rl.updates", "mrlhf.rl.phases"),
     ("mrlhf.supervised", "mrlhf.references", "mrlhf.pretrain", "mrlhf.sft", "mrlhf.rm", "mrlhf.dpo", "mrlhf.score", "mrlhf.generate",
      "mrlhf.serve_reward", "mrlhf.convert", "mrlhf.verify", "mrlhf.model_card",
      "mrlhf.rl.reward_sources", "mrlhf.rl.prompts", "mrlhf.rl.ppo"),
-    ("mrlhf.cli", "mrlhf.__main__", "mrlhf.dryrun", "mrlhf.doctor", "mrlhf.tool"),
+    ("mrlhf.cli", "mrlhf.__main__", "mrlhf.dryrun", "mrlhf.doctor", "mrlhf.tool", "mrlhf.export"),
     ("tools",),
 )  # fmt: skip
 PACKAGES = ("mrlhf", "mrlhf.rl")  # stand in the list for their own __init__.py, not for what lies in them

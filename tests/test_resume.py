@@ -159,7 +159,8 @@ class Rows:
 def test_a_position_that_cannot_be_right_is_refused() -> None:
     from mrlhf.config import SFTStage
     from mrlhf.config_io import load_config
-    from mrlhf.supervised import data_position, go_on, make_order
+    from mrlhf.resume import data_position, go_on
+    from mrlhf.supervised import make_order
 
     flags = ["--model.path", "m", "--data.train", "x", "--train.output_dir", "o", "--train.global_batch_size", "4", "--data.packing", "false"]
     config, data = load_config(SFTStage, None, flags), Rows(30)
@@ -175,6 +176,32 @@ def test_a_position_that_cannot_be_right_is_refused() -> None:
     for other in (Rows(31), Rows(30, identity="y" * 64)):
         with pytest.raises(CheckpointError, match="the data at data/x was changed"):
             go_on(make_order(config, other), other, manifest, where="c")
+        changed = make_order(config, other)
+        go_on(changed, other, manifest, where="c", allowed=("data",))
+        assert changed.rows(4) == make_order(config, other).rows(4)
+
+
+def test_another_tokenizer_is_refused_and_another_batch_goes_on_where_it_stood(world: Path, tmp_path: Path) -> None:
+    from conftest import make_tokenizer
+
+    from mrlhf.config import SFTStage
+    from mrlhf.config_io import load_config
+    from mrlhf.resume import data_position, go_on
+    from mrlhf.supervised import make_order
+    from mrlhf.tokenizer import fingerprint
+
+    flags = ["--model.path", "m", "--data.train", "x", "--train.output_dir", "o", "--data.packing", "false", "--train.num_epochs", "2"]
+    small, large = (make_order(load_config(SFTStage, None, [*flags, "--train.global_batch_size", n]), Rows(30)) for n in ("4", "10"))
+    manifest = {"step": 3, "tokenizer": fingerprint(world / "qwen2"), **data_position(small, Rows(30), small.consumed(3))}
+    make_tokenizer(tmp_path, ["quite", "another"])
+    with pytest.raises(CheckpointError, match="the tokenizer of .* is not the checkpoint's"):
+        go_on(small, Rows(30), manifest, where="c", hf_dir=tmp_path)
+    go_on(small, Rows(30), manifest, where="c", hf_dir=tmp_path, allowed=("tokenizer",))
+    go_on(large, Rows(30), manifest, where="c", hf_dir=world / "qwen2", allowed=("train.global_batch_size",))
+    assert large.total_steps == 3 + 5 and small.total_steps == 15
+    rest = [row for step in range(4, 9) for row in large.rows(step)]
+    assert rest[:48] == [row for step in range(4, 16) for row in small.rows(step)] and rest[48:] == [-1, -1]
+    assert large.consumed(8) == [60]
 
 
 def test_prompts_of_a_blend() -> None:

@@ -13,6 +13,7 @@ from conftest import TESTS, mrlhf, run, torchrun
 from score_program import CASES
 
 from mrlhf.data.indexed import PackedDataset
+from mrlhf.manifest import read_manifest, write_manifest
 
 MEAN, STD = 0.25, 2.0
 
@@ -22,8 +23,7 @@ def value(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A value checkpoint with the reward statistics that rm.py writes."""
     path = tmp_path_factory.mktemp("value") / "step_0"
     run(sys.executable, "tools/convert/hf_to_megatron.py", "--hf", world / "qwen2", "--output", path, "--head", "value", "--seed", 4)
-    manifest = json.loads((path / "mrlhf.json").read_text())
-    (path / "mrlhf.json").write_text(json.dumps({**manifest, "reward_mean": MEAN, "reward_std": STD}))
+    write_manifest(path, {**read_manifest(path), "reward_mean": MEAN, "reward_std": STD})
     return path
 
 

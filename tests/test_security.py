@@ -86,8 +86,9 @@ def test_a_checkpoint_names_no_file_outside_of_it(tmp_path: Path) -> None:
     """Its list of files, the note of how an export is cut, and a HF index."""
     import torch
 
-    from mrlhf.checkpoint import FORMAT, MANIFEST, open_source
+    from mrlhf.checkpoint import open_source
     from mrlhf.errors import CheckpointError
+    from mrlhf.manifest import FORMAT, MANIFEST
     from mrlhf.models.hf_io import HEADERS, open_files, plan_output
 
     for name in ("../secret", "/etc/passwd", "hf/../../x"):

@@ -169,12 +169,13 @@ class Order:
         if max_steps is not None:
             self.total_rows = max(self.total_rows, max_steps * global_batch_size)
             self.total_steps = max_steps
+        self._max_steps, self._step, self._row = max_steps, 0, 0
         self._first = np.concatenate([[0], np.cumsum(mix.rows)])
         self._interleave = Interleave(mix.counts)
 
     def position(self, step: int) -> int:
         """Rows met after `step` steps, fillers not counted."""
-        return min(step * self.batch, self.total_rows)
+        return min(self._row + (step - self._step) * self.batch, self.total_rows)
 
     def rows(self, step: int) -> list[int]:
         """Of step 1, 2, ... total_steps."""
@@ -219,10 +220,18 @@ class Order:
         """About the rows of each source in the first `position`: `consumed` up to one row, without going there."""
         return [round(position * c / self._interleave.total) for c in self._interleave.counts]
 
-    def go_on(self, step: int, consumed: Sequence[int]) -> None:
-        """Start behind `step` with what `consumed(step)` was. ValueError where it cannot have been that."""
+    def rebase(self, step: int, position: int) -> None:
+        """The steps after `step` take up at row `position`, whatever batches brought the run there."""
+        self._step, self._row = step, position
+        if self._max_steps is not None:
+            self.total_rows = max(self.total_rows, position + (self._max_steps - step) * self.batch)
+        else:
+            self.total_steps = step + max(0, math.ceil((self.total_rows - position) / self.batch))
+
+    def go_on(self, step: int, consumed: Sequence[int] | None) -> None:
+        """Start behind `step` with what `consumed(step)` was (None: counted anew). ValueError where it cannot have been that."""
         self.go_on_at(self.position(step), consumed)
 
-    def go_on_at(self, position: int, taken: Sequence[int]) -> None:
-        """Start at `position` with what `taken_at` was there. ValueError where it cannot have been that."""
+    def go_on_at(self, position: int, taken: Sequence[int] | None) -> None:
+        """Start at `position` with what `taken_at` was there (None: counted anew). ValueError where it cannot have been that."""
         self._interleave.seek(position, taken)

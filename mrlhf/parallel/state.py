@@ -13,6 +13,7 @@ import datetime
 import os
 import socket
 import sys
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron.core import parallel_state, tensor_parallel
 from mrlhf.config import ParallelConfig, TrainConfig
 from mrlhf.errors import ConfigError
 from mrlhf.parallel import device, watch
+from mrlhf.parallel.rendezvous import fresh_store
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             dist.init_process_group(here.backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(here.backend, timeout=timeout)
+            store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+            store = fresh_store(store, rank=rank, world=ranks, timeout=timeout)
+            dist.init_process_group(here.backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -176,7 +180,9 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if world > 1 and "MASTER_ADDR" in os.environ:
         # nine tenths: before the collective's own time-out, which names nobody
-        watch.start(silence_s=parallel.silence_seconds, behind_s=54 * parallel.timeout_minutes)
+        name = [uuid.uuid4().hex]  # the store may still have the signs and the verdict of an attempt that torchrun started before this one
+        dist.broadcast_object_list(name, src=0)
+        watch.start(attempt=name[0], silence_s=parallel.silence_seconds, behind_s=54 * parallel.timeout_minutes)
     return Layout.of(parallel, world)
 
 

@@ -114,8 +114,9 @@ class Watch:
 _current: Watch | None = None
 
 
-def start(*, silence_s: float, behind_s: float) -> None:
-    """After init_process_group, in a world of more than one rank; once. The connection is to torchrun's own store."""
+def start(*, attempt: str, silence_s: float, behind_s: float) -> None:
+    """After init_process_group, in a world of more than one rank; once. The connection is to torchrun's own store;
+    attempt: a name that no earlier ranks have used in it."""
     global _current
     if _current is not None:
         return
@@ -123,7 +124,7 @@ def start(*, silence_s: float, behind_s: float) -> None:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, is_master=False, wait_for_workers=False,
         timeout=datetime.timedelta(seconds=silence_s),
     )  # fmt: skip
-    _current = Watch(store, rank=dist.get_rank(), world=dist.get_world_size(), silence_s=silence_s, behind_s=behind_s)
+    _current = Watch(dist.PrefixStore(attempt, store), rank=dist.get_rank(), world=dist.get_world_size(), silence_s=silence_s, behind_s=behind_s)
 
 
 def phase(name: str) -> None:

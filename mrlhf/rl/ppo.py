@@ -7,6 +7,7 @@ Legend: B answers of a rollout, A tokens of the longest answer, T tokens and N s
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mrlhf import checkpoint, preflight, supervised
+from mrlhf import checkpoint, heartbeat, preflight, supervised
 from mrlhf.checkpoint import ModelSource
 from mrlhf.config import PPOStage
 from mrlhf.data.blend import Dataset
@@ -24,6 +25,7 @@ from mrlhf.errors import DataError, MrlhfError
 from mrlhf.models.balance import make_balance, of_aggregation, trained_tokens
 from mrlhf.models.layouts import make_reshard
 from mrlhf.parallel import device, reshard, state, watch
+from mrlhf.resume import check_resume, describe_run
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.describe import Tables, describe, mismatch_warning
 from mrlhf.rl.environments import check_environment, make_environments
@@ -35,6 +37,9 @@ from mrlhf.rl.rollout import Rollout, generate, micro_batches, table
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
 from mrlhf.rl.vllm_engine import Sampling, VLLMEngine, check_rollout
+from mrlhf.saver import Saver
+from mrlhf.saving import Part
+from mrlhf.stopping import EXIT_STOPPED, Interrupted
 from mrlhf.tokenizer import load, stop_ids
 
 # rounding between the forward pass that gave the old log-probs and the training pass, not a change of the policy
@@ -110,6 +115,36 @@ class PPO:
             dtype=DTYPES[dtype],
             bucket_bytes=rollout.reshard_bucket_mib << 20,
         )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def parts(self, *, with_optimizer: bool) -> list[Part]:
+        parts = [self.actor.part(with_optimizer=with_optimizer)]
+        return parts if self.critic is None else [*parts, self.critic.part("critic", with_optimizer=with_optimizer)]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Of the run after rollout `step`, for the manifest. Answer i to prompt p of rollout s is drawn from the seed (train.seed, s, p, i)."""
+        return {
+            "kl": self.kl.state_dict(),
+            "scheduler": self.actor.scheduler.num_steps,
+            "sampling": {"seed": self.config.train.seed, "next_rollout": step + 1},
+            "running_std": self.running_std.state_dict(),
+            **self.prompts.state(),
+        }
+
+    def resume(self, source: ModelSource) -> None:
+        """Go on after the rollout of a checkpoint; one that was under way is drawn again from its seeds."""
+        manifest = source.manifest
+        done = manifest["step"] * self.updates_per_rollout
+        self.actor.resume(source.path, done, manifest["scheduler"])
+        if self.critic is not None:
+            self.critic.resume(source.path / "critic", done, manifest["scheduler"])
+        hf_dir, allowed = self.run.source.hf_dir, self.config.train.allow_changes
+        self.prompts.go_on(manifest, where=str(source.path), hf_dir=hf_dir, allowed=allowed)
+        self.kl.load_state_dict(manifest["kl"])
+        if self.config.reward.scaling == "running_std":
+            self.running_std.load_state_dict(manifest["running_std"])
+        checkpoint.restore_randomness(source)
 
     # ------------------------------------------------------------------ the phases
 
@@ -338,62 +373,70 @@ def check(config: PPOStage, world: int) -> preflight.Run:
     return preflight.check_run("ppo", config, world=world, more=more)
 
 
-def main(config: PPOStage) -> None:
+def main(config: PPOStage) -> int:
+    began = time.monotonic()
     run = check(config, state.world_size())
     output_dir = Path(config.train.output_dir)
-    supervised.check_resume(config, output_dir)
+    check_resume(config, output_dir)
     layout = state.initialize(config.parallel, seed=config.train.seed)
     watch.log_to(output_dir / "logs")
+    stopper = supervised.guard(config, began=began)
     say = supervised.say
     say(f"device: {device.current().describe()}")
     say(layout.describe(config.train))
     total = Prompts(config, run.train).total_steps
-    resumed = checkpoint.to_resume(output_dir, total_steps=total)
+    saver = Saver(output_dir, config.checkpoint)
+    resumed = checkpoint.to_resume(output_dir, total_steps=total, verify=config.checkpoint.verify)
     done = 0 if resumed is None else int(resumed.manifest["step"])
     if done >= total:
+        heartbeat.stop()
         say(f"already finished: {output_dir / 'checkpoints'}")
-        return state.shutdown()
+        state.shutdown()
+        return 0
     ppo = PPO(config, run, layout)
     replicas = layout.world // config.rollout.tensor_parallel_size
     say(f"vLLM: {replicas} replica(s) of tensor parallel {config.rollout.tensor_parallel_size}; {ppo.engine.memory.describe()}")
     for line in reshard.describe(state.from_all_ranks([(ppo.reshard.sent, ppo.reshard.received, ppo.reshard.copied)])):
         say(line)
     if resumed is not None:
-        ppo.actor.resume(resumed.path, done * ppo.updates_per_rollout)
-        if ppo.critic is not None:
-            ppo.critic.resume(resumed.path / "critic", done * ppo.updates_per_rollout)
-        ppo.prompts.go_on(resumed.manifest, where=str(resumed.path))
-        ppo.kl.load_state_dict(resumed.manifest["kl"])
-        if config.reward.scaling == "running_std":
-            ppo.running_std.load_state_dict(resumed.manifest["running_std"])
+        ppo.resume(resumed)
         say(f"resumed from {resumed.path}")
+    ppo.engine.should_stop = stopper.requested
     ppo.sync_weights()
     tracker = supervised.make_tracker("ppo", config, total_steps=total, done=done)
+    described = describe_run("ppo", config, layout, run.source.hf_dir)
+
+    def save(step: int) -> None:
+        ppo.offload.fetch("actor", "critic")
+        parts = ppo.parts(with_optimizer=step < total or config.checkpoint.save_optimizer)
+        saver.save(step, parts, described | ppo.state(step), last=step == total)
+
+    def leave(text: str, status: int = 0) -> int:
+        ppo.rewards.close()
+        ppo.engine.shutdown()
+        return supervised.leave(tracker, saver, text, status=status)
 
     for step in range(done + 1, total + 1):
-        log, samples = ppo.step(step)
+        start, drawn, std = time.perf_counter(), ppo.prompts.drawn, ppo.running_std.state_dict()
+        try:
+            with heartbeat.phase("rollout", step):
+                log, samples = ppo.step(step)
+        except Interrupted:
+            ppo.prompts.drawn = drawn
+            ppo.running_std.load_state_dict(std)
+            if step - 1 not in (done, saver.last_step):
+                save(step - 1)
+            return leave(stopper.describe(step - 1), EXIT_STOPPED)
         tracker.log(step, log | ppo.prompts.metrics())
         tracker.samples(step, samples)
+        saver.poll()
         last = step == total
         if run.eval is not None and (last or (config.train.eval_interval and step % config.train.eval_interval == 0)):
             tracker.log(step, ppo.evaluate(run.eval))
         if last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0):
-            keep = not last or config.checkpoint.save_optimizer
-            parts = [ppo.actor.part(with_optimizer=keep)]
-            if ppo.critic is not None:
-                parts.append(ppo.critic.part("critic", with_optimizer=keep))
-            ppo.offload.fetch("actor", "critic")
-            checkpoint.save(
-                output_dir / "checkpoints" / f"step_{step}",
-                parts,
-                stage="ppo",
-                step=step,
-                dtype=config.model.dtype,
-                extra={"kl": ppo.kl.state_dict(), "running_std": ppo.running_std.state_dict(), **ppo.prompts.state()},
-                keep_last=config.checkpoint.keep_last,
-            )
-    tracker.close()
-    ppo.rewards.close()
-    ppo.engine.shutdown()
-    say(f"finished: {output_dir / 'checkpoints'}")
-    state.shutdown()
+            save(step)
+        if not last and stopper.agreed(next_s=time.perf_counter() - start + saver.seconds):
+            if saver.last_step != step:
+                save(step)
+            return leave(stopper.describe(step), EXIT_STOPPED)
+    return leave(f"finished: {output_dir / 'checkpoints'}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mrlhf import supervised
 from mrlhf.config import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.order import Order
+from mrlhf.resume import data_position, go_on
 
 
 def make_prompt_order(config: PPOStage, data: Dataset) -> Order:
@@ -43,9 +46,9 @@ class Prompts:
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint's manifest."""
-        return {"prompts_drawn": self.drawn, **supervised.data_position(self.order, self.data, self.order.taken_at(self.drawn))}
+        return {"prompts_drawn": self.drawn, **data_position(self.order, self.data, self.order.taken_at(self.drawn))}
 
-    def go_on(self, manifest: dict[str, Any], *, where: str) -> None:
+    def go_on(self, manifest: dict[str, Any], *, where: str, hf_dir: Path | None = None, allowed: Collection[str] = ()) -> None:
         """Raises CheckpointError where the data is not what the checkpoint was trained on."""
         self.drawn = manifest.get("prompts_drawn", self.order.position(manifest["step"]))
-        supervised.go_on(self.order, self.data, manifest, where=where, position=self.drawn)
+        go_on(self.order, self.data, manifest, where=where, position=self.drawn, hf_dir=hf_dir, allowed=allowed)

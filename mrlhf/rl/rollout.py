@@ -22,6 +22,7 @@ from mrlhf.data.loader import MicroBatch, Sample, collate
 from mrlhf.errors import ToolError
 from mrlhf.parallel import state, watch
 from mrlhf.rl.vllm_engine import Answer, Sampling, VLLMEngine
+from mrlhf.stopping import Interrupted
 
 if TYPE_CHECKING:
     from mrlhf.engine import Model
@@ -98,6 +99,8 @@ def generate(
 
     Answer i of prompt p has the seed (seed, step, first + p, i), and its later turns their own. What is expected of a prompt is its own
     length and n answers of the greatest length: that shares prompts out evenly by number, and their lengths too.
+
+    Raises Interrupted on all ranks where the run is to stop (`engine.should_stop`).
     """
     costs = [len(p) + n * sampling.max_new_tokens for p in prompts]
     requests = [(p, i) for p in sorted(largest_differencing(costs, replicas)[replica]) for i in range(n)]
@@ -106,7 +109,7 @@ def generate(
         p, i = requests[k]
         return request_seed(seed, step, first + p, i, *([turn] if turn else []))
 
-    mine, failure = [prompts[p] for p, _ in requests], None
+    mine, failure, left = [prompts[p] for p, _ in requests], None, False
     answers: list[Answer] = []
     try:
         if environments is None:
@@ -115,7 +118,11 @@ def generate(
             answers = environments.converse(engine, mine, [labels[p] for p, _ in requests], seed_of, sampling)
     except ToolError as error:  # the other replicas wait for the answers: they must hear of it
         failure = error
+    except Interrupted:
+        left = True
     watch.phase("waiting for the other replicas' answers")
+    if state.on_any_rank(left):
+        raise Interrupted
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, failure or dict(zip(requests, answers, strict=True)))
     for part in parts:

@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ from mrlhf.models.families import vllm_config, vllm_map
 from mrlhf.models.spec import ModelSpec, read_hf_config
 from mrlhf.parallel import device, state
 from mrlhf.plan import model_bytes
+from mrlhf.stopping import Interrupted
 
+_ASK_EVERY = 8  # of vLLM's steps
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
@@ -309,6 +311,7 @@ class VLLMEngine:
             if tp > 1:
                 _own_shared_memory_names()
         self.sleeps = sleep and on_cuda
+        self.should_stop: Callable[[], bool] = lambda: False  # not collective; asked between vLLM's steps
         config_only = Path(tempfile.mkdtemp(prefix="mrlhf-vllm-"))
         (config_only / "config.json").write_text(json.dumps(read_hf_config(hf_dir) | vllm_config(spec)))
         try:
@@ -377,6 +380,33 @@ class VLLMEngine:
         """Leave vLLM's groups while torch's default group still stands; collective."""
         self.llm.llm_engine.engine_core.shutdown()
 
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Between two of vLLM's steps a rollout can be left. Ranks of one replica do the same steps: they ask each other every eighth."""
+        from vllm.distributed import get_tp_group
+
+        engine, group, steps = self.llm.llm_engine, get_tp_group(), 0
+        plain = engine.step
+
+        def step() -> Any:
+            nonlocal steps
+            steps += 1
+            if group.world_size == 1:
+                stop = self.should_stop()
+            elif stop := steps % _ASK_EVERY == 0:
+                asked = torch.tensor(float(self.should_stop()))
+                dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group.cpu_group)
+                stop = bool(asked)
+            if stop:
+                raise Interrupted
+            return plain()
+
+        engine.step = step
+        try:
+            yield
+        finally:
+            del engine.step  # the instance's: the class has its own
+
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, max_new_tokens: Sequence[int] | None = None
     ) -> list[Answer]:
@@ -402,7 +432,7 @@ class VLLMEngine:
             )
             for seed, limit in zip(seeds, max_new_tokens or [sampling.max_new_tokens] * len(prompts), strict=True)
         ]
-        with _everything_restored():
+        with _everything_restored(), self._stoppable():
             outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
         answers = []
         for output in outputs:

@@ -14,11 +14,11 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from mrlhf import checkpoint
     from mrlhf.config import PPOStage
     from mrlhf.config_io import load_config
     from mrlhf.parallel import state
     from mrlhf.rl.ppo import PPO, check
+    from mrlhf.saving import save
 
     config = load_config(PPOStage, None, sys.argv[2:])
     run = check(config, state.world_size())
@@ -34,9 +34,8 @@ def main() -> None:
     ppo.offload.park_all()
     parked = [kind for role in ppo.offload.parked.values() for parking, _, kind in role if parking.is_away]
     rollout = ppo.generate(run.train, list(range(32)), step=0, n=1, sampling=replace(ppo.sampling, temperature=0.0))
-    checkpoint.save(
-        Path(config.train.output_dir), [ppo.actor.part(with_optimizer=False)], stage="ppo", step=2, dtype=config.model.dtype, extra={}
-    )
+    content = {"stage": "ppo", "step": 2, "dtype": config.model.dtype}
+    save(Path(config.train.output_dir), [ppo.actor.part(with_optimizer=False)], content)
     if dist.get_rank() == 0:
         answers = [a.tokens for a in rollout.answers]
         Path(sys.argv[1]).write_text(

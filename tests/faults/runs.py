@@ -1,0 +1,159 @@
+"""Runs to break: small ones of SFT and PPO, started in the background, looked at through their files, killed, and compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from conftest import ROOT, environment, metrics
+
+from mrlhf.manifest import check, read_manifest
+
+TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
+TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+
+
+def sft(world: Path, steps: int, **more: object) -> list[object]:
+    options = {"train.max_steps": steps, "train.global_batch_size": 4, "checkpoint.save_interval": 1, **more}
+    return ["sft", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "sft",
+            "--optim.lr", 1e-3, "--logging.tensorboard", "false", *flags(options)]  # fmt: skip
+
+
+def ppo(world: Path, steps: int, **more: object) -> list[object]:
+    options = {"train.max_steps": steps, "train.global_batch_size": 8, "checkpoint.save_interval": 1, "rollout.max_new_tokens": 12,
+               "rollout.n": 2, "ppo.epochs": 2, **more}  # fmt: skip
+    return ["ppo", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "prompts",
+            "--optim.lr", 1e-4, "--rollout.batch_size", 8, "--rollout.kv_cache_mib", 64, "--kl.target", 0.1, "--kl.horizon", 200,
+            "--logging.tensorboard", "false", "--reward.sources", "examples/rewards/length_penalty.py:length_penalty", *flags(options)]  # fmt: skip
+
+
+def flags(options: dict[str, object]) -> list[object]:
+    return [part for key, value in options.items() for part in (f"--{key}", value)]
+
+
+class Run:
+    """A command in a session of its own. `log` holds what it prints."""
+
+    started: ClassVar[list[Run]] = []  # conftest.py ends what a failed test leaves
+
+    def __init__(self, directory: Path, args: list[object], *, ranks: int = 1, launcher: tuple[object, ...] = ()) -> None:
+        self.directory, self.args, self.ranks, self.launcher = directory, args, ranks, launcher
+        self.log = directory.with_suffix(".log")
+
+    def start(self) -> None:
+        for old in self.directory.glob("heartbeat/rank_*.json"):
+            old.unlink()
+        torchrun = (*TORCHRUN, *self.launcher, "--nproc-per-node", self.ranks) if self.ranks > 1 or self.launcher else ()
+        command = [sys.executable, *torchrun, "-m", "mrlhf", *self.args, "--train.output_dir", self.directory]
+        with self.log.open("a") as log:
+            Run.started.append(self)
+            self.process = subprocess.Popen(
+                list(map(str, command)), cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait(self, timeout: float = 120) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f"{self.args[0]} did not end in {timeout} s\n{self.output()[-4000:]}") from None
+
+    def finish(self) -> None:
+        self.start()
+        assert self.wait() == 0, self.output()[-6000:]
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def end(self) -> None:
+        """SIGKILL to all that is left of it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def beat(self, rank: int = 0) -> dict[str, Any]:
+        """The rank's last heartbeat, {} before the first."""
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads((self.directory / f"heartbeat/rank_{rank}.json").read_text())
+        return {}
+
+    def steps(self) -> int:
+        """Finished ones in metrics.jsonl."""
+        with suppress(FileNotFoundError):
+            return (self.directory / "metrics.jsonl").read_bytes().count(b"\n")
+        return 0
+
+    def until(self, what: Callable[[], Any], timeout: float = 90) -> Any:
+        """What `what` gives as soon as it is true; None where the run has ended before."""
+        end = time.monotonic() + timeout
+        while not (found := what()):
+            if self.process.poll() is not None:
+                return None
+            assert time.monotonic() < end, self.output()[-4000:]
+            time.sleep(0.002)
+        return found
+
+    def saving(self) -> bool:
+        return any((self.directory / "checkpoints").glob("step_*.tmp"))
+
+    def kill_a_rank(self, draw: random.Random) -> None:
+        """SIGKILL to one rank; torchrun ends the others. With one rank to the run."""
+        pid = self.beat(draw.randrange(self.ranks)).get("pid")
+        if self.ranks == 1 or pid is None:
+            self.end()
+            return
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(40)
+        self.end()
+
+
+def kill_again_and_again(run: Run, kills: int, draw: random.Random) -> dict[str, int]:
+    """Starts the run and kills a rank `kills` times, half of them inside a save, then lets it end. Returns where it was hit."""
+    hit = {"in a save": 0, "elsewhere": 0}
+    for i in range(kills):
+        run.start()
+        known, wanted = run.steps(), draw.randrange(1, 3)
+        if run.until(lambda known=known, wanted=wanted: run.steps() >= known + wanted or (run.steps() < known and run.steps() >= wanted)) is None:
+            break  # it has come to its end
+        if i % 2 == 0:
+            if run.until(run.saving) is None:
+                break
+            time.sleep(draw.random() * 0.03)
+            hit["in a save" if run.saving() else "elsewhere"] += 1
+        else:
+            time.sleep(draw.random() * 0.3)
+            hit["elsewhere"] += 1
+        run.kill_a_rank(draw)
+    run.finish()
+    return hit
+
+
+def comparable(run_dir: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in metrics(run_dir)]
+
+
+def last(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
+
+
+def check_equal(whole: Path, broken: Path) -> None:
+    """The same metrics in every digit, the same bytes of weights and optimizer state, nothing unfinished left."""
+    assert comparable(whole) == comparable(broken)
+    one, two = last(whole), last(broken)
+    assert one.name == two.name
+    check(two, verify="hash")
+    files = [{n: e for n, e in read_manifest(p)["files"].items() if n.endswith((".distcp", ".pt", ".metadata"))} for p in (one, two)]
+    assert files[0] == files[1] and len(files[0]) >= 3
+    assert [p for p in broken.rglob("*.tmp")] == []
+    assert [p for p in broken.glob(".*") if p.is_file()] == []

@@ -1,0 +1,28 @@
+"""`mrlhf ARGS`, stopped as by a signal after so many steps.
+
+usage: stop_after_program.py STEPS STAGE --section.key VALUE ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    from mrlhf.cli import main as mrlhf
+    from mrlhf.stopping import Stopper
+
+    left = int(sys.argv[1])
+
+    def agreed(self: Stopper, *, next_s: float = 0.0) -> bool:
+        nonlocal left
+        left -= 1
+        self.reason = "the test"
+        return left == 0
+
+    Stopper.agreed = agreed  # type: ignore[method-assign]
+    return mrlhf(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
