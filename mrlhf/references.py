@@ -18,8 +18,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mrlhf.checkpoint import ModelSource, fsync
+from mrlhf.checkpoint import ModelSource
 from mrlhf.data.blend import Dataset
+from mrlhf.manifest import fsync
 from mrlhf.parallel import state
 
 
