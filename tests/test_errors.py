@@ -440,6 +440,6 @@ def test_resuming_with_another_configuration_shows_the_difference(world: Path, t
     assert raised.value.fix == "the first command again, or another --train.output_dir"
     assert raised.value.expected and "--train.allow_changes '[train.seed, optim.lr]'" in raised.value.expected
     check_resume(config(**{"optim.lr": 3e-4, "train.seed": 2, "train.allow_changes": "[train.seed, optim.lr]"}), tmp_path)
-    for key, value in {"data.seq_length": 160, "train.global_batch_size": 8}.items():
+    for key, value in {"data.seq_length": 160, "train.global_batch_size": 16}.items():
         with pytest.raises(MrlhfError, match=key):
             check_resume(config(**{key: value}), tmp_path)
