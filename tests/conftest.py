@@ -23,6 +23,7 @@ def environment() -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",  # the stacks of a rank that aborts
         "PYTHONPATH": f"{ROOT}:{TESTS}",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",

@@ -104,7 +104,8 @@ def test_killed_at_random_times_it_ends_with_the_same_bytes(config: Callable[...
         prefix = f"k{kills}_"
         while in_child(lambda p=prefix: preprocess(config(p, resume=True)), rng.uniform(0.0, 1.3 * seconds)):
             kills += 1
-            assert not (tmp_path / f"{prefix}.json").exists()
+            if (tmp_path / f"{prefix}.json").exists():  # killed behind the last rename, before its end
+                assert files(tmp_path, prefix) == whole
             resumed += any((tmp_path / f".{prefix}.work").glob("*.npz"))
             seconds *= 1.02  # gets there in the end, however slow the machine
         assert files(tmp_path, prefix) == whole and not (tmp_path / f".{prefix}.work").exists()
