@@ -187,7 +187,7 @@ def help_text(stage_name: str) -> str:
             lines += ["", section or "options"]
         default = "required" if opt.required else _show(opt.default)
         left = f"  --{key} {opt.type_name} ({default})"
-        wrapped = textwrap.wrap(opt.help, width - 62) or [""]
+        wrapped = textwrap.wrap(opt.help, width - 62, break_long_words=False) or [""]
         lines, left = ([*lines, left], "") if len(left) > 60 else (lines, left)
         lines += [f"{left:<61} {wrapped[0]}"] + [f"{'':<61} {line}" for line in wrapped[1:]]
     return "\n".join(line.rstrip() for line in lines) + "\n"

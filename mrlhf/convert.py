@@ -234,12 +234,12 @@ def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str
                         part.copy_(drawn.read(b))  # a new value head
                 writer.write(p, value)
         reader.close()
-        writer.finish()
+        hashed = {f"dist/{name}": entry for name, entry in writer.finish().items()}
         _finish(
             work,
             output,
             lambda directory: manifest.write_manifest(
-                directory, {"stage": STAGE, "step": 0, "head": plan.head, "dtype": plan.dtype, "resumable": False, **extra}
+                directory, {"stage": STAGE, "step": 0, "head": plan.head, "dtype": plan.dtype, "resumable": False, **extra}, known=hashed
             ),
         )
     return open_source(str(output))

@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.metadata import (
 from mrlhf.checkpoint import CONTENT, sharding_metadata
 from mrlhf.config import ParallelConfig
 from mrlhf.errors import CheckpointError
+from mrlhf.manifest import Entry, HashBehind
 from mrlhf.models import gpt
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
@@ -177,6 +178,8 @@ class DistWriter:
             self.items += [_Item(key, tuple(offset), tuple(shape), tuple(whole), *place) for key, (offset, shape, whole), place in items]
         self._fd = os.open(directory / self.file, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._fd, self._end)
+        self._hash = HashBehind(directory / self.file)
+        self._hash.up_to(self._end)
 
     def _sync(self) -> None:
         os.fdatasync(self._fd)
@@ -188,11 +191,13 @@ class DistWriter:
             length = save_tensor(own_storage(piece.view(value)), self._fd, self._end)
             items.append(_Item(piece.key, piece.offset, piece.shape, piece.global_shape, self._end, length))
             self._end += length
+        self._hash.up_to(self._end)
         self.items += items
         record = [parameter.name, self._end, [[i.key, [i.offset, i.shape, i.global_shape], [i.at, i.length]] for i in items]]
         self.journal.add(record, value.nbytes, self._sync)
 
-    def finish(self) -> None:
+    def finish(self) -> dict[str, Entry]:
+        """Collective. The manifest's entries of all ranks' files, by name, on rank 0."""
         for key, data in self.skeleton.objects:
             blob = io.BytesIO()
             torch.save([data], blob)  # Megatron keeps the objects of one key in a list
@@ -200,14 +205,16 @@ class DistWriter:
             self._end += write_from(self._fd, self._end, blob.getbuffer())
         self._sync()
         os.close(self._fd)
+        entry = self._hash.entry(self._end)
         everyone: list[Any] = [None] * dist.get_world_size()
         dtypes = {piece.key: p.dtype for p in self.skeleton.parameters for piece in p.pieces}
-        dist.all_gather_object(everyone, (self.file, self.items, dtypes))
+        dist.all_gather_object(everyone, (self.file, self.items, dtypes, entry))
         if dist.get_rank() == 0:
-            write_metadata(self.directory, _metadata(everyone))
+            write_metadata(self.directory, _metadata([share[:3] for share in everyone]))
             torch.save({"content_metadata": CONTENT}, self.directory / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
         dist.barrier()
+        return {share[0]: share[3] for share in everyone}
 
 
 def write_metadata(directory: Path, metadata: Metadata) -> None:

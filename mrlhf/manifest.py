@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,6 +45,51 @@ def entry(path: Path) -> Entry:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         return {"size": os.fstat(file.fileno()).st_size, "sha256": found}
+
+
+class HashBehind:
+    """The entry of a file while it is written from its beginning: a thread reads and hashes behind the writer, beside it on another core."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._hash, self._end, self._last = path, hashlib.sha256(), 0, False
+        self._error: OSError | None = None
+        self._more = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="hash", daemon=True)
+        self._thread.start()
+
+    def up_to(self, end: int, *, last: bool = False) -> None:
+        """The file's first `end` bytes will not change any more."""
+        with self._more:
+            self._end, self._last = end, last
+            self._more.notify()
+
+    def entry(self, end: int) -> Entry:
+        """Waits for the whole file of `end` bytes. Raises OSError where it could not be read."""
+        self.up_to(end, last=True)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return {"size": end, "sha256": self._hash.hexdigest()}
+
+    def _run(self) -> None:
+        buffer, at = memoryview(bytearray(1 << 22)), 0
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                while True:
+                    with self._more:
+                        while self._end == at and not self._last:
+                            self._more.wait()
+                        end, last = self._end, self._last
+                    while at < end:
+                        n = file.readinto(buffer[: min(len(buffer), end - at)])
+                        if not n:
+                            raise OSError(f"{self._path} is shorter than what was written to it")
+                        self._hash.update(buffer[:n])
+                        at += n
+                    if last:
+                        return
+        except OSError as error:
+            self._error = error
 
 
 def _seal(manifest: dict[str, Any]) -> str:

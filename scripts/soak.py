@@ -22,7 +22,9 @@ SUITES: dict[str, tuple[list[str], int]] = {  # what pytest is given, and the li
     "checkpoints": (["tests/test_checkpoint.py"], 300),
     "data": (["tests/data/test_interruptions.py", "tests/data/test_inspect.py", "tests/data/test_sources.py", "tests/data/test_template_properties.py"], 900),
     "conversion": (["tests/test_convert_faults.py"], 600),
-    "rewards": (["tests/rl/test_rewards.py"], 300),
+    "rewards": (["tests/rl/test_rewards.py", *(f"tests/rl/test_reward_{name}.py" for name in ("http", "process", "server", "runs"))], 600),
+    "untrusted files": (["tests/test_safe_pickle.py", "tests/test_security.py"], 300),
+    "two hosts": (["-m", "soak", "tests/test_two_hosts.py"], 900),
 }
 
 

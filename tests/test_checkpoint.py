@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mrlhf.checkpoint import open_source
 from mrlhf.errors import CheckpointError
-from mrlhf.manifest import _seal, newest_whole, read_manifest, steps_in, write_manifest
+from mrlhf.manifest import HashBehind, _seal, entry, newest_whole, read_manifest, steps_in, write_manifest
 from mrlhf.saving import Best, Keep, retain
 
 
@@ -265,3 +265,19 @@ def test_optimizer_state_of_experts_over_ranks_is_not_that_of_experts_cut() -> N
     for names, spread, wanted in ((one, True, "= 1"), (two, False, "above 1")):
         with pytest.raises(CheckpointError, match=f"written with parallel.expert_model_parallel_size {wanted}"):
             check_optimizer_names(names, spread=spread, where="here")
+
+
+def test_hash_behind_the_writer(tmp_path: Path) -> None:
+    """In pieces, with a stretch that was written twice before it was given up, and a file that is shorter than was said."""
+    data = bytes(range(256)) * 40_000
+    path = tmp_path / "file"
+    with path.open("w+b", buffering=0) as file:
+        behind = HashBehind(path)
+        for at in range(0, len(data), 3_000_000):
+            file.write(b"x" * 1000)
+            file.seek(at)
+            file.write(data[at : at + 3_000_000])
+            behind.up_to(file.tell())
+        assert behind.entry(len(data)) == entry(path)
+    with pytest.raises(OSError, match="shorter"):
+        HashBehind(path).entry(len(data) + 1)
