@@ -187,10 +187,15 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
 
 
 def shutdown() -> None:
-    """Leave the groups in order; a rank that exits earlier would make the others report a lost peer."""
+    """Leave the groups in order; a rank that exits earlier would make the others report a lost peer.
+
+    vLLM's own end may have taken all groups along; the watching thread must end in any case: left in the store's C++ when Python
+    ends, it would abort the process.
+    """
     if dist.is_initialized():
         dist.barrier()
-        watch.stop()
+    watch.stop()
+    if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
