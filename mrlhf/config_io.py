@@ -22,7 +22,8 @@ from typing import Any, Literal
 import yaml
 
 from mrlhf import __version__
-from mrlhf.config import STAGES, check
+from mrlhf.config import STAGES
+from mrlhf.config_check import check
 from mrlhf.errors import ConfigError, Problems
 
 _NULL = ("null", "none", "~", "")
@@ -117,7 +118,7 @@ def options(stage_cls: Any, prefix: str = "") -> dict[str, Option]:
 def load_config(stage_cls: type, path: str | None, overrides: list[str]) -> Any:
     """The stage's configuration from a YAML file (optional) and command-line overrides, which win.
 
-    Raises one `ConfigError`, or `SeveralErrors` with every problem of file, flags and `config.check`.
+    Raises one `ConfigError`, or `SeveralErrors` with every problem of file, flags and `config_check.check`.
     """
     found = _Found(options(stage_cls), path)
     if path is not None and (root := _compose(path)) is not None:

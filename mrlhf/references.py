@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from mrlhf.checkpoint import ModelSource
 from mrlhf.data.blend import Dataset
-from mrlhf.manifest import fsync
+from mrlhf.manifest import entry, fsync
 from mrlhf.parallel import state
 
 
@@ -33,15 +33,10 @@ def fingerprint(source: ModelSource, *, dtype: str) -> str:
     weights = source.path / "dist" if source.is_checkpoint else source.path
     files = [source.hf_dir / "config.json", *sorted(p for p in weights.iterdir() if p.is_file() and (source.is_checkpoint or p.suffix == ".safetensors"))]
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = [(i, _sha256(files[i])) for i in range(rank, len(files), world)]
+    mine = [(i, entry(files[i])["sha256"]) for i in range(rank, len(files), world)]
     digests = [digest for _, digest in sorted(state.from_all_ranks(mine))]
     names = [file.name for file in files]
     return hashlib.sha256(repr((names, digests, dtype)).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read(path: Path, *, facts: dict[str, str], samples: int) -> torch.Tensor | str | None:

@@ -14,8 +14,8 @@ from mrlhf.data.blend import Dataset, sources_of
 from mrlhf.data.order import Order
 from mrlhf.errors import CheckpointError, ConfigError, DataError, Problems
 from mrlhf.parallel.state import Layout
+from mrlhf.redaction import redact
 from mrlhf.tokenizer import fingerprint
-from mrlhf.tracking import redact
 
 # what may differ between the first command and the one that resumes it
 _FREE_TO_CHANGE = (

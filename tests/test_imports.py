@@ -13,7 +13,7 @@ from conftest import ROOT
 # A module may import its own layer and those above it in this list. The longest name that fits counts.
 LAYERS = (
     ("mrlhf", "mrlhf.errors", "mrlhf.metrics", "mrlhf.redaction"),
-    ("mrlhf.config", "mrlhf.config_io"),
+    ("mrlhf.config", "mrlhf.config_check", "mrlhf.config_io"),
     ("mrlhf.parallel",),
     ("mrlhf.data", "mrlhf.models", "mrlhf.losses", "mrlhf.rl.advantages", "mrlhf.rl.kl", "mrlhf.rl.policy_loss", "mrlhf.rl.rewards",
      "mrlhf.rl.reward_child", "mrlhf.rl.reward_process", "mrlhf.rl.reward_http", "mrlhf.rl.reward_server",
