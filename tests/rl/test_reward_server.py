@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -27,19 +28,27 @@ class Tokenizer:
         return {"input_ids": [list(text.encode()) for text in texts]}
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServer]:
-    monkeypatch.setattr(reward_server._Handler, "timeout", 0.5)
+@contextmanager
+def serving() -> Iterator[RewardServer]:
     made = RewardServer(
         ("127.0.0.1", 0), score=lambda sequences: [float(sum(s)) for s in sequences], tokenizer=Tokenizer(), fingerprint="print", vocab_size=200,
         max_length=20, max_request_bytes=100_000, max_batch_size=8, token=TOKEN,
     )  # fmt: skip
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
-    thread.join()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        made.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServer]:
+    monkeypatch.setattr(reward_server._Handler, "timeout", 0.5)
+    with serving() as made:
+        yield made
 
 
 def post(server: RewardServer, content: object, **headers: bytes) -> httpx.Response:
@@ -101,7 +110,7 @@ def raw(server: RewardServer, data: bytes, *, wait_s: float = 3.0) -> bytes:
         return found
 
 
-def test_a_client_cannot_hold_or_fool_the_server(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_cannot_hold_or_fool_the_server(server: RewardServer) -> None:
     start = b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n"
     assert b" 413 " in raw(server, start + b"Content-Length: 99999999999\r\n\r\n"), "before a byte of the body has come"
     assert b" 411 " in raw(server, start + b"Content-Length: -1\r\n\r\n")
@@ -114,10 +123,16 @@ def test_a_client_cannot_hold_or_fool_the_server(server: RewardServer, monkeypat
     smuggled = start + b"Content-Length: 99999999\r\n\r\n" + start + b"Content-Length: 0\r\n\r\n"
     assert raw(server, smuggled).count(b"HTTP/1.1") == 1, "what follows a refused request is not read as another"
 
-    monkeypatch.setattr(server, "_free", threading.BoundedSemaphore(1))
-    with socket.create_connection(("127.0.0.1", server.server_port)):
-        time.sleep(0.1)
-        assert b" 503 " in raw(server, b"GET /health HTTP/1.1\r\n\r\n")
+
+def test_connections_beyond_the_limit_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_server, "CONNECTIONS", 1)
+    with serving() as server, socket.create_connection(("127.0.0.1", server.server_port)) as holding:
+        assert b" 503 " in raw(server, b"GET /health HTTP/1.1\r\n\r\n"), "connections are taken in the order in which they were made"
+        holding.close()
+        deadline = time.monotonic() + 10
+        while b" 200 " not in raw(server, b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"):
+            assert time.monotonic() < deadline, "a closed connection makes room"
+            time.sleep(0.01)
 
 
 def test_the_client_gets_through_it(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
