@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,15 +144,14 @@ def _check_room(output: Path, nbytes: int) -> None:
         raise CheckpointError(f"{nbytes / 2**30:.1f} GiB do not fit into the {free / 2**30:.1f} GiB that are free", where=str(parent))
 
 
-def _progress(parameters: Iterable[Parameter], dtype: torch.dtype, *, label: str) -> Iterator[Parameter]:
-    """The parameters, with a bar on rank 0's terminal."""
-    parameters = list(parameters)
-    total = sum(torch.Size(p.shape).numel() * dtype.itemsize for p in parameters)
+def _left(skeleton: Skeleton, done: Container[str], read: Callable[[Parameter, torch.Tensor], None], *, label: str) -> Iterator[tuple[Parameter, torch.Tensor]]:
+    """The parameters that are not done with their values (`Skeleton.ahead`), and a bar on rank 0's terminal."""
+    left = [p for p in skeleton.parameters if p.name not in done]
     off = dist.get_rank() != 0 or not sys.stderr.isatty()
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=label, disable=off) as bar:
-        for p in parameters:
-            yield p
-            bar.update(torch.Size(p.shape).numel() * dtype.itemsize)
+    with tqdm(total=sum(p.nbytes for p in left), unit="B", unit_scale=True, unit_divisor=1024, desc=label, disable=off) as bar:
+        for p, value in skeleton.ahead(left, read):
+            yield p, value
+            bar.update(p.nbytes)
 
 
 @dataclass(frozen=True)
@@ -220,19 +219,20 @@ def hf_to_megatron(hf: str, output: Path, *, head: str | None = None, dtype: str
             (work.directory / "dist").mkdir(exist_ok=True)
             copy_side_files(plan.source.hf_dir, work.directory / "hf")
         dist.barrier()
-        writer, buffer = DistWriter(work.directory / "dist", skeleton, work.journal), skeleton.buffers()
-        for p in _progress(skeleton.parameters, stored, label="to Megatron"):
-            if p.name not in writer.done:
-                value = buffer(p)
-                if sum(b.length for b in p.blocks) < p.shape[p.blocks[0].dim]:
-                    value.zero_()  # padding rows of the vocabulary
-                for b in p.blocks:
-                    part = value.narrow(b.dim, b.offset, b.length)
-                    if b.hf in reader.tensors:
-                        reader.read_into(b, part)
-                    else:
-                        part.copy_(drawn.read(b))  # a new value head
-                writer.write(p, value)
+        writer = DistWriter(work.directory / "dist", skeleton, work.journal)
+
+        def read(p: Parameter, value: torch.Tensor) -> None:
+            if sum(b.length for b in p.blocks) < p.shape[p.blocks[0].dim]:
+                value.zero_()  # padding rows of the vocabulary
+            for b in p.blocks:
+                part = value.narrow(b.dim, b.offset, b.length)
+                if b.hf in reader.tensors:
+                    reader.read_into(b, part)
+                else:
+                    part.copy_(drawn.read(b))  # a new value head
+
+        for p, value in _left(skeleton, writer.done, read, label="to Megatron"):
+            writer.write(p, value)
         reader.close()
         hashed = {f"dist/{name}": entry for name, entry in writer.finish().items()}
         _finish(
@@ -325,16 +325,11 @@ def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: s
             HFWriter.create(work.directory, list(plan.files))
         dist.barrier()
         writer = HFWriter(work.directory, list(plan.files))
-        done, buffer = set(work.journal.done), skeleton.buffers()
-        for p in _progress(skeleton.parameters, skeleton.dtype, label="to HF"):
-            if p.name in done:
-                continue
-            value = buffer(p)
-            reader.read(p, value)
-            written = sum(
-                writer.write(name, _stored(name, tensor, tensors[name], plan.dtypes[name])) for name, tensor in _hf_parts(p, value, tensors)
-            )
+        for p, value in _left(skeleton, set(work.journal.done), reader.read, label="to HF"):
+            parts = _hf_parts(p, value, tensors)
+            written = sum(writer.write(name, _stored(name, tensor, tensors[name], plan.dtypes[name])) for name, tensor in parts)
             work.journal.add(p.name, written, writer.sync)
+        work.journal.wait()
         writer.close()
         reader.close()
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ from mrlhf.models.spec import ModelSpec
 from mrlhf.safe_pickle import read_metadata
 
 _AGAIN = "take an earlier checkpoint, or copy this one again"
-_SYNC_BYTES = 1 << 29  # how much a killed conversion may have to do again
+_SYNC_BYTES = 1 << 28  # how much a killed conversion may have to do again
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class Parameter:
     dtype: torch.dtype
     blocks: tuple[Block, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Skeleton:
@@ -108,14 +114,23 @@ class Skeleton:
         ]
 
 
-    def buffers(self) -> Callable[[Parameter], torch.Tensor]:
-        """A function that gives memory for one parameter at a time, the same memory every time."""
+    def ahead(self, parameters: Iterable[Parameter], read: Callable[[Parameter, torch.Tensor], None]) -> Iterator[tuple[Parameter, torch.Tensor]]:
+        """The parameters with their values, which `read` fills in: a thread reads the next one while the caller has this one.
 
-        def nbytes(p: Parameter) -> int:
-            return torch.Size(p.shape).numel() * p.dtype.itemsize
-
-        memory = torch.empty(max(map(nbytes, self.parameters)), dtype=torch.uint8)
-        return lambda p: memory[: nbytes(p)].view(p.dtype).view(p.shape)
+        Memory: twice the largest parameter. A value is the caller's until it asks for the next. Raises what `read` raises.
+        """
+        memory = [torch.empty(max(p.nbytes for p in self.parameters), dtype=torch.uint8) for _ in range(2)]  # `Piece.view` counts from a storage's start
+        waiting: tuple[Parameter, torch.Tensor, Future[None]] | None = None
+        with ThreadPoolExecutor(1, "reader") as thread:
+            for i, p in enumerate(parameters):
+                value = memory[i % 2][: p.nbytes].view(p.dtype).view(p.shape)
+                before, waiting = waiting, (p, value, thread.submit(read, p, value))
+                if before is not None:
+                    before[2].result()
+                    yield before[:2]
+            if waiting is not None:
+                waiting[2].result()
+                yield waiting[:2]
 
 
 @dataclass(frozen=True)
@@ -134,13 +149,15 @@ class Journal:
     """What is done of a conversion, in a file beside its output: a line each, and the work's fingerprint in the first.
 
     A line is written only after what it speaks of is on the disk. So a conversion that was killed goes on where it
-    stood, and one of other inputs begins anew.
+    stood, and one of other inputs begins anew. The disk is waited for by a thread, while the next parameters are written.
     """
 
     def __init__(self, path: Path, fingerprint: Any) -> None:
         self.path, self._bytes = path, 0
         self.done: list[Any] = []
         self._pending: list[str] = []
+        self._thread = ThreadPoolExecutor(1, "journal")
+        self._noting: Future[None] | None = None
         head = json.dumps(fingerprint, sort_keys=True)
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # the last line may have been cut
         if lines and lines[0] == head:
@@ -150,18 +167,23 @@ class Journal:
             path.write_text(head + "\n")
 
     def add(self, record: Any, nbytes: int, sync: Callable[[], None]) -> None:
-        """`sync` puts the work on the disk; called every half GiB."""
+        """`sync` puts the work on the disk; called every quarter GiB, in the thread. Raises OSError of the call before."""
         self._pending.append(json.dumps(record))
         self._bytes += nbytes
         if self._bytes >= _SYNC_BYTES:
-            self.flush(sync)
-
-    def flush(self, sync: Callable[[], None]) -> None:
-        if self._pending:
-            sync()
-            with self.path.open("a") as f:
-                f.write("".join(line + "\n" for line in self._pending))
+            self.wait()
+            self._noting = self._thread.submit(self._note, self._pending, sync)
             self._pending, self._bytes = [], 0
+
+    def wait(self) -> None:
+        """Until the thread has nothing to do. Raises OSError where the disk failed."""
+        if self._noting is not None:
+            self._noting.result()
+
+    def _note(self, lines: list[str], sync: Callable[[], None]) -> None:
+        sync()
+        with self.path.open("a") as f:
+            f.write("".join(line + "\n" for line in lines))
 
 
 class DistWriter:
@@ -203,6 +225,7 @@ class DistWriter:
             torch.save([data], blob)  # Megatron keeps the objects of one key in a list
             self.items.append(_Item(key, None, None, None, self._end, len(blob.getbuffer())))
             self._end += write_from(self._fd, self._end, blob.getbuffer())
+        self.journal.wait()
         self._sync()
         os.close(self._fd)
         entry = self._hash.entry(self._end)

@@ -26,6 +26,7 @@ def main() -> None:
         if count and written == count:  # this one's bytes are in the file, and not noted
             os.kill(os.getpid(), signal.SIGKILL)
         add(self, *args)
+        self.wait()
         written += 1
 
     dist_io.Journal.add = counted  # type: ignore[method-assign]

@@ -353,7 +353,7 @@ class HFWriter:
         return nbytes
 
     def sync(self) -> None:
-        for fd in self._fds.values():
+        for fd in list(self._fds.values()):  # another thread may open one more
             os.fdatasync(fd)
 
     def close(self) -> None:
