@@ -194,7 +194,7 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 def make_world(root: Path) -> Path:
     """HF models qwen2/, llama/, qwen3/, qwen3_moe/ (one tokenizer) and data prefixes sft, pref, prompts, text in a directory.
 
-    sft_few and so on hold the first FEW rows, for programs that train on all of them many times.
+    sft_few and so on hold the first FEW rows (of pairs half as many), for programs that train on all of them many times.
     """
     from mrlhf.data.options import PreprocessConfig
     from mrlhf.data.preprocess import preprocess
@@ -213,7 +213,7 @@ def make_world(root: Path) -> Path:
         ("text", "pretrain"): [{"text": t} for t in texts],
     }
     for (name, task), rows in sources.items():
-        for prefix, part in ((name, rows), (f"{name}_few", rows[:FEW])):
+        for prefix, part in ((name, rows), (f"{name}_few", rows[: FEW // 2 if name == "pref" else FEW])):
             file = write_jsonl(root / f"{prefix}.jsonl", part)
             options = {"input": (str(file),), "tokenizer": str(root / "qwen2"), "output_prefix": str(root / prefix)}
             preprocess(PreprocessConfig(task=task, **options, seq_length=160, workers=1))
