@@ -11,6 +11,7 @@ ranks that wait without any time-out (vLLM's shared memory on CPU).
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import faulthandler
 import json
@@ -125,6 +126,7 @@ def start(*, attempt: str, silence_s: float, behind_s: float) -> None:
         timeout=datetime.timedelta(seconds=silence_s),
     )  # fmt: skip
     _current = Watch(dist.PrefixStore(attempt, store), rank=dist.get_rank(), world=dist.get_world_size(), silence_s=silence_s, behind_s=behind_s)
+    atexit.register(stop)  # however Python ends: a thread that is in the store's C++ then would abort the process
 
 
 def phase(name: str) -> None:
