@@ -7,7 +7,7 @@ One frozen dataclass per concern; a stage's configuration is a dataclass of thes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 REQUIRED: Any = object()
@@ -282,6 +282,8 @@ class PPOConfig:
     critic: str | None = option(None, "where the critic starts; unset: a local reward model, else model.path with a fresh head")
     critic_lr: float = option(1e-5, "peak learning rate of the critic")
     critic_warmup_steps: int = option(0, "rollouts that train only the critic")
+    critic_tensor_model_parallel_size: int | None = option(None, "the critic's own; unset: as parallel.tensor_model_parallel_size")
+    critic_pipeline_model_parallel_size: int | None = option(None, "the critic's own; unset: as parallel.pipeline_model_parallel_size")
 
 
 @dataclass(frozen=True)
@@ -349,6 +351,19 @@ class PPOStage:
     loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def critic_parallel(self) -> ParallelConfig:
+        """How the critic is cut: as everything else, but for the sizes of its own."""
+        ppo, p = self.ppo, self.parallel
+        tp = ppo.critic_tensor_model_parallel_size or p.tensor_model_parallel_size
+        pp = ppo.critic_pipeline_model_parallel_size or p.pipeline_model_parallel_size
+        if (tp, pp) == (p.tensor_model_parallel_size, p.pipeline_model_parallel_size):
+            return p
+        return replace(
+            p, tensor_model_parallel_size=tp, sequence_parallel=p.sequence_parallel and tp > 1, pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=None, num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

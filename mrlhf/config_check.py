@@ -26,7 +26,8 @@ _POSITIVE = (
     "num_layers_in_last_pipeline_stage context_parallel_size expert_model_parallel_size global_batch_size micro_batch_size num_epochs max_steps lr "
     "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
     "exit_duration_minutes http_timeout_s http_total_timeout_s timeout_s max_batch_size max_request_mib function_timeout_s http_batch_size "
-    "max_prompt_length value_clip max_tokens_per_micro_batch reshard_bucket_mib silence_seconds max_turns environment_threads environment_timeout_s"
+    "max_prompt_length value_clip max_tokens_per_micro_batch reshard_bucket_mib silence_seconds max_turns environment_threads environment_timeout_s "
+    "critic_tensor_model_parallel_size critic_pipeline_model_parallel_size"
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval keep_every export_hf_interval "
@@ -175,6 +176,10 @@ def check(config: Any) -> list[ConfigError]:
                 f"ppo.estimator = {config.ppo.estimator} compares the answers of one prompt, and rollout.n = {config.rollout.n}",
                 "2 or more",
             )
+        for name in ("critic_tensor_model_parallel_size", "critic_pipeline_model_parallel_size"):
+            if getattr(config.ppo, name) is not None and config.ppo.estimator != "gae":
+                what = f"ppo.{name} = {getattr(config.ppo, name)}, and ppo.estimator = {config.ppo.estimator} has no critic"
+                bad(f"ppo.{name}", what, fix=f"--ppo.{name} null")
         if config.ppo.estimator in ("rloo", "grpo", "dr_grpo") and config.ppo.gamma != 1.0:
             bad("ppo.gamma", f"ppo.estimator = {config.ppo.estimator} has gamma 1", "1.0", "--ppo.gamma 1.0")
         if config.rollout.dynamic_sampling and (config.rollout.n < 2 or config.ppo.estimator not in GROUP_ESTIMATORS):

@@ -43,7 +43,7 @@ def _training(stage: str, config: Any) -> None:
     one = Layout.of(config.parallel, 1)
     smallest = math.lcm(one.tp * one.cp, one.ep) * one.pp
     if isinstance(config, PPOStage):
-        smallest = math.lcm(smallest, config.rollout.tensor_parallel_size)
+        smallest = math.lcm(smallest, config.rollout.tensor_parallel_size, Layout.of(config.critic_parallel, 1).smallest)
     world = int(os.environ.get("WORLD_SIZE", smallest))
     others = {}
     if isinstance(config, PPOStage):

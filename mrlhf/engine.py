@@ -96,13 +96,17 @@ def _local_part(batch: MicroBatch) -> MicroBatch:
     )
 
 
-class Model:
-    """This rank's part of a GPT model (its parts, in an interleaved pipeline): forward passes only (reference, reward model, scoring)."""
+class Model(state.HasGroups):
+    """This rank's part of a GPT model (its parts, in an interleaved pipeline): forward passes only (reference, reward model, scoring).
+
+    It is built for the groups that are in force, and works in them whatever other models are built for.
+    """
 
     def __init__(
         self, source: ModelSource, parallel: ParallelConfig, *, head: str, dtype: str, seed: int, random_init: bool = False
     ) -> None:
         self.source, self.spec, self.head, self.dtype = source, source.spec, head, dtype
+        self.groups = state.groups()
         self.config = gpt.transformer_config(self.spec, parallel, dtype=DTYPES[dtype])
         pieces = parallel.virtual_pipeline_model_parallel_size
         stages = [None] if pieces is None else list(range(pieces))
@@ -153,6 +157,7 @@ class Model:
             collect_non_loss_data=collect,
         )
 
+    @state.in_own_groups
     @torch.no_grad()
     def forward(
         self, micro_batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *, channels: int
@@ -207,6 +212,7 @@ class Model:
         partials = metrics.all_reduce(metrics.merge(results), group) if self.is_last_stage else {}
         return state.from_last_stage({k: v.cpu() for k, v in partials.items()})
 
+    @state.in_own_groups
     @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> Partials:
         """The loss function without gradient; partials as of one step."""
@@ -281,6 +287,7 @@ class Trainer(Model):
         reduces, gathers = wanted
         return reduces, gathers and optim.use_distributed_optimizer
 
+    @state.in_own_groups
     def _settle(self) -> None:
         """Whole new parameters, where the next forward pass would have gathered them. Collective."""
         if self._to_gather:
@@ -306,6 +313,7 @@ class Trainer(Model):
             found.append(router.balancer)
         return StepBalance(balance, found, layers=sum(layer.moe for layer in self.spec.layers))
 
+    @state.in_own_groups
     def step(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
         """One optimizer step. Returns the reduced metrics with `loss`, `grad_norm` (before clipping) and `lr`; `skipped` under on_nonfinite skip,
         `moe_aux_loss` and `moe_z_loss` with auxiliary losses of the routers, which `loss` does not contain.
@@ -341,6 +349,7 @@ class Trainer(Model):
             found["skipped"] = float(self.skipped_in_a_row > 0)
         return found
 
+    @state.in_own_groups
     def micro_batch_losses(self) -> list[tuple[float, tuple[int, ...]]]:
         """(mean loss, its samples) of every micro-batch of the last step on all ranks, the highest first. Collective; the same on all ranks."""
         batches, results = self._last
@@ -409,10 +418,12 @@ class Trainer(Model):
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @state.in_own_groups
     def part(self, name: str = "", *, with_optimizer: bool = True) -> Part:
         self._settle()
-        return Part(name, self.modules, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir)
+        return Part(name, self.modules, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir, self.groups)
 
+    @state.in_own_groups
     def resume(self, directory: Any, steps_done: int, scheduled: int) -> None:
         """Weights, optimizer state and schedule as after `steps_done` steps of this trainer; `scheduled`: where its schedule stood."""
         load_optimizer(directory, self.modules, self.optimizer)

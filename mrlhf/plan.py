@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mrlhf.config import PPOStage
+from mrlhf.config import ParallelConfig, PPOStage
 from mrlhf.models.spec import ModelSpec
 from mrlhf.parallel.state import Layout
 
@@ -33,21 +33,26 @@ def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, train
 
 def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others: dict[str, ModelSpec]) -> list[tuple[str, int]]:
     """[(what, bytes a rank)]; `others`: further models of ppo by role (critic, reward)."""
-    layout = Layout.of(config.parallel, world)
-    tp, pp = layout.tp, layout.pp
-    cut = {
-        "dtype": config.model.dtype,
-        "tp": tp,
-        "pp": pp,
-        "dp": max(1, layout.dp * layout.cp),  # context-parallel ranks share the optimizer's state too
-        "ep": layout.ep,
-        "distributed_optimizer": config.optim.use_distributed_optimizer,
-    }
-    rows = [("actor" if stage == "ppo" else "model", model_bytes(spec, **cut, trained=True))]
+
+    def cut(parallel: ParallelConfig) -> dict[str, Any]:
+        layout = Layout.of(parallel, world)
+        return {
+            "dtype": config.model.dtype,
+            "tp": layout.tp,
+            "pp": layout.pp,
+            "dp": max(1, layout.dp * layout.cp),  # context-parallel ranks share the optimizer's state too
+            "ep": layout.ep,
+            "distributed_optimizer": config.optim.use_distributed_optimizer,
+        }
+
+    usual = cut(config.parallel)
+    rows = [("actor" if stage == "ppo" else "model", model_bytes(spec, **usual, trained=True))]
     if isinstance(config, PPOStage):
-        rows += [(role, model_bytes(other, **cut, trained=role == "critic")) for role, other in others.items()]
+        for role, other in others.items():
+            own = cut(config.critic_parallel) if role == "critic" else usual
+            rows.append((role, model_bytes(other, **own, trained=role == "critic")))
         if config.kl.coef > 0:
-            rows.append(("reference", model_bytes(spec, **cut, trained=False)))
+            rows.append(("reference", model_bytes(spec, **usual, trained=False)))
         rollout_tp = config.rollout.tensor_parallel_size
         rows.append(
             (
@@ -57,5 +62,5 @@ def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others
         )
         rows.append(("vLLM key/value cache", config.rollout.kv_cache_mib << 20))
     elif stage == "dpo" and config.dpo.reference == "online":
-        rows.append(("reference", model_bytes(spec, **cut, trained=False)))
+        rows.append(("reference", model_bytes(spec, **usual, trained=False)))
     return rows

@@ -59,13 +59,14 @@ _SPARE_BYTES = 4 << 20  # index, manifest, random states: what is not counted be
 
 @dataclass(frozen=True)
 class Part:
-    """One model of a checkpoint (this rank's parts of it): `name` is "" for the main one, or the sub-directory."""
+    """One model of a checkpoint (this rank's parts of it, in its `groups`): `name` is "" for the main one, or the sub-directory."""
 
     name: str
     models: list[Any]
     optimizer: Any | None
     head: str
     hf_dir: Path
+    groups: state.Groups
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,13 @@ class _Plan:
 
 def _make_plan(part: Part, root: Path, *, copy: bool) -> _Plan:
     """Collective. Which tensors of a part this rank writes; with `copy` they are its own from now on."""
-    state_dict = sharded(part.models)
-    weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
-    if part.optimizer is not None:
-        for one in part.optimizer.chained_optimizers:  # one that has not stepped yet (an actor while its critic warms up) has no state to save
-            one.init_state_fn(one.optimizer, one.config)
-        state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=sharding_metadata())
+    with part.groups.in_force():
+        state_dict = sharded(part.models)
+        weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
+        if part.optimizer is not None:
+            for one in part.optimizer.chained_optimizers:  # one that has not stepped yet (an actor while its critic warms up) has no state to save
+                one.init_state_fn(one.optimizer, one.config)
+            state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=sharding_metadata())
     state_dict["content_metadata"] = dict(CONTENT)
     tensors, common = save_preprocess(state_dict, True)
     common_bytes = io.BytesIO()

@@ -390,6 +390,18 @@ def test_rollout_that_cannot_be_cut(problems: Callable[..., list[MrlhfError]]) -
     assert error.expected == "2 or more"
 
 
+def test_a_critic_that_cannot_be_cut_in_its_own_way(problems: Callable[..., list[MrlhfError]]) -> None:
+    (error,) = problems("ppo", ranks=4, ppo__critic_tensor_model_parallel_size=4)
+    assert error.what.startswith("critic: ppo.critic_tensor_model_parallel_size = 4 does not divide the model's num_key_value_heads")
+    assert (error.where, error.fix) == ("ppo.critic_tensor_model_parallel_size", "--ppo.critic_tensor_model_parallel_size 2")
+    sizes = {"parallel__tensor_model_parallel_size": 2, "ppo__critic_tensor_model_parallel_size": 1}
+    assert not problems("ppo", ranks=2, train__micro_batch_size=1, train__global_batch_size=4, **sizes)
+    (error,) = problems("ppo", ranks=2, train__micro_batch_size=4, train__global_batch_size=4, **sizes)
+    assert "critic: train.global_batch_size = 4 is not a multiple of micro_batch_size 4 x dp 2" in error.what
+    (error,) = problems("ppo", ppo__estimator="reinforce", ppo__critic_pipeline_model_parallel_size=2)
+    assert "has no critic" in error.what
+
+
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [

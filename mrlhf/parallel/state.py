@@ -14,8 +14,11 @@ import os
 import socket
 import sys
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -89,6 +92,69 @@ class Layout:
             f"global {train.global_batch_size} = {parts} x dp {self.dp}   "
             f"({self.world} ranks = tp {self.tp} x pp {self.pp}{context} x dp {self.dp}{experts})"
         )
+
+
+# Megatron keeps the groups of a layout in globals of its own, one layout at a time.
+_GLOBALS = tuple(name for name in vars(parallel_state) if name.startswith("_") and name.isupper())
+_NO_GROUPS = {name: getattr(parallel_state, name) for name in _GLOBALS}
+
+
+class Groups:
+    """Megatron's groups for one layout; they are in force from `initialize` on, or while `in_force` lasts."""
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        """Those that Megatron has now, which were made for `parallel`."""
+        self.parallel, self.layout = parallel, Layout.of(parallel, dist.get_world_size())
+        _, self.dp_rank, _ = self.layout.coordinates(dist.get_rank())
+        self._globals = {name: getattr(parallel_state, name) for name in _GLOBALS}
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        global _current
+        before = _current
+        if before is self:
+            yield
+            return
+        try:
+            self._put()
+            yield
+        finally:
+            if before is not None:
+                before._put()
+
+    def _put(self) -> None:
+        global _current
+        vars(parallel_state).update(self._globals)
+        _current = self
+
+
+_current: Groups | None = None
+
+
+class HasGroups:
+    groups: Groups
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_Object = TypeVar("_Object", bound=HasGroups)
+
+
+def in_own_groups(method: Callable[Concatenate[_Object, _Arguments], _Result]) -> Callable[Concatenate[_Object, _Arguments], _Result]:
+    """A method that runs with its object's `groups` in force."""
+
+    @wraps(method)
+    def wrapped(self: _Object, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with self.groups.in_force():
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+def groups() -> Groups:
+    """Those in force."""
+    assert _current is not None
+    return _current
 
 
 def world_size() -> int:
@@ -168,6 +234,18 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
             store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
             store = fresh_store(store, rank=rank, world=ranks, timeout=timeout)
             dist.init_process_group(here.backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    made = _make_groups(parallel)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    if world > 1 and "MASTER_ADDR" in os.environ:
+        # nine tenths: before the collective's own time-out, which names nobody
+        name = [uuid.uuid4().hex]  # the store may still have the signs and the verdict of an attempt that torchrun started before this one
+        dist.broadcast_object_list(name, src=0)
+        watch.start(attempt=name[0], silence_s=parallel.silence_seconds, behind_s=54 * parallel.timeout_minutes)
+    return made.layout
+
+
+def _make_groups(parallel: ParallelConfig) -> Groups:
+    global _current
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -177,13 +255,20 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
         expert_tensor_parallel_size=expert_tensor_parallel_size(parallel),
         distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    if world > 1 and "MASTER_ADDR" in os.environ:
-        # nine tenths: before the collective's own time-out, which names nobody
-        name = [uuid.uuid4().hex]  # the store may still have the signs and the verdict of an attempt that torchrun started before this one
-        dist.broadcast_object_list(name, src=0)
-        watch.start(attempt=name[0], silence_s=parallel.silence_seconds, behind_s=54 * parallel.timeout_minutes)
-    return Layout.of(parallel, world)
+    _current = Groups(parallel)
+    return _current
+
+
+def more_groups(parallel: ParallelConfig) -> Groups:
+    """Collective. Those of another layout of the same ranks, beside the ones in force, which stay so; for a layout like theirs they themselves."""
+    now = groups()
+    if parallel == now.parallel:
+        return now
+    vars(parallel_state).update(_NO_GROUPS)
+    try:
+        return _make_groups(parallel)
+    finally:
+        now._put()
 
 
 def shutdown() -> None:

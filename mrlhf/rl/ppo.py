@@ -21,9 +21,10 @@ from mrlhf.config import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.loader import MicroBatch
 from mrlhf.engine import DTYPES, LossFn, Model, Trainer
-from mrlhf.errors import DataError, MrlhfError
+from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
 from mrlhf.models.balance import make_balance, of_aggregation, trained_tokens
 from mrlhf.models.layouts import make_reshard
+from mrlhf.models.spec import check_layout
 from mrlhf.parallel import device, reshard, state, watch
 from mrlhf.resume import check_resume, describe_run
 from mrlhf.rl import advantages as adv
@@ -52,7 +53,6 @@ class PPO:
     def __init__(self, config: PPOStage, run: preflight.Run, layout: state.Layout) -> None:
         self.config, self.run, self.layout = config, run, layout
         self.rank = dist.get_rank()
-        _, self.dp_rank, _ = layout.coordinates(self.rank)
         ppo, rollout, seed = config.ppo, config.rollout, config.train.seed
         self.prompts = Prompts(config, run.train)
         self.updates_per_rollout = ppo.epochs * (rollout.batch_size * rollout.n // config.train.global_batch_size)
@@ -66,7 +66,8 @@ class PPO:
             optim = replace(config.optim, lr=ppo.critic_lr, min_lr=min(config.optim.min_lr, ppo.critic_lr))
             source = critic_source(config, run.source)
             balance = make_balance(config.model, trained_tokens) if source.spec.experts is not None else None
-            self.critic = Trainer(source, config.parallel, optim, head="value", balance=balance, **common)
+            with state.more_groups(config.critic_parallel).in_force():
+                self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, **common)
         self.reference: Model | None = None
         if config.kl.coef > 0:
             self.reference = Model(run.source, config.parallel, head="lm", dtype=dtype, seed=seed)
@@ -78,7 +79,7 @@ class PPO:
         self.running_std = RunningStd()
         self.ptx: Pretraining | None = None
         if config.ptx.coef > 0:
-            self.ptx = Pretraining(config, open_ptx(config, run.source)[0], dp_rank=self.dp_rank, dp_size=layout.dp)
+            self.ptx = Pretraining(config, open_ptx(config, run.source)[0], dp_rank=state.groups().dp_rank, dp_size=layout.dp)
         self.tokenizer = load(run.source.hf_dir)
         self.rewards = Rewards(
             config.reward, run.source, self.tokenizer, parallel=config.parallel, dtype=dtype, seed=seed,
@@ -174,17 +175,19 @@ class PPO:
             environments=self.environments,
         )
 
-    def batches(self, rollout: Rollout, rows: list[int] | range) -> list[MicroBatch]:
+    def batches(self, model: Model, rollout: Rollout, rows: list[int] | range) -> list[MicroBatch]:
+        """This rank's share of the rows, as `model` is cut."""
+        groups = model.groups
         return micro_batches(
             rollout,
             rows,
             micro_batch_size=self.config.train.micro_batch_size,
-            dp_rank=self.dp_rank,
-            dp_size=self.layout.dp,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.layout.dp,
             packing=self.config.data.packing,
-            pad_multiple=state.pad_multiple(self.config.parallel),
+            pad_multiple=state.pad_multiple(groups.parallel),
             max_tokens=self.config.train.max_tokens_per_micro_batch,
-            slice_multiple=state.slice_multiple(self.config.parallel),
+            slice_multiple=state.slice_multiple(groups.parallel),
         )
 
     def logprobs(self, model: Model, rollout: Rollout, *, with_entropy: bool = False) -> list[torch.Tensor]:
@@ -197,20 +200,19 @@ class PPO:
             return torch.stack([logps_BT, entropy_BT]) if with_entropy else logps_BT[None]
 
         shape = (rollout.size, int(rollout.lengths_B().max()))
-        return table(model, self.batches(rollout, range(rollout.size)), fn, shape=shape, channels=2 if with_entropy else 1)
+        return table(model, self.batches(model, rollout, range(rollout.size)), fn, shape=shape, channels=2 if with_entropy else 1)
 
     def values(self, rollout: Rollout) -> torch.Tensor:
         """[B, A]: the head at the position before each answer token."""
         assert self.critic is not None
         shape = (rollout.size, int(rollout.lengths_B().max()))
-        return table(
-            self.critic, self.batches(rollout, range(rollout.size)), lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape
-        )[0]
+        batches = self.batches(self.critic, rollout, range(rollout.size))
+        return table(self.critic, batches, lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape)[0]
 
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, dict[str, float]]:
         """[B] of every answer, and each source's mean."""
         unit = self.config.train.micro_batch_size * self.layout.dp * state.slice_multiple(self.config.parallel)
-        return self.rewards.score(rollout, self.batches(rollout, [*range(rollout.size), *[-1] * (-rollout.size % unit)]))
+        return self.rewards.score(rollout, self.batches(self.actor, rollout, [*range(rollout.size), *[-1] * (-rollout.size % unit)]))
 
     def collect(self, step: int, timer: Phases) -> tuple[Rollout, torch.Tensor, dict[str, float]]:
         """Answers to `rollout.batch_size` prompts, their scores [B], and the sources' means.
@@ -261,7 +263,7 @@ class PPO:
             order = torch.randperm(rollout.size, generator=generator).tolist()
             for at in range(0, rollout.size, size):
                 rows = order[at : at + size]
-                batches, mixed = self.batches(rollout, rows), loss
+                batches, mixed = self.batches(trainer, rollout, rows), loss
                 if ptx is not None:
                     more = ptx.batches((step - 1) * self.updates_per_rollout + len(found) + 1)
                     count = policy_count(rollout, rows, self.config.loss.aggregation)
@@ -357,6 +359,26 @@ def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfErro
     return data, found
 
 
+def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[MrlhfError]:
+    """The critic's layout against its model, and one of its own against the batch."""
+    parallel = config.critic_parallel
+    if config.ppo.estimator != "gae":
+        return []
+    try:
+        spec = critic_source(config, actor).spec
+    except CheckpointError:
+        return []  # Rewards.check has it
+
+    if parallel == config.parallel:
+        return [] if spec == actor.spec else [*check_layout(parallel, spec, world)]
+
+    def own(text: str | None) -> str | None:
+        return text and text.replace("parallel.", "ppo.critic_")
+
+    found = [*check_layout(parallel, spec, world), *state.check_batch(config.train, parallel, world)]
+    return [ConfigError(f"critic: {own(e.what)}", where=own(e.where), expected=own(e.expected), fix=own(e.fix)) for e in found]
+
+
 def check(config: PPOStage, world: int) -> preflight.Run:
     """Everything that can be wrong, before anything is built."""
 
@@ -366,6 +388,7 @@ def check(config: PPOStage, world: int) -> preflight.Run:
             *check_rollout(source.spec, tp=tp, world=world, key="rollout.tensor_parallel_size"),
             *preflight.check_prompt_budget(config, source, sets),
             *Rewards.check(config.reward, source, parallel=config.parallel, world=world, critic=config.ppo.critic),
+            *_check_critic(config, source, world),
             *(open_ptx(config, source)[1] if config.ptx.coef > 0 else []),
             *(check_environment(config.rollout.environment, load(source.hf_dir), sets[0][1].meta) if sets else []),
         ]

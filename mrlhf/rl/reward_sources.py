@@ -117,7 +117,8 @@ class Rewards:
                         "its tokenizer is not the actor's", where=f"{key} = {path}", expected=f"the tokenizer of {actor.hf_dir}"
                     )
                 )
-            found += check_layout(parallel, model.spec, world, trained=False)
+            if key == "reward.sources":  # the critic is trained, and may be cut in its own way: ppo.check
+                found += check_layout(parallel, model.spec, world, trained=False)
         for source in sources:
             if source.kind != "model" and state.is_main():  # the rank that calls it
                 try:

@@ -199,4 +199,5 @@ def table(
             rows = output_CBT[c].cpu()[keep].double().split(lengths)
             for b, row in zip(batch.index_N.tolist(), rows, strict=True):
                 tables[c, b, : len(row)] = row
-    return [t.float() for t in state.sum_over_data_parallel(tables)]
+    with model.groups.in_force():
+        return [t.float() for t in state.sum_over_data_parallel(tables)]

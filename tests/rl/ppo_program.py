@@ -35,7 +35,7 @@ def main() -> None:
     parked = [kind for role in ppo.offload.parked.values() for parking, _, kind in role if parking.is_away]
     rollout = ppo.generate(run.train, list(range(32)), step=0, n=1, sampling=replace(ppo.sampling, temperature=0.0))
     content = {"stage": "ppo", "step": 2, "dtype": config.model.dtype}
-    save(Path(config.train.output_dir), [ppo.actor.part(with_optimizer=False)], content)
+    save(Path(config.train.output_dir), ppo.parts(with_optimizer=False), content)
     if dist.get_rank() == 0:
         answers = [a.tokens for a in rollout.answers]
         Path(sys.argv[1]).write_text(
