@@ -34,7 +34,7 @@ class Saver:
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self.run_dir, self.directory, self.config = run_dir, run_dir / "checkpoints", config
         self.keep = Keep(config.keep_last, config.keep_every, best_of(config))
-        self.last_step = 0  # of the newest checkpoint that is complete or under way
+        self.last_step = 0  # of the newest checkpoint that is complete or under way; 0 where the last try failed
         self.seconds = 0.0  # what the longest save so far took, from its beginning to its rename
         self._under_way: Save | None = None
         if state.is_main():
@@ -60,9 +60,9 @@ class Saver:
             self._failed(error, last)
             return
         self._under_way.began = start
+        self.last_step = step
         if last or not self.config.async_save:
             self.finish(last=last)
-        self.last_step = step
 
     def poll(self) -> None:
         """Collective, after every step: completes the save under way when all ranks have written, or one has failed."""
@@ -92,6 +92,7 @@ class Saver:
         dist.barrier()
 
     def _failed(self, error: CheckpointError, last: bool) -> None:
+        self.last_step = 0  # a signal at this step saves once more
         if last or self.config.on_save_error == "stop":
             raise error
         if state.is_main():

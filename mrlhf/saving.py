@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from mrlhf import randomness
 from mrlhf.checkpoint import CONTENT, sharded, sharding_metadata
 from mrlhf.dist_io import own_storage, save_tensor, write_from, write_metadata
 from mrlhf.errors import CheckpointError
-from mrlhf.manifest import Entry, check, entry, fsync, read_manifest, step_of, steps_in, write_manifest, write_text
+from mrlhf.manifest import Entry, HashBehind, check, fsync, read_manifest, step_of, steps_in, write_manifest, write_text
 from mrlhf.models.hf_io import copy_side_files
 from mrlhf.parallel import state
 
@@ -150,39 +149,38 @@ class _Writer(threading.Thread):
             for plan in self.plans:
                 self.places.append(self._write_tensors(plan))
             for name, data in self.blobs.items():
-                self._write(name, partial(write_from, start=0, data=data))
-        except (OSError, CheckpointError) as error:
+                self._write(name, [(None, data)])
+        except CheckpointError as error:
             self.error = str(error)
+        except Exception as error:  # whatever it is, it must reach the ranks' main threads: this share is not there
+            self.error = f"{type(error).__name__}: {error}"
         finally:
             self.plans, self.blobs = [], {}  # gives the copies back
             self.seconds = time.perf_counter() - start
 
-    def _write(self, name: str, fill: Callable[[int], Any]) -> None:
+    def _write(self, name: str, items: Iterable[tuple[Any, Any]]) -> dict[Any, tuple[int, int]]:
+        """A file of (index, tensor or bytes), one behind the other, hashed beside. Returns where each begins, and its length."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        places, end = {}, 0
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        behind = HashBehind(path)
         try:
-            fill(fd)
+            for index, data in items:
+                length = save_tensor(own_storage(data), fd, end) if isinstance(data, torch.Tensor) else write_from(fd, end, data)
+                places[index] = end, length
+                end += length
+                behind.up_to(end)
             os.fsync(fd)
         finally:
+            self.files[name] = behind.entry(end)  # ends its thread, also where the disk is full
             os.close(fd)
-        self.files[name] = entry(path)
+        return places
 
     def _write_tensors(self, plan: _Plan) -> dict[Any, Any]:
-        places: dict[Any, Any] = {}
-        if not plan.items:
-            return places
         file = f"__{dist.get_rank()}_0.distcp"
-
-        def fill(fd: int) -> None:
-            end = 0
-            for index, data in plan.items:
-                length = save_tensor(own_storage(data), fd, end) if isinstance(data, torch.Tensor) else write_from(fd, end, data)
-                places[index] = filesystem._StorageInfo(file, end, length)
-                end += length
-
-        self._write(f"{plan.folder}/{file}", fill)
-        return places
+        places = self._write(f"{plan.folder}/{file}", plan.items) if plan.items else {}
+        return {index: filesystem._StorageInfo(file, *place) for index, place in places.items()}
 
 
 @dataclass(frozen=True)

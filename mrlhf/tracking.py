@@ -119,6 +119,7 @@ class Tracker:
         self._sinks: dict[str, tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]] = {}
         self._times: deque[tuple[int, float]] = deque(maxlen=50)
         self._warned: set[str] = set()
+        self._unwritten = b""
         if not is_main:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,7 @@ class Tracker:
         metrics_file = self.output_dir / "metrics.jsonl"
         if metrics_file.exists():
             _write_atomically(metrics_file, "".join(_lines_until(metrics_file, start_step)))
-        self._file = metrics_file.open("a", encoding="utf-8")
+        self._fd = os.open(metrics_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         if tensorboard:
             self._add_sink("tensorboard", lambda: _tensorboard(self.output_dir, start_step))
         if wandb_project:
@@ -146,8 +147,8 @@ class Tracker:
                 self._warn(key, f"metric {key} is not in mrlhf.metrics.METRICS")
         # JSON has no nan; null keeps the file readable for every parser.
         line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        self._write_lines()
         evaluation = bool(values) and all(k.startswith("eval/") for k in values)
         if not evaluation:
             self._times.append((step, time.perf_counter()))
@@ -174,11 +175,13 @@ class Tracker:
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """samples/step_N.jsonl, one JSON object a line."""
         if self.is_main:
-            folder = self.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            _write_atomically(
-                folder / f"step_{step}.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-            )
+            file = self.output_dir / "samples" / f"step_{step}.jsonl"
+            text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            try:
+                file.parent.mkdir(exist_ok=True)
+                _write_atomically(file, text)
+            except OSError as error:
+                self._warn("samples", f"{file} and perhaps others cannot be written: {error.strerror}")
 
     def close(self) -> None:
         if not self.is_main:
@@ -186,7 +189,18 @@ class Tracker:
         for name in list(self._sinks):
             self._try(name, self._sinks[name][1])
         self._sinks.clear()
-        self._file.close()
+        self._write_lines()
+        os.close(self._fd)
+        if lost := self._unwritten.count(b"\n"):
+            self._warn("lost", f"metrics.jsonl lacks the last {lost} lines")
+
+    def _write_lines(self) -> None:
+        """To metrics.jsonl. What a full disk does not take is kept for the next time; only a save ends a run for that (checkpoint.on_save_error)."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._fd, self._unwritten) :]
+        except OSError as error:
+            self._warn("metrics", f"metrics.jsonl cannot be written: {error.strerror}; its lines follow when there is room again")
 
     def _eta(self, step: int, values: Mapping[str, float]) -> str:
         """From the steps of this process, evaluation and checkpoints included; the first step has only its own time."""
@@ -274,8 +288,12 @@ def _lines_until(file: Path, last_step: int) -> list[str]:
 
 def _write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _gpus() -> list[str]:

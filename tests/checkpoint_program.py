@@ -1,6 +1,6 @@
 """Saves under one layout, goes on under others; prints JSON. Under torchrun with 2 ranks, then alone.
 
-usage: checkpoint_program.py HF_DIR DATA_PREFIX WORK_DIR
+usage: checkpoint_program.py HF_DIR DATA_PREFIX WORK_DIR [SMALL_DISK]
 WORK_DIR/DTYPE/checkpoints/step_2 is saved by two ranks (tensor parallel) after two steps of SFT; every layout then takes
 steps 3 and 4 from it, the first one without having stopped. Alone it also saves, fails and converts; see `alone`.
 """
@@ -227,6 +227,7 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
 def main() -> None:
     hf, prefix, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     import torch.distributed as dist
+    from disks import saves_on_a_full_disk
     from groups import leave_layout
 
     from mrlhf.config import ParallelConfig
@@ -258,6 +259,8 @@ def main() -> None:
                 result["interleaved, unbroken"] = steps(trainer, prefix, 2)
         if world == 1:
             result |= alone(hf, prefix, work) | {"saves": failing_saves(hf, prefix, work)}
+            if len(sys.argv) > 4:
+                result["full disk"] = saves_on_a_full_disk(make(hf, ParallelConfig(), "float32"), Path(sys.argv[4]))
         leave_layout()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(result))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import TESTS, run, torchrun
+from disks import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +31,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(world: Path, work: Path) -> dict[str, Any]:
     args = (TESTS / "checkpoint_program.py", world / "qwen2", world / "sft", work)
     result: dict[str, Any] = {}
-    for done in (torchrun(2, *args), run(sys.executable, *args)):
+    two = torchrun(2, *args)
+    try:
+        with small_disk(work / "disk", 32) as disk:
+            alone = run(sys.executable, *args, disk)
+    except OSError as error:
+        result["full disk"] = str(error)
+        alone = run(sys.executable, *args)
+    for done in (two, alone):
         result |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:]) | {"stderr": done.stderr}
     return result
 
@@ -174,6 +182,23 @@ def test_a_save_that_fails(found: dict[str, Any]) -> None:
     assert "10,000 are free" in saves["no room"]
     assert "Permission denied" in saves["forbidden"]
     assert saves["after all"] == ["latest", "step_1"] and saves["mended"] == ["latest", "step_1", "step_3"]
+
+
+def test_a_disk_that_fills_up_during_a_save(found: dict[str, Any]) -> None:
+    """ENOSPC of a small tmpfs, after the check of free space: in front and in the background, by policy."""
+    disk = found["full disk"]
+    if isinstance(disk, str):
+        pytest.skip(f"this process may not mount a small disk: {disk}")
+    assert len(disk["saves"]) == 12
+    for what, save in disk["saves"].items():
+        moment, _, policy = what.split(", ")
+        assert ("No space left on device" in save["error"]) == (policy == "stop"), what
+        assert save["error"] == "none" or "earlier checkpoints are untouched" in save["error"], what
+        there = ["step_1", "step_2"] if moment == "pointer" else ["step_1"]  # there it was whole already
+        assert save["untouched"] and save["latest"] == "step_1\n" and save["last step"] == 0, what
+        assert [name for name in save["left"] if name != "latest.tmp"] == ["latest", *there], what
+        assert save["next start"] == ["latest", *there], what
+    assert disk["mended"] == ["latest", "step_1", "step_3"], "and it went on from the first one"
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(found: dict[str, Any]) -> None:

@@ -137,15 +137,6 @@ def remake(world: Path, prefix: Path) -> None:
                                 output_prefix=str(prefix), seq_length=160, seed=9))  # fmt: skip
 
 
-def test_ppo_killed_and_resumed(world: Path, tmp_path: Path) -> None:
-    args = ["ppo", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "prompts", "--train.global_batch_size", 8,
-            "--train.max_steps", 5, "--optim.lr", 1e-4, "--checkpoint.save_interval", 2, "--rollout.batch_size", 8, "--rollout.n", 2, "--ppo.epochs", 2,
-            "--rollout.max_new_tokens", 12, "--rollout.kv_cache_mib", 64, "--kl.target", 0.1, "--kl.horizon", 200,
-            "--reward.sources", "examples/rewards/length_penalty.py:length_penalty", "--reward.overlong_buffer", 8, "--reward.scaling", "running_std",
-            "--ptx.coef", 0.1, "--ptx.data", world / "sft", "--ptx.batch_size", 2]  # fmt: skip
-    check(tmp_path, args, kill_at=3)
-
-
 @dataclass
 class Rows:
     """As much of a data set as an order asks for."""

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+from disks import empty, fill, small_disk
 
 from mrlhf.tracking import Tracker, collect_env, redact
 
@@ -146,6 +147,26 @@ def test_a_logger_that_breaks_is_switched_off(tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert err.count("wandb failed and is switched off") == 1 and "hf_abc" not in err
     assert run.logged == [(1, {"train/loss": 1.0})] and len(lines(tmp_path)) == 3
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path, capsys):
+    try:
+        with small_disk(tmp_path / "disk", 1) as disk:
+            run = tracker(disk / "run")
+            fill(disk)
+            for step in range(1, 30):
+                run.log(step, {"train/loss": 1 / step, **{f"train/{name}": 0.1234567890123 for name in ("lr", "grad_norm", "num_tokens")}})
+            run.samples(29, [{"prompt": "a" * 5000}])
+            assert len((disk / "run/metrics.jsonl").read_bytes()) < 4097
+            empty(disk)
+            run.log(30, {"train/loss": 1.0})
+            run.close()
+            assert [line["step"] for line in lines(disk / "run")] == list(range(1, 31))
+            assert [p for p in (disk / "run").rglob(".*") if p.is_file()] == []
+    except OSError as error:
+        pytest.skip(f"this process may not mount a small disk: {error}")
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 2 and "metrics.jsonl cannot be written: No space left" in notes[0] and "samples/step_29.jsonl" in notes[1]
 
 
 def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import threading
 from datetime import datetime
 from typing import Any
 
 from mrlhf.data.formats import Message, RowProblem
 from mrlhf.data.special import CLOSE, OPEN, Span
+from mrlhf.errors import DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+LIMIT_S = 10.0  # of a rendering's CPU time; real ones take 0.00003
+_LARGEST_BITS = 10_000  # of a product or a power: C works on larger ones without looking at the clock
+
+
+class _TooLong(Exception):
+    pass
+
+
+def _end_it(*_: object) -> None:
+    raise _TooLong
 
 
 class ChatTemplate:
-    """A Jinja chat template. `variables`: the names it may use besides messages (bos_token, ...). Can be pickled.
+    """A Jinja chat template. `variables`: the names it may use besides messages (bos_token, ...); `where` it comes from. Can be pickled.
 
     Raises jinja2.TemplateSyntaxError from the first rendering on where it is no template.
     """
 
-    def __init__(self, source: str, variables: dict[str, Any]):
-        self.source, self.variables = source, variables
+    def __init__(self, source: str, variables: dict[str, Any], *, where: str = ""):
+        self.source, self.variables, self.where = source, variables, where
         self.marked = _GENERATION.search(source) is not None
         self._compiled: Any = None
 
@@ -30,10 +43,18 @@ class ChatTemplate:
     def render(
         self, messages: list[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        """The text, and the spans of its {% generation %} blocks. Strings in `messages` hold no OPEN or CLOSE. Raises RowProblem."""
+        """The text, and the spans of its {% generation %} blocks. Strings in `messages` hold no OPEN or CLOSE.
+
+        Raises RowProblem, and DataError where a rendering in the main thread does not end within LIMIT_S.
+        """
         from jinja2 import TemplateError
 
+        limited = threading.current_thread() is threading.main_thread()  # signals come to no other
         try:
+            if limited:
+                if signal.getsignal(signal.SIGVTALRM) is not _end_it:
+                    signal.signal(signal.SIGVTALRM, _end_it)
+                signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_S)
             if self._compiled is None:
                 self._compiled = compile_template(self.source)
             text = self._compiled.render(
@@ -46,6 +67,14 @@ class ChatTemplate:
                 expected=f"roles and order the template knows; here {[m.get('role') for m in messages][:8]}",
                 fix="--chat-template FILE",
             ) from error
+        except _TooLong:
+            raise DataError(
+                f"its chat template did not end within {LIMIT_S:g} s on {[m.get('role') for m in messages][:8]}",
+                where=self.where, expected="some microseconds: look at it before you use it", fix="--chat-template FILE",
+            ) from None  # fmt: skip
+        finally:
+            if limited:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         return _take_out_marks(text) if self.marked else (text, [])
 
 
@@ -79,13 +108,23 @@ def compile_template(source: str) -> Any:
         def _mark(self, caller: Any) -> str:
             return OPEN + caller() + CLOSE
 
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+                if bits > _LARGEST_BITS:
+                    raise OverflowError(f"a number of more than {_LARGEST_BITS:,} bits")
+            return super().call_binop(context, operator, left, right)
+
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -87,7 +87,7 @@ class Template:
             )
         else:
             self.chat_template = chat_template if chat_template is not None else tokenizer.get_chat_template()
-            self._jinja = ChatTemplate(self.chat_template, tokenizer.special_tokens_map)
+            self._jinja = ChatTemplate(self.chat_template, tokenizer.special_tokens_map, where=tokenizer.name_or_path)
             self._probe()
         self._end = self.end_token or ""
         self.end_token_id: int | None = None if self.end_token is None else tokenizer.convert_tokens_to_ids(self.end_token)

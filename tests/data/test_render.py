@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pickle
 import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mrlhf.data import render
 from mrlhf.data.formats import RowProblem
 from mrlhf.data.ready_made import TEMPLATE_NAMES, ready_made
 from mrlhf.data.render import ChatTemplate
@@ -77,6 +81,34 @@ def test_templates_that_fail_or_leave_the_sandbox_are_row_problems(source: str) 
     template = ChatTemplate(source, {})
     with pytest.raises(RowProblem, match="the chat template refuses"):
         template.render(CHAT)
+
+
+LOOPS = {
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "loops that only look": "{% set n = namespace(x=0) %}{% for i in range(99999) %}{% for j in range(99999) %}{% set n.x = n.x + 1 %}{% endfor %}{% endfor %}",
+    "a macro that calls itself twice": "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
+    "filters": "{% for i in range(99999) %}{{ range(99999) | map('string') | list | length }}{% endfor %}",
+    "generation": "{% generation %}{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}{% endgeneration %}",
+}
+
+
+def test_templates_that_do_not_end_are_ended(tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named by where they come from; not a problem of the row, or the next row would be another wait."""
+    monkeypatch.setattr(render, "LIMIT_S", 0.05)
+    for name, source in LOOPS.items():
+        start = time.process_time()
+        with pytest.raises(DataError, match=r"models/x: its chat template did not end within 0\.05 s on \['system'") as caught:
+            ChatTemplate(source, {}, where="models/x").render(CHAT)
+        assert not isinstance(caught.value, RowProblem) and time.process_time() - start < 2, name
+        with pytest.raises(DataError, match=f"{tokenizers['bpe'].name_or_path}.*did not end"):
+            Template(tokenizers["bpe"], chat_template=source)
+    squares = "{% set n = namespace(x=9) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}"
+    for source in ("{{ 10 ** (10 ** 9) }}", squares, "{{ range(10 ** 9) }}"):
+        with pytest.raises(RowProblem, match="more than 10,000 bits|Range too big"):
+            ChatTemplate(source, {}).render(CHAT)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    in_a_thread = ThreadPoolExecutor(1).submit(ChatTemplate("{% for m in messages %}{{ 3 * m.content + '!' * 2 }}{% endfor %}", {}).render, CHAT[:1])
+    assert in_a_thread.result() == ("Be brief.Be brief.Be brief.!!", [])
 
 
 SYSTEM_TWO_TURNS = {

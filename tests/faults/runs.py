@@ -19,6 +19,7 @@ from conftest import ROOT, environment, metrics
 from mrlhf.manifest import check, read_manifest
 
 TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
+_MARK = "MRLHF_TEST_RUN"  # in the environment of all that a run starts
 TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 
 
@@ -56,11 +57,10 @@ class Run:
         command = [sys.executable, *torchrun, "-m", "mrlhf", *self.args, "--train.output_dir", self.directory]
         with self.log.open("a") as log:
             Run.started.append(self)
-            self.process = subprocess.Popen(
-                list(map(str, command)), cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            marked = environment() | {_MARK: str(self.directory)}
+            self.process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=marked, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -75,10 +75,23 @@ class Run:
         return self.log.read_text()
 
     def end(self) -> None:
-        """SIGKILL to all that is left of it."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """SIGKILL to all that is left of it; torchrun's ranks have sessions of their own."""
+        while left := self.processes():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()
+            time.sleep(0.01)
         self.process.wait()
+
+    def processes(self) -> list[int]:
+        """All that came of it and have not ended."""
+        mark, found = f"{_MARK}={self.directory}\0".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # of another user, or gone
+                if mark in (folder / "environ").read_bytes() + b"\0":
+                    found.append(int(folder.name))
+        return found
 
     def beat(self, rank: int = 0) -> dict[str, Any]:
         """The rank's last heartbeat, {} before the first."""
@@ -92,7 +105,7 @@ class Run:
             return (self.directory / "metrics.jsonl").read_bytes().count(b"\n")
         return 0
 
-    def until(self, what: Callable[[], Any], timeout: float = 90) -> Any:
+    def until(self, what: Callable[[], Any], timeout: float = 240) -> Any:
         """What `what` gives as soon as it is true; None where the run has ended before."""
         end = time.monotonic() + timeout
         while not (found := what()):
@@ -115,6 +128,10 @@ class Run:
             os.kill(pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(40)
+            end = time.monotonic() + 20
+            while self.processes():
+                assert time.monotonic() < end, "torchrun has ended and left processes behind"
+                time.sleep(0.05)
         self.end()
 
 

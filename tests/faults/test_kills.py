@@ -1,42 +1,99 @@
-"""SIGKILL of a random rank at random moments, half of them inside a save: the run always goes on, and ends as the one that was never killed."""
+"""SIGKILL of a random rank at random moments, half of them inside a save, and in every phase of PPO: the run goes on, and ends as the one never killed."""
 
 from __future__ import annotations
 
+import json
 import random
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import TESTS
+from conftest import run as run_command
+from disks import empty, fill, small_disk
 
-from faults.runs import Run, check_equal, kill_again_and_again, ppo, sft
+from faults.runs import Run, check_equal, kill_again_and_again, last, ppo, sft
+from mrlhf.manifest import read_manifest
 
 SEED = 7
 
 
 def check(whole: Run, broken: Run, kills: int) -> None:
-    whole.finish()
     hit = kill_again_and_again(broken, kills, random.Random(SEED))
     print(f"{broken.args[0]}, {broken.ranks} rank(s): killed {hit}")
     assert sum(hit.values()) >= kills - 1, "the run ended before it could be killed so often"
     check_equal(whole.directory, broken.directory)
 
 
-def test_sft_on_two_ranks(world: Path, tmp_path: Path) -> None:
-    args = sft(world, 14, **{"checkpoint.async_save": "true", "checkpoint.verify": "hash"})
-    check(Run(tmp_path / "whole", args, ranks=2), Run(tmp_path / "broken", args, ranks=2), 3)
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """SFT on two ranks that nobody disturbs."""
+    args = sft(world, 20, **{"checkpoint.async_save": "true", "checkpoint.verify": "hash", "checkpoint.on_save_error": "continue"})
+    undisturbed = Run(tmp_path_factory.mktemp("whole") / "run", args, ranks=2)
+    undisturbed.finish()
+    return undisturbed
 
 
-def test_ppo(world: Path, tmp_path: Path) -> None:
-    args = ppo(world, 6)
-    check(Run(tmp_path / "whole", args), Run(tmp_path / "broken", args), 2)
+def test_sft_on_two_ranks(whole: Run, tmp_path: Path) -> None:
+    check(whole, Run(tmp_path / "broken", whole.args, ranks=2), 3)
+
+
+def test_a_full_disk_does_not_end_a_run_that_may_go_on(whole: Run, tmp_path: Path) -> None:
+    """Another program takes all of the disk in mid-run and gives it back when a save has failed and a line of metrics waits: nothing is missing."""
+    try:
+        with small_disk(tmp_path / "disk", 64) as disk:
+            run = Run(disk / "run", whole.args, ranks=2)
+            run.log = tmp_path / "log"
+            run.start()
+            assert run.until(lambda: run.steps() >= 3)
+
+            def seen() -> bool:
+                fill(disk)
+                return "the run goes on without it" in run.output() and "metrics.jsonl cannot be written: No space left" in run.output()
+
+            assert run.until(seen), run.output()[-4000:]
+            empty(disk)
+            assert run.wait() == 0, run.output()[-4000:]
+            check_equal(whole.directory, run.directory)
+    except OSError as error:
+        pytest.skip(f"this process may not mount a small disk: {error}")
+
+
+def test_ppo_uses_every_prompt_once_and_gives_the_same_answers(world: Path, tmp_path: Path) -> None:
+    """Killed in a rollout, in a reward and in an update of the fourth step, each time gone on with after the second: with all that PPO carries along."""
+    more = {"checkpoint.save_interval": 2, "reward.overlong_buffer": 8, "reward.scaling": "running_std", "rollout.samples_to_log": 16,
+            "ptx.coef": 0.1, "ptx.data": world / "sft", "ptx.batch_size": 2}  # fmt: skip
+    done = run_command(sys.executable, TESTS / "faults/phases_program.py", tmp_path, 4, *ppo(world, 5, **more))
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+    log = (tmp_path / "broken.log").read_text()
+    assert {name: one["status"] for name, one in found.items()} == {"whole": 0, "gen": -9, "reward": -9, "update_actor": -9, "end": 0}, log[-4000:]
+    assert not any(one["left"] for one in found.values()), "a process outlived its run"
+    assert [line for line in log.splitlines() if line.startswith("killed in ")] == [f"killed in {p} of step 4" for p in ("gen", "reward", "update_actor")]
+    assert log.count("resumed from") == log.count(f"resumed from {tmp_path / 'broken/checkpoints/step_2'}") == 3
+    whole, broken = ([json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()] for name in ("whole", "broken"))
+    assert [r["step"] for r in whole] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in broken] == [1, 2, 3, *[3, 4], *[3, 4], *[3, 4, 5]], "lost ones are drawn again"
+    for drawn in broken:
+        assert drawn == whole[drawn["step"] - 1], "the same prompts, the same answers"
+    prompts = [row for r in whole for row in r["rows"]]
+    assert sorted(prompts) == sorted(set(prompts)) and len(prompts) == 40 and all(len(r["sha256"]) == 16 for r in whole)
+    check_equal(tmp_path / "whole", tmp_path / "broken")
+    positions: list[Any] = [read_manifest(last(tmp_path / name))["data"] for name in ("whole", "broken")]
+    assert positions[0] == positions[1] and positions[0][0]["consumed"] == 40
+    for step in range(1, 6):
+        assert len({(tmp_path / name / f"samples/step_{step}.jsonl").read_bytes() for name in ("whole", "broken")}) == 1
 
 
 @pytest.mark.soak
 def test_sft_many_times(world: Path, tmp_path: Path) -> None:
-    args = sft(world, 80, **{"checkpoint.async_save": "true"})
-    check(Run(tmp_path / "whole", args, ranks=2), Run(tmp_path / "broken", args, ranks=2), 18)
+    undisturbed = Run(tmp_path / "whole", sft(world, 80, **{"checkpoint.async_save": "true"}), ranks=2)
+    undisturbed.finish()
+    check(undisturbed, Run(tmp_path / "broken", undisturbed.args, ranks=2), 18)
 
 
 @pytest.mark.soak
 def test_ppo_many_times(world: Path, tmp_path: Path) -> None:
-    args = ppo(world, 40)
-    check(Run(tmp_path / "whole", args, ranks=2), Run(tmp_path / "broken", args, ranks=2), 12)
+    undisturbed = Run(tmp_path / "whole", ppo(world, 40), ranks=2)
+    undisturbed.finish()
+    check(undisturbed, Run(tmp_path / "broken", undisturbed.args, ranks=2), 12)
