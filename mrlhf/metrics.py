@@ -47,6 +47,7 @@ METRICS: dict[str, Metric] = {
     "perf/mfu": Metric("perf/tflops as a share of the device's peak", "share", "last"),
     "time/step_s": Metric("wall time of the step", "s", "last"),
     "time/data_s": Metric("part of the step spent waiting for data", "s", "last"),
+    "time/save_s": Metric("what saves have held up the run since the step before", "s", "last"),
     "memory/max_reserved_gib": Metric("largest device memory reserved on any rank so far", "GiB", "max"),
     # sft, pretrain
     "train/mean_token_accuracy": Metric("trained tokens whose most probable prediction is right", "share", "mean"),

@@ -36,6 +36,7 @@ class Saver:
         self.keep = Keep(config.keep_last, config.keep_every, best_of(config))
         self.last_step = 0  # of the newest checkpoint that is complete or under way; 0 where the last try failed
         self.seconds = 0.0  # what the longest save so far took, from its beginning to its rename
+        self._waited = 0.0
         self._under_way: Save | None = None
         if state.is_main():
             saving.clear_unfinished(self.directory)
@@ -47,8 +48,10 @@ class Saver:
 
         Raises CheckpointError where it, or the one before it, cannot be written and checkpoint.on_save_error is stop; the last always.
         """
+        start = time.perf_counter()
         with heartbeat.phase("save", step):
             self._save(step, parts, content, last)
+        self._waited += time.perf_counter() - start
 
     def _save(self, step: int, parts: list[Part], content: dict[str, Any], last: bool) -> None:
         self.finish()
@@ -68,10 +71,17 @@ class Saver:
         """Collective, after every step: completes the save under way when all ranks have written, or one has failed."""
         if self._under_way is None:
             return
+        start = time.perf_counter()
         worst = torch.tensor(float(self._under_way.state()), device=device.current().name)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if int(worst) != 1:
             self.finish()
+        self._waited += time.perf_counter() - start
+
+    def waited(self) -> dict[str, float]:
+        """time/save_s: what saves have held up the run since this was asked last."""
+        waited, self._waited = self._waited, 0.0
+        return {"time/save_s": waited} if waited else {}
 
     def finish(self, *, last: bool = False) -> None:
         """Collective. Waits for the save under way, points `latest` and `best`, drops what is not kept, exports."""

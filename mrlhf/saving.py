@@ -307,9 +307,13 @@ def begin(target: Path, parts: list[Part], content: dict[str, Any], *, copy: boo
 
     def prepare() -> None:
         _remove(temporary)
-        for part in parts:
-            (temporary / part.name / "dist").mkdir(parents=True)
-            copy_side_files(part.hf_dir, temporary / part.name / "hf")
+        try:
+            for part in parts:
+                (temporary / part.name / "dist").mkdir(parents=True)
+                copy_side_files(part.hf_dir, temporary / part.name / "hf")
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     on_main(prepare, target)
     plans = [_make_plan(part, temporary, copy=copy) for part in parts]

@@ -252,7 +252,7 @@ def train(
         log |= performance(
             trainer, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world
         )
-        tracker.log(step, log)
+        tracker.log(step, log | saver.waited())
         saver.poll()
         last = step == order.total_steps
         to_save = last or _due(step, config.checkpoint.save_interval)

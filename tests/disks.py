@@ -42,7 +42,7 @@ def _names(directory: Path) -> list[str]:
 
 
 def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
-    """The disk is filled after the check of free space: in the middle of the tensors, before the index, before `latest`; by "moment, how, policy"."""
+    """The disk is filled before or after the check of free space: before the first file, amid the tensors, before the index, before `latest`."""
     from mrlhf import saving
     from mrlhf.config import CheckpointConfig
     from mrlhf.errors import CheckpointError
@@ -52,7 +52,7 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
     Saver(run, CheckpointConfig()).save(1, [trainer.part()], content)
     first = run / "checkpoints/step_1"
     bytes_of_first = {p: entry(p) for p in first.rglob("*") if p.is_file()}
-    moments = {"tensors": ("save_tensor", 5), "index": ("write_metadata", 1), "pointer": ("retain", 1)}
+    moments = {"side files": ("copy_side_files", 1), "tensors": ("save_tensor", 5), "index": ("write_metadata", 1), "pointer": ("retain", 1)}
 
     def full_at(name: str, calls: int, call: Callable[..., Any]) -> Callable[..., Any]:
         left = calls
@@ -71,8 +71,7 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
         setattr(saving, name, full_at(name, calls, call))
         try:
             saver.save(2, [trainer.part()], content)
-            if background:
-                assert saver._under_way is not None
+            if background and saver._under_way is not None:
                 saver._under_way.writer.join()
                 saver.poll()  # the step after
         except CheckpointError as caught:

@@ -185,11 +185,11 @@ def test_a_save_that_fails(found: dict[str, Any]) -> None:
 
 
 def test_a_disk_that_fills_up_during_a_save(found: dict[str, Any]) -> None:
-    """ENOSPC of a small tmpfs, after the check of free space: in front and in the background, by policy."""
+    """ENOSPC of a small tmpfs, before and after the check of free space: in front and in the background, by policy."""
     disk = found["full disk"]
     if isinstance(disk, str):
         pytest.skip(f"this process may not mount a small disk: {disk}")
-    assert len(disk["saves"]) == 12
+    assert len(disk["saves"]) == 16
     for what, save in disk["saves"].items():
         moment, _, policy = what.split(", ")
         assert ("No space left on device" in save["error"]) == (policy == "stop"), what

@@ -450,7 +450,7 @@ def main(config: PPOStage) -> int:
             if step - 1 not in (done, saver.last_step):
                 save(step - 1)
             return leave(stopper.describe(step - 1), EXIT_STOPPED)
-        tracker.log(step, log | ppo.prompts.metrics())
+        tracker.log(step, log | ppo.prompts.metrics() | saver.waited())
         tracker.samples(step, samples)
         saver.poll()
         last = step == total
