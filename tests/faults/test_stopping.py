@@ -62,7 +62,7 @@ def test_the_budget_of_time(world: Path, tmp_path: Path) -> None:
     assert run.until(lambda: run.beat().get("pid"))
     start = time.monotonic()
     assert run.wait(60) == 75
-    assert time.monotonic() - start < 12 + 5  # leaving torch takes some of it
+    assert time.monotonic() - start < 12 + 15  # leaving torch takes some of it
     assert "stopped by train.exit_duration_minutes after step" in run.output()
     assert int(last(run.directory).name[5:]) == run.steps() > 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,7 +139,7 @@ def test_turns_tokens_masks_and_rewards(file: Path, tokenizer: Any) -> None:
     assert placed[batch.mask_BT.bool()].tolist() == [v for b in range(3) for v in values_BA[b, : len(answers[b].logps)].tolist()]
     targets = batch.targets_BT[batch.mask_BT.bool()].tolist()
     assert tokenizer.decode(targets) == "".join(turn for script in scripts for turn in script)
-    model = SimpleNamespace(forward=lambda batches, fn, channels: [placed[None]])
+    model = SimpleNamespace(forward=lambda batches, fn, channels: [placed[None]], groups=SimpleNamespace(in_force=nullcontext))
     unsummed = pytest.MonkeyPatch()
     unsummed.setattr("mrlhf.rl.rollout.state.sum_over_data_parallel", lambda x: x)
     assert torch.equal(table(model, [batch], None, shape=values_BA.shape)[0], values_BA * rollout.mask_BA())
@@ -179,7 +180,7 @@ def test_failures_name_the_environment(file: Path, tokenizer: Any, text: str, ex
     with pytest.raises(ToolError, match=expected) as error:
         talk(file, tokenizer, [[text + END, text + END]], timeout_s=0.3 if text == "hang" else 20.0)
     assert f"rollout.environment = {file}:Echo" in str(error.value)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 18
 
 
 def test_what_is_no_environment_is_refused_at_the_start(file: Path, tokenizer: Any) -> None:
