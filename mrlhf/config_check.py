@@ -17,6 +17,7 @@ from mrlhf.config import (
     PPOStage,
     PretrainStage,
     RMStage,
+    RolloutConfig,
 )
 from mrlhf.errors import ConfigError
 from mrlhf.metrics import EVALUATED
@@ -27,7 +28,7 @@ _POSITIVE = (
     "batch_size n beta max_new_tokens tensor_parallel_size kv_cache_mib max_num_seqs epochs log_interval keep_last timeout_minutes seq_length clip horizon "
     "exit_duration_minutes http_timeout_s http_total_timeout_s timeout_s max_batch_size max_request_mib function_timeout_s http_batch_size "
     "max_prompt_length value_clip max_tokens_per_micro_batch reshard_bucket_mib silence_seconds max_turns environment_threads environment_timeout_s "
-    "critic_tensor_model_parallel_size critic_pipeline_model_parallel_size"
+    "critic_tensor_model_parallel_size critic_pipeline_model_parallel_size num_ranks"
 ).split()
 _NOT_NEGATIVE = (
     "min_lr lr_warmup_steps lr_wsd_decay_steps weight_decay clip_grad eval_interval save_interval keep_every export_hf_interval "
@@ -101,6 +102,23 @@ def _check_pipeline(p: ParallelConfig) -> list[ConfigError]:
     return found
 
 
+def _check_placement(rollout: RolloutConfig) -> list[ConfigError]:
+    found, key = [], "rollout.num_ranks"
+    if rollout.placement == "separate" and rollout.num_ranks is None:
+        found.append(ConfigError(f"rollout.placement = separate needs {key}", where=key, expected="how many of torchrun's ranks generate"))
+    if rollout.placement == "colocated" and rollout.num_ranks is not None:
+        what = f"{key} = {rollout.num_ranks}, and with rollout.placement = colocated every rank generates"
+        found.append(ConfigError(what, where=key, fix="--rollout.placement separate"))
+    key, allowed = "rollout.max_staleness", (0, 1) if rollout.placement == "separate" else (0,)
+    if rollout.max_staleness not in allowed:
+        what = f"{key} = {rollout.max_staleness} with rollout.placement = {rollout.placement}"
+        found.append(ConfigError(what, where=key, expected=" or ".join(map(str, allowed)), fix=f"--{key} {allowed[-1]}"))
+    elif rollout.max_staleness and rollout.correction == "none":
+        what = f"{key} = 1 samples from older weights, and rollout.correction = none leaves the loss as if it did not"
+        found.append(ConfigError(what, where="rollout.correction", expected="tis or icepop", fix="--rollout.correction tis"))
+    return found
+
+
 def check(config: Any) -> list[ConfigError]:
     """All contradictions inside one stage's configuration; `where` is the dotted key."""
     found: list[ConfigError] = []
@@ -163,6 +181,7 @@ def check(config: Any) -> list[ConfigError]:
             bad("train.on_nonfinite", "train.on_nonfinite = skip is not for ppo", "stop", "--train.on_nonfinite stop")
         if config.loss.z_loss:
             bad("loss.z_loss", "loss.z_loss is for pretrain and sft", "0", "--loss.z_loss 0")
+        found += _check_placement(config.rollout)
         answers = config.rollout.batch_size * config.rollout.n
         if config.train.global_batch_size <= 0 or answers % config.train.global_batch_size:
             bad(

@@ -41,9 +41,12 @@ def _sources(data: Dataset, order: Order) -> list[str]:
 
 def _training(stage: str, config: Any) -> None:
     one = Layout.of(config.parallel, 1)
-    smallest = math.lcm(one.tp * one.cp, one.ep) * one.pp
+    smallest, generators = math.lcm(one.tp * one.cp, one.ep) * one.pp, 0
     if isinstance(config, PPOStage):
-        smallest = math.lcm(smallest, config.rollout.tensor_parallel_size, Layout.of(config.critic_parallel, 1).smallest)
+        generators = config.rollout.num_ranks or 0
+        rollout_tp = 1 if generators else config.rollout.tensor_parallel_size
+        smallest = math.lcm(smallest, rollout_tp, Layout.of(config.critic_parallel, 1).smallest)
+    smallest += generators
     world = int(os.environ.get("WORLD_SIZE", smallest))
     others = {}
     if isinstance(config, PPOStage):
@@ -60,6 +63,7 @@ def _training(stage: str, config: Any) -> None:
         run = preflight.check_run(stage, config, world=world)
     check_resume(config, Path(config.train.output_dir))
     spec, train = run.source.spec, config.train
+    world -= generators
     layout = Layout.of(config.parallel, world)
     print(f"model    {run.source.path}: {spec.describe()}, {config.model.dtype}")
     print(f"batch    {layout.describe(train)}")
@@ -82,7 +86,8 @@ def _training(stage: str, config: Any) -> None:
     print("memory   a rank, without activations: " + ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in table))
     print(f"         together {sum(size for _, size in table) / GIB:.2f} GiB")
     if isinstance(config, PPOStage):
-        planner = make_planner(spec, layout, rollout_tp=config.rollout.tensor_parallel_size, node=state.ranks_of_a_node())
+        tp, node = config.rollout.tensor_parallel_size, state.ranks_of_a_node()
+        planner = make_planner(spec, layout, rollout_tp=tp, node=node, generators=generators)
         for line in reshard.describe(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
             print(line)
     print("first sample, [[trained]]:")

@@ -30,13 +30,15 @@ class Interrupted(Exception):
 class Stopper:
     """Whether the run is to stop, and why. Made once a process, in its main thread, after torch.distributed was started.
 
-    budget_minutes: of wall-clock time from `began` (time.monotonic()) on; None: no limit.
+    budget_minutes: of wall-clock time from `began` (time.monotonic()) on; None: no limit. store, rank: of all that must hear of a signal,
+    where that is not torch.distributed's world (parallel/split.py).
     """
 
-    def __init__(self, *, budget_minutes: float | None, began: float) -> None:
+    def __init__(self, *, budget_minutes: float | None, began: float, store: dist.Store | None = None, rank: int | None = None) -> None:
         self.reason: str | None = None
         self._deadline = None if budget_minutes is None else began + 60 * budget_minutes
-        self._store = distributed_c10d._get_default_store()
+        self._store = distributed_c10d._get_default_store() if store is None else store
+        self._rank = dist.get_rank() if rank is None else rank
         self._looked = 0.0
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -49,7 +51,7 @@ class Stopper:
         while data := os.read(reader, 1):
             if data[0] in _SIGNALS:
                 name = signal.Signals(data[0]).name
-                self._store.set(_KEY, f"{name} (rank {dist.get_rank()})")
+                self._store.set(_KEY, f"{name} (rank {self._rank})")
 
     def requested(self) -> bool:
         """Not collective: this rank knows of a signal to any rank. Asks the store at most twice a second."""
@@ -74,4 +76,5 @@ class Stopper:
                 time.sleep(_POLL_S)
         elif wanted[1]:
             self.reason = "train.exit_duration_minutes"
+            self._store.set(_KEY, self.reason)  # for ranks that generate ahead
         return bool(wanted.any())

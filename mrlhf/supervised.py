@@ -61,10 +61,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def guard(config: Any, *, began: float) -> Stopper:
-    """Signals, the wall-clock budget (from `began`, time.monotonic()) and the heartbeat of a run; after torch.distributed was started."""
-    heartbeat.start(Path(config.train.output_dir), rank=dist.get_rank())
-    return Stopper(budget_minutes=config.train.exit_duration_minutes, began=began)
+def guard(config: Any, *, began: float, store: dist.Store | None = None, rank: int | None = None) -> Stopper:
+    """Signals, the wall-clock budget (from `began`, time.monotonic()) and the heartbeat of a run; after torch.distributed was started.
+    store, rank: see Stopper."""
+    heartbeat.start(Path(config.train.output_dir), rank=dist.get_rank() if rank is None else rank)
+    return Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store, rank=rank)
 
 
 def leave(tracker: Tracker, saver: Saver, text: str, *, status: int = 0) -> int:

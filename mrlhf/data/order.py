@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -192,6 +193,15 @@ class Order:
             where = np.flatnonzero(sources == s)
             rows[where] = self._first[s] + self._rows_of(s, before[s] + np.arange(len(where)))
         return rows.tolist()
+
+    def peek(self, start: int, stop: int) -> list[int]:
+        """As `span`, and the order stays where it is: going back is not free."""
+        kept = self._interleave
+        self._interleave = deepcopy(kept)
+        try:
+            return self.span(start, stop)
+        finally:
+            self._interleave = kept
 
     def _rows_of(self, source: int, nth: np.ndarray) -> np.ndarray:
         """The rows that a source gives as its nth, counted from the start of the run."""

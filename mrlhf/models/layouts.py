@@ -7,7 +7,7 @@ import torch
 from mrlhf.models.families import hf_tensors, megatron_map, vllm_map
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
-from mrlhf.parallel.reshard import Planner, Reshard
+from mrlhf.parallel.reshard import Planner, Reshard, Shard, StartMessages
 from mrlhf.parallel.state import Layout, ranks_of_a_node
 
 
@@ -31,8 +31,11 @@ def trainer_shard(spec: ModelSpec, layout: Layout, rank: int) -> dict[str, list[
     return found
 
 
-def make_planner(spec: ModelSpec, layout: Layout, *, rollout_tp: int, node: int) -> Planner:
-    """From the trainer's layout to vLLM replicas of `rollout_tp` consecutive ranks; `node`: ranks of a machine."""
+def make_planner(spec: ModelSpec, layout: Layout, *, rollout_tp: int, node: int, generators: int = 0) -> Planner:
+    """From the trainer's layout to vLLM replicas of `rollout_tp` consecutive ranks; `node`: ranks of a machine.
+
+    generators: ranks behind the trainer's that have vLLM and nothing else; 0: the trainer's ranks have it.
+    """
     shards: dict[tuple[int, int, int], dict[str, list[Block]]] = {}
     sources = []
     for rank in range(layout.world):
@@ -42,7 +45,10 @@ def make_planner(spec: ModelSpec, layout: Layout, *, rollout_tp: int, node: int)
             shards[place] = trainer_shard(spec, layout, rank)
         sources.append(shards[place])
     by_tp = [vllm_map(spec, tp=rollout_tp, rank=r) for r in range(rollout_tp)]
-    targets = [by_tp[r % rollout_tp] for r in range(layout.world)]
+    targets: list[Shard] = [by_tp[r % rollout_tp] for r in range(generators or layout.world)]
+    if generators:
+        sources += [{} for _ in range(generators)]
+        targets = [{} for _ in range(layout.world)] + targets
     replicas = layout.dp * layout.cp  # of a stage
 
     def distance(src: int, dst: int) -> tuple[int, ...]:
@@ -63,7 +69,9 @@ def make_reshard(
     dtype: torch.dtype,
     bucket_bytes: int = 256 << 20,
     node: int | None = None,
+    generators: int = 0,
+    start_messages: StartMessages | None = None,
 ) -> Reshard:
-    """The plan of this rank."""
-    node = ranks_of_a_node() if node is None else node
-    return Reshard(make_planner(spec, layout, rollout_tp=rollout_tp, node=node), rank=rank, dtype=dtype, bucket_bytes=bucket_bytes)
+    """The plan of this rank. generators: see `make_planner`; `rank` counts over both sides then."""
+    planner = make_planner(spec, layout, rollout_tp=rollout_tp, node=ranks_of_a_node() if node is None else node, generators=generators)
+    return Reshard(planner, rank=rank, dtype=dtype, bucket_bytes=bucket_bytes, start_messages=start_messages)

@@ -158,7 +158,8 @@ def groups() -> Groups:
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """torchrun's ranks; once torch.distributed runs, those of this rank's world (parallel/split.py makes two)."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def ranks_of_a_node() -> int:

@@ -7,11 +7,14 @@ ranks that wait without any time-out (vLLM's shared memory on CPU).
 
   silent     no new sign for `silence_s`: killed, stopped (SIGSTOP), or its machine is gone
   behind     its sign goes on, but it is in an earlier phase than its neighbour for `behind_s`: the main thread hangs
+
+A rank that stops being watched before the others (generating ranks, when the trainer still saves) says so: it has left, and is not missed.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import faulthandler
 import json
@@ -21,6 +24,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -33,9 +37,10 @@ class Watch:
     store: any that all ranks share; the thread needs a connection of its own, as the main one may wait in it.
     """
 
-    def __init__(self, store: dist.Store, *, rank: int, world: int, silence_s: float, behind_s: float) -> None:
+    def __init__(self, store: dist.Store, *, rank: int, world: int, silence_s: float, behind_s: float, side: str = "") -> None:
+        """side: the phases of ranks are compared within one only."""
         self.store, self.rank, self.world = dist.PrefixStore("mrlhf/watch", store), rank, world
-        self.silence_s, self.behind_s = silence_s, behind_s
+        self.silence_s, self.behind_s, self.side = silence_s, behind_s, side
         self.directory: Path | None = None  # where stacks are written, from when it is known
         self._phase = (0, "start-up")
         self._since = time.monotonic()
@@ -53,9 +58,13 @@ class Watch:
         self._stopped.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
+        if self.side:
+            with contextlib.suppress(dist.DistError):  # torchrun has gone too
+                self.store.set(f"sign {self.rank}", self._sign(-1))
 
     def _sign(self, beats: int) -> str:
-        return json.dumps({"beats": beats, "phase": self._phase, "host": socket.gethostname(), "pid": os.getpid()})
+        who = {"side": self.side, "host": socket.gethostname(), "pid": os.getpid()}
+        return json.dumps({"beats": beats, "phase": self._phase, "left": self._stopped.is_set(), **who})
 
     def _run(self) -> None:
         other, beats = (self.rank + 1) % self.world, 0
@@ -72,12 +81,13 @@ class Watch:
                     return
                 self._end(f"the rendezvous of torchrun does not answer any more ({str(error).splitlines()[0]})", told=False)
             beats, now = beats + 1, time.monotonic()
-            if sign != last:
+            seen: dict[str, Any] = json.loads(sign) if sign else {"phase": (0, ""), "side": None, "left": False}
+            if sign != last or seen["left"]:
                 last, last_new = sign, now
             if now - last_new > self.silence_s:
                 self._accuse(last, f"has given no sign of life for {now - last_new:.0f} s")
             # ahead of the neighbour: only then is the neighbour the one that others wait for
-            if sign and json.loads(sign)["phase"][0] < self._phase[0]:
+            if seen["side"] == self.side and not seen["left"] and seen["phase"][0] < self._phase[0]:
                 behind_since = now if behind_since is None else behind_since
             else:
                 behind_since = None
@@ -115,9 +125,11 @@ class Watch:
 _current: Watch | None = None
 
 
-def start(*, attempt: str, silence_s: float, behind_s: float) -> None:
+def start(
+    *, attempt: str, silence_s: float, behind_s: float, rank: int | None = None, world: int | None = None, side: str = ""
+) -> None:
     """After init_process_group, in a world of more than one rank; once. The connection is to torchrun's own store;
-    attempt: a name that no earlier ranks have used in it."""
+    attempt: a name that no earlier ranks have used in it. rank, world: torchrun's, where they are not torch.distributed's."""
     global _current
     if _current is not None:
         return
@@ -125,7 +137,8 @@ def start(*, attempt: str, silence_s: float, behind_s: float) -> None:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, is_master=False, wait_for_workers=False,
         timeout=datetime.timedelta(seconds=silence_s),
     )  # fmt: skip
-    _current = Watch(dist.PrefixStore(attempt, store), rank=dist.get_rank(), world=dist.get_world_size(), silence_s=silence_s, behind_s=behind_s)
+    rank, world = dist.get_rank() if rank is None else rank, dist.get_world_size() if world is None else world
+    _current = Watch(dist.PrefixStore(attempt, store), rank=rank, world=world, silence_s=silence_s, behind_s=behind_s, side=side)
     atexit.register(stop)  # however Python ends: a thread that is in the store's C++ then would abort the process
 
 

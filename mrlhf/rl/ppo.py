@@ -1,4 +1,4 @@
-"""PPO and its critic-free relatives: actor, critic, reference and reward models on Megatron, vLLM in the same ranks.
+"""PPO and its critic-free relatives: actor, critic, reference and reward models on Megatron, vLLM in the same ranks or in others.
 
 The loop (semantics of every number: docs/rl.md):
     generate -> score -> log-probs -> values -> advantages -> update -> reshard
@@ -20,24 +20,26 @@ from mrlhf.checkpoint import ModelSource
 from mrlhf.config import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.loader import MicroBatch
-from mrlhf.engine import DTYPES, LossFn, Model, Trainer
+from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
 from mrlhf.models.balance import make_balance, of_aggregation, trained_tokens
-from mrlhf.models.layouts import make_reshard
 from mrlhf.models.spec import check_layout
 from mrlhf.parallel import device, reshard, state, watch
+from mrlhf.parallel.split import Bridge, split
 from mrlhf.resume import check_resume, describe_run
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.describe import Tables, describe, mismatch_warning
-from mrlhf.rl.environments import check_environment, make_environments
+from mrlhf.rl.environments import check_environment
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from mrlhf.rl.phases import Offload, Phases
 from mrlhf.rl.prompts import Prompts
+from mrlhf.rl.remote import RemoteSampler, begin, dismiss, run_generator
 from mrlhf.rl.reward_sources import Rewards, critic_source
-from mrlhf.rl.rollout import Rollout, generate, micro_batches, table
+from mrlhf.rl.rollout import Rollout, micro_batches, table
+from mrlhf.rl.sampler import Sampler
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
-from mrlhf.rl.vllm_engine import Sampling, VLLMEngine, check_rollout
+from mrlhf.rl.vllm_engine import Sampling, check_rollout
 from mrlhf.saver import Saver
 from mrlhf.saving import Part
 from mrlhf.stopping import EXIT_STOPPED, Interrupted
@@ -50,7 +52,8 @@ _FIRST_RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 class PPO:
     """Models, engine and schedule of a run; `step` is one rollout and its updates."""
 
-    def __init__(self, config: PPOStage, run: preflight.Run, layout: state.Layout) -> None:
+    def __init__(self, config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: Bridge | None = None) -> None:
+        """bridge: to the ranks that generate, where they are others."""
         self.config, self.run, self.layout = config, run, layout
         self.rank = dist.get_rank()
         ppo, rollout, seed = config.ppo, config.rollout, config.train.seed
@@ -88,34 +91,13 @@ class PPO:
         trainers = {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
         frozen = self.rewards.models | ({"reference": self.reference} if self.reference is not None else {})
         self.offload = Offload(config.offload, trainers=trainers, frozen=frozen)
-        ends = stop_ids(run.source.hf_dir, self.tokenizer)
-        stop = tuple(sorted({*ends, *rollout.stop_token_ids}))
+        stop = tuple(sorted({*stop_ids(run.source.hf_dir, self.tokenizer), *rollout.stop_token_ids}))
         self.sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stop, rollout.stop)
-        self.environments = make_environments(
-            rollout.environment, self.tokenizer, ends, max_turns=rollout.max_turns, threads=rollout.environment_threads,
-            timeout_s=rollout.environment_timeout_s, tp=rollout.tensor_parallel_size, world=layout.world, rank=self.rank,
-        )  # fmt: skip
-        self.engine = VLLMEngine(
-            run.source.spec,
-            run.source.hf_dir,
-            dtype=dtype,
-            tp=rollout.tensor_parallel_size,
-            max_model_len=run.train.max_length + rollout.max_new_tokens,
-            kv_cache_mib=rollout.kv_cache_mib,
-            max_num_seqs=rollout.max_num_seqs,
-            seed=seed,
-            sleep=rollout.sleep,
-            tokenizer_dir=run.source.hf_dir if rollout.stop else None,
-            log_dir=Path(config.train.output_dir) / "logs",
-        )
-        self.reshard = make_reshard(
-            run.source.spec,
-            layout,
-            rollout_tp=rollout.tensor_parallel_size,
-            rank=self.rank,
-            dtype=DTYPES[dtype],
-            bucket_bytes=rollout.reshard_bucket_mib << 20,
-        )
+        self.sampler: Sampler | RemoteSampler
+        if bridge is None:
+            self.sampler = Sampler(config, run, self.tokenizer, layout)
+        else:
+            self.sampler = RemoteSampler(config, run, layout, bridge)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -151,29 +133,22 @@ class PPO:
 
     def sync_weights(self) -> dict[str, float]:
         """Actor weights into vLLM."""
-        self.engine.wake_weights()
-        seconds = self.reshard.exchange(self.actor.parameters(), self.engine.parameters)
-        self.engine.wake_cache()
-        self.engine.weights_changed()
-        worst = torch.tensor([float(self.reshard.received), seconds], dtype=torch.float64, device=device.current().name)
+        received, seconds = self.sampler.write_weights(self.actor.parameters())
+        worst = torch.tensor([received, seconds], dtype=torch.float64, device=device.current().name)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return {"reshard/bytes": float(worst[0]), "reshard/seconds": float(worst[1])}
 
     def generate(self, data: Any, rows: list[int], *, step: int, n: int, sampling: Sampling, first: int = 0) -> Rollout:
-        tp = self.config.rollout.tensor_parallel_size
-        return generate(
-            self.engine,
-            [data.sample(i)[1].tolist() for i in rows],
-            n=n,
-            sampling=sampling,
-            seed=self.config.train.seed,
-            step=step,
-            labels=[data.label(i) for i in rows],
-            replicas=self.layout.world // tp,
-            replica=self.rank // tp,
-            first=first,
-            environments=self.environments,
-        )
+        prompts, labels = [data.sample(i)[1].tolist() for i in rows], [data.label(i) for i in rows]
+        return self.sampler.generate(prompts, labels, n=n, sampling=sampling, step=step, first=first)
+
+    def ask_ahead(self, step: int) -> None:
+        """For the answers of rollout `step`, where they are to be made meanwhile; the prompts count as drawn when it comes."""
+        config = self.config.rollout
+        if config.max_staleness and step <= self.prompts.total_steps:
+            data, rows = self.run.train, self.prompts.peek(config.batch_size)
+            prompts, labels = [data.sample(i)[1].tolist() for i in rows], [data.label(i) for i in rows]
+            self.sampler.ask(prompts, labels, n=config.n, sampling=self.sampling, step=step)
 
     def batches(self, model: Model, rollout: Rollout, rows: list[int] | range) -> list[MicroBatch]:
         """This rank's share of the rows, as `model` is cut."""
@@ -222,17 +197,21 @@ class PPO:
         """
         config, n = self.config.rollout, self.config.rollout.n
         log: dict[str, float] = {}
-        kept, scores_B, drawn = Rollout([], [], []), torch.zeros(0), 0
+        kept, scores_B, drawn, seconds = Rollout([], [], []), torch.zeros(0), 0, 0.0
         for left in range(config.max_refills if config.dynamic_sampling else 0, -1, -1):
             missing = config.batch_size - kept.size // n
             with timer("gen"):
-                if drawn and self.engine.sleeps:
+                if drawn and self.sampler.sleeps:
                     self.sync_weights()
                 rollout = self.generate(self.run.train, self.prompts.draw(missing), step=step, n=n, sampling=self.sampling, first=drawn)
-                self.engine.sleep()
+                self.sampler.sleep()
+            facts = self.sampler.facts()
+            seconds += facts.pop("timing_s/generators", 0.0)
+            if not left:
+                self.ask_ahead(step + 1)
             with timer("reward"), self.offload.using(*self.rewards.models):
                 new_B, parts = self.score(rollout)
-            log |= {k: (log.get(k, 0.0) * drawn + v * missing) / (drawn + missing) for k, v in parts.items()}
+            log |= {k: (log.get(k, 0.0) * drawn + v * missing) / (drawn + missing) for k, v in (parts | facts).items()}
             drawn += missing
             rows = list(range(rollout.size))
             if left:
@@ -244,7 +223,8 @@ class PPO:
         if config.dynamic_sampling:
             log |= {"rollout/prompts_drawn": float(drawn), "rollout/groups_dropped": float(drawn - config.batch_size)}
             log["rollout/groups_equal"] = float((~informative_groups(scores_B, group_size=n)).sum())
-        return kept, scores_B, log
+            self.ask_ahead(step + 1)
+        return kept, scores_B, log | ({"timing_s/generators": seconds} if seconds else {})
 
     def shape(self, rollout: Rollout, scores_B: torch.Tensor) -> torch.Tensor:
         """[B]: with the overlong penalty, scaled; still to be clipped."""
@@ -313,8 +293,8 @@ class PPO:
         with timer("reshard"):
             log |= self.sync_weights()
         tables = Tables(scores_B, mask_BA, rollout_BA, old_BA, entropy_BA, ref_BA, values_BA, rewards_BA, raw_BA, returns_BA)
-        gen_seconds = timer.seconds["timing_s/gen"]
-        log |= describe(rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds, with_environment=self.environments is not None)
+        gen_seconds = log.get("timing_s/generators", timer.seconds["timing_s/gen"])
+        log |= describe(rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds, with_environment=config.rollout.environment is not None)
         log |= timer.times() | timer.memory()
         corrected = config.rollout.correction != "none"
         warning = mismatch_warning(log, limit=config.rollout.mismatch_warning, corrected=corrected)
@@ -380,12 +360,20 @@ def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[Mrlh
 
 
 def check(config: PPOStage, world: int) -> preflight.Run:
-    """Everything that can be wrong, before anything is built."""
+    """Everything that can be wrong, before anything is built. world: all of torchrun's ranks."""
+    generators = config.rollout.num_ranks or 0
+    if generators >= world:
+        raise ConfigError(
+            f"rollout.num_ranks = {generators} of {world} ranks leave none to train",
+            where="rollout.num_ranks",
+            expected=f"torchrun with {generators + state.Layout.of(config.parallel, 1).smallest} ranks or more",
+        )
+    world -= generators
 
     def more(source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
         tp = config.rollout.tensor_parallel_size
         return [
-            *check_rollout(source.spec, tp=tp, world=world, key="rollout.tensor_parallel_size"),
+            *check_rollout(source.spec, tp=tp, world=generators or world, key="rollout.tensor_parallel_size"),
             *preflight.check_prompt_budget(config, source, sets),
             *Rewards.check(config.reward, source, parallel=config.parallel, world=world, critic=config.ppo.critic),
             *_check_critic(config, source, world),
@@ -396,14 +384,25 @@ def check(config: PPOStage, world: int) -> preflight.Run:
     return preflight.check_run("ppo", config, world=world, more=more)
 
 
+def make_bridge(config: PPOStage) -> Bridge | None:
+    """Starts torch.distributed where generation has ranks of its own."""
+    if config.rollout.num_ranks is None:
+        return None
+    return split(config.rollout.num_ranks, timeout_minutes=config.parallel.timeout_minutes, silence_s=config.parallel.silence_seconds)
+
+
 def main(config: PPOStage) -> int:
     began = time.monotonic()
     run = check(config, state.world_size())
     output_dir = Path(config.train.output_dir)
     check_resume(config, output_dir)
+    bridge = make_bridge(config)
+    if bridge is not None and not bridge.trains:
+        run_generator(config, run, bridge, began=began)
+        return 0
     layout = state.initialize(config.parallel, seed=config.train.seed)
     watch.log_to(output_dir / "logs")
-    stopper = supervised.guard(config, began=began)
+    stopper = supervised.guard(config, began=began, store=None if bridge is None else bridge.store)
     say = supervised.say
     say(f"device: {device.current().describe()}")
     say(layout.describe(config.train))
@@ -414,17 +413,22 @@ def main(config: PPOStage) -> int:
     if done >= total:
         heartbeat.stop()
         say(f"already finished: {output_dir / 'checkpoints'}")
+        if bridge is not None:
+            dismiss(bridge)
         state.shutdown()
         return 0
-    ppo = PPO(config, run, layout)
-    replicas = layout.world // config.rollout.tensor_parallel_size
-    say(f"vLLM: {replicas} replica(s) of tensor parallel {config.rollout.tensor_parallel_size}; {ppo.engine.memory.describe()}")
-    for line in reshard.describe(state.from_all_ranks([(ppo.reshard.sent, ppo.reshard.received, ppo.reshard.copied)])):
+    if bridge is not None:
+        begin(bridge)
+    ppo = PPO(config, run, layout, bridge)
+    tp, where = config.rollout.tensor_parallel_size, "" if bridge is None else f" on {len(bridge.generators)} ranks of their own"
+    say(f"vLLM: {(config.rollout.num_ranks or layout.world) // tp} replica(s) of tensor parallel {tp}{where}; {ppo.sampler.memory}")
+    for line in reshard.describe(ppo.sampler.bytes_of_ranks()):
         say(line)
     if resumed is not None:
         ppo.resume(resumed)
         say(f"resumed from {resumed.path}")
-    ppo.engine.should_stop = stopper.requested
+    if isinstance(ppo.sampler, Sampler):
+        ppo.sampler.engine.should_stop = stopper.requested
     ppo.sync_weights()
     tracker = supervised.make_tracker("ppo", config, total_steps=total, done=done)
     described = describe_run("ppo", config, layout, run.source.hf_dir)
@@ -436,7 +440,7 @@ def main(config: PPOStage) -> int:
 
     def leave(text: str, status: int = 0) -> int:
         ppo.rewards.close()
-        ppo.engine.shutdown()
+        ppo.sampler.shutdown()
         return supervised.leave(tracker, saver, text, status=status)
 
     for step in range(done + 1, total + 1):

@@ -40,6 +40,10 @@ class Prompts:
         self.drawn += n
         return self.order.span(self.drawn - n, self.drawn)
 
+    def peek(self, n: int) -> list[int]:
+        """The rows that the next `draw(n)` will give: a rollout that is made ahead counts when it is used."""
+        return self.order.peek(self.drawn, self.drawn + n)
+
     def metrics(self) -> dict[str, float]:
         consumed = self.order.taken_at(self.drawn)
         return {"train/epoch": self.drawn / self.order.mix.pass_rows, **supervised.source_epochs(self.order, self.data, consumed)}

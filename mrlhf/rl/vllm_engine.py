@@ -77,7 +77,7 @@ def _everything_restored() -> Iterator[None]:
     """Random states, the variables and the torch attributes that starting or running vLLM changes."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if device.current().is_cuda else None
-    env = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+    env = {name: os.environ.get(name) for name in ("RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD")}
     set_num_threads = torch.set_num_threads
     try:
         yield
@@ -316,6 +316,7 @@ class VLLMEngine:
         (config_only / "config.json").write_text(json.dumps(read_hf_config(hf_dir) | vllm_config(spec)))
         try:
             with _everything_restored():
+                os.environ["RANK"] = str(dist.get_rank())  # torchrun's is another where only some ranks generate
                 self.llm = vllm.LLM(
                     str(config_only),
                     load_format="dummy",

@@ -5,6 +5,7 @@ usage: ppo_program.py OUTPUT.json --section.key VALUE ...
 
 import json
 import sys
+import time
 from pathlib import Path
 
 
@@ -17,19 +18,23 @@ def main() -> None:
     from mrlhf.config import PPOStage
     from mrlhf.config_io import load_config
     from mrlhf.parallel import state
-    from mrlhf.rl.ppo import PPO, check
+    from mrlhf.rl.ppo import PPO, check, make_bridge
+    from mrlhf.rl.remote import begin, run_generator
     from mrlhf.saving import save
 
     config = load_config(PPOStage, None, sys.argv[2:])
     run = check(config, state.world_size())
+    bridge = make_bridge(config)
+    if bridge is not None and not bridge.trains:
+        return run_generator(config, run, bridge, began=time.monotonic())
     layout = state.initialize(config.parallel, seed=config.train.seed)
-    ppo = PPO(config, run, layout)
+    if bridge is not None:
+        begin(bridge)
+    ppo = PPO(config, run, layout, bridge)
     ppo.sync_weights()
     logs = [ppo.step(step)[0] for step in (1, 2)]
     with torch.no_grad():  # a sampler that is not the trained policy must show
-        for name in sorted(ppo.engine.parameters):
-            ppo.engine.parameters[name] *= 1.2
-    ppo.engine.weights_changed()
+        ppo.sampler.write_weights({name: parameter * 1.2 for name, parameter in ppo.actor.parameters().items()})
     logs.append(ppo.step(3)[0])
     ppo.offload.park_all()
     parked = [kind for role in ppo.offload.parked.values() for parking, _, kind in role if parking.is_away]
@@ -39,9 +44,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         answers = [a.tokens for a in rollout.answers]
         Path(sys.argv[1]).write_text(
-            json.dumps({"logs": logs, "prompts": rollout.prompts, "answers": answers, "received": ppo.reshard.received, "parked": parked})
+            json.dumps({"logs": logs, "prompts": rollout.prompts, "answers": answers, "received": ppo.sampler.reshard.received, "parked": parked})
         )
-    ppo.engine.shutdown()
+    ppo.sampler.shutdown()
     state.shutdown()
 
 

@@ -38,6 +38,10 @@ LAYOUTS = {
         },
     ),
     "cp2, by tokens, vllm tp2": (2, {"parallel.context_parallel_size": 2, "rollout.tensor_parallel_size": 2, **BY_TOKENS}),
+    "tp2, vllm tp1 on a rank of its own": (
+        3,
+        {"parallel.tensor_model_parallel_size": 2, "rollout.placement": "separate", "rollout.num_ranks": 1},
+    ),
     "tp2 x pp2, critic tp2 x dp2, vllm 2 x tp2": (
         4,
         {

@@ -36,7 +36,7 @@ def make(equal: set[int], **changes: object) -> Any:
     ppo = object.__new__(PPO)
     ppo.config, ppo.run = config(**changes), SimpleNamespace(train=data())
     ppo.prompts = Prompts(ppo.config, ppo.run.train)
-    ppo.engine = SimpleNamespace(sleeps=False, sleep=lambda: None)
+    ppo.sampler = SimpleNamespace(sleeps=False, sleep=lambda: None, facts=dict)
     ppo.rewards, ppo.offload = SimpleNamespace(models={}), SimpleNamespace(using=nullcontext)
     ppo.calls = []
 

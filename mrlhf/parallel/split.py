@@ -1,0 +1,109 @@
+"""torchrun's ranks as two worlds, those that train and those that generate, and the bridge between them.
+
+Megatron and vLLM both take torch.distributed's default group for the whole world. So each side gets a default group of its own, on the
+same rendezvous under another prefix; the bridge is two groups of all ranks beside them, for messages between two ranks only.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mrlhf.errors import EnvironmentProblem
+from mrlhf.parallel import device, watch
+from mrlhf.parallel.rendezvous import fresh_store
+
+_FOR_EVER = timedelta(days=365)
+Sending = list[tuple[Any, torch.Tensor]]  # works to wait for, and what must stay in memory until then
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """Ranks 0 .. trainers - 1 of torchrun's world train, the others generate. `rank` and `world` are torchrun's."""
+
+    rank: int
+    world: int
+    trainers: int
+    store: dist.Store
+    timeout: timedelta
+    control: Any  # a gloo group, in host memory; it waits for ever
+    weights: Any  # one of the device, with the time-out
+
+    @property
+    def trains(self) -> bool:
+        return self.rank < self.trainers
+
+    @property
+    def generators(self) -> range:
+        return range(self.trainers, self.world)
+
+    def start_messages(self, operations: Sequence[tuple[bool, torch.Tensor, int]]) -> list[Any]:
+        """(is_send, tensor, torchrun's rank of the other) of one bucket of the weights; works to wait for."""
+
+        def start() -> list[Any]:
+            return [(self.weights.send if is_send else self.weights.recv)([data], other, 0) for is_send, data, other in operations]
+
+        if not device.current().is_cuda:
+            return start()
+        self.weights._start_coalescing()  # as torch's batch_isend_irecv does
+        start()
+        return [self.weights._end_coalescing()]
+
+    def send(self, data: bytes, to: int) -> Sending:
+        """Without waiting."""
+        parts = torch.tensor([len(data)]), torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return [(self.control.send([part], to, 0), part) for part in parts]
+
+    def receive(self, source: int) -> bytes:
+        """What `source` sends next. Generating ranks wait as long as training takes.
+
+        Raises EnvironmentProblem where the other rank has gone, or does not answer a trainer within the time-out.
+        """
+        length = torch.zeros(1, dtype=torch.int64)
+        self._receive(length, source)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        self._receive(data, source)
+        return data.numpy().tobytes()
+
+    def _receive(self, data: torch.Tensor, source: int) -> None:
+        try:
+            self.control.recv([data], source, 0).wait(self.timeout if self.trains else _FOR_EVER)
+        except RuntimeError as error:
+            side = "trains" if source < self.trainers else "generates"
+            raise EnvironmentProblem(
+                f"rank {source}, which {side}, has gone or does not answer ({str(error).splitlines()[0]})",
+                expected=f"an answer within parallel.timeout_minutes ({self.timeout}), a rollout's generation included",
+                fix="look at that rank's own error; the same command resumes from the last checkpoint",
+            ) from error
+
+
+def wait_for(sending: Sending) -> None:
+    for work, _ in sending:
+        work.wait()
+
+
+def split(generators: int, *, timeout_minutes: float, silence_s: float) -> Bridge:
+    """Starts torch.distributed, on every rank of a torchrun of more than `generators` ranks: the last ones generate."""
+    timeout, here = timedelta(minutes=timeout_minutes), device.current()
+    if here.is_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store = fresh_store(store, rank=rank, world=world, timeout=timeout)
+    trainers = world - generators
+    side, own_rank, own_world = ("trains", rank, trainers) if rank < trainers else ("generates", rank - trainers, generators)
+    dist.init_process_group(here.backend, store=dist.PrefixStore(side, store), rank=own_rank, world_size=own_world, timeout=timeout)
+    if rank == 0:
+        store.set("watch", uuid.uuid4().hex)
+    attempt = store.get("watch").decode()
+    watch.start(attempt=attempt, silence_s=silence_s, behind_s=54 * timeout_minutes, rank=rank, world=world, side=side)
+    control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, world, _FOR_EVER)
+    group = dist.ProcessGroupNCCL if here.is_cuda else dist.ProcessGroupGloo
+    weights = group(dist.PrefixStore("weights", store), rank, world, timeout)
+    return Bridge(rank, world, trainers, dist.PrefixStore("run", store), timeout, control, weights)
