@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +44,25 @@ class Saver:
             saving.clear_unfinished(run_dir / "hf")
         dist.barrier()
 
-    def save(self, step: int, parts: list[Part], content: dict[str, Any], *, last: bool = False) -> None:
+    def save(
+        self, step: int, parts: list[Part], content: dict[str, Any], *, last: bool = False, files: Mapping[str, bytes] | None = None
+    ) -> None:
         """Collective. With checkpoint.async_save it returns when the tensors are copied; the `last` one is complete when this returns.
 
         Raises CheckpointError where it, or the one before it, cannot be written and checkpoint.on_save_error is stop; the last always.
         """
         start = time.perf_counter()
         with heartbeat.phase("save", step):
-            self._save(step, parts, content, last)
+            self._save(step, parts, content, last, files)
         self._waited += time.perf_counter() - start
 
-    def _save(self, step: int, parts: list[Part], content: dict[str, Any], last: bool) -> None:
+    def _save(self, step: int, parts: list[Part], content: dict[str, Any], last: bool, files: Mapping[str, bytes] | None) -> None:
         self.finish()
         target = self.directory / f"step_{step}"
         start = time.perf_counter()
         try:
-            self._under_way = saving.begin(target, parts, {**content, "step": step}, copy=self.config.async_save and not last)
+            copy = self.config.async_save and not last
+            self._under_way = saving.begin(target, parts, {**content, "step": step}, copy=copy, files=files)
         except CheckpointError as error:
             self._failed(error, last)
             return

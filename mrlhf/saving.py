@@ -5,6 +5,7 @@
       hf/          config.json, tokenizer, generation config, byte for byte as they came
       dist/        weights and optimizer state, torch_dist, independent of TP, PP and DP
       rng/         the random generators of every rank
+      ahead.bin    (ppo, rollout.max_staleness 1) the answers to the next rollout's prompts, which older weights gave
       critic/      (ppo) another checkpoint of the same form
 A save goes to `step_10.tmp`, is fsync'ed and renamed; the pointers `latest` and `best` follow by the same way.
 
@@ -22,7 +23,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -297,12 +298,15 @@ class Save:
         fsync(self.target.parent)
 
 
-def begin(target: Path, parts: list[Part], content: dict[str, Any], *, copy: bool) -> Save:
+def begin(
+    target: Path, parts: list[Part], content: dict[str, Any], *, copy: bool, files: Mapping[str, bytes] | None = None
+) -> Save:
     """Collective. Starts to write `target` under a temporary name.
 
-    content: goes into the manifest; has stage, step and dtype. copy: the models may change before `finish`. Raises CheckpointError on
-    every rank where the directory cannot be made or the disk has no room.
+    content: goes into the manifest; has stage, step and dtype. copy: the models may change before `finish`. files: further ones, by name,
+    from rank 0. Raises CheckpointError on every rank where the directory cannot be made or the disk has no room.
     """
+    files = files if files is not None and dist.get_rank() == 0 else {}
     temporary = target.with_name(target.name + ".tmp")
 
     def prepare() -> None:
@@ -317,7 +321,7 @@ def begin(target: Path, parts: list[Part], content: dict[str, Any], *, copy: boo
 
     on_main(prepare, target)
     plans = [_make_plan(part, temporary, copy=copy) for part in parts]
-    needed = sum(state.from_all_ranks([sum(plan.nbytes for plan in plans)])) + _SPARE_BYTES
+    needed = sum(state.from_all_ranks([sum(plan.nbytes for plan in plans) + sum(map(len, files.values()))])) + _SPARE_BYTES
 
     def check_room() -> None:
         free = shutil.disk_usage(temporary).free
@@ -327,6 +331,7 @@ def begin(target: Path, parts: list[Part], content: dict[str, Any], *, copy: boo
 
     on_main(check_room, target)
     blobs = {f"{plan.folder}/common.pt": plan.common for plan in plans if plan.common}
+    blobs |= files
     blobs[f"rng/rank_{dist.get_rank()}.json"] = randomness.capture().encode()
     save = Save(target, temporary, parts, content, [plan.metadata for plan in plans], _Writer(temporary, plans, blobs))
     save.writer.start()

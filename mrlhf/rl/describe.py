@@ -54,9 +54,11 @@ def mismatch_warning(found: dict[str, float], *, limit: float, corrected: bool) 
     kl = found["rollout/kl_mismatch"]
     if kl <= limit:
         return None
+    stale = found.get("rollout/staleness", 0.0)
+    age = f" (its weights are {stale:g} update(s) older, which is a part of it)" if stale else ""
     treated = "rollout.correction weighs the loss, but this much means a cause" if corrected else "the loss is not corrected for it (rollout.correction none)"
     return (
-        f"WARNING: vLLM samples by another policy than the trainer's: rollout/kl_mismatch {kl:.3g} > {limit:g} nats a token, "
+        f"WARNING: vLLM samples by another policy than the trainer's{age}: rollout/kl_mismatch {kl:.3g} > {limit:g} nats a token, "
         f"|log-prob difference| {found['rollout/logprob_abs_diff_mean']:.3g} mean, {found['rollout/logprob_abs_diff_max']:.3g} max; {treated}. "
         "Look at: weights not brought over, top_p/top_k on, another dtype or kernel (rollout.mismatch_warning sets the limit)"
     )

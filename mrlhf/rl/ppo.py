@@ -45,6 +45,7 @@ from mrlhf.saving import Part
 from mrlhf.stopping import EXIT_STOPPED, Interrupted
 from mrlhf.tokenizer import load, stop_ids
 
+AHEAD = "ahead.bin"  # in a checkpoint: the next rollout's answers, where they were made meanwhile
 # rounding between the forward pass that gave the old log-probs and the training pass, not a change of the policy
 _FIRST_RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 
@@ -116,7 +117,7 @@ class PPO:
         }
 
     def resume(self, source: ModelSource) -> None:
-        """Go on after the rollout of a checkpoint; one that was under way is drawn again from its seeds."""
+        """Go on after the rollout of a checkpoint; one that was under way is drawn again from its seeds, or its answers are in the checkpoint."""
         manifest = source.manifest
         done = manifest["step"] * self.updates_per_rollout
         self.actor.resume(source.path, done, manifest["scheduler"])
@@ -128,6 +129,10 @@ class PPO:
         if self.config.reward.scaling == "running_std":
             self.running_std.load_state_dict(manifest["running_std"])
         checkpoint.restore_randomness(source)
+        ahead, rollout = source.path / AHEAD, self.config.rollout
+        if ahead.is_file() and isinstance(self.sampler, RemoteSampler) and rollout.max_staleness:
+            prompts, labels = self.read(self.run.train, self.prompts.peek(rollout.batch_size))
+            self.sampler.take_up(ahead.read_bytes(), prompts, labels, n=rollout.n, sampling=self.sampling, step=manifest["step"] + 1)
 
     # ------------------------------------------------------------------ the phases
 
@@ -139,16 +144,17 @@ class PPO:
         return {"reshard/bytes": float(worst[0]), "reshard/seconds": float(worst[1])}
 
     def generate(self, data: Any, rows: list[int], *, step: int, n: int, sampling: Sampling, first: int = 0) -> Rollout:
-        prompts, labels = [data.sample(i)[1].tolist() for i in rows], [data.label(i) for i in rows]
-        return self.sampler.generate(prompts, labels, n=n, sampling=sampling, step=step, first=first)
+        return self.sampler.generate(*self.read(data, rows), n=n, sampling=sampling, step=step, first=first)
+
+    def read(self, data: Any, rows: list[int]) -> tuple[list[list[int]], list[Any]]:
+        """Prompts and labels."""
+        return [data.sample(i)[1].tolist() for i in rows], [data.label(i) for i in rows]
 
     def ask_ahead(self, step: int) -> None:
         """For the answers of rollout `step`, where they are to be made meanwhile; the prompts count as drawn when it comes."""
-        config = self.config.rollout
-        if config.max_staleness and step <= self.prompts.total_steps:
-            data, rows = self.run.train, self.prompts.peek(config.batch_size)
-            prompts, labels = [data.sample(i)[1].tolist() for i in rows], [data.label(i) for i in rows]
-            self.sampler.ask(prompts, labels, n=config.n, sampling=self.sampling, step=step)
+        rollout = self.config.rollout
+        if rollout.max_staleness and step <= self.prompts.total_steps:
+            self.sampler.ask(*self.read(self.run.train, self.prompts.peek(rollout.batch_size)), n=rollout.n, sampling=self.sampling, step=step)
 
     def batches(self, model: Model, rollout: Rollout, rows: list[int] | range) -> list[MicroBatch]:
         """This rank's share of the rows, as `model` is cut."""
@@ -436,7 +442,8 @@ def main(config: PPOStage) -> int:
     def save(step: int) -> None:
         ppo.offload.fetch("actor", "critic")
         parts = ppo.parts(with_optimizer=step < total or config.checkpoint.save_optimizer)
-        saver.save(step, parts, described | ppo.state(step), last=step == total)
+        ahead = ppo.sampler.ahead()
+        saver.save(step, parts, described | ppo.state(step), last=step == total, files=None if ahead is None else {AHEAD: ahead})
 
     def leave(text: str, status: int = 0) -> int:
         ppo.rewards.close()

@@ -2,7 +2,7 @@
 
 The generating ranks do what the trainer's rank 0 tells them, one thing after the other: answer prompts, take new weights, hand answers over.
 So whatever is asked for before weights are sent is answered with the older ones: with rollout.max_staleness 1 the next rollout is asked
-for as soon as this one is there, and generated while the trainer trains on it. Every answer says from which weights it is.
+for as soon as this one is there, and generated while the trainer trains on it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ def decode(data: bytes) -> tuple[dict[str, Any], list[Answer]]:
     return header, answers
 
 
+def _request(prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int, first: int) -> str:
+    """JSON: what an answer depends on besides the weights."""
+    return json.dumps({"prompts": prompts, "labels": list(labels), "n": n, "sampling": asdict(sampling), "step": step, "first": first})
+
+
 class RemoteSampler:
     """On every rank of the trainer; all call its methods alike."""
 
@@ -66,7 +71,8 @@ class RemoteSampler:
         self.reshard = plan_of(config, run, layout, bridge)
         self.weights_sent = 0
         self._facts: dict[str, float] = {}
-        self._asked: dict[Key, tuple[list[list[int]], int]] = {}  # with the weights that they meet there
+        self._asked: dict[Key, tuple[str, int]] = {}  # what is not used yet: the request, and the weights that it meets there
+        self._here: dict[Key, tuple[dict[str, Any], list[Answer]]] = {}  # that which has come already
         self._sending: Sending = []
         self._hello = self._hear_from_all()
 
@@ -107,30 +113,53 @@ class RemoteSampler:
     def ask(self, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int, first: int = 0) -> None:
         """Ask now for what `generate` will be called with."""
         if (step, first) not in self._asked:
-            self._asked[step, first] = prompts, self.weights_sent
-            self._tell("generate", prompts=prompts, labels=list(labels), n=n, sampling=asdict(sampling), step=step, first=first)
+            request = _request(prompts, labels, n=n, sampling=sampling, step=step, first=first)
+            self._asked[step, first] = request, self.weights_sent
+            self._tell("generate", request=request)
 
     def generate(self, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int, first: int = 0) -> Rollout:
         """As Sampler.generate. Raises ToolError and Interrupted as the generating ranks do."""
         self.ask(prompts, labels, n=n, sampling=sampling, step=step, first=first)
         asked, version = self._asked.pop((step, first))
-        assert asked == prompts, f"other prompts were asked for as rollout {step}"
-        self._tell("hand over", step=step, first=first)
-        box = [self.bridge.receive(self.bridge.generators[0]) if self.bridge.rank == 0 else b""]
-        if self.bridge.rank == 0:
-            self._all_sent()
-        watch.phase("waiting for the answers")
-        dist.broadcast_object_list(box, src=0)
-        header, answers = decode(box[0])
+        assert asked == _request(prompts, labels, n=n, sampling=sampling, step=step, first=first), f"rollout {step} was asked for otherwise"
+        header, answers = self._here.pop((step, first)) if (step, first) in self._here else self._take((step, first))
         if header["error"] is not None:
             raise ToolError(**header["error"])
         if header["interrupted"]:
             raise Interrupted
         staleness = self.weights_sent - version
-        assert header["version"] == version and staleness <= self.max_staleness, f"weights {header['version']} of {self.weights_sent}"
+        assert staleness <= self.max_staleness
         self._facts = {"rollout/staleness": float(staleness), "timing_s/generators": header["seconds"]}
         rows = [p for p in range(len(prompts)) for _ in range(n)]
         return Rollout([prompts[p] for p in rows], answers, [labels[p] for p in rows])
+
+    def _take(self, key: Key) -> tuple[dict[str, Any], list[Answer]]:
+        """Waits for what was asked for."""
+        self._tell("hand over", key=key)
+        box = [b""]
+        if self.bridge.rank == 0:
+            box[0] = self.bridge.receive(self.bridge.generators[0])
+            self._all_sent()
+        watch.phase("waiting for the answers")
+        dist.broadcast_object_list(box, src=0)
+        return decode(box[0])
+
+    def ahead(self) -> bytes | None:
+        """For a checkpoint, so that the run that goes on with it is this one: answers that were asked for and not used yet. Waits for them."""
+        for key, (request, version) in self._asked.items():
+            if key not in self._here:
+                self._here[key] = self._take(key)
+            header, answers = self._here[key]
+            if answers:
+                return encode({"key": key, "request": request, "behind": self.weights_sent - version, "seconds": header["seconds"]}, answers)
+        return None
+
+    def take_up(self, data: bytes, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int) -> None:
+        """What `ahead` gave, before any weights are sent; of no use where the run goes on with another request."""
+        header, answers = decode(data)
+        if header["request"] == _request(prompts, labels, n=n, sampling=sampling, step=step, first=0):
+            self._asked[step, 0] = header["request"], 1 - header["behind"]
+            self._here[step, 0] = {"error": None, "interrupted": False, "seconds": header["seconds"]}, answers
 
     def facts(self) -> dict[str, float]:
         """Of the last `generate`: how many updates its weights were behind, and the seconds it took there."""
@@ -160,26 +189,24 @@ def dismiss(bridge: Bridge) -> None:
     _say(bridge, "stop")
 
 
-def _answers(sampler: Sampler, told: dict[str, Any], version: int) -> bytes:
-    """To one request, or why there are none."""
+def _answer(sampler: Sampler, request: dict[str, Any]) -> bytes:
+    """To one request, or why there is none."""
     start, answers = time.perf_counter(), []
     outcome: dict[str, Any] = {"error": None, "interrupted": False}
-    sampling: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told["sampling"].items()}
-    options = {key: told[key] for key in ("n", "step", "first")}
+    sampling: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in request["sampling"].items()}
     try:
-        with heartbeat.phase("rollout", told["step"]):
-            answers = sampler.generate(told["prompts"], told["labels"], sampling=Sampling(**sampling), **options).answers
+        with heartbeat.phase("rollout", request["step"]):
+            answers = sampler.generate(**{**request, "sampling": Sampling(**sampling)}).answers
     except ToolError as error:
         outcome["error"] = {name: getattr(error, name) for name in ("what", "where", "expected", "fix")}
     except Interrupted:
         outcome["interrupted"] = True
-    return encode({**outcome, "version": version, "seconds": time.perf_counter() - start}, answers)
+    return encode({**outcome, "seconds": time.perf_counter() - start}, answers)
 
 
 def serve(sampler: Sampler, bridge: Bridge) -> None:
     """Until the trainer says stop."""
     ready: dict[Key, bytes] = {}
-    version, first = 0, bridge.generators[0] == bridge.rank
     plan = sampler.reshard
     wait_for(bridge.send(encode({"memory": sampler.memory, "bytes": (plan.sent, plan.received, plan.copied)}), 0))
     while True:
@@ -191,12 +218,12 @@ def serve(sampler: Sampler, bridge: Bridge) -> None:
         if told["what"] == "weights":
             wait_for(bridge.send(encode({}), 0))
             sampler.write_weights({})
-            version += 1
         elif told["what"] == "generate":
-            ready[told["step"], told["first"]] = _answers(sampler, told, version)
+            request = json.loads(told["request"])
+            ready[request["step"], request["first"]] = _answer(sampler, request)
         else:
-            found = ready.pop((told["step"], told["first"]))
-            if first:
+            found = ready.pop(tuple(told["key"]))
+            if bridge.rank == bridge.generators[0]:
                 wait_for(bridge.send(found, 0))
 
 

@@ -100,6 +100,10 @@ class Sampler:
             environments=self.environments,
         )
 
+    def ahead(self) -> bytes | None:
+        """For a checkpoint: answers that were asked for and not used yet; here there are none."""
+        return None
+
     def facts(self) -> dict[str, float]:
         """Metrics of the last `generate` that only other ranks' generation has."""
         return {}

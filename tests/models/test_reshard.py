@@ -22,32 +22,37 @@ from mrlhf.parallel.state import Layout
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[Layout, int, int]:
-    """(a layout of at most 16 ranks, how many layers it wants the number of layers to be a multiple of, vLLM's tensor-parallel size)."""
+def layouts(draw: st.DrawFn) -> tuple[Layout, int, int, int]:
+    """(a layout of at most 16 ranks, how many layers it wants the number of layers to be a multiple of, vLLM's tensor-parallel size,
+    ranks of vLLM's own or 0)."""
     tp, pp, dp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     pieces = draw(st.sampled_from([1, 2])) if pp > 1 else 1
     ep = draw(st.sampled_from([n for n in (1, 2, 4) if tp * dp % n == 0]))
     layout = Layout(tp * pp * dp, tp, pp, ep=ep, pieces=pieces)
-    return layout, pp * pieces, math.gcd(draw(st.sampled_from([1, 2, 4])), layout.world)
+    rollout, replicas = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([0, 1, 3]))
+    if replicas:
+        return layout, pp * pieces, rollout, rollout * replicas
+    return layout, pp * pieces, math.gcd(rollout, layout.world), 0
 
 
 @given(data=st.data(), chosen=layouts(), limit=st.sampled_from([1, 40, 10**6]), node=st.sampled_from([1, 2, 16]))
 @settings(max_examples=60, deadline=None)
-def test_plan_equals_slicing_moves_the_least_and_is_agreed(data: st.DataObject, chosen: tuple[Layout, int, int], limit: int, node: int) -> None:
-    layout, layers, rollout = chosen
+def test_plan_equals_slicing_moves_the_least_and_is_agreed(data: st.DataObject, chosen: tuple[Layout, int, int, int], limit: int, node: int) -> None:
+    layout, layers, rollout, generators = chosen
     spec = data.draw(specs(splits=math.lcm(layout.tp, rollout, layout.ep), layers=layers))
     shapes, at = hf_shapes(spec, head="lm"), 0
     values: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
         values[name] = torch.arange(at, at + math.prod(shape), dtype=torch.float64).view(shape)
         at += math.prod(shape)
-    planner = make_planner(spec, layout, rollout_tp=rollout, node=node)
-    held = [shard_tensors(s, values) for s in sources_of(spec, layout)]
+    planner = make_planner(spec, layout, rollout_tp=rollout, node=node, generators=generators)
+    sources, world = sources_of(spec, layout) + [{}] * generators, layout.world + generators
+    held = [shard_tensors(s, values) for s in sources]
     wanted = [shard_tensors(t, values) for t in planner.targets]
     got = [{n: torch.full_like(x, -1.0) for n, x in w.items()} for w in wanted]
     written = [{n: torch.zeros_like(x) for n, x in w.items()} for w in wanted]
-    messages = [planner.messages(r, limit=limit) for r in range(layout.world)]
-    for rank in range(layout.world):
+    messages = [planner.messages(r, limit=limit) for r in range(world)]
+    for rank in range(world):
         copies = [p for p in planner.incoming(rank) if p.src == rank]
         received = [m for m in messages[rank] if m.dst == rank]
         for p in (*copies, *(p for m in received for p in m.pieces)):
@@ -58,10 +63,10 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(data: st.DataObject, 
         for name, tensor in wanted[rank].items():
             assert torch.equal(got[rank][name], tensor), (rank, name)
             assert torch.equal(written[rank][name], (tensor >= 0).double()), (rank, name)
-        assert sum(m.numel for m in received) == minimum(shapes, sources_of(spec, layout)[rank], planner.targets[rank])
+        assert sum(m.numel for m in received) == minimum(shapes, sources[rank], planner.targets[rank])
         assert all(m.numel <= limit or (len(m.pieces), m.pieces[0].length) == (1, 1) for m in messages[rank])
         # what one rank sends is what the other expects, and in the same place of one order without ties
-        for other in range(layout.world):
+        for other in range(world):
             assert [m for m in messages[rank] if m.src == rank and m.dst == other] == [
                 m for m in messages[other] if m.src == rank and m.dst == other
             ]
