@@ -64,7 +64,8 @@ class Bridge:
     def receive(self, source: int) -> bytes:
         """What `source` sends next. Generating ranks wait as long as training takes.
 
-        Raises EnvironmentProblem where the other rank has gone, or does not answer a trainer within the time-out.
+        Raises EnvironmentProblem where the other rank has gone, or does not answer a trainer within nine tenths of the time-out: before
+        those of the collectives in which the other trainers wait, which name nobody.
         """
         length = torch.zeros(1, dtype=torch.int64)
         self._receive(length, source)
@@ -74,7 +75,7 @@ class Bridge:
 
     def _receive(self, data: torch.Tensor, source: int) -> None:
         try:
-            self.control.recv([data], source, 0).wait(self.timeout if self.trains else _FOR_EVER)
+            self.control.recv([data], source, 0).wait(0.9 * self.timeout if self.trains else _FOR_EVER)
         except RuntimeError as error:
             side = "trains" if source < self.trainers else "generates"
             raise EnvironmentProblem(

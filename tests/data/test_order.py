@@ -135,6 +135,16 @@ def test_max_steps_goes_on_beyond_a_pass() -> None:
     assert all(rows[row] == 3 for row in range(8)) and order.epoch(6) == 3.0
 
 
+def test_a_look_ahead_moves_nothing() -> None:
+    looking, other = (Order(Mix.of([50, 30], [0.7, 0.3], [None, None]), global_batch_size=7, num_epochs=3, max_steps=None, seed=5, shuffle=True)
+                      for _ in range(2))  # fmt: skip
+    for start in range(0, 200, 8):
+        assert looking.peek(start, start + 8) == other.span(start, start + 8)
+        assert looking._interleave.position == start
+        assert looking.span(start, start + 8) == looking.peek(start, start + 8)
+        looking.taken_at(start + 8)
+
+
 def test_a_single_source_keeps_the_order_it_always_had() -> None:
     """A run that began with an earlier version goes on with the same rows."""
     order = Order(Mix.single(7), global_batch_size=7, num_epochs=2, max_steps=None, seed=3, shuffle=True)

@@ -78,5 +78,8 @@ def test_slow_ranks_and_an_orderly_end_are_no_problem(ranks: Ranks) -> None:
     time.sleep(0.6)
     os.kill(ranks[1].pid, signal.SIGCONT)
     time.sleep(2.5)
-    tell(ranks, "leave")
+    tell(ranks[1:2], "leave")  # long before the others: a rank that only generates
+    assert ranks[1].wait(timeout=20) == 0
+    time.sleep(2.5)
+    tell(ranks[::2], "leave")
     assert [(p.wait(timeout=20), p.stderr.read()) for p in ranks] == [(0, "")] * WORLD

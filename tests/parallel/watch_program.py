@@ -20,7 +20,7 @@ def main() -> None:
     store = dist.TCPStore("127.0.0.1", port, None, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=20))
     print("ready", flush=True)
     order = sys.stdin.readline().strip()
-    watch = Watch(store, rank=rank, world=world, silence_s=2.0, behind_s=2.0)
+    watch = Watch(store, rank=rank, world=world, silence_s=2.0, behind_s=2.0, side="all")
     watch.directory = Path(sys.argv[4])
     watch.phase("first")
     watch.phase("second")
