@@ -22,11 +22,11 @@ AHEAD = {"rollout.placement": "separate", "rollout.num_ranks": 1, "rollout.max_s
 
 def test_one_rollout_ahead_killed_and_resumed(world: Path, tmp_path: Path) -> None:
     """One rank trains, one generates; killed is the one that generates."""
-    whole, broken = (Run(tmp_path / name, ppo(world, 5, **AHEAD), ranks=2) for name in ("whole", "broken"))
+    whole, broken = (Run(tmp_path / name, ppo(world, 4, **AHEAD), ranks=2) for name in ("whole", "broken"))
     whole.finish()
     lines = metrics(whole.directory)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert [line["rollout/staleness"] for line in lines] == [0, 1, 1, 1, 1]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["rollout/staleness"] for line in lines] == [0, 1, 1, 1]
     # the first rollout is of the trainer's weights, the others are not, and what is between is an update's worth
     assert lines[0]["rollout/logprob_abs_diff_max"] < 1e-3
     assert all(1e-3 < line["rollout/logprob_abs_diff_max"] < 2 for line in lines[1:])
@@ -34,18 +34,16 @@ def test_one_rollout_ahead_killed_and_resumed(world: Path, tmp_path: Path) -> No
     assert "1 replica(s) of tensor parallel 1 on 1 ranks of their own" in whole.output()
     assert "rank 0: sends" in whole.output() and "rank 1: sends 0.0, receives" in whole.output()
     saved = [p.name for p in (whole.directory / "checkpoints").glob("step_*") if (p / "ahead.bin").is_file()]
-    assert sorted(saved) == ["step_1", "step_2", "step_3", "step_4"]
+    assert sorted(saved) == ["step_1", "step_2", "step_3"]
 
     broken.start()
     assert broken.until(lambda: (broken.directory / "checkpoints/step_2/ahead.bin").is_file())
     os.kill(broken.beat(1)["pid"], signal.SIGKILL)
-    assert broken.wait() != 0 and broken.steps() < 5
+    assert broken.wait() != 0 and broken.steps() < 4
     assert "Signal 9 (SIGKILL)" in broken.output() and "rank      : 1 (local_rank: 1)" in broken.output()
     broken.finish()
-    assert "resumed from" in broken.output()
+    assert "resumed from" in broken.output() and "finished: " in broken.output()
     check_equal(whole.directory, broken.directory)
-    broken.finish()
-    assert broken.output().count("already finished") == 1
 
 
 def test_messages_keep_every_digit() -> None:
