@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mrlhf import randomness
 from mrlhf.errors import CheckpointError
-from mrlhf.manifest import MANIFEST, check, newest_whole, steps_in
+from mrlhf.manifest import MANIFEST, await_files, check, newest_whole, steps_in
 from mrlhf.models.families import spec_from_hf
 from mrlhf.models.hf_io import HFReader, resolve_hf
 from mrlhf.models.spec import ModelSpec, read_hf_config
@@ -190,6 +190,7 @@ def to_resume(run_dir: Path, *, total_steps: int, verify: str = "size") -> Model
         return None
     if problems and dist.get_rank() == 0:
         print(f"warning: not whole, passed over: {what}; going on from {found}", file=sys.stderr, flush=True)
+    await_files(found)
     source = open_source(str(found))
     if source.manifest["step"] < total_steps and not source.manifest["resumable"]:
         raise CheckpointError(

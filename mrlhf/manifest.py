@@ -11,6 +11,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -154,6 +155,18 @@ def check(directory: Path, *, verify: str) -> dict[str, Any]:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(f"{'; '.join(wrong[:5])}{more}", where=str(directory), fix=_EARLIER)
     return manifest
+
+
+def await_files(directory: Path, *, patience_s: float = 30.0) -> None:
+    """Until every file of a checkpoint that another rank has seen whole is visible here too: shared file systems show new files late.
+
+    Only what is missing is waited for, and what is missing after `patience_s` is for `check` to name.
+    """
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        if (directory / MANIFEST).is_file() and all((directory / name).is_file() for name in read_manifest(directory)["files"]):
+            return
+        time.sleep(0.1)
 
 
 def step_of(checkpoint: Path) -> int:

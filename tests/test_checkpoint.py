@@ -7,6 +7,8 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from hypothesis import strategies as st
 
 from mrlhf.checkpoint import open_source
 from mrlhf.errors import CheckpointError
-from mrlhf.manifest import HashBehind, _seal, entry, newest_whole, read_manifest, steps_in, write_manifest
+from mrlhf.manifest import HashBehind, _seal, await_files, entry, newest_whole, read_manifest, steps_in, write_manifest
+from mrlhf.manifest import check as manifest_check
 from mrlhf.saving import Best, Keep, retain
 
 
@@ -253,6 +256,29 @@ def test_latest_that_points_nowhere(copied: Path) -> None:
     (copied / "checkpoints/step_5/mrlhf.json").unlink()
     with pytest.raises(CheckpointError, match=r"mrlhf\.json is missing"):
         open_source(str(copied))
+
+
+def test_files_that_come_late_to_a_rank_are_waited_for(tmp_path: Path) -> None:
+    """The manifest and a file, as a shared file system may show them; not for ever, and never for a wrong size."""
+    checkpoint, late = tmp_path / "step_1", {"mrlhf.json": 0.2, "dist/file": 0.4}
+    (checkpoint / "dist").mkdir(parents=True)
+    (checkpoint / "dist/file").write_text("x")
+    write_manifest(checkpoint, {})
+    start = time.monotonic()
+    for name, seconds in late.items():
+        hidden = tmp_path / Path(name).name
+        (checkpoint / name).rename(hidden)
+        threading.Timer(seconds, hidden.rename, [checkpoint / name]).start()
+    await_files(checkpoint, patience_s=20)
+    assert 0.4 <= time.monotonic() - start < 10
+    assert "dist/file" in manifest_check(checkpoint, verify="hash")["files"]
+    (checkpoint / "dist/file").write_text("xx")
+    await_files(checkpoint, patience_s=20)
+    assert time.monotonic() - start < 10
+    (checkpoint / "dist/file").unlink()
+    await_files(checkpoint, patience_s=0.2)
+    with pytest.raises(CheckpointError, match="dist/file is missing"):
+        manifest_check(checkpoint, verify="size")
 
 
 def test_other_things_are_refused(copied: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,3 +103,21 @@ def test_a_checkpoint_names_no_file_outside_of_it(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(CheckpointError, match="outside|no such|missing"):
             open_files(tmp_path)
+
+
+def test_what_make_audit_tells(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of pip-audit's report: advisories fail it, and an index that knows nothing is no clean bill."""
+    spec = importlib.util.spec_from_file_location("audit", ROOT / "scripts/audit.py")
+    assert spec is not None and spec.loader is not None
+    audit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(audit)
+    clean, unknown = {"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not on the index"}
+    bad = {"name": "c", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}, {"id": "CVE-2", "fix_versions": []}]}
+    assert [audit.tell(report) for report in ([clean, unknown], [unknown, unknown], [clean, bad])] == [0, 0, 1]
+    assert capsys.readouterr().out.splitlines() == [
+        "pip-audit: 0 advisories of 1 packages; 1 are not known to the index",
+        "pip-audit: skipped, the index knows none of the 2 installed packages in these versions",
+        "c 2: CVE-1, mended in 3",
+        "c 2: CVE-2, mended in no version yet",
+        "pip-audit: 2 advisories of 2 packages; 0 are not known to the index",
+    ]
