@@ -85,15 +85,15 @@ def markdown(found: dict[str, Any]) -> str:
         "`python benchmarks/rl.py`, two CPU ranks, fp32, every run from the same SFT model; the reward is the program's check. Gold is the same check of",
         "greedy answers to 300 held-out prompts; KL is nats an answer, mean of the last 5 rollouts. Curves and options: `rl.json`.",
         "",
-        "| algorithm | seed | gold before | gold after | gain | answer length before -> after | KL | rollouts | answers | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| algorithm | seed | gold before | gold after | gain | answer length before -> after | KL | rollouts | answers |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     before = found["before"]
     for key, r in sorted(found["runs"].items(), key=lambda item: (list(ALGORITHMS).index(item[0].split()[0]), item[0])):
         algorithm, seed = key.split()
         lines.append(
             f"| {NAMES[algorithm]} | {seed} | {before['gold_reward']:.3f} | {r['gold_after']:.3f} | {r['gold_after'] - before['gold_reward']:+.3f} "
-            f"| {before['response_length']:.2f} -> {r['length_after']:.2f} | {r['kl_last5']:.2f} | {r['rollouts']} | {r['answers']:,} | {r['seconds']} |"
+            f"| {before['response_length']:.2f} -> {r['length_after']:.2f} | {r['kl_last5']:.2f} | {r['rollouts']} | {r['answers']:,} |"
         )
     return "\n".join(lines) + "\n"
 
