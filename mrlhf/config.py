@@ -204,7 +204,7 @@ class RolloutConfig:
     temperature: float = option(1.0, "also divides the trainer's logits")
     top_p: float = option(1.0, "nucleus; 1: off")
     top_k: int = option(-1, "-1: off")
-    tensor_parallel_size: int = option(1, "vLLM's; free of the trainer's, divides the world")
+    tensor_parallel_size: int = option(1, "vLLM's; free of the trainer's, divides the ranks that generate")
     kv_cache_mib: int = option(256, "vLLM's key/value cache on each rank")
     max_num_seqs: int = option(256, "answers vLLM decodes at once")
     sleep: bool = option(True, "colocated, CUDA: free vLLM's memory while training")

@@ -107,4 +107,6 @@ def split(generators: int, *, timeout_minutes: float, silence_s: float) -> Bridg
     control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, world, _FOR_EVER)
     group = dist.ProcessGroupNCCL if here.is_cuda else dist.ProcessGroupGloo
     weights = group(dist.PrefixStore("weights", store), rank, world, timeout)
+    if here.is_cuda:  # NCCL's communicator is made by all ranks together, and later ones send to few
+        weights.allreduce([torch.zeros(1, device=here.name)]).wait()
     return Bridge(rank, world, trainers, dist.PrefixStore("run", store), timeout, control, weights)

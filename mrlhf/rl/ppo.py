@@ -203,7 +203,7 @@ class PPO:
         """
         config, n = self.config.rollout, self.config.rollout.n
         log: dict[str, float] = {}
-        kept, scores_B, drawn, seconds = Rollout([], [], []), torch.zeros(0), 0, 0.0
+        kept, scores_B, drawn, stale, seconds = Rollout([], [], []), torch.zeros(0), 0, 0.0, 0.0
         for left in range(config.max_refills if config.dynamic_sampling else 0, -1, -1):
             missing = config.batch_size - kept.size // n
             with timer("gen"):
@@ -211,26 +211,28 @@ class PPO:
                     self.sync_weights()
                 rollout = self.generate(self.run.train, self.prompts.draw(missing), step=step, n=n, sampling=self.sampling, first=drawn)
                 self.sampler.sleep()
-            facts = self.sampler.facts()
-            seconds += facts.pop("timing_s/generators", 0.0)
             if not left:
                 self.ask_ahead(step + 1)
             with timer("reward"), self.offload.using(*self.rewards.models):
                 new_B, parts = self.score(rollout)
-            log |= {k: (log.get(k, 0.0) * drawn + v * missing) / (drawn + missing) for k, v in (parts | facts).items()}
+            log |= {k: (log.get(k, 0.0) * drawn + v * missing) / (drawn + missing) for k, v in parts.items()}
             drawn += missing
             rows = list(range(rollout.size))
             if left:
                 differ_B = informative_groups(new_B, group_size=n).repeat_interleave(n)
                 rows = [b for b in rows if differ_B[b]]
             kept, scores_B = kept + rollout.take(rows), torch.cat([scores_B, new_B[rows]])
+            if facts := self.sampler.facts():
+                stale, seconds = stale + len(rows) * facts["rollout/staleness"], seconds + facts["timing_s/generators"]
             if kept.size == config.batch_size * n:
                 break
         if config.dynamic_sampling:
             log |= {"rollout/prompts_drawn": float(drawn), "rollout/groups_dropped": float(drawn - config.batch_size)}
             log["rollout/groups_equal"] = float((~informative_groups(scores_B, group_size=n)).sum())
             self.ask_ahead(step + 1)
-        return kept, scores_B, log | ({"timing_s/generators": seconds} if seconds else {})
+        if seconds:
+            log |= {"rollout/staleness": stale / kept.size, "timing_s/generators": seconds}
+        return kept, scores_B, log
 
     def shape(self, rollout: Rollout, scores_B: torch.Tensor) -> torch.Tensor:
         """[B]: with the overlong penalty, scaled; still to be clipped."""
