@@ -7,6 +7,7 @@ Legend: B answers of a rollout, A tokens of the longest answer, T tokens and N s
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -468,7 +469,8 @@ def main(config: PPOStage) -> int:
         saver.poll()
         last = step == total
         if run.eval is not None and (last or (config.train.eval_interval and step % config.train.eval_interval == 0)):
-            tracker.log(step, ppo.evaluate(run.eval))
+            with contextlib.suppress(Interrupted):  # the step itself is done: it is saved below, and the run left
+                tracker.log(step, ppo.evaluate(run.eval))
         if last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0):
             save(step)
         if not last and stopper.agreed(next_s=time.perf_counter() - start + saver.seconds):
