@@ -207,6 +207,9 @@ class RolloutConfig:
     tensor_parallel_size: int = option(1, "vLLM's; free of the trainer's, divides the ranks that generate")
     kv_cache_mib: int = option(256, "vLLM's key/value cache on each rank")
     max_num_seqs: int = option(256, "answers vLLM decodes at once")
+    weights: Literal["plain", "packed", "fp8"] = option(
+        "plain", "form of vLLM's linear layers: as trained; packed by oneDNN (CPU); fp8, quantised anew at every update (dense, bfloat16)"
+    )
     sleep: bool = option(True, "colocated, CUDA: free vLLM's memory while training")
     reshard_bucket_mib: int = option(256, "memory of each rank for packing and unpacking while weights go to vLLM")
     placement: Literal["colocated", "separate"] = option("colocated", "vLLM in the trainer's ranks, or in ranks of its own")

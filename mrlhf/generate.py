@@ -20,7 +20,7 @@ from mrlhf.data.template import Template
 from mrlhf.engine import DTYPES, Model
 from mrlhf.errors import CheckpointError, DataError, Problems
 from mrlhf.manifest import write_text
-from mrlhf.models.layouts import make_reshard
+from mrlhf.models.layouts import make_weight_update
 from mrlhf.models.spec import check_layout
 from mrlhf.parallel import device, state
 from mrlhf.rl.best_of import Prompt, Row, choose, pair_row, sft_row
@@ -106,8 +106,9 @@ def main(config: GenerateStage) -> None:
         seed=config.seed,
         tokenizer_dir=source.hf_dir if config.stop else None,
     )
-    plan = make_reshard(source.spec, layout, rollout_tp=tp, rank=rank, dtype=DTYPES[config.dtype])
-    plan.exchange(model.parameters(), engine.parameters)
+    weights = engine.weights
+    plan = make_weight_update(source.spec, layout, rollout_tp=tp, rank=rank, dtype=DTYPES[config.dtype], made=weights.made)
+    plan.exchange(model.parameters(), weights.parameters, weights.make)
     engine.weights_changed()
     del model
     ids = stop_ids(source.hf_dir, tokenizer)

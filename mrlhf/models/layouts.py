@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from mrlhf.models.families import hf_tensors, megatron_map, vllm_map
@@ -9,6 +11,7 @@ from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
 from mrlhf.parallel.reshard import Planner, Reshard, Shard, StartMessages
 from mrlhf.parallel.state import Layout, ranks_of_a_node
+from mrlhf.parallel.weight_update import WeightUpdate
 
 
 def trainer_shard(spec: ModelSpec, layout: Layout, rank: int) -> dict[str, list[Block]]:
@@ -75,3 +78,21 @@ def make_reshard(
     """The plan of this rank. generators: see `make_planner`; `rank` counts over both sides then."""
     planner = make_planner(spec, layout, rollout_tp=rollout_tp, node=ranks_of_a_node() if node is None else node, generators=generators)
     return Reshard(planner, rank=rank, dtype=dtype, bucket_bytes=bucket_bytes, start_messages=start_messages)
+
+
+def make_weight_update(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    rollout_tp: int,
+    rank: int,
+    dtype: torch.dtype,
+    made: Collection[str],
+    bucket_bytes: int = 256 << 20,
+    node: int | None = None,
+    generators: int = 0,
+    start_messages: StartMessages | None = None,
+) -> WeightUpdate:
+    """`made`: vLLM's parameters that are not written in place; the rest as in `make_reshard`."""
+    planner = make_planner(spec, layout, rollout_tp=rollout_tp, node=ranks_of_a_node() if node is None else node, generators=generators)
+    return WeightUpdate(planner, made=made, rank=rank, dtype=dtype, bucket_bytes=bucket_bytes, start_messages=start_messages)

@@ -16,6 +16,7 @@ are needed to agree on it. Cost of an exchange: the bytes a rank's new shard nee
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -110,6 +111,41 @@ class Planner:
         self._ranks = {hf: tuple(rank for rank, _, _ in held) for hf, held in self._holders.items()}
         self._nearest: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self._by_tensor: dict[int, dict[str, list[tuple[str, BlockLike]]]] = {}
+
+    def only(self, names: Collection[str]) -> Planner:
+        """The part of the plan that fills these parameters of the generator."""
+        part = copy.copy(self)
+        kept = {id(shard): {name: blocks for name, blocks in shard.items() if name in names} for shard in self.targets}
+        part.targets, part._by_tensor = [kept[id(shard)] for shard in self.targets], {}
+        return part
+
+    def rounds(self, names: Collection[str], limit: int) -> list[list[str]]:
+        """The generator's parameters `names`, in parts of at most `limit` numbers of a rank, or one parameter of every set of holders.
+
+        As in `groups`, parameters of different holders (pipeline stages) are in the same part, so that all of them send at the same time.
+        """
+        holders: dict[frozenset[int], list[str]] = {}
+        for name, blocks in self.targets[0].items():
+            if name in names:
+                holders.setdefault(frozenset(self._ranks[blocks[0].hf]), []).append(name)
+        found: list[list[str]] = []
+        for some in holders.values():
+            number, room = -1, 0
+            for name in some:
+                size = math.prod(self.shape(name))
+                if number < 0 or size > room:
+                    number, room = number + 1, limit // len(holders)
+                    found += [[]] if number == len(found) else []
+                found[number].append(name)
+                room -= size
+        return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter of the generator, on every rank."""
+        blocks = self.targets[0][name]
+        shape = list(self.shapes[blocks[0].hf])
+        shape[blocks[0].dim] = max(b.offset + b.length for b in blocks)
+        return tuple(shape)
 
     def _holders_for(self, hf: str, dst: int) -> list[tuple[int, str, BlockLike]]:
         """The rank itself, then the nearest."""

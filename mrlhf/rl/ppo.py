@@ -41,6 +41,7 @@ from mrlhf.rl.sampler import Sampler
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
 from mrlhf.rl.vllm_engine import Sampling, check_rollout
+from mrlhf.rl.vllm_weights import check_weights
 from mrlhf.saver import Saver
 from mrlhf.saving import Part
 from mrlhf.stopping import EXIT_STOPPED, Interrupted
@@ -383,6 +384,7 @@ def check(config: PPOStage, world: int) -> preflight.Run:
         tp = config.rollout.tensor_parallel_size
         return [
             *check_rollout(source.spec, tp=tp, world=generators or world, key="rollout.tensor_parallel_size"),
+            *check_weights(source.spec, config.rollout.weights, dtype=config.model.dtype, placement=config.rollout.placement),
             *preflight.check_prompt_budget(config, source, sets),
             *Rewards.check(config.reward, source, parallel=config.parallel, world=world, critic=config.ppo.critic),
             *_check_critic(config, source, world),

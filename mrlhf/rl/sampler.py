@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,27 @@ import torch.distributed as dist
 from mrlhf import preflight
 from mrlhf.config import PPOStage
 from mrlhf.engine import DTYPES
-from mrlhf.models.layouts import make_reshard
+from mrlhf.models.layouts import make_weight_update
 from mrlhf.parallel import state
-from mrlhf.parallel.reshard import Reshard
 from mrlhf.parallel.split import Bridge
+from mrlhf.parallel.weight_update import WeightUpdate
 from mrlhf.rl.environments import make_environments
 from mrlhf.rl.rollout import Rollout, generate
 from mrlhf.rl.vllm_engine import Sampling, VLLMEngine
 from mrlhf.tokenizer import stop_ids
 
 
-def plan_of(config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: Bridge | None) -> Reshard:
-    """What this rank does when weights go to vLLM. layout: the trainer's."""
-    return make_reshard(
+def plan_of(
+    config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: Bridge | None, made: Collection[str] = ()
+) -> WeightUpdate:
+    """What this rank does when weights go to vLLM. layout: the trainer's. made: vLLM's parameters that are not written in place."""
+    return make_weight_update(
         run.source.spec,
         layout,
         rollout_tp=config.rollout.tensor_parallel_size,
         rank=dist.get_rank() if bridge is None else bridge.rank,
         dtype=DTYPES[config.model.dtype],
+        made=made,
         bucket_bytes=config.rollout.reshard_bucket_mib << 20,
         generators=0 if bridge is None else len(bridge.generators),
         start_messages=None if bridge is None else bridge.start_messages,
@@ -57,11 +60,12 @@ class Sampler:
             kv_cache_mib=rollout.kv_cache_mib,
             max_num_seqs=rollout.max_num_seqs,
             seed=self.seed,
+            weights=rollout.weights,
             sleep=rollout.sleep and bridge is None,
             tokenizer_dir=hf_dir if rollout.stop else None,
             log_dir=Path(config.train.output_dir) / "logs",
         )
-        self.reshard = plan_of(config, run, layout, bridge)
+        self.reshard = plan_of(config, run, layout, bridge, self.engine.weights.made)
         self.sleeps, self.sleep = self.engine.sleeps, self.engine.sleep
 
     @property
@@ -76,7 +80,7 @@ class Sampler:
     def write_weights(self, source: Mapping[str, torch.Tensor]) -> tuple[float, float]:
         """This rank's part of the actor into vLLM. Collective. Returns the bytes that this rank has received, and the seconds."""
         self.engine.wake_weights()
-        seconds = self.reshard.exchange(source, self.engine.parameters)
+        seconds = self.reshard.exchange(source, self.engine.weights.parameters, self.engine.weights.make)
         self.engine.wake_cache()
         self.engine.weights_changed()
         return float(self.reshard.received), seconds

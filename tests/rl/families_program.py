@@ -24,7 +24,7 @@ def main() -> None:
     from mrlhf.models.families import vllm_map
     from mrlhf.models.hf_io import HFReader
     from mrlhf.parallel import state
-    from mrlhf.rl.vllm_engine import keep_linear_weights, parameters_of
+    from mrlhf.rl.vllm_weights import Weights, keep_linear_weights
 
     state.initialize(ParallelConfig(), seed=1)
     keep_linear_weights()
@@ -58,7 +58,7 @@ def main() -> None:
         )
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=10, detokenize=False, ignore_eos=True)
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-        reader, expected, found = HFReader(directory, source.spec, head="lm"), vllm_map(source.spec, tp=1, rank=0), parameters_of(llm, source.spec)
+        reader, expected, found = HFReader(directory, source.spec, head="lm"), vllm_map(source.spec, tp=1, rank=0), Weights(llm, source.spec).parameters
         wrong = sorted(set(found) ^ set(expected))
         # experts are packed on CPU: what is written into them is compared by the answers of tests/rl/test_ppo.py
         wrong += [

@@ -37,7 +37,9 @@ LAYOUTS = {
             **BY_TOKENS,
         },
     ),
-    "cp2, by tokens, vllm tp2": (2, {"parallel.context_parallel_size": 2, "rollout.tensor_parallel_size": 2, **BY_TOKENS}),
+    "cp2, by tokens, vllm tp2, packed": (
+        2, {"parallel.context_parallel_size": 2, "rollout.tensor_parallel_size": 2, "rollout.weights": "packed", **BY_TOKENS}
+    ),
     "tp2, vllm tp1 on a rank of its own": (
         3,
         {"parallel.tensor_model_parallel_size": 2, "rollout.placement": "separate", "rollout.num_ranks": 1},

@@ -1,0 +1,83 @@
+"""Under torchrun on 2 ranks (trainer PP 2, vLLM TP 2): weights of two HF directories into a live vLLM of fp8 layers, one after the other,
+against a fresh vLLM that loads the second; writes JSON.
+
+usage: weights_program.py OUTPUT.json DIRECTORY_A DIRECTORY_B
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+BUCKET = 128 << 10
+
+
+def main() -> None:
+    import torch
+    import torch.distributed as dist
+
+    from mrlhf.checkpoint import open_source
+    from mrlhf.config import ParallelConfig
+    from mrlhf.engine import Model
+    from mrlhf.models.layouts import make_weight_update
+    from mrlhf.parallel import state
+    from mrlhf.rl.vllm_engine import Sampling, VLLMEngine
+
+    output, *directories = (Path(a) for a in sys.argv[1:])
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    layout = state.initialize(parallel, seed=1)
+    rank = dist.get_rank()
+    sources = [open_source(str(d)) for d in directories]
+    models = [Model(source, parallel, head="lm", dtype="bfloat16", seed=1) for source in sources]
+    engine = VLLMEngine(
+        sources[0].spec, sources[0].hf_dir, dtype="bfloat16", tp=2, max_model_len=128, kv_cache_mib=64, max_num_seqs=8, seed=1, weights="fp8"
+    )
+    prompts = [[5, 17, 101, 33], [2, 9, 250], [77, 3, 91, 64, 12, 8, 150, 31, 6, 200, 40, 11]]
+    greedy = Sampling(0.0, 1.0, -1, 16, ())
+
+    def answers() -> list[list[object]]:
+        return [[a.tokens, a.logps] for a in engine.generate(prompts, [1] * len(prompts), greedy)]
+
+    def addresses() -> list[int]:
+        return [p.data_ptr() for p in engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().parameters()]
+
+    update = make_weight_update(
+        sources[0].spec, layout, rollout_tp=2, rank=rank, dtype=torch.bfloat16, made=engine.weights.made, bucket_bytes=BUCKET, node=2
+    )
+    before, found, most = addresses(), [], [0]
+
+    def make(name: str, weight: torch.Tensor) -> None:
+        most[0] = max(most[0], weight.untyped_storage().nbytes())
+        engine.weights.make(name, weight)
+
+    for model in models:
+        update.exchange(model.parameters(), engine.weights.parameters, make)
+        engine.weights_changed()
+        found.append(answers())
+    result = {
+        "answers": found, "moved": before != addresses(), "rounds": len(update.rounds), "made": len(engine.weights.made), "bucket": BUCKET,
+        "most_plain_bytes": update.most_plain_bytes, "largest": most[0], "received": update.received,
+    }  # fmt: skip
+    engine.shutdown()
+
+    import vllm
+    import vllm.distributed.parallel_state as groups
+
+    groups.destroy_model_parallel()
+    groups._WORLD = None
+    fresh = vllm.LLM(
+        str(directories[1]), skip_tokenizer_init=True, dtype="bfloat16", quantization="fp8_per_channel", max_model_len=128,
+        tensor_parallel_size=2, distributed_executor_backend="external_launcher", kv_cache_memory_bytes=64 << 20, max_num_seqs=8,
+        logprobs_mode="processed_logprobs", enforce_eager=True, enable_chunked_prefill=False, disable_log_stats=True, seed=1,
+    )  # fmt: skip
+    engine.llm = fresh
+    result["fresh"] = answers()
+    if rank == 0:
+        output.write_text(json.dumps(result))
+    engine.shutdown()
+    state.shutdown()
+
+
+if __name__ == "__main__":
+    main()
