@@ -57,13 +57,13 @@ class WeightUpdate:
     @torch.no_grad()
     def exchange(self, source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor], make: Make | None = None) -> float:
         """Writes `target`'s parameters in place and calls `make` for the others; collective. Returns the seconds it took."""
-        assert make is not None or not self.rounds
         start = time.perf_counter()
         self.in_place.exchange(source, target)
         device = next(iter((source or target).values())).device
         for names, plan in self.rounds:
             plain = {name: torch.empty(self._plain[name][0], dtype=self._plain[name][1], device=device) for name in names}
             plan.exchange(source, plain)
-            for name in names if make is not None else ():
+            for name in names:
+                assert make is not None, "a generator with such weights has a way to make them"
                 make(name, plain.pop(name))
         return time.perf_counter() - start
