@@ -1,8 +1,8 @@
 """vLLM inside the trainer's ranks: no server, no second process, weights written straight into its parameters.
 
 vLLM is started by `external_launcher` on torchrun's own process group, with a config and no weights
-(load_format dummy); its tensor-parallel groups are consecutive ranks, any number of replicas. The only
-module that imports vllm.
+(load_format dummy); its tensor-parallel groups are consecutive ranks, any number of replicas. Only this
+module and its parts (vllm_weights, vllm_sampler) import vllm.
 
 Models with latent attention run as plain attention over all heads (VLLM_MLA_DISABLE): vLLM's own kernels for it keep products of the
 weights, which a write in place does not reach, and on CPU know one size of head. The cache of keys and values is larger for it.
