@@ -80,16 +80,17 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(data: st.DataObject, 
 
 @given(data=st.data(), chosen=layouts(), limit=st.sampled_from([1, 300, 10**6]))
 @settings(max_examples=30, deadline=None)
-def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[Layout, int, int], limit: int) -> None:
+def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[Layout, int, int, int], limit: int) -> None:
     """What is not written in place comes in rounds: every parameter once, few at a time, and no byte more than in one exchange."""
-    layout, layers, rollout = chosen
+    layout, layers, rollout, _ = chosen
+    rollout = math.gcd(rollout, layout.world)
     spec = data.draw(specs(splits=math.lcm(layout.tp, rollout, layout.ep), layers=layers))
     planner = make_planner(spec, layout, rollout_tp=rollout, node=1)
     made = {n for n in planner.targets[0] if n.endswith("_proj.weight")}
     rounds = planner.rounds(made, limit)
     assert sorted(n for names in rounds for n in names) == sorted(made)
     sizes = {n: math.prod(planner.shape(n)) for n in made}
-    assert all(sum(sizes[n] for n in names) <= limit or len(names) <= layout.pp for names in rounds)
+    assert all(sum(sorted(sizes[n] for n in names)[: -layout.pp]) <= limit for names in rounds), "one of each stage may be larger"
     parts = [planner.only(names) for names in ({*planner.targets[0]} - made, *rounds)]
     for rank in range(layout.world):
         for pieces in (Planner.incoming, Planner.outgoing):
