@@ -56,6 +56,7 @@ class Run:
         torchrun = (*TORCHRUN, *self.launcher, "--nproc-per-node", self.ranks) if self.ranks > 1 or self.launcher else ()
         command = [sys.executable, *torchrun, "-m", "mrlhf", *self.args, "--train.output_dir", self.directory]
         with self.log.open("a") as log:
+            self._from = log.tell()
             Run.started.append(self)
             marked = environment() | {_MARK: str(self.directory)}
             self.process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=marked, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -115,6 +116,12 @@ class Run:
             time.sleep(0.002)
         return found
 
+    def fresh_steps(self) -> int:
+        """Finished ones since it was started last."""
+        with self.log.open("rb") as log:
+            log.seek(self._from)
+            return sum(line.startswith(b"step ") for line in log)
+
     def saving(self) -> bool:
         return any((self.directory / "checkpoints").glob("step_*.tmp"))
 
@@ -135,13 +142,13 @@ class Run:
         self.end()
 
 
-def kill_again_and_again(run: Run, kills: int, draw: random.Random) -> dict[str, int]:
-    """Starts the run and kills a rank `kills` times, half of them inside a save, then lets it end. Returns where it was hit."""
+def kill_again_and_again(run: Run, kills: int, draw: random.Random, *, steps: int) -> dict[str, int]:
+    """Starts the run and kills a rank `kills` times all along its `steps`, half of them inside a save, then lets it end. Returns where it was hit."""
     hit = {"in a save": 0, "elsewhere": 0}
     for i in range(kills):
         run.start()
-        known, wanted = run.steps(), draw.randrange(1, 3)
-        if run.until(lambda known=known, wanted=wanted: run.steps() >= known + wanted or (run.steps() < known and run.steps() >= wanted)) is None:
+        wanted = draw.randint(1, steps // kills)
+        if run.until(lambda wanted=wanted: run.fresh_steps() >= wanted) is None:
             break  # it has come to its end
         if i % 2 == 0:
             if run.until(run.saving) is None:
@@ -151,6 +158,7 @@ def kill_again_and_again(run: Run, kills: int, draw: random.Random) -> dict[str,
         else:
             time.sleep(draw.random() * 0.3)
             hit["elsewhere"] += 1
+        print(f"{i + 1}: after step {run.steps()}, {hit}", file=sys.stderr, flush=True)
         run.kill_a_rank(draw)
     run.finish()
     return hit
