@@ -49,11 +49,12 @@ from mrlhf.errors import CheckpointError
 from mrlhf.manifest import Entry, HashBehind
 from mrlhf.models import gpt
 from mrlhf.models.families.blocks import Block
+from mrlhf.models.hf_io import to_disk
 from mrlhf.models.spec import ModelSpec
 from mrlhf.safe_pickle import read_metadata
 
 _AGAIN = "take an earlier checkpoint, or copy this one again"
-_SYNC_BYTES = 1 << 28  # how much a killed conversion may have to do again
+_SYNC_BYTES = 1 << 27  # how much a killed conversion may have to do again
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Journal:
             path.write_text(head + "\n")
 
     def add(self, record: Any, nbytes: int, sync: Callable[[], None]) -> None:
-        """`sync` puts the work on the disk; called every quarter GiB, in the thread. Raises OSError of the call before."""
+        """`sync` puts the work on the disk; called every 128 MiB, in the thread. Raises OSError of the call before."""
         self._pending.append(json.dumps(record))
         self._bytes += nbytes
         if self._bytes >= _SYNC_BYTES:
@@ -204,7 +205,7 @@ class DistWriter:
         self._hash.up_to(self._end)
 
     def _sync(self) -> None:
-        os.fdatasync(self._fd)
+        to_disk(self._fd)
 
     def write(self, parameter: Parameter, value: torch.Tensor) -> None:
         """`value`: contiguous, of the parameter's shape and dtype. Raises CheckpointError where the disk is full."""
