@@ -22,7 +22,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 WHERE = ROOT / "runs/benchmark_save"
-STAGES: dict[str, tuple[int, int, int, str]] = {"sft": (1, 150, 15, "time/step_s"), "ppo": (2, 16, 2, "timing_s/step")}  # ranks, steps, interval, time
+STAGES: dict[str, tuple[int, int, int, str]] = {"sft": (1, 62, 15, "time/step_s"), "ppo": (2, 12, 2, "timing_s/step")}  # ranks, steps, interval, time
 ARMS: dict[str, dict[str, object]] = {
     "none": {"checkpoint.save_interval": 0},
     "background": {"checkpoint.async_save": "true"},

@@ -54,6 +54,7 @@ from mrlhf.models.spec import ModelSpec
 from mrlhf.safe_pickle import read_metadata
 
 _AGAIN = "take an earlier checkpoint, or copy this one again"
+_LARGE_BYTES = 1 << 22
 _SYNC_BYTES = 1 << 27  # how much a killed conversion may have to do again
 
 
@@ -259,14 +260,18 @@ def save_tensor(tensor: torch.Tensor, fd: int, at: int) -> int:
     """What torch.save writes, at `at` of the file; returns its length. torch copies the values twice on the way, this not at all."""
     head = io.BytesIO()
     _Pickler(head, protocol=2).dump(tensor)
-    window = _Window(fd, at, 0)
-    with zipfile.ZipFile(window, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
-        # ZipInfo without a time: the same tensor gives the same bytes
-        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), head.getvalue())
-        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
-        with archive.open(zipfile.ZipInfo("archive/data/0"), "w", force_zip64=tensor.nbytes >= 1 << 31) as member:
-            member.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
-        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+    data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    with ThreadPoolExecutor(1, "writer") as thread:
+        window = _Window(fd, at, 0, thread)
+        with zipfile.ZipFile(window, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
+            # ZipInfo without a time: the same tensor gives the same bytes
+            archive.writestr(zipfile.ZipInfo("archive/data.pkl"), head.getvalue())
+            archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
+            with archive.open(zipfile.ZipInfo("archive/data/0"), "w", force_zip64=tensor.nbytes >= 1 << 31) as member:
+                for first in range(0, len(data), _LARGE_BYTES):  # the checksum of one part beside the writing of those before
+                    member.write(data[first : first + _LARGE_BYTES])
+            archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+        window.wait()
     return window.tell()
 
 
@@ -381,10 +386,12 @@ def write_from(fd: int, start: int, data: Any) -> int:
 
 
 class _Window(io.RawIOBase):
-    """`length` bytes of a file from `start` on, as a file; it grows as it is written to."""
+    """`length` bytes of a file from `start` on, as a file; it grows as it is written to. `thread`: writes what is large, until `wait`."""
 
-    def __init__(self, fd: int, start: int, length: int) -> None:
+    def __init__(self, fd: int, start: int, length: int, thread: ThreadPoolExecutor | None = None) -> None:
         self._fd, self._start, self._length, self._at = fd, start, length, 0
+        self._thread = thread
+        self._writing: list[Future[int]] = []
 
     def seekable(self) -> bool:
         return True
@@ -396,10 +403,18 @@ class _Window(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        done = write_from(self._fd, self._start + self._at, data)
-        self._at += done
+        if self._thread is not None and len(data) >= _LARGE_BYTES:
+            self._writing.append(self._thread.submit(write_from, self._fd, self._start + self._at, data))
+        else:
+            write_from(self._fd, self._start + self._at, data)
+        self._at += len(data)
         self._length = max(self._length, self._at)
-        return done
+        return len(data)
+
+    def wait(self) -> None:
+        """Raises CheckpointError where the disk is full."""
+        for one in self._writing:
+            one.result()
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = offset + (0, self._at, self._length)[whence]
