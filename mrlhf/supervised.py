@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import time
@@ -66,6 +67,12 @@ def guard(config: Any, *, began: float, store: dist.Store | None = None, rank: i
     store, rank: see Stopper."""
     heartbeat.start(Path(config.train.output_dir), rank=dist.get_rank() if rank is None else rank)
     return Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store, rank=rank)
+
+
+def all_is_built() -> None:
+    """Before the first step: what is there stays as long as the run. Garbage collections, a full one in each of Megatron's saves, pass over it (0.2 s)."""
+    gc.collect()
+    gc.freeze()
 
 
 def leave(tracker: Tracker, saver: Saver, text: str, *, status: int = 0) -> int:
@@ -235,6 +242,7 @@ def train(
         content["recent_losses"] = spikes.recent
         saver.save(step, [part], content, last=last)
 
+    all_is_built()
     for step in range(done + 1, order.total_steps + 1):
         start = time.perf_counter()
         batches = loader.micro_batches(order.rows(step))

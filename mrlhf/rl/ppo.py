@@ -455,6 +455,7 @@ def main(config: PPOStage) -> int:
         ppo.sampler.shutdown()
         return supervised.leave(tracker, saver, text, status=status)
 
+    supervised.all_is_built()
     for step in range(done + 1, total + 1):
         start, drawn, std = time.perf_counter(), ppo.prompts.drawn, ppo.running_std.state_dict()
         try:
