@@ -62,6 +62,11 @@ class Watch:
             with contextlib.suppress(dist.DistError):  # torchrun has gone too
                 self.store.set(f"sign {self.rank}", self._sign(-1))
 
+    def leave(self) -> None:
+        """At Python's end, where nobody has called `stop`. The thread may wait for a machine that is out of reach: the end does not."""
+        self._stopped.set()
+        self._thread.join(2.0)
+
     def _sign(self, beats: int) -> str:
         who = {"side": self.side, "host": socket.gethostname(), "pid": os.getpid()}
         return json.dumps({"beats": beats, "phase": self._phase, "left": self._stopped.is_set(), **who})
@@ -139,7 +144,7 @@ def start(
     )  # fmt: skip
     rank, world = dist.get_rank() if rank is None else rank, dist.get_world_size() if world is None else world
     _current = Watch(dist.PrefixStore(attempt, store), rank=rank, world=world, silence_s=silence_s, behind_s=behind_s, side=side)
-    atexit.register(stop)  # however Python ends: a thread that is in the store's C++ then would abort the process
+    atexit.register(_current.leave)  # however Python ends: a thread that comes back from the store's C++ then would abort the process
 
 
 def phase(name: str) -> None:
