@@ -39,7 +39,7 @@ def worker(args: argparse.Namespace) -> None:
 
     import mrlhf.parallel  # noqa: F401  (adapts megatron.core)
     from mrlhf.models.families import hf_shapes, spec_from_hf, vllm_map
-    from mrlhf.models.layouts import make_reshard, trainer_shard
+    from mrlhf.models.layouts import make_weight_update, trainer_shard
     from mrlhf.parallel.state import Layout
 
     dist.init_process_group("gloo")
@@ -98,7 +98,7 @@ def worker(args: argparse.Namespace) -> None:
                         target[target_name].narrow(b.dim, b.offset, b.length).copy_(value.narrow(b.dim, b.start, b.length))
 
     start = time.perf_counter()
-    plan = make_reshard(spec, layout, rollout_tp=args.rollout_tp, rank=rank, dtype=torch.bfloat16, bucket_bytes=args.bucket_mib * MIB)
+    plan = make_weight_update(spec, layout, rollout_tp=args.rollout_tp, rank=rank, dtype=torch.bfloat16, bucket_bytes=args.bucket_mib * MIB).in_place
     plan_s = time.perf_counter() - start
     arms = {"gather and load": gather, "plan": lambda: plan.exchange(source, target)}
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in arms}

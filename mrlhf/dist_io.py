@@ -115,7 +115,6 @@ class Skeleton:
             if p.untyped_storage().data_ptr() in pieces  # a tied output layer on the last stage is the embedding of the first
         ]
 
-
     def ahead(self, parameters: Iterable[Parameter], read: Callable[[Parameter, torch.Tensor], None]) -> Iterator[tuple[Parameter, torch.Tensor]]:
         """The parameters with their values, which `read` fills in: a thread reads the next one while the caller has this one.
 

@@ -418,7 +418,6 @@ class Trainer(Model):
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    @state.in_own_groups
     def part(self, name: str = "", *, with_optimizer: bool = True) -> Part:
         self._settle()
         return Part(name, self.modules, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir, self.groups)

@@ -9,7 +9,7 @@ import torch
 from mrlhf.models.families import hf_tensors, megatron_map, vllm_map
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.spec import ModelSpec
-from mrlhf.parallel.reshard import Planner, Reshard, Shard, StartMessages
+from mrlhf.parallel.reshard import Planner, Shard, StartMessages
 from mrlhf.parallel.state import Layout, ranks_of_a_node
 from mrlhf.parallel.weight_update import WeightUpdate
 
@@ -63,23 +63,6 @@ def make_planner(spec: ModelSpec, layout: Layout, *, rollout_tp: int, node: int,
     return Planner(sources, targets, shapes=shapes, distance=distance, wide=wide)
 
 
-def make_reshard(
-    spec: ModelSpec,
-    layout: Layout,
-    *,
-    rollout_tp: int,
-    rank: int,
-    dtype: torch.dtype,
-    bucket_bytes: int = 256 << 20,
-    node: int | None = None,
-    generators: int = 0,
-    start_messages: StartMessages | None = None,
-) -> Reshard:
-    """The plan of this rank. generators: see `make_planner`; `rank` counts over both sides then."""
-    planner = make_planner(spec, layout, rollout_tp=rollout_tp, node=ranks_of_a_node() if node is None else node, generators=generators)
-    return Reshard(planner, rank=rank, dtype=dtype, bucket_bytes=bucket_bytes, start_messages=start_messages)
-
-
 def make_weight_update(
     spec: ModelSpec,
     layout: Layout,
@@ -87,12 +70,12 @@ def make_weight_update(
     rollout_tp: int,
     rank: int,
     dtype: torch.dtype,
-    made: Collection[str],
+    made: Collection[str] = (),
     bucket_bytes: int = 256 << 20,
     node: int | None = None,
     generators: int = 0,
     start_messages: StartMessages | None = None,
 ) -> WeightUpdate:
-    """`made`: vLLM's parameters that are not written in place; the rest as in `make_reshard`."""
+    """The plans of this rank. made: vLLM's parameters that are not written in place; generators: see `make_planner`; `rank` counts over both sides then."""
     planner = make_planner(spec, layout, rollout_tp=rollout_tp, node=ranks_of_a_node() if node is None else node, generators=generators)
     return WeightUpdate(planner, made=made, rank=rank, dtype=dtype, bucket_bytes=bucket_bytes, start_messages=start_messages)

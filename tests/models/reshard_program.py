@@ -85,7 +85,7 @@ def main() -> None:
     from mrlhf.config import ParallelConfig
     from mrlhf.engine import Model
     from mrlhf.models.families import hf_shapes, vllm_map
-    from mrlhf.models.layouts import make_reshard, trainer_shard
+    from mrlhf.models.layouts import make_weight_update, trainer_shard
     from mrlhf.models.spec import Experts, Layer, ModelSpec, Rope
     from mrlhf.parallel import state
 
@@ -122,7 +122,7 @@ def main() -> None:
             held = Model(source, parallel, head="lm", dtype="float32", seed=3, random_init=True).parameters()
             misplaced = sorted(set(held) ^ set(shard))
         target = {n: torch.full_like(x, -1.0) for n, x in shard_tensors(wanted, {hf: torch.empty(shape) for hf, shape in shapes.items()}).items()}
-        reshard = make_reshard(spec, layout, rollout_tp=case["to"], rank=rank, dtype=torch.float32, bucket_bytes=BUCKET, node=4)
+        reshard = make_weight_update(spec, layout, rollout_tp=case["to"], rank=rank, dtype=torch.float32, bucket_bytes=BUCKET, node=4).in_place
         reference = {} if misplaced else shard_tensors(wanted, gathered(shapes, shard, held))
         wrong = []
         for _ in range(2):  # the second time into what the first has written, from changed weights
