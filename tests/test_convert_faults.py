@@ -65,26 +65,27 @@ def test_several_ranks_share_the_work(zoo: Path, tmp_path: Path) -> None:
     assert alone.returncode == 2 and "3 ranks cannot share 2 layers" in alone.stderr
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path: Path) -> None:
+    """Two of the largest tensor are held (`Skeleton.ahead`), and what threads and allocator have at a moment: the bound is four.
+
+    The model has more than twenty of them, so one copy of it, or of half its layers, would be far over.
+    """
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import convert as benchmark
 
-    largest, peaks = 8000 * 512 * 2, []
+    largest = 8000 * 512 * 2
     old = (benchmark.HIDDEN, benchmark.FFN, benchmark.VOCAB, benchmark.HEADS)
     try:
         benchmark.HIDDEN, benchmark.FFN, benchmark.VOCAB, benchmark.HEADS = 512, 2048, 8000, 8
-        for layers in (2, 20):
-            work = tmp_path / str(layers)
-            nbytes = benchmark.make(work / "hf", layers)
-            there = benchmark.run("import", work / "hf", work / "megatron")
-            back = benchmark.run("export", work / "megatron", work / "back")
-            peaks.append([row["peak_bytes"] - row["base_bytes"] for row in (there, back)])
+        nbytes = benchmark.make(tmp_path / "hf", 20)
+        there = benchmark.run("import", tmp_path / "hf", tmp_path / "megatron")
+        back = benchmark.run("export", tmp_path / "megatron", tmp_path / "back")
     finally:
         benchmark.HIDDEN, benchmark.FFN, benchmark.VOCAB, benchmark.HEADS = old
         sys.path.remove(str(ROOT / "benchmarks"))
-    assert nbytes > 16 * largest
-    for small, large in zip(*peaks, strict=True):
-        assert large < 4 * largest and large - small < largest, peaks
+    assert nbytes > 20 * largest
+    for row in (there, back):
+        assert row["peak_bytes"] - row["base_bytes"] < 4 * largest, row
 
 
 @pytest.fixture
