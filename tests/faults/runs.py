@@ -142,6 +142,15 @@ class Run:
         self.end()
 
 
+def _inside_a_save(run: Run, draw: random.Random) -> bool:
+    """Waits for a random moment of one; False where the run has come to its end."""
+    while run.until(run.saving):
+        time.sleep(draw.random() * 0.03)
+        if run.saving():
+            return True
+    return False
+
+
 def kill_again_and_again(run: Run, kills: int, draw: random.Random, *, steps: int) -> dict[str, int]:
     """Starts the run and kills a rank `kills` times all along its `steps`, half of them inside a save, then lets it end. Returns where it was hit."""
     hit = {"in a save": 0, "elsewhere": 0}
@@ -151,13 +160,11 @@ def kill_again_and_again(run: Run, kills: int, draw: random.Random, *, steps: in
         if run.until(lambda wanted=wanted: run.fresh_steps() >= wanted) is None:
             break  # it has come to its end
         if i % 2 == 0:
-            if run.until(run.saving) is None:
+            if not _inside_a_save(run, draw):
                 break
-            time.sleep(draw.random() * 0.03)
-            hit["in a save" if run.saving() else "elsewhere"] += 1
         else:
             time.sleep(draw.random() * 0.3)
-            hit["elsewhere"] += 1
+        hit["in a save" if run.saving() else "elsewhere"] += 1
         print(f"{i + 1}: after step {run.steps()}, {hit}", file=sys.stderr, flush=True)
         run.kill_a_rank(draw)
     run.finish()
