@@ -117,7 +117,7 @@ def main() -> None:
                 found["runs"][f"{algorithm} {seed}"] = train(algorithm, seed, where, args.max_steps)
                 args.output.write_text(json.dumps(found) + "\n")
                 args.output.with_suffix(".md").write_text(markdown(found))
-                print(markdown(found).splitlines()[-1], flush=True)
+                print(f"{algorithm} {seed}: gold {found['runs'][f'{algorithm} {seed}']['gold_after']:.3f}", flush=True)
     print(markdown(found))
 
 

@@ -49,7 +49,7 @@ from mrlhf.errors import CheckpointError
 from mrlhf.manifest import Entry, HashBehind
 from mrlhf.models import gpt
 from mrlhf.models.families.blocks import Block
-from mrlhf.models.hf_io import to_disk
+from mrlhf.models.hf_io import to_disk, write_from
 from mrlhf.models.spec import ModelSpec
 from mrlhf.safe_pickle import read_metadata
 
@@ -371,17 +371,6 @@ def _read_into(fd: int, start: int, data: memoryview) -> bool:
             return False
         at += got
     return True
-
-
-def write_from(fd: int, start: int, data: Any) -> int:
-    """All of `data`. Raises CheckpointError where the disk is full."""
-    done = 0
-    try:
-        while done < len(data):
-            done += os.pwrite(fd, data[done:], start + done)
-    except OSError as error:
-        raise CheckpointError(f"cannot be written: {error.strerror}", where=os.readlink(f"/proc/self/fd/{fd}")) from error
-    return done
 
 
 class _Window(io.RawIOBase):

@@ -48,10 +48,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from mrlhf import randomness
 from mrlhf.checkpoint import CONTENT, sharded, sharding_metadata
-from mrlhf.dist_io import own_storage, save_tensor, write_from, write_metadata
+from mrlhf.dist_io import own_storage, save_tensor, write_metadata
 from mrlhf.errors import CheckpointError
 from mrlhf.manifest import Entry, HashBehind, check, fsync, read_manifest, step_of, steps_in, write_manifest, write_text
-from mrlhf.models.hf_io import copy_side_files
+from mrlhf.models.hf_io import copy_side_files, write_from
 from mrlhf.parallel import state
 
 _SPARE_BYTES = 4 << 20  # index, manifest, random states: what is not counted before a save

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -322,6 +323,17 @@ def _output_file(file: str, names: list[str], tensors: Stored, meta: Mapping[str
     return OutputFile(file, len(text).to_bytes(8, "little") + text, places)
 
 
+def write_from(fd: int, start: int, data: Any) -> int:
+    """All of `data` (bytes-like). Raises CheckpointError where the disk is full."""
+    done = 0
+    try:
+        while done < len(data):
+            done += os.pwrite(fd, data[done:], start + done)
+    except OSError as error:
+        raise CheckpointError(f"cannot be written: {error.strerror}", where=os.readlink(f"/proc/self/fd/{fd}")) from error
+    return done
+
+
 def to_disk(fd: int) -> None:
     """What was written is on the disk, and leaves the page cache, where a large model would push out everything else.
 
@@ -352,14 +364,9 @@ class HFWriter:
         file, at, nbytes = self._places[name]
         if file not in self._fds:
             self._fds[file] = os.open(self.directory / file, os.O_WRONLY)
-        data, done = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), 0
+        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         assert len(data) == nbytes, (name, len(data), nbytes)
-        try:
-            while done < nbytes:
-                done += os.pwrite(self._fds[file], data[done:], at + done)
-        except OSError as error:
-            raise CheckpointError(f"{name} cannot be written: {error.strerror}", where=str(self.directory / file)) from error
-        return nbytes
+        return write_from(self._fds[file], at, data)
 
     def sync(self) -> None:
         for fd in list(self._fds.values()):  # another thread may open one more
