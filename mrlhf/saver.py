@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mrlhf import heartbeat, saving
 from mrlhf.config import CheckpointConfig
 from mrlhf.errors import CheckpointError
-from mrlhf.parallel import device, state
+from mrlhf.parallel import device, state, watch
 from mrlhf.saving import Best, Keep, Part, Save
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
@@ -52,6 +52,7 @@ class Saver:
         Raises CheckpointError where it, or the one before it, cannot be written and checkpoint.on_save_error is stop; the last always.
         """
         start = time.perf_counter()
+        watch.phase(f"save of step {step}")
         with heartbeat.phase("save", step):
             self._save(step, parts, content, last, files)
         self._waited += time.perf_counter() - start

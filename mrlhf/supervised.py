@@ -21,7 +21,7 @@ from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.data.order import Mix, Order
 from mrlhf.engine import LossFn, Trainer
 from mrlhf.models.balance import Count, make_balance
-from mrlhf.parallel import device, state
+from mrlhf.parallel import device, state, watch
 from mrlhf.resume import check_resume, data_position, describe_run, go_on
 from mrlhf.saver import Saver, best_of
 from mrlhf.spikes import SpikeDetector
@@ -63,9 +63,11 @@ def say(text: str) -> None:
 
 
 def guard(config: Any, *, began: float, store: dist.Store | None = None, rank: int | None = None) -> Stopper:
-    """Signals, the wall-clock budget (from `began`, time.monotonic()) and the heartbeat of a run; after torch.distributed was started.
-    store, rank: see Stopper."""
-    heartbeat.start(Path(config.train.output_dir), rank=dist.get_rank() if rank is None else rank)
+    """Signals, the wall-clock budget (from `began`, time.monotonic()), the heartbeat of a run and where its ranks' stacks go when one hangs;
+    after torch.distributed was started. store, rank: see Stopper."""
+    output_dir = Path(config.train.output_dir)
+    watch.log_to(output_dir / "logs")
+    heartbeat.start(output_dir, rank=dist.get_rank() if rank is None else rank)
     return Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store, rank=rank)
 
 
@@ -244,6 +246,7 @@ def train(
 
     all_is_built()
     for step in range(done + 1, order.total_steps + 1):
+        watch.phase(f"step {step}")
         start = time.perf_counter()
         batches = loader.micro_batches(order.rows(step))
         waited = time.perf_counter() - start
@@ -267,6 +270,7 @@ def train(
         to_save = last or _due(step, config.checkpoint.save_interval)
         extra: dict[str, Any] = {}
         if eval_loader is not None and eval_loss_fn is not None and (last or _due(step, config.train.eval_interval) or (best and to_save)):
+            watch.phase(f"evaluation after step {step}")
             with heartbeat.phase("evaluate", step):
                 values = evaluate(trainer, eval_loader, eval_loss_fn, before_step)
             tracker.log(step, values)

@@ -102,7 +102,7 @@ class Watch:
 
     def _accuse(self, sign: str, what: str) -> None:
         who, rank = json.loads(sign) if sign else {"host": "?", "pid": "?", "phase": (0, "start-up")}, (self.rank + 1) % self.world
-        text = f"rank {rank} ({who['host']}, pid {who['pid']}) {what}; it is in '{who['phase'][1]}'"
+        text = f"rank {rank} ({who['host']}, pid {who['pid']}) {what}; it was in '{who['phase'][1]}'"
         try:
             verdict = self.store.compare_set("verdict", "", text).decode()
         except dist.DistError:

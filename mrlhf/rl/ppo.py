@@ -25,7 +25,7 @@ from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
 from mrlhf.models.balance import make_balance, of_aggregation, trained_tokens
 from mrlhf.models.spec import check_layout
-from mrlhf.parallel import device, reshard, state, watch
+from mrlhf.parallel import device, reshard, state
 from mrlhf.parallel.split import Bridge, split
 from mrlhf.resume import check_resume, describe_run
 from mrlhf.rl import advantages as adv
@@ -412,7 +412,6 @@ def main(config: PPOStage) -> int:
         run_generator(config, run, bridge, began=began)
         return 0
     layout = state.initialize(config.parallel, seed=config.train.seed)
-    watch.log_to(output_dir / "logs")
     stopper = supervised.guard(config, began=began, store=None if bridge is None else bridge.store)
     say = supervised.say
     say(f"device: {device.current().describe()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -42,6 +43,20 @@ def test_one_rank_is_warned_and_torchrun_is_ended(world: Path, tmp_path: Path, w
     assert int(last(run.directory).name[5:]) == run.steps() > first
     run.finish()
     check_equal(whole, run.directory)
+
+
+def test_a_rank_that_stands_still_is_named(world: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", sft(world, 100_000, **{"checkpoint.save_interval": 0, "parallel.silence_seconds": 5}), ranks=2)
+    run.start()
+    assert run.until(lambda: run.steps() >= 3 and run.beat(1).get("pid")), run.output()[-4000:]
+    stopped = run.beat(1)["pid"]
+    time.sleep(3)  # its sign comes every second, and tells of a step from now on
+    os.kill(stopped, signal.SIGSTOP)
+    assert run.until(lambda: "RankProblem" in run.output(), 60)
+    os.kill(stopped, signal.SIGKILL)  # torchrun would give it 30 s to answer SIGTERM
+    assert run.wait(60) != 0 and "exitcode  : 70" in run.output()
+    assert re.search(rf"rank 1 \(.*pid {stopped}\) has given no sign of life for \d+ s; it was in 'step \d+'", run.output())
+    assert "supervised.py" in (run.directory / "logs/stacks_rank_0.txt").read_text()
 
 
 def test_torchrun_starts_the_ranks_again(world: Path, tmp_path: Path, whole: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_silent_rank_is_named_by_the_others(ranks: Ranks, tmp_path: Path, sign
     os.kill(ranks[1].pid, sign)
     text = verdict([ranks[0], ranks[2]])
     assert f"rank 1 ({os.uname().nodename}, pid {ranks[1].pid}) has given no sign of life" in text
-    assert "it is in 'third'" in text and "the same command resumes" in text
+    assert "it was in 'third'" in text and "the same command resumes" in text
     assert (tmp_path / "logs/stacks_rank_0.txt").read_text().count("File") and (tmp_path / "logs/stacks_rank_2.txt").is_file()
 
 
@@ -68,7 +68,7 @@ def test_a_rank_that_hangs_is_named_and_shows_where(ranks: Ranks, tmp_path: Path
     """Its thread lives: it learns of the verdict itself, and writes where its main thread is."""
     tell(ranks, "hang")
     text = verdict(ranks)
-    assert f"pid {ranks[1].pid}) does not get on: rank 0 has waited for it in 'third'" in text and "it is in 'second'" in text
+    assert f"pid {ranks[1].pid}) does not get on: rank 0 has waited for it in 'third'" in text and "it was in 'second'" in text
     assert "watch_program.py" in (tmp_path / "logs/stacks_rank_1.txt").read_text()
 
 
