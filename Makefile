@@ -10,7 +10,7 @@ help:
 	@echo "make test        every test that needs no GPU"
 	@echo "make soak        runs, data, conversions and rewards broken again and again, with a summary table"
 	@echo "make gpu-test    the tests that need one"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy and what make audit does"
 	@echo "make audit       known advisories of the installed packages (asks an index about each)"
 	@echo "make quickstart  corpus -> pretrain -> SFT -> RM -> PPO -> HF export -> report, on the CPU (SEED=1)"
 	@echo "make bench       every benchmarks/*.py"
@@ -32,6 +32,7 @@ gpu-test: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(PY) scripts/audit.py
 
 audit: setup
 	$(PY) scripts/audit.py

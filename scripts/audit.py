@@ -9,15 +9,12 @@ import json
 import os
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "build" / "audit"
-INDEX = "https://pypi.org/pypi/pip/json"  # where pip-audit asks too
-PATIENCE_S = 5.0
+PATIENCE_S = 5  # with the index, for each package
 
 
 def skip(why: str) -> int:
@@ -26,20 +23,26 @@ def skip(why: str) -> int:
 
 
 def main() -> int:
-    try:
-        with urllib.request.urlopen(INDEX, timeout=PATIENCE_S) as answer:
-            answer.read(1)
-    except (urllib.error.URLError, OSError) as error:
-        return skip(f"the index does not answer ({getattr(error, 'reason', error)})")
     if not (TOOL / "pip_audit").is_dir():
         fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(TOOL), "pip-audit"]
-        if subprocess.run(fetch, check=False, timeout=300).returncode:
-            return skip("it could not be installed")
+        done = subprocess.run(fetch, check=False, timeout=300, capture_output=True, text=True)
+        if done.returncode:
+            return skip(f"it could not be installed ({_last_line(done.stderr)})")
     packages, report = next(p for p in sys.path if p.endswith("site-packages")), TOOL / "report.json"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--path", packages, "--format", "json", "--output", str(report)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(TOOL)}, check=False, timeout=600)
-    return tell(json.loads(report.read_text())["dependencies"]) if report.is_file() else done.returncode or 1
+    command = [sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--timeout", str(PATIENCE_S), "--path", packages,
+               "--format", "json", "--output", str(report)]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(TOOL)}, check=False, timeout=600, capture_output=True, text=True)
+    if report.is_file():
+        return tell(json.loads(report.read_text())["dependencies"])
+    if "connect" in done.stderr.lower():
+        return skip(f"the index does not answer ({_last_line(done.stderr)})")
+    sys.stderr.write(done.stderr)
+    return done.returncode or 1
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[-1]
 
 
 def tell(packages: list[dict[str, Any]]) -> int:
