@@ -95,8 +95,7 @@ def cases(*, tested: bool) -> list[tuple[str, str]]:
 
 def run(world: Path, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], Steps]:
     """All cases, one start of processes for each number of ranks. `world`: the directory of tests/conftest.py's `make_world`."""
-    from conftest import run as run_one
-    from conftest import torchrun
+    from conftest import python
 
     program, found = ROOT / "tests/parallel/parity_program.py", {}
     for ranks in sorted({LAYOUTS[name].ranks for name, _ in wanted}):
@@ -106,8 +105,7 @@ def run(world: Path, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], Ste
             # Adam moves parameters whose true gradient is 0 by +-lr on rounding noise; a small lr keeps that below the tolerance
             options = {"stage": stage, "model": LAYOUTS[name].model, "lr": 1e-4, **LAYOUTS[name].options}
             arguments.append(f"{i}:" + ",".join(f"{k}={v}" for k, v in options.items()))
-        command = (program, world, STEPS, *arguments)
-        done = run_one(sys.executable, *command, timeout=1200) if ranks == 1 else torchrun(ranks, *command, timeout=1200)
+        done = python(program, world, STEPS, *arguments, ranks=ranks, timeout=1200)
         results = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
         found |= {case: results[str(i)] for i, case in enumerate(mine)}
     return found

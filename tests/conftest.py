@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import launch
 
 FEW = 18
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +36,18 @@ def environment() -> dict[str, str]:
 def run(*command: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """A command from the repository root; its output goes into the failure's message."""
     done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    return _checked(done, check)
+
+
+def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:
     if check and done.returncode:
-        raise AssertionError(f"{command} exited with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+        raise AssertionError(f"{done.args} exited with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
     return done
+
+
+def python(*command: object, ranks: int = 1, vllm: bool = False, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`run(sys.executable, ...)`, or for more ranks `torchrun(ranks, ...)`, with the imports done (launch.py); `vllm`: its imports too."""
+    return _checked(launch(ranks, command, env=environment(), vllm=vllm, timeout=timeout), check)
 
 
 def torchrun(ranks: int, *args: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -57,10 +67,8 @@ def torchrun(ranks: int, *args: object, check: bool = True, timeout: float = 300
 
 
 def mrlhf(*args: object, ranks: int = 1, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """The command line, plain or under torchrun."""
-    if ranks == 1:
-        return run(sys.executable, "-m", "mrlhf", *args, check=check, timeout=timeout)
-    return torchrun(ranks, "-m", "mrlhf", *args, check=check, timeout=timeout)
+    """The command line, plain or under torchrun's agent, with the imports done."""
+    return python("-m", "mrlhf", *args, ranks=ranks, vllm=args[0] in ("ppo", "generate"), check=check, timeout=timeout)
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TESTS, run, torchrun
+from conftest import TESTS, python
 from disks import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,13 +33,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(world: Path, work: Path) -> dict[str, Any]:
     args = (TESTS / "checkpoint_program.py", world / "qwen2", world / "sft", work)
     result: dict[str, Any] = {}
-    two = torchrun(2, *args)
+    two = python(*args, ranks=2)
     try:
         with small_disk(work / "disk", 32) as disk:
-            alone = run(sys.executable, *args, disk)
+            alone = python(*args, disk)
     except OSError as error:
         result["full disk"] = str(error)
-        alone = run(sys.executable, *args)
+        alone = python(*args)
     for done in (two, alone):
         result |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:]) | {"stderr": done.stderr}
     return result

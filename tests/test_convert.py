@@ -6,13 +6,12 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TESTS, make_hf_model, make_tokenizer, run
+from conftest import TESTS, make_hf_model, make_tokenizer, python
 from safetensors.torch import load_file, save_file
 from zoo import KINDS, VOCAB, samples
 
@@ -65,7 +64,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(zoo: Path, work: Path) -> dict[str, Any]:
-    done = run(sys.executable, TESTS / "convert_program.py", zoo, work)
+    done = python(TESTS / "convert_program.py", zoo, work)
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
 
 
@@ -220,11 +219,9 @@ def test_the_converter_writes_what_megatron_writes(found: dict[str, Any], work: 
 
 
 def test_command_lines(zoo: Path, work: Path, found: dict[str, Any], tmp_path: Path) -> None:
-    python = sys.executable
-    there = run(python, f"{TOOLS}/hf_to_megatron.py", "--hf", zoo / "qwen3", "--output", tmp_path / "q3", "--verify")
+    there = python(f"{TOOLS}/hf_to_megatron.py", "--hf", zoo / "qwen3", "--output", tmp_path / "q3", "--verify")
     assert "max |difference|" in there.stdout and there.stdout.rstrip().endswith("tolerance 0.0001: ok")
-    back = run(
-        python,
+    back = python(
         f"{TOOLS}/megatron_to_hf.py",
         "--checkpoint",
         tmp_path / "q3",
@@ -235,9 +232,9 @@ def test_command_lines(zoo: Path, work: Path, found: dict[str, Any], tmp_path: P
         "--verify",
     )
     assert back.stdout.rstrip().endswith("ok")
-    wrong = run(python, f"{TOOLS}/verify.py", "--checkpoint", work / "qwen2.mrlhf", "--hf", work / "float32.hf", check=False)
+    wrong = python(f"{TOOLS}/verify.py", "--checkpoint", work / "qwen2.mrlhf", "--hf", work / "float32.hf", check=False)
     assert wrong.returncode == 1 and wrong.stdout.rstrip().endswith("FAILED")
-    again = run(python, f"{TOOLS}/hf_to_megatron.py", "--hf", zoo / "qwen3", "--output", tmp_path / "q3", check=False)
+    again = python(f"{TOOLS}/hf_to_megatron.py", "--hf", zoo / "qwen3", "--output", tmp_path / "q3", check=False)
     assert again.returncode == 2 and again.stderr.startswith(f"CheckpointError: {tmp_path / 'q3'}: the output exists")
     assert "Traceback" not in again.stderr
 

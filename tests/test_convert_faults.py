@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TESTS, make_hf_model, run, torchrun
+from conftest import ROOT, TESTS, make_hf_model, python, run
 from safetensors.torch import load_file, save_file
 from zoo import MOE
 
@@ -27,7 +27,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def test_a_killed_conversion_goes_on_where_it_stood(zoo: Path, tmp_path: Path) -> None:
     def start(direction: str, source: Path, target: str, count: int) -> subprocess.CompletedProcess[str]:
-        return run(sys.executable, KILL, direction, source, tmp_path / target, count, check=False)
+        return python(KILL, direction, source, tmp_path / target, count, check=False)
 
     whole = start("import", zoo / "qwen2", "whole", 0)
     assert whole.stdout.split()[-1] == str(PARAMETERS)
@@ -42,9 +42,9 @@ def test_a_killed_conversion_goes_on_where_it_stood(zoo: Path, tmp_path: Path) -
 
 def test_what_was_begun_from_other_inputs_begins_anew(zoo: Path, tmp_path: Path) -> None:
     source = shutil.copytree(zoo / "qwen2", tmp_path / "hf")
-    assert run(sys.executable, KILL, "import", source, tmp_path / "out", 5, check=False).returncode == -9
+    assert python(KILL, "import", source, tmp_path / "out", 5, check=False).returncode == -9
     os.utime(source / "model.safetensors", (1, 1))
-    last = run(sys.executable, KILL, "import", source, tmp_path / "out", 0)
+    last = python(KILL, "import", source, tmp_path / "out", 0)
     assert last.stdout.split()[-1] == str(PARAMETERS) and "going on with" not in last.stderr
 
 
@@ -52,7 +52,7 @@ def test_several_ranks_share_the_work(zoo: Path, tmp_path: Path) -> None:
     """The files do not depend on how many they were, and the checkpoints load under other layouts."""
     odd = tmp_path / "odd"
     make_hf_model(odd, "llama", vocab_size=323, num_hidden_layers=3)
-    done = torchrun(2, TESTS / "convert_ranks_program.py", zoo, tmp_path, *RANKS, odd)
+    done = python(TESTS / "convert_ranks_program.py", zoo, tmp_path, *RANKS, odd, ranks=2)
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
     assert set(found) == {*(f"{kind} tp 2 ep 1" for kind in RANKS), *(f"{kind} tp 1 ep 2" for kind in RANKS if kind in MOE)}
     assert files(tmp_path / "odd.hf") == files(odd)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import TESTS, torchrun
+from conftest import TESTS, python
 
 from mrlhf.config import OptimConfig
 from mrlhf.engine import make_scheduler
@@ -48,7 +48,7 @@ def test_no_step_is_spent_at_zero_and_resume_goes_on() -> None:
 
 @pytest.fixture(scope="module")
 def nonfinite(world: Path) -> dict[str, Any]:
-    done = torchrun(2, TESTS / "nonfinite_program.py", world / "qwen2", world / "sft")
+    done = python(TESTS / "nonfinite_program.py", world / "qwen2", world / "sft", ranks=2)
     assert "step skipped: not finite in the loss of sample(s) 6, 7" in done.stdout
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_tokenizer, mrlhf, run, write_jsonl
+from conftest import make_tokenizer, run, torchrun, write_jsonl
 
 from mrlhf.config import STAGES
 from mrlhf.config_io import dump_yaml, load_config
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.errors import MrlhfError, SeveralErrors
 
+MRLHF = (sys.executable, "-m", "mrlhf")
 BAR = "=" * 100
 FIRST = re.compile(r"^(Config|Data|Checkpoint|Reward)Error: \S")
 FURTHER = re.compile(r"^  (expected: |fix:      )\S")
@@ -97,7 +98,7 @@ def value_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", ["sft", "ppo", "score"])
 def test_help_names_every_option(stage: str) -> None:
-    done = mrlhf(stage, "--help")
+    done = run(*MRLHF, stage, "--help")
     shown = {word[2:] for word in re.findall(r"--[\w.]+", done.stdout)}
     from mrlhf.config_io import options as known
 
@@ -105,14 +106,14 @@ def test_help_names_every_option(stage: str) -> None:
 
 
 def test_misspelt_key(world: Path) -> None:
-    done = mrlhf("sft", *options(world, "sft"), "--parallel.tensor_model_paralel_size", 2, check=False)
+    done = run(*MRLHF, "sft", *options(world, "sft"), "--parallel.tensor_model_paralel_size", 2, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert "; did you mean '--parallel.tensor_model_parallel_size'" in in_form(done.stderr)[0]
 
 
 def test_missing_config_file(tmp_path: Path) -> None:
     (tmp_path / "sft.yaml").write_text("model:\n  path: m\n")
-    done = mrlhf("sft", "--config", tmp_path / "stf.yaml", check=False)
+    done = run(*MRLHF, "sft", "--config", tmp_path / "stf.yaml", check=False)
     assert done.returncode == 2
     assert in_form(done.stderr) == [
         f"ConfigError: {tmp_path / 'stf.yaml'}: no such file",
@@ -142,7 +143,7 @@ def test_everything_at_once_and_once_under_torchrun(world: Path, other_tokenizer
         "data.train": world / "pref",
         "data.eval": world / "nowhere",
     }
-    done = mrlhf("sft", *options(world, "sft", **changes), ranks=2, check=False)
+    done = torchrun(2, "-m", "mrlhf", "sft", *options(world, "sft", **changes), check=False)
     assert done.returncode == 1 and "exitcode: 2" in done.stderr  # torchrun's own status, and ours in its report
     for text in (
         "ConfigError: parallel.tensor_model_parallel_size: parallel.tensor_model_parallel_size = 3 does not divide the model's num_attention_heads = 4",
@@ -161,7 +162,7 @@ def test_everything_at_once_and_once_under_torchrun(world: Path, other_tokenizer
 
 def test_dry_run_shows_everything_at_once(world: Path, other_tokenizer: Path) -> None:
     changes: dict[str, object] = {"model.path": other_tokenizer, "parallel.tensor_model_parallel_size": 3, "data.eval": world / "nowhere"}
-    done = mrlhf("rm", "--dry-run", *options(world, "rm", **changes), check=False)
+    done = run(*MRLHF, "rm", "--dry-run", *options(world, "rm", **changes), check=False)
     assert done.returncode == 2 and done.stdout == ""
     found = [line for line in in_form(done.stderr) if FIRST.match(line)]
     assert [line.partition(":")[0] for line in found] == ["ConfigError", "DataError", "DataError"]

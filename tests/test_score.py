@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TESTS, mrlhf, run, torchrun
+from conftest import TESTS, mrlhf, python
 from score_program import CASES
 
 from mrlhf.data.indexed import PackedDataset
@@ -22,7 +21,7 @@ MEAN, STD = 0.25, 2.0
 def value(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A value checkpoint with the reward statistics that rm.py writes."""
     path = tmp_path_factory.mktemp("value") / "step_0"
-    run(sys.executable, "tools/convert/hf_to_megatron.py", "--hf", world / "qwen2", "--output", path, "--head", "value", "--seed", 4)
+    python("tools/convert/hf_to_megatron.py", "--hf", world / "qwen2", "--output", path, "--head", "value", "--seed", 4)
     write_manifest(path, {**read_manifest(path), "reward_mean": MEAN, "reward_std": STD})
     return path
 
@@ -30,7 +29,7 @@ def value(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def out(world: Path, value: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("scores")
-    torchrun(2, TESTS / "score_program.py", world, value, directory)
+    python(TESTS / "score_program.py", world, value, directory, ranks=2)
     return directory
 
 

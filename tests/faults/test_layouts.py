@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import TESTS, metrics, mrlhf, run, torchrun
+from conftest import TESTS, metrics, mrlhf, python
 
 from faults.runs import last, sft
 from mrlhf.manifest import read_manifest
@@ -25,7 +24,7 @@ def test_tp2_then_pp2_then_dp2_then_one_rank(world: Path, tmp_path: Path) -> Non
     program = (TESTS / "faults/stop_after_program.py", 2)
     for i, layout in enumerate(LAYOUTS):
         changed = [part for key, value in layout.items() for part in (f"--{key}", value)]
-        stopped = torchrun(2, *program, *args, *changed, "--train.output_dir", broken, check=False)
+        stopped = python(*program, *args, *changed, "--train.output_dir", broken, ranks=2, check=False)
         assert f"stopped by the test after step {2 * i + 2}" in stopped.stdout, stopped.stderr[-3000:]
         manifest = read_manifest(last(broken))
         assert manifest["step"] == 2 * i + 2 and manifest["layout"]["world"] == 2
@@ -46,6 +45,6 @@ def test_a_hf_export_of_the_run(world: Path, tmp_path: Path) -> None:
     done = mrlhf(*args, "--parallel.tensor_model_parallel_size", 2, "--train.output_dir", tmp_path / "run", ranks=2)
     assert done.stdout.count("HF export: ") == 2, done.stderr[-3000:]
     assert sorted(p.name for p in (tmp_path / "run/hf").iterdir()) == ["step_2", "step_4"]
-    run(sys.executable, "tools/convert/megatron_to_hf.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / "hf")
+    python("tools/convert/megatron_to_hf.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / "hf")
     for file in (tmp_path / "hf").iterdir():
         assert file.read_bytes() == (tmp_path / "run/hf/step_4" / file.name).read_bytes()

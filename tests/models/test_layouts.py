@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import TESTS, run, torchrun
+from conftest import TESTS, python
 from zoo import KINDS, MOE
 
 LAYOUTS = ("1", "tp2", "tp2+sp", "pp2")
@@ -18,7 +17,7 @@ Results = dict[str, dict]
 @pytest.fixture(scope="module")
 def results(zoo: Path) -> Results:
     program = TESTS / "models/layouts_program.py"
-    outputs = (run(sys.executable, program, zoo, "1"), torchrun(2, program, zoo, *LAYOUTS[1:], *EXPERT_LAYOUTS))
+    outputs = (python(program, zoo, "1"), python(program, zoo, *LAYOUTS[1:], *EXPERT_LAYOUTS, ranks=2))
     found: Results = {}
     for done in outputs:
         found |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])

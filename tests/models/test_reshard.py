@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import TESTS, torchrun
+from conftest import TESTS, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reshard_program import CASES, minimum, shard_tensors
@@ -164,7 +164,7 @@ def test_numbers_that_stay_in_fp32_travel_so() -> None:
 @pytest.fixture(scope="module")
 def exchanged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("reshard") / "result.json"
-    torchrun(8, TESTS / "models/reshard_program.py", out)
+    python(TESTS / "models/reshard_program.py", out, ranks=8)
     return json.loads(out.read_text())
 
 

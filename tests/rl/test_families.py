@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TESTS, run
+from conftest import TESTS, python
 from zoo import KINDS
 
 FAMILIES = sorted({family for family, _ in KINDS.values()})
@@ -16,7 +15,7 @@ FAMILIES = sorted({family for family, _ in KINDS.values()})
 
 @pytest.fixture(scope="module")
 def answers(zoo: Path) -> dict[str, Any]:
-    done = run(sys.executable, TESTS / "rl/families_program.py", *(zoo / family for family in FAMILIES), timeout=600)
+    done = python(TESTS / "rl/families_program.py", *(zoo / family for family in FAMILIES), vllm=True, timeout=600)
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TESTS, make_hf_model, metrics, mrlhf, run, torchrun
+from conftest import TESTS, make_hf_model, metrics, mrlhf, python
 
 BY_TOKENS = {"train.micro_batch_size": 1, "train.max_tokens_per_micro_batch": 200}
 LAYOUTS = {
@@ -93,8 +92,7 @@ def results(world: Path, reward_model: Path, tmp_path_factory: pytest.TempPathFa
     for name, (ranks, layout) in LAYOUTS.items():
         out = tmp_path_factory.mktemp("ppo")
         args = options(world, reward_model, **layout, **{"train.output_dir": out / "checkpoint"})
-        command = (TESTS / "rl/ppo_program.py", out / "result.json", *args)
-        done = run(sys.executable, *command) if ranks == 1 else torchrun(ranks, *command)
+        done = python(TESTS / "rl/ppo_program.py", out / "result.json", *args, ranks=ranks, vllm=True)
         found[name] = (json.loads((out / "result.json").read_text()), out)
         (out / "stdout.txt").write_text(done.stdout)
     return found
@@ -160,7 +158,7 @@ def test_greedy_answers_equal_transformers_on_the_export(results: dict[str, tupl
     from transformers import AutoModelForCausalLM
 
     for result, out in results.values():
-        run(sys.executable, "tools/convert/megatron_to_hf.py", "--checkpoint", out / "checkpoint", "--output", out / "hf")
+        python("tools/convert/megatron_to_hf.py", "--checkpoint", out / "checkpoint", "--output", out / "hf")
         model = AutoModelForCausalLM.from_pretrained(out / "hf", dtype=torch.float32)
         assert len(result["prompts"]) == 32
         for prompt, answer in zip(result["prompts"], result["answers"], strict=True):
@@ -186,7 +184,7 @@ def test_experts_reach_vllm(world: Path, reward_model: Path, tmp_path: Path) -> 
         "ppo.estimator": "grpo",
         "train.output_dir": tmp_path / "checkpoint",
     }
-    torchrun(2, TESTS / "rl/ppo_program.py", tmp_path / "result.json", *options(world, reward_model, **changes))
+    python(TESTS / "rl/ppo_program.py", tmp_path / "result.json", *options(world, reward_model, **changes), ranks=2, vllm=True)
     result = json.loads((tmp_path / "result.json").read_text())
     test_first_ratio_is_one_and_vllm_agrees_with_the_trainer({"": (result, tmp_path)})
     test_greedy_answers_equal_transformers_on_the_export({"": (result, tmp_path)})

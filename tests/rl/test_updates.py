@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
-from conftest import TESTS, run, torchrun
+from conftest import TESTS, python
 
 
 def test_the_update_is_the_same_however_the_rollout_is_cut(world: Path, tmp_path: Path) -> None:
     program = TESTS / "rl/update_program.py"
-    run(sys.executable, program, world, tmp_path / "one.pt")
-    torchrun(2, program, world, tmp_path / "two.pt")
+    python(program, world, tmp_path / "one.pt")
+    python(program, world, tmp_path / "two.pt", ranks=2)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     cases = {case for case, _, _ in one}
     assert cases == {"token", "sequence", "ptx"} and len(one) == len(two) == 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import TESTS, make_hf_model, torchrun
+from conftest import TESTS, make_hf_model, python
 
 from mrlhf.models.families import spec_from_hf
 from mrlhf.rl.vllm_weights import check_weights
@@ -15,7 +15,7 @@ def test_fp8_made_anew_equals_a_fresh_start(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
         (tmp_path / name).mkdir()
         make_hf_model(tmp_path / name, "qwen2", vocab_size=323, seed=seed)
-    torchrun(2, TESTS / "rl/weights_program.py", tmp_path / "result.json", tmp_path / "a", tmp_path / "b")
+    python(TESTS / "rl/weights_program.py", tmp_path / "result.json", tmp_path / "a", tmp_path / "b", ranks=2, vllm=True)
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["answers"][1] == found["fresh"], "tokens and log-probs, bit for bit"
     assert found["answers"][0] != found["answers"][1]
