@@ -57,6 +57,23 @@ class EnvironmentProblem(MrlhfError):
     """The machine or an installed package does not fit (version, missing extra, device)."""
 
 
+class OutOfMemory(MrlhfError):
+    """A rank has no memory left for what a phase needs.
+
+    peaks: GiB of every phase so far, this one included; remedies: what to change, one line each.
+    """
+
+    def __init__(self, what: str, *, peaks: dict[str, float], remedies: list[str]):
+        self.peaks, self.remedies = peaks, remedies
+        super().__init__(what)
+
+    def render(self) -> str:
+        lines = [self.what, "  peaks:    " + ", ".join(f"{phase} {gib:.2f} GiB" for phase, gib in self.peaks.items())]
+        lines += [f"  fix:      {remedy}" for remedy in self.remedies]
+        kept = "the last checkpoint, and nothing of this step; to go on from it keys outside parallel. need --train.allow_changes '[KEY]'"
+        return "\n".join([*lines, f"  kept:     {kept}"])
+
+
 class SeveralErrors(MrlhfError):
     """More than one problem, shown together."""
 

@@ -53,7 +53,7 @@ class HashBehind:
 
     def __init__(self, path: Path) -> None:
         self._path, self._hash, self._end, self._last = path, hashlib.sha256(), 0, False
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._more = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="hash", daemon=True)
         self._thread.start()
@@ -65,7 +65,7 @@ class HashBehind:
             self._more.notify()
 
     def entry(self, end: int) -> Entry:
-        """Waits for the whole file of `end` bytes. Raises OSError where it could not be read."""
+        """Waits for the whole file of `end` bytes. Raises what kept the thread from reading it: OSError, or MemoryError."""
         self.up_to(end, last=True)
         self._thread.join()
         if self._error is not None:
@@ -73,8 +73,9 @@ class HashBehind:
         return {"size": end, "sha256": self._hash.hexdigest()}
 
     def _run(self) -> None:
-        buffer, at = memoryview(bytearray(1 << 22)), 0
+        at = 0
         try:
+            buffer = memoryview(bytearray(1 << 22))
             with self._path.open("rb", buffering=0) as file:
                 while True:
                     with self._more:
@@ -89,7 +90,7 @@ class HashBehind:
                         at += n
                     if last:
                         return
-        except OSError as error:
+        except Exception as error:
             self._error = error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from mrlhf.data.blend import Dataset, describe_samples, names_of, rows_of, sourc
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.data.order import Mix, Order
 from mrlhf.engine import LossFn, Trainer
+from mrlhf.memory import Memory
 from mrlhf.models.balance import Count, make_balance
 from mrlhf.parallel import device, state, watch
 from mrlhf.resume import check_resume, data_position, describe_run, go_on
@@ -104,23 +104,14 @@ def make_tracker(stage: str, config: Any, *, total_steps: int, done: int) -> Tra
     )
 
 
-def memory_gib() -> float:
-    """Largest device memory reserved; on CPU the largest resident size of this process."""
-    if device.current().is_cuda:
-        return torch.cuda.max_memory_reserved() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / (1024 if sys.platform == "darwin" else 1)
-
-
-def performance(trainer: Trainer, *, tokens: int, mean_length: float, seconds: float, world: int) -> dict[str, float]:
+def performance(trainer: Trainer, memory: Memory, *, tokens: int, mean_length: float, seconds: float, world: int) -> dict[str, float]:
     """perf/*, time/step_s and memory/*; `tokens` read by all ranks in `seconds`."""
     tflops = trainer.spec.flops_per_token(mean_length) * tokens / seconds / world / 1e12
     found = {
         "time/step_s": seconds,
         "perf/tokens_per_s_per_gpu": tokens / seconds / world,
         "perf/tflops": tflops,
-        "memory/max_reserved_gib": memory_gib(),
+        "memory/max_reserved_gib": memory.reserved,
     }
     if device.current().is_cuda and "H100" in torch.cuda.get_device_name():
         found["perf/mfu"] = tflops / 989.0  # dense bf16 of an H100 SXM
@@ -210,25 +201,29 @@ def train(
         where, allowed = str(resumed.path), config.train.allow_changes
         go_on(order, run.train, resumed.manifest, where=where, hf_dir=run.source.hf_dir, allowed=allowed)
     random_init = config.model.init == "random"
-    trainer = Trainer(
-        run.source,
-        config.parallel,
-        config.optim,
-        head=head,
-        dtype=config.model.dtype,
-        seed=config.train.seed,
-        total_steps=order.total_steps,
-        random_init=random_init,
-        on_nonfinite=config.train.on_nonfinite,
-        neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
-        balance=make_balance(config.model, count),
-    )
+    memory = Memory(config, spec=run.source.spec, rank=dist.get_rank(), world=layout.world)
+    with memory("build"):
+        trainer = Trainer(
+            run.source,
+            config.parallel,
+            config.optim,
+            head=head,
+            dtype=config.model.dtype,
+            seed=config.train.seed,
+            total_steps=order.total_steps,
+            random_init=random_init,
+            on_nonfinite=config.train.on_nonfinite,
+            neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
+            balance=make_balance(config.model, count),
+        )
     say(f"model: {run.source.spec.describe()}, {config.model.dtype}, Adam: {trainer.adam}")
-    loss_fn = make_loss(trainer, loader)
-    eval_loss_fn = (make_eval_loss or make_loss)(trainer, eval_loader) if eval_loader is not None else None
+    with memory("prepare"):
+        loss_fn = make_loss(trainer, loader)
+        eval_loss_fn = (make_eval_loss or make_loss)(trainer, eval_loader) if eval_loader is not None else None
 
     if resumed is not None:
-        trainer.resume(resumed.path, done, resumed.manifest["scheduler"])
+        with memory("build"):
+            trainer.resume(resumed.path, done, resumed.manifest["scheduler"])
         checkpoint.restore_randomness(resumed)
         say(f"resumed from {resumed.path}")
     tracker = make_tracker(stage, config, total_steps=order.total_steps, done=done)
@@ -242,7 +237,8 @@ def train(
         part = trainer.part(with_optimizer=not last or config.checkpoint.save_optimizer)
         content = {**described, "scheduler": trainer.scheduler.num_steps, **data_position(order, run.train, order.consumed(step)), **extra}
         content["recent_losses"] = spikes.recent
-        saver.save(step, [part], content, last=last)
+        with memory("save", step):
+            saver.save(step, [part], content, last=last)
 
     all_is_built()
     for step in range(done + 1, order.total_steps + 1):
@@ -250,9 +246,9 @@ def train(
         start = time.perf_counter()
         batches = loader.micro_batches(order.rows(step))
         waited = time.perf_counter() - start
-        if before_step:
-            before_step(loader, batches)
-        with heartbeat.phase("step", step):
+        with heartbeat.phase("step", step), memory("step", step):
+            if before_step:
+                before_step(loader, batches)
             found = trainer.step(batches, loss_fn)
         if config.train.loss_spike_threshold:
             found |= report_spike(spikes, found["loss"], step=step, trainer=trainer, data=run.train)
@@ -262,7 +258,7 @@ def train(
         log |= source_epochs(order, run.train, order.consumed(step))
         # this rank's share stands for the others'
         log |= performance(
-            trainer, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world
+            trainer, memory, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world
         )
         tracker.log(step, log | saver.waited())
         saver.poll()
@@ -271,7 +267,7 @@ def train(
         extra: dict[str, Any] = {}
         if eval_loader is not None and eval_loss_fn is not None and (last or _due(step, config.train.eval_interval) or (best and to_save)):
             watch.phase(f"evaluation after step {step}")
-            with heartbeat.phase("evaluate", step):
+            with heartbeat.phase("evaluate", step), memory("evaluate", step):
                 values = evaluate(trainer, eval_loader, eval_loss_fn, before_step)
             tracker.log(step, values)
             extra["eval"] = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no nan

@@ -3,57 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mrlhf.config import OffloadConfig
 from mrlhf.engine import Model, Trainer
+from mrlhf.memory import Memory
 from mrlhf.parallel import device, watch
 from mrlhf.parallel.offload import Parking
-
-_PROC = Path("/proc/self")
-
-
-def _reset_peak() -> None:
-    if device.current().is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        (_PROC / "clear_refs").write_text("5")
-
-
-def _peak_gib() -> float:
-    """Since the last reset: memory of tensors on the device; on CPU the largest resident size of this process."""
-    if device.current().is_cuda:
-        return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform == "linux":
-        line = next(line for line in (_PROC / "status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # of the whole run: bytes on macOS
 
 
 class Phases:
     """`with phases("gen"): ...`, alike on all ranks; a name may come several times."""
 
-    def __init__(self, step: int) -> None:
-        self.step, self.start = step, time.perf_counter()
+    def __init__(self, step: int, memory: Memory) -> None:
+        self.step, self._memory, self.start = step, memory, time.perf_counter()
         self.seconds: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         watch.phase(f"{name} of step {self.step}")
-        _reset_peak()
         start = time.perf_counter()
-        yield
+        with self._memory(name, self.step):
+            yield
         self.seconds[f"timing_s/{name}"] = self.seconds.get(f"timing_s/{name}", 0.0) + time.perf_counter() - start
-        self._peaks[name] = max(self._peaks.get(name, 0.0), _peak_gib())
+        self._peaks[name] = max(self._peaks.get(name, 0.0), self._memory.last)
 
     def times(self) -> dict[str, float]:
         return self.seconds | {"timing_s/step": time.perf_counter() - self.start}

@@ -23,6 +23,7 @@ from mrlhf.data.blend import Dataset
 from mrlhf.data.loader import MicroBatch
 from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
+from mrlhf.memory import Memory
 from mrlhf.models.balance import make_balance, of_aggregation, trained_tokens
 from mrlhf.models.spec import check_layout
 from mrlhf.parallel import device, reshard, state
@@ -55,9 +56,9 @@ _FIRST_RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 class PPO:
     """Models, engine and schedule of a run; `step` is one rollout and its updates."""
 
-    def __init__(self, config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: Bridge | None = None) -> None:
+    def __init__(self, config: PPOStage, run: preflight.Run, layout: state.Layout, memory: Memory, bridge: Bridge | None = None) -> None:
         """bridge: to the ranks that generate, where they are others."""
-        self.config, self.run, self.layout = config, run, layout
+        self.config, self.run, self.layout, self.memory = config, run, layout, memory
         self.rank = dist.get_rank()
         ppo, rollout, seed = config.ppo, config.rollout, config.train.seed
         self.prompts = Prompts(config, run.train)
@@ -269,8 +270,9 @@ class PPO:
 
     def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """One rollout: metrics and a few samples for the log."""
-        config, ppo, timer = self.config, self.config.ppo, Phases(step)
-        self.offload.park_all()
+        config, ppo, timer = self.config, self.config.ppo, Phases(step, self.memory)
+        with self.memory("offload", step):
+            self.offload.park_all()
         rollout, scores_B, log = self.collect(step, timer)
         scores_B = self.shape(rollout, scores_B)
         with timer("logprobs"), self.offload.using("reference"):
@@ -429,25 +431,30 @@ def main(config: PPOStage) -> int:
         return 0
     if bridge is not None:
         begin(bridge)
-    ppo = PPO(config, run, layout, bridge)
+    memory = Memory(config, spec=run.source.spec, rank=dist.get_rank(), world=layout.world)
+    with memory("build"):
+        ppo = PPO(config, run, layout, memory, bridge)
     tp, where = config.rollout.tensor_parallel_size, "" if bridge is None else f" on {len(bridge.generators)} ranks of their own"
     say(f"vLLM: {(config.rollout.num_ranks or layout.world) // tp} replica(s) of tensor parallel {tp}{where}; {ppo.sampler.memory}")
     for line in reshard.describe(ppo.sampler.bytes_of_ranks()):
         say(line)
     if resumed is not None:
-        ppo.resume(resumed)
+        with memory("build"):
+            ppo.resume(resumed)
         say(f"resumed from {resumed.path}")
     if isinstance(ppo.sampler, Sampler):
         ppo.sampler.engine.should_stop = stopper.requested
-    ppo.sync_weights()
+    with memory("reshard"):
+        ppo.sync_weights()
     tracker = supervised.make_tracker("ppo", config, total_steps=total, done=done)
     described = describe_run("ppo", config, layout, run.source.hf_dir)
 
     def save(step: int) -> None:
-        ppo.offload.fetch("actor", "critic")
-        parts = ppo.parts(with_optimizer=step < total or config.checkpoint.save_optimizer)
-        ahead = ppo.sampler.ahead()
-        saver.save(step, parts, described | ppo.state(step), last=step == total, files=None if ahead is None else {AHEAD: ahead})
+        with memory("save", step):
+            ppo.offload.fetch("actor", "critic")
+            parts = ppo.parts(with_optimizer=step < total or config.checkpoint.save_optimizer)
+            ahead = ppo.sampler.ahead()
+            saver.save(step, parts, described | ppo.state(step), last=step == total, files=None if ahead is None else {AHEAD: ahead})
 
     def leave(text: str, status: int = 0) -> int:
         ppo.rewards.close()
@@ -471,7 +478,7 @@ def main(config: PPOStage) -> int:
         saver.poll()
         last = step == total
         if run.eval is not None and (last or (config.train.eval_interval and step % config.train.eval_interval == 0)):
-            with contextlib.suppress(Interrupted):  # the step itself is done: it is saved below, and the run left
+            with contextlib.suppress(Interrupted), memory("evaluate", step):  # the step itself is done: it is saved below, and the run left
                 tracker.log(step, ppo.evaluate(run.eval))
         if last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0):
             save(step)

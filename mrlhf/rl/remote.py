@@ -21,6 +21,7 @@ import torch.distributed as dist
 from mrlhf import heartbeat, preflight
 from mrlhf.config import PPOStage
 from mrlhf.errors import ToolError
+from mrlhf.memory import Memory
 from mrlhf.parallel import state, watch
 from mrlhf.parallel.split import Bridge, Sending, wait_for
 from mrlhf.rl.rollout import Rollout
@@ -235,9 +236,12 @@ def run_generator(config: PPOStage, run: preflight.Run, bridge: Bridge, *, began
     stopper = Stopper(budget_minutes=None, began=began, store=bridge.store, rank=bridge.rank)
     if decode(bridge.receive(0))[0]["what"] == "begin":
         layout = state.Layout.of(config.parallel, bridge.trainers)
-        sampler = Sampler(config, run, load(run.source.hf_dir), layout, bridge)
+        memory = Memory(config, spec=run.source.spec, rank=bridge.rank, world=bridge.trainers)
+        with memory("build"):
+            sampler = Sampler(config, run, load(run.source.hf_dir), layout, bridge)
         sampler.engine.should_stop = stopper.requested
-        serve(sampler, bridge)
+        with memory("gen"):
+            serve(sampler, bridge)
         sampler.shutdown()
     heartbeat.stop()
     state.shutdown()

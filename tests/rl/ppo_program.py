@@ -17,6 +17,7 @@ def main() -> None:
 
     from mrlhf.config import PPOStage
     from mrlhf.config_io import load_config
+    from mrlhf.memory import Memory
     from mrlhf.parallel import state
     from mrlhf.rl.ppo import PPO, check, make_bridge
     from mrlhf.rl.remote import begin, run_generator
@@ -30,7 +31,7 @@ def main() -> None:
     layout = state.initialize(config.parallel, seed=config.train.seed)
     if bridge is not None:
         begin(bridge)
-    ppo = PPO(config, run, layout, bridge)
+    ppo = PPO(config, run, layout, Memory(config, spec=run.source.spec, rank=dist.get_rank(), world=layout.world), bridge)
     ppo.sync_weights()
     logs = [ppo.step(step)[0] for step in (1, 2)]
     with torch.no_grad():  # a sampler that is not the trained policy must show
