@@ -143,12 +143,17 @@ class Run:
 
 
 def _inside_a_save(run: Run, draw: random.Random) -> bool:
-    """Waits for a random moment of one; False where the run has come to its end."""
+    """Waits for a random moment inside one; False where the run has come to its end."""
     while run.until(run.saving):
         time.sleep(draw.random() * 0.03)
         if run.saving():
             return True
     return False
+
+
+def _outside_of_saves(run: Run, draw: random.Random) -> bool:
+    time.sleep(draw.random() * 0.3)
+    return bool(run.until(lambda: not run.saving()))
 
 
 def kill_again_and_again(run: Run, kills: int, draw: random.Random, *, steps: int) -> dict[str, int]:
@@ -159,11 +164,8 @@ def kill_again_and_again(run: Run, kills: int, draw: random.Random, *, steps: in
         wanted = draw.randint(1, steps // kills)
         if run.until(lambda wanted=wanted: run.fresh_steps() >= wanted) is None:
             break  # it has come to its end
-        if i % 2 == 0:
-            if not _inside_a_save(run, draw):
-                break
-        else:
-            time.sleep(draw.random() * 0.3)
+        if not (_inside_a_save(run, draw) if i % 2 == 0 else _outside_of_saves(run, draw)):
+            break
         hit["in a save" if run.saving() else "elsewhere"] += 1
         print(f"{i + 1}: after step {run.steps()}, {hit}", file=sys.stderr, flush=True)
         run.kill_a_rank(draw)
