@@ -19,7 +19,7 @@ from mrlhf.data.order import Order
 from mrlhf.models.layouts import make_planner
 from mrlhf.parallel import reshard, state
 from mrlhf.parallel.state import Layout
-from mrlhf.plan import GIB, memory_table
+from mrlhf.plan import GIB, memory_table, update_activations
 from mrlhf.resume import check_resume
 from mrlhf.supervised import make_order
 from mrlhf.tokenizer import load
@@ -84,7 +84,11 @@ def _training(stage: str, config: Any) -> None:
         print(line)
     table = memory_table(stage, config, spec, world=world, others=others)
     print("memory   a rank, without activations: " + ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in table))
-    print(f"         together {sum(size for _, size in table) / GIB:.2f} GiB")
+    together = sum(size for _, size in table)
+    print(f"         together {together / GIB:.2f} GiB")
+    found = update_activations(stage, config, spec, data, world=world, critic=others.get("critic"))
+    print(f"         an update on a GPU, estimated: activations {found.kept / GIB:.2f} GiB, a layer recomputed {found.again / GIB:.2f} GiB, "
+          f"log-prob buffers {found.head / GIB:.2f} GiB; with them {(together + found.total) / GIB:.2f} GiB")  # fmt: skip
     if isinstance(config, PPOStage):
         tp, node = config.rollout.tensor_parallel_size, state.ranks_of_a_node()
         planner = make_planner(spec, layout, rollout_tp=tp, node=node, generators=generators)

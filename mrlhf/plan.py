@@ -1,10 +1,12 @@
-"""Memory of a rank, from the same numbers that build the model. Activations are not in it: they depend on the batch."""
+"""Memory of a rank, from the same numbers that build the model, and an estimate of what an update holds beside (activations.py)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from mrlhf.activations import Activations, Rows, activations
 from mrlhf.config import ParallelConfig, PPOStage
+from mrlhf.data.blend import Dataset
 from mrlhf.models.spec import ModelSpec
 from mrlhf.parallel.state import Layout
 
@@ -64,3 +66,31 @@ def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others
     elif stage == "dpo" and config.dpo.reference == "online":
         rows.append(("reference", model_bytes(spec, **usual, trained=False)))
     return rows
+
+
+def largest_rows(config: Any, data: Dataset) -> Rows:
+    """The largest micro-batch that the data and the configuration allow; of ppo, the longest prompt with the longest answer each time."""
+    train, packed = config.train, config.data.packing
+    if isinstance(config, PPOStage):
+        lengths = [data.max_length + config.rollout.max_new_tokens]
+    else:
+        lengths = data.longest_row(packing=packed)
+    longest, row = max(lengths), sum(lengths)
+    tokens = max(row, train.max_tokens_per_micro_batch or train.micro_batch_size * row)
+    return Rows(tokens, longest, 1 if packed else max(1, tokens // longest), packed)
+
+
+def update_activations(stage: str, config: Any, spec: ModelSpec, data: Dataset, *, world: int, critic: ModelSpec | None) -> Activations:
+    """Of a GPU. Updates of actor and critic come one after the other: the larger."""
+    rows, train = largest_rows(config, data), config.train
+
+    def of(model: ModelSpec, parallel: ParallelConfig, head: str) -> Activations:
+        count = None
+        if train.max_tokens_per_micro_batch is None:
+            count = max(1, train.global_batch_size // (train.micro_batch_size * max(1, Layout.of(parallel, world).dp)))
+        return activations(model, parallel, rows, dtype=config.model.dtype, head=head, micro_batches=count)
+
+    found = [of(spec, config.parallel, "value" if stage == "rm" else "lm")]
+    if critic is not None:
+        found.append(of(critic, config.critic_parallel, "value"))
+    return max(found, key=lambda one: one.total)

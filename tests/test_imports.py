@@ -17,7 +17,7 @@ LAYERS = (
     ("mrlhf.parallel",),
     ("mrlhf.data", "mrlhf.models", "mrlhf.losses", "mrlhf.rl.advantages", "mrlhf.rl.kl", "mrlhf.rl.policy_loss", "mrlhf.rl.rewards",
      "mrlhf.rl.reward_child", "mrlhf.rl.reward_process", "mrlhf.rl.reward_http", "mrlhf.rl.reward_server",
-     "mrlhf.rl.shaping", "mrlhf.rl.best_of", "mrlhf.rl", "mrlhf.tokenizer", "mrlhf.plan", "mrlhf.memory", "mrlhf.less_memory",
+     "mrlhf.rl.shaping", "mrlhf.rl.best_of", "mrlhf.rl", "mrlhf.tokenizer", "mrlhf.plan", "mrlhf.activations", "mrlhf.memory", "mrlhf.less_memory",
      "mrlhf.safe_pickle", "mrlhf.spikes"),
     ("mrlhf.checkpoint", "mrlhf.manifest", "mrlhf.randomness", "mrlhf.saving", "mrlhf.saver", "mrlhf.resume", "mrlhf.stopping", "mrlhf.heartbeat",
      "mrlhf.dist_io", "mrlhf.engine", "mrlhf.preflight", "mrlhf.tracking", "mrlhf.report", "mrlhf.profiling", "mrlhf.inspection",
