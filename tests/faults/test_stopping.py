@@ -77,7 +77,7 @@ def test_the_budget_of_time(world: Path, tmp_path: Path) -> None:
     assert run.until(lambda: run.beat().get("pid"))
     assert run.wait(60) == 75  # after 12 s and the leaving of torch; without the budget it would go on for hours
     assert "stopped by train.exit_duration_minutes after step" in run.output()
-    assert int(last(run.directory).name[5:]) == run.steps() > 3
+    assert int(last(run.directory).name[5:]) == run.steps() >= 1
 
 
 @pytest.mark.soak
