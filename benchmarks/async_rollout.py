@@ -36,7 +36,8 @@ def run(args: argparse.Namespace, options: dict[str, Any], out: Path) -> list[di
     """Metrics of every step but the first two."""
     common = {
         "parallel.tensor_model_parallel_size": 1, "rollout.tensor_parallel_size": 1, "rollout.max_new_tokens": args.new_tokens,
-        "ppo.critic_warmup_steps": 0, "train.max_steps": args.steps, "train.output_dir": out, "logging.tensorboard": "false",
+        "ppo.critic_warmup_steps": 0, "train.max_steps": args.steps, "train.micro_batch_size": 64 // args.ranks,
+        "train.output_dir": out, "logging.tensorboard": "false",
     }  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.ranks, "-m", "mrlhf", "ppo",
                "--config", "examples/quickstart/ppo.yaml", *(part for k, v in {**common, **options}.items() for part in (f"--{k}", v))]  # fmt: skip
