@@ -323,14 +323,14 @@ def _output_file(file: str, names: list[str], tensors: Stored, meta: Mapping[str
     return OutputFile(file, len(text).to_bytes(8, "little") + text, places)
 
 
-def write_from(fd: int, start: int, data: Any) -> int:
-    """All of `data` (bytes-like). Raises CheckpointError where the disk is full."""
+def write_from(fd: int, start: int, data: Any, what: str = "") -> int:
+    """All of `data` (bytes-like), which an error calls `what`. Raises CheckpointError where the disk is full."""
     done = 0
     try:
         while done < len(data):
             done += os.pwrite(fd, data[done:], start + done)
     except OSError as error:
-        raise CheckpointError(f"cannot be written: {error.strerror}", where=os.readlink(f"/proc/self/fd/{fd}")) from error
+        raise CheckpointError(f"{what} cannot be written: {error.strerror}".lstrip(), where=os.readlink(f"/proc/self/fd/{fd}")) from error
     return done
 
 
@@ -366,7 +366,7 @@ class HFWriter:
             self._fds[file] = os.open(self.directory / file, os.O_WRONLY)
         data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         assert len(data) == nbytes, (name, len(data), nbytes)
-        return write_from(self._fds[file], at, data)
+        return write_from(self._fds[file], at, data, name)
 
     def sync(self) -> None:
         for fd in list(self._fds.values()):  # another thread may open one more
