@@ -63,11 +63,11 @@ def worker(arm: str, source: Path, target: Path) -> None:
     os.environ["MRLHF_DEVICE"] = "cpu"
     from safetensors.torch import load_file, save_file
 
-    from mrlhf import convert
-    from mrlhf.manifest import fsync
+    from mrlhf.checkpoint.manifest import fsync
+    from mrlhf.convert import hf
     from mrlhf.parallel import state
 
-    convert.start()
+    hf.start()
     for file in (f for f in source.rglob("*") if f.is_file()):  # every arm reads from the page cache
         with file.open("rb", buffering=0) as f:
             while f.read(1 << 24):
@@ -80,9 +80,9 @@ def worker(arm: str, source: Path, target: Path) -> None:
             save_file(load_file(file), target / file.name, metadata={"format": "pt"})
             fsync(target / file.name)
     elif arm == "import":
-        convert.hf_to_megatron(str(source), target)
+        hf.hf_to_megatron(str(source), target)
     else:
-        convert.megatron_to_hf(str(source), target)
+        hf.megatron_to_hf(str(source), target)
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "cpu": time.process_time() - cpu, "peak_bytes": peak_bytes(), "base_bytes": base}))
     state.shutdown()
@@ -123,7 +123,10 @@ def main() -> None:
         worker(args.worker[0], Path(args.worker[1]), Path(args.worker[2]))
         return
     largest = VOCAB * HIDDEN * 2
-    lines = ["| layers | GiB | arm | GiB/s, median | of plain | CPU seconds | memory over the start, GiB |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| layers | GiB | arm | GiB/s, median | of plain | CPU seconds | memory over the start, GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for layers in args.layers:
         nbytes, found = measure(layers, args.repeats)
         plain = [row["seconds"] for row in found["plain"]]

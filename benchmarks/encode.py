@@ -22,13 +22,11 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mrlhf.data.encoder import choose_encoder
-from mrlhf.data.ready_made import ready_made
-from mrlhf.data.template import Template
+from mrlhf.data.prepare.ready_made import ready_made
+from mrlhf.data.prepare.template import Template
+from mrlhf.data.tokenizers.encoder import choose_encoder
 
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -138,7 +136,11 @@ def main() -> None:
         },
         args.rounds,
     )
-    lines = ["# Text to ids and masks, one core", "", f"`python benchmarks/encode.py --megabytes {args.megabytes:g} --rounds {args.rounds}`, "]
+    lines = [
+        "# Text to ids and masks, one core",
+        "",
+        f"`python benchmarks/encode.py --megabytes {args.megabytes:g} --rounds {args.rounds}`, ",
+    ]
     lines[-1] += f"{platform.machine()}, Python {platform.python_version()}; {note}. Seconds are of CPU; medians of interleaved rounds."
     lines += ["", *table("Chats: ChatML rendered, ids and masks", sum(len(t.encode()) for t in rendered) / 1e6, len(chats), *chat_figures)]
     lines += table("Plain text: ids with eos", sum(len(t.encode()) for t in texts) / 1e6, len(texts), *text_figures)

@@ -31,11 +31,11 @@ def throughput(args: argparse.Namespace) -> list[str]:
     import tempfile
 
     import mrlhf.parallel  # noqa: F401  (adapts megatron.core)
-    from mrlhf.config import ParallelConfig
+    from mrlhf.config.options import ParallelConfig
     from mrlhf.models.families import spec_from_hf
     from mrlhf.parallel import state
-    from mrlhf.rl.rollout import generate, request_seed
-    from mrlhf.rl.vllm_engine import Sampling, VLLMEngine
+    from mrlhf.rl.rollout.tables import generate, request_seed
+    from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine
 
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": args.hidden, "intermediate_size": 2 * args.hidden,
@@ -128,7 +128,13 @@ def main() -> None:
         "price of a seed for every request (answers that do not depend on the number of ranks) and of the sampled tokens' log-probs.",
     ]
     if args.metrics:
-        lines += ["", "## A step of the quickstart's PPO", "", f"From `{args.metrics.name}` of `make quickstart`'s PPO stage (2 ranks, TP 2).", ""]
+        lines += [
+            "",
+            "## A step of the quickstart's PPO",
+            "",
+            f"From `{args.metrics.name}` of `make quickstart`'s PPO stage (2 ranks, TP 2).",
+            "",
+        ]
         lines += step_table(args.metrics)
     print("\n".join(lines))
     if args.output:

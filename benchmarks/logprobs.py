@@ -25,7 +25,7 @@ def measure(way: str, tokens: int, vocab: int, hidden_size: int, *, with_entropy
     """Peak extra memory in MiB and seconds of forward and backward, after a warm-up on few tokens; and sums of the results to compare."""
     import torch
 
-    from mrlhf.parallel.logprobs import Head, head_logprobs
+    from mrlhf.models.layers.logprobs import Head, head_logprobs
 
     def run(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if way == "chunked":

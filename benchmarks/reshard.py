@@ -39,7 +39,7 @@ def worker(args: argparse.Namespace) -> None:
 
     import mrlhf.parallel  # noqa: F401  (adapts megatron.core)
     from mrlhf.models.families import hf_shapes, spec_from_hf, vllm_map
-    from mrlhf.models.layouts import make_weight_update, trainer_shard
+    from mrlhf.models.reshard_plan import make_weight_update, trainer_shard
     from mrlhf.parallel.state import Layout
 
     dist.init_process_group("gloo")
@@ -66,7 +66,9 @@ def worker(args: argparse.Namespace) -> None:
     for name in sorted(source):
         generator.manual_seed(hash((name, tp)) % 2**31 if "norm" not in name else 1)  # norms are the same on every rank
         source[name].copy_(torch.randn(source[name].shape, generator=generator))
-    pipelines = [dist.new_group([r for r in range(world) if layout.coordinates(r)[:2] == (t, d)]) for d in range(layout.dp) for t in range(args.tp)]
+    pipelines = [
+        dist.new_group([r for r in range(world) if layout.coordinates(r)[:2] == (t, d)]) for d in range(layout.dp) for t in range(args.tp)
+    ]
     tensor_groups = [
         dist.new_group([r for r in range(world) if layout.coordinates(r)[1:] == (d, p)]) for p in range(args.pp) for d in range(layout.dp)
     ]
@@ -98,7 +100,9 @@ def worker(args: argparse.Namespace) -> None:
                         target[target_name].narrow(b.dim, b.offset, b.length).copy_(value.narrow(b.dim, b.start, b.length))
 
     start = time.perf_counter()
-    plan = make_weight_update(spec, layout, rollout_tp=args.rollout_tp, rank=rank, dtype=torch.bfloat16, bucket_bytes=args.bucket_mib * MIB).in_place
+    plan = make_weight_update(
+        spec, layout, rollout_tp=args.rollout_tp, rank=rank, dtype=torch.bfloat16, bucket_bytes=args.bucket_mib * MIB
+    ).in_place
     plan_s = time.perf_counter() - start
     arms = {"gather and load": gather, "plan": lambda: plan.exchange(source, target)}
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in arms}
@@ -130,7 +134,16 @@ def worker(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("tp", 4), ("pp", 2), ("rollout-tp", 2), ("ranks", 8), ("bucket-mib", 32), ("repeats", 5), ("hidden", 1024), ("layers", 8)):
+    for name, default in (
+        ("tp", 4),
+        ("pp", 2),
+        ("rollout-tp", 2),
+        ("ranks", 8),
+        ("bucket-mib", 32),
+        ("repeats", 5),
+        ("hidden", 1024),
+        ("layers", 8),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", action="store_true")

@@ -22,7 +22,10 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 WHERE = ROOT / "runs/benchmark_save"
-STAGES: dict[str, tuple[int, int, int, str]] = {"sft": (1, 62, 15, "time/step_s"), "ppo": (2, 12, 2, "timing_s/step")}  # ranks, steps, interval, time
+STAGES: dict[str, tuple[int, int, int, str]] = {
+    "sft": (1, 62, 15, "time/step_s"),
+    "ppo": (2, 12, 2, "timing_s/step"),
+}  # ranks, steps, interval, time
 ARMS: dict[str, dict[str, object]] = {
     "none": {"checkpoint.save_interval": 0},
     "background": {"checkpoint.async_save": "true"},
@@ -44,7 +47,9 @@ def run(stage: str, arm: str) -> dict[str, float]:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nfailed: {done.stderr[-3000:]}")
-    rows = [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if step_time in r][2:]  # the first steps are slower
+    rows = [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if step_time in r][
+        2:
+    ]  # the first steps are slower
     newest = max((out / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
     return {
         "steps": len(rows),
@@ -79,7 +84,7 @@ def one_save(mib: int, repeats: int) -> list[str]:
     import torch
     import torch.distributed as dist
 
-    from mrlhf.saving import _Plan, _Writer
+    from mrlhf.checkpoint.save import _Plan, _Writer
 
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29777", rank=0, world_size=1)
     items = [(i, torch.full(((mib << 20) // 16 // 4,), float(i))) for i in range(16)]
@@ -93,7 +98,9 @@ def one_save(mib: int, repeats: int) -> list[str]:
         assert writer.error is None, writer.error
         shutil.rmtree(WHERE / "one")
     dist.destroy_process_group()
-    return [f"One save of {mib} MiB on one rank, written, hashed and on the disk: {median(walls):.2f} s, {median(cpus):.2f} s of CPU (medians of {repeats})."]
+    return [
+        f"One save of {mib} MiB on one rank, written, hashed and on the disk: {median(walls):.2f} s, {median(cpus):.2f} s of CPU (medians of {repeats})."
+    ]
 
 
 def main() -> None:

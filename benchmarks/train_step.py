@@ -78,12 +78,12 @@ def our_loop(folder: Path, tp: int) -> Callable[[Any], float]:
     """mrlhf's SFT step."""
     import torch
 
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import OptimConfig, ParallelConfig
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import OptimConfig, ParallelConfig
     from mrlhf.data.loader import Sample, collate
-    from mrlhf.engine import Trainer
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
+    from mrlhf.training.trainer import Trainer
 
     parallel = ParallelConfig(tensor_model_parallel_size=tp)
     state.initialize(parallel, seed=1)

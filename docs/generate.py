@@ -14,15 +14,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from mrlhf.config import STAGES  # noqa: E402
-from mrlhf.config_io import Option, options  # noqa: E402
-from mrlhf.data.options import PreprocessConfig  # noqa: E402
-from mrlhf.metrics import markdown_table  # noqa: E402
+from mrlhf.config.load import Option, options  # noqa: E402
+from mrlhf.config.options import STAGES  # noqa: E402
+from mrlhf.data.prepare.options import PreprocessConfig  # noqa: E402
+from mrlhf.observe.metrics import markdown_table  # noqa: E402
 
 MARK = "<!-- from here on written by docs/generate.py -->\n"
 METRICS = (
     "# Metrics\n\nEvery number that a run logs, to the console, `metrics.jsonl` and the trackers. Written by docs/generate.py from\n"
-    "`mrlhf/metrics.py`; a key that is not in this table cannot be logged.\n\n"
+    "`mrlhf/observe/metrics.py`; a key that is not in this table cannot be logged.\n\n"
 )
 
 

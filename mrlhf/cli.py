@@ -11,17 +11,16 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mrlhf import __version__
-from mrlhf.config import STAGES
-from mrlhf.config_io import help_text, load_config
+from mrlhf.config.load import help_text, load_config
+from mrlhf.config.options import STAGES
+from mrlhf.config.process import USER_ERROR, prepare_environment
 from mrlhf.errors import ConfigError, MrlhfError, SeveralErrors
 
-USER_ERROR = 2
 PATIENCE_S = 15.0
 
 SUMMARIES = {
@@ -37,7 +36,12 @@ SUMMARIES = {
     "report": "curves and samples of finished runs as one HTML file",
 }
 
-MODULES = {"ppo": "mrlhf.rl.ppo", "serve-reward": "mrlhf.serve_reward"}  # where a stage is not mrlhf.STAGE
+MODULES = {  # where a stage is not mrlhf.STAGE
+    "ppo": "mrlhf.rl.ppo",
+    "score": "mrlhf.commands.score",
+    "generate": "mrlhf.commands.generate",
+    "serve-reward": "mrlhf.commands.serve_reward",
+}
 
 USAGE = (
     "usage: mrlhf STAGE --config FILE [--dry-run] [--section.key VALUE ...]\n"
@@ -47,21 +51,6 @@ USAGE = (
     + "".join(f"  {name:<12} {text}\n" for name, text in SUMMARIES.items())
     + "\n  mrlhf STAGE --help   every option of a stage\n  mrlhf --version\n"
 )
-
-
-def prepare_environment() -> None:
-    """Sets what torch, tokenizers and Megatron read at import time; values the user has set are kept."""
-    cuda = any(os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl"))
-    wanted = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        wanted["OMP_NUM_THREADS"] = "1"
-    # One hardware queue keeps Megatron's tensor-parallel communication ahead of the matmul it overlaps with.
-    # Without CUDA, compiling a fused kernel costs a C++ build a process and gains nothing on toy sizes.
-    wanted |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if cuda else {"TORCH_COMPILE_DISABLE": "1"}
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
-    for category in (FutureWarning, UserWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(torch|megatron)(\.|$)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +82,7 @@ def _run(argv: list[str]) -> int:
     if name == "report":
         return _report(args)
     if name == "data":
-        from mrlhf.data.inspect import main as inspect_data
+        from mrlhf.data.show import main as inspect_data
 
         return inspect_data(args)
     if name not in STAGES:
@@ -106,7 +95,7 @@ def _run(argv: list[str]) -> int:
     config_file, dry, overrides = _split_args(name, args)
     config = load_config(STAGES[name], config_file, overrides)
     if dry:
-        return _status(importlib.import_module("mrlhf.dryrun").main(name, config))
+        return _status(importlib.import_module("mrlhf.commands.dry_run").main(name, config))
 
     def stage() -> int:
         return _guarded(lambda: _status(importlib.import_module(MODULES.get(name, f"mrlhf.{name}")).main(config)))
@@ -166,7 +155,7 @@ def _report(args: list[str]) -> int:
     runs = {n if names.count(n) == 1 else str(d): d for n, d in zip(names, dirs, strict=True)}
     target = Path(output) if output else dirs[0] / "report.html" if len(dirs) == 1 else Path("report.html")
     if _rank() == 0:
-        from mrlhf.report import build_report
+        from mrlhf.observe.report import build_report
 
         print(build_report(runs, target, extra=None))
     return 0

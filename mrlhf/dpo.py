@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from mrlhf import supervised
-from mrlhf.config import DPOStage
+from mrlhf.config.options import DPOStage
 from mrlhf.data.blend import sources_of
 from mrlhf.data.loader import Loader, MicroBatch
-from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.losses import dpo_loss
-from mrlhf.models.balance import pairs
+from mrlhf.models.layers.router_losses import pairs
 from mrlhf.parallel import state
-from mrlhf.references import fingerprint, stored
+from mrlhf.training import run as supervised
+from mrlhf.training.reference_cache import fingerprint, stored
+from mrlhf.training.trainer import LossFn, Model, Trainer
 
 
 def answer_logps(model: Model, hidden_BTH: torch.Tensor, batch: MicroBatch, *, mean: bool) -> torch.Tensor:

@@ -41,6 +41,14 @@ class DataError(MrlhfError):
     """A data file, record, template or tokenizer does not fit."""
 
 
+class RowProblem(DataError):
+    """A row that cannot be used. Rows with the same `kind` are counted and shown together; `fix` names the flag that helps."""
+
+    def __init__(self, kind: str, what: str, *, expected: str | None = None, fix: str | None = None):
+        self.kind = kind
+        super().__init__(what, expected=expected, fix=fix)
+
+
 class CheckpointError(MrlhfError):
     """A checkpoint or HF directory is missing, damaged or of another kind."""
 

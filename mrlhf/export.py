@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mrlhf.tool import run_tool
+from mrlhf.commands.tool import run_tool
 
 
 def _export(args: argparse.Namespace) -> int:
-    from mrlhf.convert import megatron_to_hf
+    from mrlhf.convert.hf import megatron_to_hf
 
     megatron_to_hf(str(args.checkpoint), args.output)
     return 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mrlhf import supervised
-from mrlhf.config import PretrainStage
+from mrlhf.config.options import PretrainStage
 from mrlhf.data.loader import Loader
-from mrlhf.engine import LossFn, Trainer
-from mrlhf.models.balance import of_aggregation
+from mrlhf.models.layers.router_losses import of_aggregation
 from mrlhf.sft import language_model_loss
+from mrlhf.training import run as supervised
+from mrlhf.training.trainer import LossFn, Trainer
 
 
 def main(config: PretrainStage) -> int:

@@ -11,20 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrlhf import supervised
-from mrlhf.config import RMStage
+from mrlhf.checkpoint.manifest import write_text
+from mrlhf.config.options import RMStage
 from mrlhf.data.loader import Loader, MicroBatch
-from mrlhf.engine import LossFn, Model, Trainer
 from mrlhf.losses import accuracy_by_margin, pairwise_loss
-from mrlhf.manifest import write_text
-from mrlhf.models.balance import pairs
+from mrlhf.models.layers.router_losses import pairs
 from mrlhf.parallel import state
-
-
-def score_micro_batches(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
-    """Score of each sample, [N] of every micro-batch: the head's value at its last real token."""
-    values = model.forward(batches, lambda values_BT1, batch: values_BT1.squeeze(-1).float()[None], channels=1)
-    return [batch.last(v_1BT[0].cpu()) for batch, v_1BT in zip(batches, values, strict=True)]
+from mrlhf.training import run as supervised
+from mrlhf.training.scoring import score_micro_batches
+from mrlhf.training.trainer import LossFn, Trainer
 
 
 def reward_loss(trainer: Trainer, loader: Loader, *, kind: str, by_margin: bool = False) -> LossFn:
@@ -63,7 +58,11 @@ def all_scores(trainer: Trainer, loader: Loader) -> torch.Tensor:
 
 def score_statistics(scores: torch.Tensor) -> dict[str, float]:
     """Mean and (biased) standard deviation of the scores of all answers: {"reward_mean", "reward_std", "reward_count"}."""
-    return {"reward_mean": float(scores.mean()), "reward_std": max(float(scores.var(correction=0)), 1e-12) ** 0.5, "reward_count": len(scores)}
+    return {
+        "reward_mean": float(scores.mean()),
+        "reward_std": max(float(scores.var(correction=0)), 1e-12) ** 0.5,
+        "reward_count": len(scores),
+    }
 
 
 def score_histogram(scores: torch.Tensor, *, bins: int = 30) -> dict[str, list[float]]:

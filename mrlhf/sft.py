@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from mrlhf import supervised
-from mrlhf.config import SFTStage
+from mrlhf.config.options import SFTStage
 from mrlhf.data.loader import Loader, MicroBatch
-from mrlhf.engine import LossFn, Trainer
 from mrlhf.losses import masked_cross_entropy, reduce_loss, sum_and_count
-from mrlhf.models.balance import of_aggregation
+from mrlhf.models.layers.router_losses import of_aggregation
+from mrlhf.training import run as supervised
+from mrlhf.training.trainer import LossFn, Trainer
 
 
 def language_model_loss(trainer: Trainer, *, aggregation: str, z_loss: float = 0.0) -> LossFn:

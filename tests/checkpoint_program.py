@@ -14,9 +14,9 @@ from typing import Any
 
 
 def make(source: str, parallel: Any, dtype: str, head: str = "lm", distributed: bool = True) -> Any:
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import OptimConfig
-    from mrlhf.engine import Trainer
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import OptimConfig
+    from mrlhf.training.trainer import Trainer
 
     optim = OptimConfig(lr=1e-3, lr_decay_style="linear", adam_beta2=0.999, weight_decay=0.01, use_distributed_optimizer=distributed)
     return Trainer(open_source(source), parallel, optim, head=head, dtype=dtype, seed=1, total_steps=6)
@@ -25,7 +25,7 @@ def make(source: str, parallel: Any, dtype: str, head: str = "lm", distributed: 
 def save(trainer: Any, target: Path, *, dtype: str, step: int, keep_last: int | None = 2) -> None:
     import torch.distributed as dist
 
-    from mrlhf import saving
+    from mrlhf.checkpoint import save as saving
 
     content = {"stage": "sft", "step": step, "dtype": dtype, "scheduler": step, "layout": {"world": dist.get_world_size()}}
     saving.save(target, [trainer.part()], content)
@@ -65,11 +65,11 @@ def failing_saves(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     import shutil
     import time
 
-    from mrlhf import saving
-    from mrlhf.config import CheckpointConfig, ParallelConfig
+    from mrlhf.checkpoint import save as saving
+    from mrlhf.checkpoint.manager import Saver
+    from mrlhf.checkpoint.manifest import read_manifest
+    from mrlhf.config.options import CheckpointConfig, ParallelConfig
     from mrlhf.errors import CheckpointError
-    from mrlhf.manifest import read_manifest
-    from mrlhf.saver import Saver
 
     found: dict[str, Any] = {}
     trainer = make(hf, ParallelConfig(), "float32")
@@ -145,7 +145,7 @@ def failing_saves(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     found["mended"] = names(front)
 
     # to_resume: falls back with a warning that names the file
-    from mrlhf.checkpoint import to_resume
+    from mrlhf.checkpoint.source import to_resume
 
     (front.directory / "step_3/dist/common.pt").write_bytes(b"")
     source = to_resume(work / "front", total_steps=9, verify="hash")
@@ -161,11 +161,12 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
 
     import torch
 
-    from mrlhf import checkpoint, saving
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import ParallelConfig
-    from mrlhf.engine import Model
+    from mrlhf.checkpoint import save as saving
+    from mrlhf.checkpoint import source as checkpoint
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import ParallelConfig
     from mrlhf.errors import CheckpointError
+    from mrlhf.training.trainer import Model
 
     found: dict[str, Any] = {}
     run, trainer = work / "killed/checkpoints", make(hf, ParallelConfig(), "float32", head="value")
@@ -230,7 +231,7 @@ def main() -> None:
     from disks import saves_on_a_full_disk
     from groups import leave_layout
 
-    from mrlhf.config import ParallelConfig
+    from mrlhf.config.options import ParallelConfig
     from mrlhf.parallel import state
 
     world = state.world_size()

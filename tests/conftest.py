@@ -45,7 +45,9 @@ def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.
     return done
 
 
-def python(*command: object, ranks: int = 1, vllm: bool = False, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def python(
+    *command: object, ranks: int = 1, vllm: bool = False, check: bool = True, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """`run(sys.executable, ...)`, or for more ranks `torchrun(ranks, ...)`, with the imports done (launch.py); `vllm`: its imports too."""
     return _checked(launch(ranks, command, env=environment(), vllm=vllm, timeout=timeout), check)
 
@@ -204,8 +206,8 @@ def make_world(root: Path) -> Path:
 
     sft_few and so on hold the first FEW rows (of pairs half as many), for programs that train on all of them many times.
     """
-    from mrlhf.data.options import PreprocessConfig
-    from mrlhf.data.preprocess import preprocess
+    from mrlhf.data.prepare.job import preprocess
+    from mrlhf.data.prepare.options import PreprocessConfig
 
     chats = conversations(48)
     texts = [m["content"] for chat in chats for m in chat] + ["system user assistant"]

@@ -13,13 +13,14 @@ from pathlib import Path
 
 def main() -> None:
     os.environ["MRLHF_DEVICE"] = "cpu"
-    from mrlhf import convert, dist_io
+    from mrlhf.checkpoint import tensor_file
+    from mrlhf.convert import hf
     from mrlhf.parallel import state
 
     direction, source, target, count = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-    dist_io._SYNC_BYTES = 1  # every parameter is noted at once
+    tensor_file._SYNC_BYTES = 1  # every parameter is noted at once
     written = 0
-    add = dist_io.Journal.add
+    add = tensor_file.Journal.add
 
     def counted(self, *args) -> None:
         nonlocal written
@@ -29,8 +30,8 @@ def main() -> None:
         self.wait()
         written += 1
 
-    dist_io.Journal.add = counted  # type: ignore[method-assign]
-    (convert.hf_to_megatron if direction == "import" else convert.megatron_to_hf)(source, target)
+    tensor_file.Journal.add = counted  # type: ignore[method-assign]
+    (hf.hf_to_megatron if direction == "import" else hf.megatron_to_hf)(source, target)
     print(f"wrote {written}")
     state.shutdown()
 

@@ -19,38 +19,38 @@ def main() -> None:
     import torch
     from zoo import KINDS
 
-    from mrlhf import convert
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import ParallelConfig
-    from mrlhf.dist_io import Skeleton
-    from mrlhf.engine import Model
+    from mrlhf.checkpoint.save import Part, save
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.checkpoint.tensor_file import Skeleton
+    from mrlhf.config.options import ParallelConfig
+    from mrlhf.convert import hf
+    from mrlhf.convert.verify import verify
     from mrlhf.errors import MrlhfError
     from mrlhf.models.families import hf_tensors
     from mrlhf.parallel import state
-    from mrlhf.saving import Part, save
-    from mrlhf.verify import verify
+    from mrlhf.training.trainer import Model
 
     result: dict[str, object] = {}
     for kind in sorted(p.name for p in zoo.iterdir() if p.is_dir()):
-        made = convert.hf_to_megatron(str(zoo / kind), work / f"{kind}.mrlhf")
-        convert.megatron_to_hf(str(made.path), work / f"{kind}.hf")
+        made = hf.hf_to_megatron(str(zoo / kind), work / f"{kind}.mrlhf")
+        hf.megatron_to_hf(str(made.path), work / f"{kind}.hf")
         result[kind] = [made.manifest["dtype"], made.head, verify(made, str(zoo / kind)).max_abs]
         if made.manifest["dtype"] == "float32" and kind in KINDS:
             for source, name in ((zoo / kind, f"{kind}.bf16.hf"), (work / f"{kind}.bf16.hf", f"{kind}.bf16.again")):
-                half = convert.hf_to_megatron(str(source), work / (name + ".mrlhf"), dtype="bfloat16")
-                convert.megatron_to_hf(str(half.path), work / name)
+                half = hf.hf_to_megatron(str(source), work / (name + ".mrlhf"), dtype="bfloat16")
+                hf.megatron_to_hf(str(half.path), work / name)
 
     # a reward model: fresh head on an LM, statistics as rm.py writes them, out to transformers and in again
-    value = convert.hf_to_megatron(str(zoo / "qwen2"), work / "value.mrlhf", head="value", seed=7)
+    value = hf.hf_to_megatron(str(zoo / "qwen2"), work / "value.mrlhf", head="value", seed=7)
     result["value beside its LM"] = verify(value, str(zoo / "qwen2")).max_abs
     model = Model(value, ParallelConfig(), head="value", dtype="float32", seed=1)
     part = Part("", model.modules, None, "value", value.hf_dir, state.groups())
     save(work / "rm.mrlhf", [part], {"stage": "rm", "step": 3, "dtype": "float32", "reward_mean": 1.5, "reward_std": 0.5})
-    export = convert.megatron_to_hf(str(work / "rm.mrlhf"), work / "rm.hf")
+    export = hf.megatron_to_hf(str(work / "rm.mrlhf"), work / "rm.hf")
     result["value notes"] = export.notes
     result["value"] = verify(export.source, str(export.path)).max_abs
-    back = convert.hf_to_megatron(str(work / "rm.hf"), work / "rm2.mrlhf")
-    convert.megatron_to_hf(str(back.path), work / "rm2.hf")
+    back = hf.hf_to_megatron(str(work / "rm.hf"), work / "rm2.mrlhf")
+    hf.megatron_to_hf(str(back.path), work / "rm2.hf")
     result["value head"] = [back.head, verify(back, str(work / "rm2.hf")).max_abs]
 
     # a run's directory with a critic beside the actor, as ppo.py saves it
@@ -61,14 +61,14 @@ def main() -> None:
     (work / "run/config.yaml").write_text(f"model: {{path: {zoo / 'qwen2'}}}\ndata: {{train: data/prompts}}\n")
     rows = [{"step": 4, "critic/score/mean": 0.5}, {"step": 5, "critic/score/mean": 0.75}, {"step": 6, "critic/score/mean": 9.0}]
     (work / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    convert.megatron_to_hf(str(work / "run"), work / "actor.hf")
-    convert.megatron_to_hf(str(work / "run"), work / "critic.hf", part="critic")
-    convert.megatron_to_hf(str(work / "half.mrlhf"), work / "half.hf")
+    hf.megatron_to_hf(str(work / "run"), work / "actor.hf")
+    hf.megatron_to_hf(str(work / "run"), work / "critic.hf", part="critic")
+    hf.megatron_to_hf(str(work / "half.mrlhf"), work / "half.hf")
 
     for dtype in ("float16", "bfloat16", "float32"):
-        made_hf = convert.megatron_to_hf(str(work / "qwen2.mrlhf"), work / f"{dtype}.hf", dtype=dtype)
+        made_hf = hf.megatron_to_hf(str(work / "qwen2.mrlhf"), work / f"{dtype}.hf", dtype=dtype)
         result[f"as {dtype}"] = verify(made_hf.source, str(made_hf.path)).max_abs
-    narrow = convert.hf_to_megatron(str(zoo / "qwen2"), work / "narrow.mrlhf", dtype="bfloat16")
+    narrow = hf.hf_to_megatron(str(zoo / "qwen2"), work / "narrow.mrlhf", dtype="bfloat16")
     result["narrow"] = [narrow.manifest["dtype"], verify(narrow, str(zoo / "qwen2")).max_abs]
 
     # a wrong mapping must show: rows of two heads swapped in the exported file
@@ -90,14 +90,18 @@ def main() -> None:
 
     # Megatron's own save of the same model, and a checkpoint in which one bit has changed
     theirs = Model(open_source(str(work / "gemma3_text.mrlhf")), ParallelConfig(), head="lm", dtype="float32", seed=1)
-    save(work / "megatrons_own", [Part("", theirs.modules, None, "lm", zoo / "gemma3_text", state.groups())], {"stage": "x", "step": 0, "dtype": "float32"})
+    save(
+        work / "megatrons_own",
+        [Part("", theirs.modules, None, "lm", zoo / "gemma3_text", state.groups())],
+        {"stage": "x", "step": 0, "dtype": "float32"},
+    )
     flipped = shutil.copytree(work / "llama.mrlhf", work / "flipped.mrlhf")
     (part_file,) = (flipped / "dist").glob("*.distcp")
     data = bytearray(part_file.read_bytes())
     data[len(data) // 2] ^= 0x40
     part_file.write_bytes(data)
-    result["dry run"] = convert.plan_import(str(zoo / "phi3")).describe() + convert.plan_export(str(flipped), work / "x").describe()
-    granite = convert.hf_to_megatron(str(zoo / "granite"), work / "granite.value", head="value")
+    result["dry run"] = hf.plan_import(str(zoo / "phi3")).describe() + hf.plan_export(str(flipped), work / "x").describe()
+    granite = hf.hf_to_megatron(str(zoo / "granite"), work / "granite.value", head="value")
     skeleton = Skeleton(value.spec, ParallelConfig(), head="lm", dtype=torch.float32)
     tensors = hf_tensors(value.spec, head="lm")
     lacking = {**tensors, "extra.weight": tensors["model.norm.weight"]}
@@ -107,16 +111,16 @@ def main() -> None:
         actor.modules[0].decoder.final_layernorm.weight[0] = 1e5
     save(work / "large.mrlhf", parts[:1], {"stage": "sft", "step": 5, "dtype": "bfloat16"})
     result["refused"] = {
-        "overflow": refusal(lambda: convert.megatron_to_hf(str(work / "large.mrlhf"), work / "large.hf", dtype="float16")),
-        "existing": refusal(lambda: convert.hf_to_megatron(str(zoo / "qwen2"), work / "qwen2.mrlhf")),
-        "existing hf": refusal(lambda: convert.megatron_to_hf(str(work / "qwen2.mrlhf"), work / "qwen2.hf")),
-        "checkpoint as hf": refusal(lambda: convert.hf_to_megatron(str(work / "qwen2.mrlhf"), work / "x")),
-        "hf as checkpoint": refusal(lambda: convert.megatron_to_hf(str(zoo / "qwen2"), work / "x")),
-        "no critic": refusal(lambda: convert.megatron_to_hf(str(work / "qwen2.mrlhf"), work / "x", part="critic")),
-        "value as lm": refusal(lambda: convert.hf_to_megatron(str(work / "rm.hf"), work / "x", head="lm")),
-        "no classifier": refusal(lambda: convert.megatron_to_hf(str(granite.path), work / "x")),
-        "flipped": refusal(lambda: convert.megatron_to_hf(str(flipped), work / "x")),
-        "maps": refusal(lambda: convert.check_maps(skeleton, lacking, value.spec)),
+        "overflow": refusal(lambda: hf.megatron_to_hf(str(work / "large.mrlhf"), work / "large.hf", dtype="float16")),
+        "existing": refusal(lambda: hf.hf_to_megatron(str(zoo / "qwen2"), work / "qwen2.mrlhf")),
+        "existing hf": refusal(lambda: hf.megatron_to_hf(str(work / "qwen2.mrlhf"), work / "qwen2.hf")),
+        "checkpoint as hf": refusal(lambda: hf.hf_to_megatron(str(work / "qwen2.mrlhf"), work / "x")),
+        "hf as checkpoint": refusal(lambda: hf.megatron_to_hf(str(zoo / "qwen2"), work / "x")),
+        "no critic": refusal(lambda: hf.megatron_to_hf(str(work / "qwen2.mrlhf"), work / "x", part="critic")),
+        "value as lm": refusal(lambda: hf.hf_to_megatron(str(work / "rm.hf"), work / "x", head="lm")),
+        "no classifier": refusal(lambda: hf.megatron_to_hf(str(granite.path), work / "x")),
+        "flipped": refusal(lambda: hf.megatron_to_hf(str(flipped), work / "x")),
+        "maps": refusal(lambda: hf.check_maps(skeleton, lacking, value.spec)),
         "other model": refusal(lambda: verify(open_source(str(work / "qwen2.mrlhf")), str(zoo / "qwen3"))),
     }
     result["nothing left"] = sorted(p.name for p in work.iterdir() if p.name == "x" or p.name.endswith(".tmp") or p.name == "large.hf")

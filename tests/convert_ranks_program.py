@@ -19,21 +19,21 @@ def main() -> None:
     from groups import leave_layout
     from zoo import VOCAB, samples
 
-    from mrlhf import convert
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import ParallelConfig
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import ParallelConfig
+    from mrlhf.convert import hf
     from mrlhf.data.loader import Sample, collate
-    from mrlhf.engine import Model
     from mrlhf.models import gpt
     from mrlhf.parallel import state
+    from mrlhf.training.trainer import Model
 
     # isort: split
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     zoo, work, kinds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     for kind in kinds:
-        convert.hf_to_megatron(str(zoo / kind), work / f"{kind}.mrlhf")
-        convert.megatron_to_hf(str(work / f"{kind}.mrlhf"), work / f"{kind}.hf")
+        hf.hf_to_megatron(str(zoo / kind), work / f"{kind}.mrlhf")
+        hf.megatron_to_hf(str(work / f"{kind}.mrlhf"), work / f"{kind}.hf")
     leave_layout()
     rows = [Sample(ids.numpy(), ids.numpy() * 0 + 1, i) for i, ids in enumerate(samples())]
     found: dict[str, float] = {}

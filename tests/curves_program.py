@@ -35,8 +35,8 @@ def make_data(folder: Path) -> None:
     """The tokenizer with a random Llama in model/, and the packed sets text, sft, pref and pref_eval."""
     from conftest import make_hf_model, make_tokenizer, write_jsonl
 
-    from mrlhf.data.options import PreprocessConfig
-    from mrlhf.data.preprocess import preprocess
+    from mrlhf.data.prepare.job import preprocess
+    from mrlhf.data.prepare.options import PreprocessConfig
 
     rng = random.Random(0)
 
@@ -49,7 +49,9 @@ def make_data(folder: Path) -> None:
     words = [(w, c) for w in WARM for c in COLD]
     rng.shuffle(words)
     held_out, seen = words[:10], words[10:]
-    chats = [[{"role": "user", "content": question()}, {"role": "assistant", "content": answer(rng.choice(WARM + COLD))}] for _ in range(480)]
+    chats = [
+        [{"role": "user", "content": question()}, {"role": "assistant", "content": answer(rng.choice(WARM + COLD))}] for _ in range(480)
+    ]
     texts = [f"{chat[0]['content']} {chat[1]['content']}" for chat in chats]
 
     def pair(warm: str, cold: str) -> dict[str, object]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mrlhf.manifest import check, entry
+from mrlhf.checkpoint.manifest import check, entry
 
 
 @contextmanager
@@ -43,16 +43,21 @@ def _names(directory: Path) -> list[str]:
 
 def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
     """The disk is filled before or after the check of free space: before the first file, amid the tensors, before the index, before `latest`."""
-    from mrlhf import saving
-    from mrlhf.config import CheckpointConfig
+    from mrlhf.checkpoint import save as saving
+    from mrlhf.checkpoint.manager import Saver
+    from mrlhf.config.options import CheckpointConfig
     from mrlhf.errors import CheckpointError
-    from mrlhf.saver import Saver
 
     content, run = {"stage": "sft", "dtype": "float32"}, disk / "run"
     Saver(run, CheckpointConfig()).save(1, [trainer.part()], content)
     first = run / "checkpoints/step_1"
     bytes_of_first = {p: entry(p) for p in first.rglob("*") if p.is_file()}
-    moments = {"side files": ("copy_side_files", 1), "tensors": ("save_tensor", 5), "index": ("write_metadata", 1), "pointer": ("retain", 1)}
+    moments = {
+        "side files": ("copy_side_files", 1),
+        "tensors": ("save_tensor", 5),
+        "index": ("write_metadata", 1),
+        "pointer": ("retain", 1),
+    }
 
     def full_at(name: str, calls: int, call: Callable[..., Any]) -> Callable[..., Any]:
         left = calls

@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # with what a run imports when it is under way
-IMPORTS = ("mrlhf.cli", "mrlhf.rl.ppo", "mrlhf.dpo", "mrlhf.rm", "mrlhf.pretrain", "mrlhf.score", "mrlhf.export")
+IMPORTS = ("mrlhf.cli", "mrlhf.rl.ppo", "mrlhf.dpo", "mrlhf.rm", "mrlhf.pretrain", "mrlhf.commands.score", "mrlhf.export")
 VLLM = ("vllm.v1.engine.llm_engine",)
 _servers: dict[bool, subprocess.Popen[bytes]] = {}
 

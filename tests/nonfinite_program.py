@@ -16,16 +16,20 @@ def main() -> None:
     import torch.distributed as dist
     from groups import leave_layout
 
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import OptimConfig, ParallelConfig
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import OptimConfig, ParallelConfig
     from mrlhf.data.indexed import PackedDataset
     from mrlhf.data.loader import Loader
-    from mrlhf.engine import MAX_SKIPPED, Trainer
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
+    from mrlhf.training.trainer import MAX_SKIPPED, Trainer
 
     found: dict[str, Any] = {}
-    layouts = {"dp2": ParallelConfig(), "tp2": ParallelConfig(tensor_model_parallel_size=2), "pp2": ParallelConfig(pipeline_model_parallel_size=2)}
+    layouts = {
+        "dp2": ParallelConfig(),
+        "tp2": ParallelConfig(tensor_model_parallel_size=2),
+        "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    }
     for name, parallel in layouts.items():
         layout = state.initialize(parallel, seed=1)
         rank = dist.get_rank()
@@ -36,7 +40,14 @@ def main() -> None:
 
         def make(policy: str) -> Any:
             return Trainer(
-                open_source(sys.argv[1]), parallel, optim, head="lm", dtype="float32", seed=1, total_steps=50, on_nonfinite=policy  # noqa: B023
+                open_source(sys.argv[1]),
+                parallel,
+                optim,
+                head="lm",
+                dtype="float32",
+                seed=1,
+                total_steps=50,
+                on_nonfinite=policy,  # noqa: B023
             )
 
         def everything(trainer: Any) -> list[torch.Tensor]:

@@ -38,8 +38,8 @@ def main() -> None:
     import torch.distributed as dist
     from groups import leave_layout
 
-    from mrlhf import score
-    from mrlhf.config import ParallelConfig, ScoreStage
+    from mrlhf.commands import score
+    from mrlhf.config.options import ParallelConfig, ScoreStage
     from mrlhf.parallel import state
 
     state.shutdown = leave_layout  # the next case uses the same processes

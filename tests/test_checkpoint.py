@@ -17,11 +17,11 @@ from disks import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.checkpoint import open_source
+from mrlhf.checkpoint.manifest import HashBehind, _seal, await_files, entry, newest_whole, read_manifest, steps_in, write_manifest
+from mrlhf.checkpoint.manifest import check as manifest_check
+from mrlhf.checkpoint.save import Best, Keep, retain
+from mrlhf.checkpoint.source import open_source
 from mrlhf.errors import CheckpointError
-from mrlhf.manifest import HashBehind, _seal, await_files, entry, newest_whole, read_manifest, steps_in, write_manifest
-from mrlhf.manifest import check as manifest_check
-from mrlhf.saving import Best, Keep, retain
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,9 @@ def test_saved_by_an_interleaved_pipeline_and_gone_on_with_by_one_process(found:
 def test_failed_save_leaves_the_last_one(found: dict[str, Any]) -> None:
     assert found["after_failure"] == ["latest", "step_1", "step_2.tmp"]
     assert found["latest_after_failure"] == 1
-    assert found["after_recovery"] == ["latest", "step_4", "step_5"], "unfinished saves are cleared when the run starts again, the two newest kept"
+    assert found["after_recovery"] == ["latest", "step_4", "step_5"], (
+        "unfinished saves are cleared when the run starts again, the two newest kept"
+    )
 
 
 def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
@@ -139,7 +141,9 @@ def test_every_file_truncated_flipped_and_deleted(copied: Path) -> None:
     """Each is found, named, and the checkpoint before it is taken: no silent load."""
     newest = copied / "checkpoints/step_5"
     names = [*read_manifest(newest)["files"], "mrlhf.json"]
-    assert {"dist/.metadata", "dist/common.pt", "dist/metadata.json", "dist/__0_0.distcp", "hf/config.json", "rng/rank_0.json"} <= set(names)
+    assert {"dist/.metadata", "dist/common.pt", "dist/metadata.json", "dist/__0_0.distcp", "hf/config.json", "rng/rank_0.json"} <= set(
+        names
+    )
     draw = random.Random(1)
     for name in names:
         path = newest / name
@@ -307,7 +311,7 @@ def test_other_things_are_refused(copied: Path, tmp_path: Path) -> None:
 
 def test_optimizer_state_of_experts_over_ranks_is_not_that_of_experts_cut() -> None:
     """Megatron has an optimizer for each then, and other names; without this a KeyError of 40 kB."""
-    from mrlhf.checkpoint import check_optimizer_names
+    from mrlhf.checkpoint.source import check_optimizer_names
 
     one, two = ["optimizer.state.exp_avg.x", "x"], ["chained_0.optimizer.state.exp_avg.x", "x"]
     check_optimizer_names(one, spread=False, where="here")

@@ -12,7 +12,7 @@ import pytest
 
 import mrlhf
 from mrlhf import cli
-from mrlhf.config import GenerateStage, SFTStage
+from mrlhf.config.options import GenerateStage, SFTStage
 from mrlhf.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,14 +113,14 @@ def test_stage_gets_its_configuration(monkeypatch):
 
 def test_generate_from_flags_alone(monkeypatch):
     seen = []
-    fake_module(monkeypatch, "generate", seen.append)
+    fake_module(monkeypatch, "commands.generate", seen.append)
     assert cli.main(["generate", "--checkpoint", "c", "--prompts", "p", "--output", "o", "--max-new-tokens", "9", "--top-p", "0.9"]) == 0
     assert isinstance(seen[0], GenerateStage) and (seen[0].max_new_tokens, seen[0].top_p) == (9, 0.9)
 
 
 def test_dry_run_goes_elsewhere(monkeypatch):
     seen = []
-    fake_module(monkeypatch, "dryrun", lambda stage, config: seen.append((stage, config)))
+    fake_module(monkeypatch, "commands.dry_run", lambda stage, config: seen.append((stage, config)))
     assert cli.main(["sft", "--dry-run", *GOOD]) == 0
     assert seen[0][0] == "sft" and seen[0][1].train.global_batch_size == 8
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mrlhf.config import STAGES, DataSource, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
-from mrlhf.config_io import diff, dump_yaml, help_text, load_config, options
+from mrlhf.config.load import diff, dump_yaml, help_text, load_config, options
+from mrlhf.config.options import STAGES, DataSource, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
 from mrlhf.errors import MrlhfError, SeveralErrors
 
 GOOD = """\
@@ -147,7 +147,9 @@ def test_everything_wrong_with_a_blend(write):
         "data.train: epochs = -1.0 of a",
         "data.train: b without a weight, the others with one",
     ]
-    assert [e.what for e in problems(SFTStage, write(GOOD), ["--data.train", "[{prefix: a"])] == ["data.train = [{prefix: a (not valid YAML)"]
+    assert [e.what for e in problems(SFTStage, write(GOOD), ["--data.train", "[{prefix: a"])] == [
+        "data.train = [{prefix: a (not valid YAML)"
+    ]
     assert [e.what for e in problems(SFTStage, write(GOOD), ["--data.train", "[]"])] == ["data.train: no source"]
 
 

@@ -113,7 +113,9 @@ def test_tied_stays_tied(found: dict[str, Any], work: Path) -> None:
 def test_transformers_loads_the_export(found: dict[str, Any], zoo: Path, work: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(work / f"{kind}.hf", dtype="auto", attn_implementation="eager", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        work / f"{kind}.hf", dtype="auto", attn_implementation="eager", output_loading_info=True
+    )
     assert not any(info.values())
     for ids, wanted in zip(samples(), torch.load(zoo / f"{kind}.pt"), strict=True):
         with torch.no_grad():
@@ -188,7 +190,7 @@ def test_refusals(found: dict[str, Any]) -> None:
 
 
 def test_a_checkpoint_cut_short_is_refused(found: dict[str, Any], work: Path) -> None:
-    from mrlhf.checkpoint import open_source
+    from mrlhf.checkpoint.source import open_source
     from mrlhf.errors import CheckpointError
 
     short = shutil.copytree(work / "llama.mrlhf", work / "short.mrlhf")
@@ -240,7 +242,7 @@ def test_command_lines(zoo: Path, work: Path, found: dict[str, Any], tmp_path: P
 
 
 def test_inspection(zoo: Path, work: Path, found: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    from mrlhf.inspection import describe
+    from mrlhf.convert.inspect import describe
 
     lines = describe(str(work / "run"), tensors=True)
     text = "\n".join(lines)
@@ -270,9 +272,9 @@ def test_inspection(zoo: Path, work: Path, found: dict[str, Any], capsys: pytest
     ],
 )
 def test_what_cannot_be_expressed_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    from mrlhf.checkpoint import open_source
+    from mrlhf.checkpoint.source import open_source
     from mrlhf.errors import CheckpointError
-    from mrlhf.models.hf_io import HFReader
+    from mrlhf.models.hf_files import HFReader
 
     make_hf_model(tmp_path, "llama", vocab_size=64)
     path = tmp_path / "config.json"

@@ -151,10 +151,10 @@ def damage(directory: Path, how: str) -> None:
     ],
 )
 def test_damaged_hf_files_name_file_and_tensor(sharded: Path, how: str, names: list[str]) -> None:
-    from mrlhf.checkpoint import open_source
+    from mrlhf.checkpoint.source import open_source
     from mrlhf.errors import CheckpointError
     from mrlhf.models.families.blocks import Block
-    from mrlhf.models.hf_io import HFReader
+    from mrlhf.models.hf_files import HFReader
 
     def read_all() -> None:
         source = open_source(str(sharded))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conftest import TESTS, python
 
-from mrlhf.config import OptimConfig
-from mrlhf.engine import make_scheduler
+from mrlhf.config.options import OptimConfig
+from mrlhf.training.trainer import make_scheduler
 
 
 def rates(total: int, **options: object) -> list[float]:

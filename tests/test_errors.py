@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer, run, torchrun, write_jsonl
 
-from mrlhf.config import STAGES
-from mrlhf.config_io import dump_yaml, load_config
+from mrlhf.config.load import dump_yaml, load_config
+from mrlhf.config.options import STAGES
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.errors import MrlhfError, SeveralErrors
 
@@ -55,8 +55,8 @@ def options(world: Path, stage: str, **changes: object) -> list[str]:
 @pytest.fixture
 def problems(world: Path) -> Callable[..., list[MrlhfError]]:
     """Every error of a configuration: those of its text, or else those of its files."""
-    from mrlhf import preflight
     from mrlhf.rl import ppo
+    from mrlhf.training import preflight
 
     def find(stage: str, *, ranks: int = 1, **changes: object) -> list[MrlhfError]:
         try:
@@ -100,7 +100,7 @@ def value_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_option(stage: str) -> None:
     done = run(*MRLHF, stage, "--help")
     shown = {word[2:] for word in re.findall(r"--[\w.]+", done.stdout)}
-    from mrlhf.config_io import options as known
+    from mrlhf.config.load import options as known
 
     assert set(known(STAGES[stage])) <= shown and done.stderr == ""
 
@@ -174,7 +174,7 @@ def test_dry_run_shows_everything_at_once(world: Path, other_tokenizer: Path) ->
 def test_dry_run_says_what_the_run_would_be(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mrlhf import dryrun
+    from mrlhf.commands import dry_run
 
     monkeypatch.setenv("WORLD_SIZE", "4")
     changes: dict[str, object] = {
@@ -182,7 +182,7 @@ def test_dry_run_says_what_the_run_would_be(
         "train.micro_batch_size": 2,
         "train.output_dir": tmp_path / "run",
     }
-    dryrun.main("sft", load_config(STAGES["sft"], None, options(world, "sft", **changes)))
+    dry_run.main("sft", load_config(STAGES["sft"], None, options(world, "sft", **changes)))
     shown = capsys.readouterr().out
     assert "global 8 = micro 2 x accumulation 2 x dp 2   (4 ranks = tp 2 x pp 1 x dp 2)" in shown
     meta = json.loads((world / "sft.json").read_text())
@@ -194,9 +194,9 @@ def test_dry_run_says_what_the_run_would_be(
 
 
 def test_dry_run_of_ppo(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mrlhf import dryrun
+    from mrlhf.commands import dry_run
 
-    dryrun.main("ppo", load_config(STAGES["ppo"], None, options(world, "ppo", **{"train.max_steps": 3, "ppo.epochs": 2, "rollout.n": 2})))
+    dry_run.main("ppo", load_config(STAGES["ppo"], None, options(world, "ppo", **{"train.max_steps": 3, "ppo.epochs": 2, "rollout.n": 2})))
     shown = capsys.readouterr().out
     assert "3 rollouts of 8 prompts x 2 answers, 4 updates each" in shown
     assert all(what in shown for what in ("actor", "critic", "reference", "vLLM weights", "vLLM key/value cache"))
@@ -289,9 +289,16 @@ def test_micro_batches_by_tokens(problems: Callable[..., list[MrlhfError]], worl
     largest = int(np.add.reduceat(packs.lengths, packs.doc_index[:-1]).max())
     assert not problems("sft", train__max_tokens_per_micro_batch=largest)
     (error,) = problems("sft", train__max_tokens_per_micro_batch=largest - 1)
-    assert error.what == f"train.max_tokens_per_micro_batch = {largest - 1} is less than the largest pack takes: {largest} tokens with padding"
+    assert (
+        error.what == f"train.max_tokens_per_micro_batch = {largest - 1} is less than the largest pack takes: {largest} tokens with padding"
+    )
     width = -(-pairs.max_length // 4) * 4
-    options: dict[str, Any] = {"data__packing": False, "ranks": 4, "parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+    options: dict[str, Any] = {
+        "data__packing": False,
+        "ranks": 4,
+        "parallel__tensor_model_parallel_size": 2,
+        "parallel__sequence_parallel": True,
+    }
     (error,) = problems("dpo", parallel__context_parallel_size=2, train__max_tokens_per_micro_batch=2 * width - 1, **options)
     assert "the largest pair takes" in error.what and error.fix == f"--train.max_tokens_per_micro_batch {2 * width}"
     (error,) = problems("ppo", train__max_tokens_per_micro_batch=8)
@@ -438,7 +445,7 @@ def test_what_the_losses_would_refuse_is_refused_before_the_run(
 
 
 def test_resuming_with_another_configuration_shows_the_difference(world: Path, tmp_path: Path) -> None:
-    from mrlhf.resume import check_resume
+    from mrlhf.training.resume import check_resume
 
     def config(**changes: object) -> Any:
         return load_config(STAGES["sft"], None, options(world, "sft", **{"train.output_dir": tmp_path, **changes}))

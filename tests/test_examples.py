@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, metrics
 
-from mrlhf.config import STAGES
-from mrlhf.config_io import dump_yaml, load_config
-from mrlhf.metrics import EVALUATED
+from mrlhf.config.load import dump_yaml, load_config
+from mrlhf.config.options import STAGES
+from mrlhf.observe.metrics import EVALUATED
 
 YAMLS = sorted(p for p in ROOT.glob("examples/*/*.yaml"))
 DATA = {"pretrain": "text", "sft": "sft", "rm": "pref", "dpo": "pref", "ppo": "prompts"}
@@ -78,7 +78,7 @@ def test_large_configurations_pass_a_dry_run(
     path: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With Llama 3's shapes, the toy's tokenizer and data, and the number of ranks that the file names. No weights are read."""
-    from mrlhf import dryrun
+    from mrlhf.commands import dry_run
 
     stage, text = stage_of(path), path.read_text()
     shape, parameters = LARGE[path.stem]
@@ -93,7 +93,7 @@ def test_large_configurations_pass_a_dry_run(
         Path(directory, "config.json").write_text(json.dumps({**shape, "architectures": [architecture]}))
     overrides = ["--model.path", "lm", "--data.train", str(world / DATA[stage]), "--data.seq_length", "160"]
     overrides += ["--data.eval", "null"] + (["--reward.sources", "model:rm"] if stage == "ppo" else [])
-    dryrun.main(stage, load_config(STAGES[stage], str(path), overrides))
+    dry_run.main(stage, load_config(STAGES[stage], str(path), overrides))
     shown = capsys.readouterr().out
     assert f"({ranks} ranks = " in shown and f"{parameters} parameters" in shown
     assert float(shown.partition("together ")[2].split()[0]) < 80, "an H100 has 80 GB, and activations must fit beside"
@@ -198,13 +198,23 @@ def test_iterative_dpo(world: Path, tmp_path: Path) -> None:
     prompts = [json.dumps({"prompt": row["prompt"]}) for row in map(json.loads, (world / "prompts.jsonl").read_text().splitlines())]
     (tmp_path / "prompts.jsonl").write_text("".join(line + "\n" for line in prompts))
     reward = tmp_path / "reward.py"
-    reward.write_text("def vowels(prompts, completions, **columns):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n")
+    reward.write_text(
+        "def vowels(prompts, completions, **columns):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
+    )
     settings = {
         "PYTHON": sys.executable, "NPROC": 1, "ROUNDS": 1, "BEST_OF": 4, "PROMPTS": 16, "INPUT": tmp_path / "prompts.jsonl", "SEQ_LENGTH": 160,
         "TOKENIZER": world / "qwen2", "MODEL": world / "qwen2", "REWARD": f"{reward}:vowels", "OUTPUT": tmp_path / "out", "MAX_NEW_TOKENS": 90,
     }  # fmt: skip
     env = environment() | {key: str(value) for key, value in settings.items()}
-    command = ["examples/iterative_dpo/run.sh", "--train.max_steps", "2", "--train.global_batch_size", "2", "--logging.tensorboard", "false"]
+    command = [
+        "examples/iterative_dpo/run.sh",
+        "--train.max_steps",
+        "2",
+        "--train.global_batch_size",
+        "2",
+        "--logging.tensorboard",
+        "false",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     here = tmp_path / "out/round_1"

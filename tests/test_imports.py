@@ -10,28 +10,36 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# A module may import its own layer and those above it in this list. The longest name that fits counts.
-LAYERS = (
-    ("mrlhf", "mrlhf.errors", "mrlhf.metrics", "mrlhf.redaction"),
-    ("mrlhf.config", "mrlhf.config_check", "mrlhf.config_io"),
-    ("mrlhf.parallel",),
-    ("mrlhf.data", "mrlhf.models", "mrlhf.losses", "mrlhf.rl.advantages", "mrlhf.rl.kl", "mrlhf.rl.policy_loss", "mrlhf.rl.rewards",
-     "mrlhf.rl.reward_child", "mrlhf.rl.reward_process", "mrlhf.rl.reward_http", "mrlhf.rl.reward_server",
-     "mrlhf.rl.shaping", "mrlhf.rl.best_of", "mrlhf.rl", "mrlhf.tokenizer", "mrlhf.plan", "mrlhf.activations", "mrlhf.memory", "mrlhf.less_memory",
-     "mrlhf.safe_pickle", "mrlhf.spikes"),
-    ("mrlhf.checkpoint", "mrlhf.manifest", "mrlhf.randomness", "mrlhf.saving", "mrlhf.saver", "mrlhf.resume", "mrlhf.stopping", "mrlhf.heartbeat",
-     "mrlhf.dist_io", "mrlhf.engine", "mrlhf.preflight", "mrlhf.tracking", "mrlhf.report", "mrlhf.profiling", "mrlhf.inspection",
-     "mrlhf.rl.vllm_engine", "mrlhf.rl.vllm_sampler", "mrlhf.rl.vllm_weights",
-     "mrlhf.rl.rollout", "mrlhf.rl.environments", "mrlhf.rl.describe", "mrlhf.rl.updates", "mrlhf.rl.phases", "mrlhf.rl.sampler",
-     "mrlhf.rl.remote"),
-    ("mrlhf.supervised", "mrlhf.references", "mrlhf.pretrain", "mrlhf.sft", "mrlhf.rm", "mrlhf.dpo", "mrlhf.score", "mrlhf.generate",
-     "mrlhf.serve_reward", "mrlhf.convert", "mrlhf.verify", "mrlhf.model_card",
-     "mrlhf.rl.reward_sources", "mrlhf.rl.prompts", "mrlhf.rl.ppo"),
-    ("mrlhf.cli", "mrlhf.__main__", "mrlhf.dryrun", "mrlhf.doctor", "mrlhf.tool", "mrlhf.export"),
-    ("tools",),
-)  # fmt: skip
-PACKAGES = ("mrlhf", "mrlhf.rl")  # stand in the list for their own __init__.py, not for what lies in them
-LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
+# Folders in order: a module may import its own folder's and those of folders before it. Each folder stands here alone, so no two
+# folders can import each other. "root" is what everyone may use, "stages" and "entry" are the other modules of mrlhf/ itself.
+ORDER = (
+    "root",
+    "observe",
+    "config",
+    "parallel",
+    "data.tokenizers",
+    "data",
+    "data.prepare",
+    "models.families",
+    "models.layers",
+    "models",
+    "memory",
+    "checkpoint",
+    "training",
+    "rl.rollout",
+    "rl.rewards",
+    "rl",
+    "stages",
+    "convert",
+    "commands",
+    "entry",
+    "tools",
+)
+ROOT_MODULES = {
+    "root": ("mrlhf", "mrlhf.errors", "mrlhf.losses"),
+    "stages": ("mrlhf.pretrain", "mrlhf.sft", "mrlhf.rm", "mrlhf.dpo"),
+    "entry": ("mrlhf.cli", "mrlhf.__main__", "mrlhf.export"),
+}
 
 
 def sources() -> dict[str, Path]:
@@ -57,12 +65,14 @@ def uses(file: Path, package: str) -> bool:
     return any(name == package or name.startswith(package + ".") for name in imports(file))
 
 
-def layer(module: str) -> int:
-    name = module
-    while name not in LAYER_OF or (name in PACKAGES and name != module):
-        assert "." in name, f"{module} belongs to no layer: say in tests/test_imports.py which one"
-        name = name.rpartition(".")[0]
-    return LAYER_OF[name]
+def folder(module: str) -> str:
+    for name, modules in ROOT_MODULES.items():
+        if module in modules:
+            return name
+    if module.startswith("tools."):
+        return "tools"
+    file = sources()[module]
+    return ".".join((file.parent / "__init__").relative_to(ROOT / "mrlhf").parts[:-1])
 
 
 def own_imports(module: str) -> set[str]:
@@ -72,8 +82,17 @@ def own_imports(module: str) -> set[str]:
     return {name for name in wanted if not any(other.startswith(name + ".") for other in wanted)} - {module}
 
 
+def test_the_list_names_what_exists_and_nothing_else() -> None:
+    assert {folder(module) for module in sources()} == set(ORDER)
+    assert len([m for m in sources() if m.count(".") == 1 and sources()[m].name != "__init__.py"]) <= 10
+    assert set(sum(ROOT_MODULES.values(), ())) <= set(sources())
+
+
 def test_imports_go_one_way() -> None:
-    wrong = [f"{module} imports {other}" for module in sources() for other in own_imports(module) if layer(other) > layer(module)]
+    place = {name: i for i, name in enumerate(ORDER)}
+    wrong = [
+        f"{module} imports {other}" for module in sources() for other in own_imports(module) if place[folder(other)] > place[folder(module)]
+    ]
     assert not wrong, "; ".join(sorted(wrong))
 
 
@@ -86,12 +105,12 @@ def test_no_cycles() -> None:
 @pytest.mark.parametrize(
     ("package", "files"),
     [
-        ("vllm", "mrlhf/rl/vllm_engine.py mrlhf/rl/vllm_sampler.py mrlhf/rl/vllm_weights.py"),
-        ("tensorboard", "mrlhf/tracking.py"),
-        ("torch.utils.tensorboard", "mrlhf/tracking.py"),
-        ("wandb", "mrlhf/tracking.py"),
-        ("mlflow", "mrlhf/tracking.py"),
-        ("httpx", "mrlhf/rl/reward_http.py"),
+        ("vllm", "mrlhf/rl/rollout/vllm_engine.py mrlhf/rl/rollout/vllm_sampler.py mrlhf/rl/rollout/vllm_weights.py"),
+        ("tensorboard", "mrlhf/observe/tracker.py"),
+        ("torch.utils.tensorboard", "mrlhf/observe/tracker.py"),
+        ("wandb", "mrlhf/observe/tracker.py"),
+        ("mlflow", "mrlhf/observe/tracker.py"),
+        ("httpx", "mrlhf/rl/rewards/http.py"),
     ],
 )
 def test_one_adapter_imports_it(package: str, files: str) -> None:
@@ -100,12 +119,12 @@ def test_one_adapter_imports_it(package: str, files: str) -> None:
 
 def test_data_runs_without_the_training_stack() -> None:
     """Preprocessing is for machines without torch, Megatron or a GPU; the loader alone hands out tensors."""
-    for file in (ROOT / "mrlhf/data").glob("*.py"):
+    for file in (ROOT / "mrlhf/data").rglob("*.py"):
         assert not uses(file, "megatron") and not uses(file, "torch.distributed"), file
         assert file.name == "loader.py" or not uses(file, "torch"), file
 
 
-@pytest.mark.parametrize("module", ["losses", "rl/advantages", "rl/kl", "rl/policy_loss", "parallel/logprobs"])
+@pytest.mark.parametrize("module", ["losses", "rl/advantages", "rl/kl", "rl/policy_loss", "models/layers/logprobs"])
 def test_maths_needs_torch_alone(module: str) -> None:
     outside = {name.partition(".")[0] for name in imports(ROOT / f"mrlhf/{module}.py")}
     assert outside <= {"__future__", "collections", "dataclasses", "math", "mrlhf", "torch", "typing"}

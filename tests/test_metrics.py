@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from mrlhf import metrics
-from mrlhf.metrics import METRICS, all_reduce, check_keys, finalize, find, markdown_table, merge, reduction
+from mrlhf.observe import metrics
+from mrlhf.observe.metrics import METRICS, all_reduce, check_keys, finalize, find, markdown_table, merge, reduction
 
 NAMED_IN_STYLE = [
     "train/loss", "train/grad_norm", "train/lr", "train/num_tokens", "train/epoch", "perf/tokens_per_s_per_gpu", "perf/tflops",

@@ -10,8 +10,8 @@ import torch
 from conftest import metrics, mrlhf
 from safetensors.torch import load_file
 
-from mrlhf.metrics import EVALUATED
-from mrlhf.references import keep, read, write
+from mrlhf.observe.metrics import EVALUATED
+from mrlhf.training.reference_cache import keep, read, write
 
 FACTS = {"data": "d" * 64, "reference": "r" * 64}
 LOGPS = torch.tensor([-1.5, -20.25, -3.0])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mrlhf.errors import DataError
-from mrlhf.report import build_report, line_chart
+from mrlhf.observe.report import build_report, line_chart
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -95,7 +95,9 @@ def test_scores_of_a_reward_model(run, tmp_path):
     chart = next(c for c in map(ET.fromstring, re.findall(r"<svg.*?</svg>", page)) if c.get("aria-label", "").startswith("scores"))
     bars = [{k: float(bar.get(k)) for k in ("x", "y", "width", "height")} for bar in chart.findall("rect")]
     assert len(bars) == 4 and all(bar["y"] + bar["height"] == pytest.approx(168) for bar in bars)
-    assert bars[1]["height"] == pytest.approx(3 * bars[0]["height"], abs=0.2) and bars[0]["x"] + bars[0]["width"] == pytest.approx(bars[1]["x"], abs=0.2)
+    assert bars[1]["height"] == pytest.approx(3 * bars[0]["height"], abs=0.2) and bars[0]["x"] + bars[0]["width"] == pytest.approx(
+        bars[1]["x"], abs=0.2
+    )
     assert bars[2]["x"] == 52 and bars[1]["x"] + bars[1]["width"] == pytest.approx(350, abs=0.2)
 
 

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, environment, metrics, mrlhf
 
-from mrlhf.checkpoint import open_source
+from mrlhf.checkpoint.source import open_source
 from mrlhf.errors import CheckpointError
-from mrlhf.metrics import EVALUATED
+from mrlhf.observe.metrics import EVALUATED
 
 _TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
 
@@ -131,7 +131,7 @@ def test_a_blend_goes_on_with_the_same_rows_on_another_layout(world: Path, tmp_p
 
 def remake(world: Path, prefix: Path) -> None:
     """The world's text in another order."""
-    from mrlhf.data.preprocess import PreprocessConfig, preprocess
+    from mrlhf.data.prepare.job import PreprocessConfig, preprocess
 
     preprocess(PreprocessConfig(task="pretrain", input=(str(world / "text.jsonl"),), tokenizer=str(world / "qwen2"),
                                 output_prefix=str(prefix), seq_length=160, seed=9))  # fmt: skip
@@ -148,12 +148,23 @@ class Rows:
 
 
 def test_a_position_that_cannot_be_right_is_refused() -> None:
-    from mrlhf.config import SFTStage
-    from mrlhf.config_io import load_config
-    from mrlhf.resume import data_position, go_on
-    from mrlhf.supervised import make_order
+    from mrlhf.config.load import load_config
+    from mrlhf.config.options import SFTStage
+    from mrlhf.training.resume import data_position, go_on
+    from mrlhf.training.run import make_order
 
-    flags = ["--model.path", "m", "--data.train", "x", "--train.output_dir", "o", "--train.global_batch_size", "4", "--data.packing", "false"]
+    flags = [
+        "--model.path",
+        "m",
+        "--data.train",
+        "x",
+        "--train.output_dir",
+        "o",
+        "--train.global_batch_size",
+        "4",
+        "--data.packing",
+        "false",
+    ]
     config, data = load_config(SFTStage, None, flags), Rows(30)
     order = make_order(config, data)
     manifest = {"step": 3, **data_position(order, data, order.consumed(3))}
@@ -175,11 +186,11 @@ def test_a_position_that_cannot_be_right_is_refused() -> None:
 def test_another_tokenizer_is_refused_and_another_batch_goes_on_where_it_stood(world: Path, tmp_path: Path) -> None:
     from conftest import make_tokenizer
 
-    from mrlhf.config import SFTStage
-    from mrlhf.config_io import load_config
-    from mrlhf.resume import data_position, go_on
-    from mrlhf.supervised import make_order
-    from mrlhf.tokenizer import fingerprint
+    from mrlhf.config.load import load_config
+    from mrlhf.config.options import SFTStage
+    from mrlhf.data.tokenizers.hf import fingerprint
+    from mrlhf.training.resume import data_position, go_on
+    from mrlhf.training.run import make_order
 
     flags = ["--model.path", "m", "--data.train", "x", "--train.output_dir", "o", "--data.packing", "false", "--train.num_epochs", "2"]
     small, large = (make_order(load_config(SFTStage, None, [*flags, "--train.global_batch_size", n]), Rows(30)) for n in ("4", "10"))
@@ -197,14 +208,17 @@ def test_another_tokenizer_is_refused_and_another_batch_goes_on_where_it_stood(w
 
 def test_prompts_of_a_blend() -> None:
     """Whole rollouts, every prompt of every source in its share, numbered through."""
-    from mrlhf.config import PPOStage
-    from mrlhf.config_io import load_config
+    from mrlhf.config.load import load_config
+    from mrlhf.config.options import PPOStage
     from mrlhf.data.blend import Blend
-    from mrlhf.rl.prompts import make_prompt_order
+    from mrlhf.rl.rollout.prompts import make_prompt_order
 
     flags = ["--model.path", "m", "--data.train", "[a, {prefix: b, epochs: 2}]", "--train.output_dir", "o", "--train.global_batch_size", "8",
              "--rollout.batch_size", "8", "--reward.sources", "f.py:f"]  # fmt: skip
-    parts = [SimpleNamespace(num_samples=n, num_packs=n, num_tokens=n, max_length=1, task="prompts", meta={}, prefix=p) for n, p in ((10, "a"), (5, "b"))]
+    parts = [
+        SimpleNamespace(num_samples=n, num_packs=n, num_tokens=n, max_length=1, task="prompts", meta={}, prefix=p)
+        for n, p in ((10, "a"), (5, "b"))
+    ]
     order = make_prompt_order(load_config(PPOStage, None, flags), Blend(parts))
     prompts = [row for step in range(1, order.total_steps + 1) for row in order.rows(step)]
     assert order.total_steps == 3 and -1 not in prompts and len(prompts) == 24

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from mrlhf.checkpoint.safe_pickle import check_directory, read_metadata
 from mrlhf.errors import CheckpointError
-from mrlhf.safe_pickle import check_directory, read_metadata
 
 _FORM = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 
@@ -49,7 +49,9 @@ def places(file: str = "__0_0.distcp", length: int = 10, **more: Any) -> dict[Me
 
 
 def index(storage: dict[MetadataIndex, Any] | None = None) -> Metadata:
-    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size([2]), [ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))])
+    tensor = TensorStorageMetadata(
+        TensorProperties(dtype=torch.float32), torch.Size([2]), [ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))]
+    )
     return Metadata({"layer._extra_state/shard_0_1": BytesStorageMetadata(), "w": tensor}, None, storage or places(), StorageMeta())
 
 
@@ -59,7 +61,9 @@ def write(directory: Path, *, blob: bytes | None = None, metadata: bytes | None 
     blob = saved([None, torch.ones(3), collections.OrderedDict(a=1)]) if blob is None else blob
     (directory / "__0_0.distcp").write_bytes(blob)
     (directory / ".metadata").write_bytes(pickle.dumps(index(places(length=len(blob)))) if metadata is None else metadata)
-    (directory / "common.pt").write_bytes(saved({"content_metadata": {"a": 1.5}, "param_groups": [1, "x", None]}) if common is None else common)
+    (directory / "common.pt").write_bytes(
+        saved({"content_metadata": {"a": 1.5}, "param_groups": [1, "x", None]}) if common is None else common
+    )
     (directory / "metadata.json").write_text(json.dumps(_FORM))
     return directory
 
@@ -102,7 +106,9 @@ def hostile(mark: Path) -> dict[str, bytes]:
         "operator.attrgetter": Call(operator.attrgetter("system"), Call(importlib.import_module, "os")),
         "functools.partial": Call(functools.partial, os.system, command),
         "subprocess": Call(subprocess.Popen, ["touch", str(mark)]),
-        "numpy _reconstruct": Call(np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [Call(os.system, command)])),
+        "numpy _reconstruct": Call(
+            np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [Call(os.system, command)])
+        ),
         "numpy load": Call(np.load, io.BytesIO(pickle.dumps(Call(os.system, command)))),
         "torch.load": Call(torch.load, io.BytesIO(saved(Call(os.system, command)))),
         "torch.hub": Call(torch.hub.load, "/nowhere", "x"),
@@ -230,9 +236,9 @@ def test_every_way_to_load_looks_first(tmp_path: Path) -> None:
     """Training and resuming, the converters, inspect_checkpoint; torch itself runs the program."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    from mrlhf.checkpoint import _dist_load
-    from mrlhf.dist_io import DistReader
-    from mrlhf.inspection import checkpoint_tensors
+    from mrlhf.checkpoint.source import _dist_load
+    from mrlhf.checkpoint.tensor_file import DistReader
+    from mrlhf.convert.inspect import checkpoint_tensors
 
     mark = tmp_path / "mark"
     evil = _dumps(Call(os.system, f"touch {mark}"))

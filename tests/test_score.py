@@ -11,8 +11,8 @@ import torch
 from conftest import TESTS, mrlhf, python
 from score_program import CASES
 
+from mrlhf.checkpoint.manifest import read_manifest, write_manifest
 from mrlhf.data.indexed import PackedDataset
-from mrlhf.manifest import read_manifest, write_manifest
 
 MEAN, STD = 0.25, 2.0
 
@@ -40,8 +40,8 @@ def reference(world: Path, value: Path) -> dict[str, list[Any]]:
     from transformers import AutoModelForCausalLM
 
     from mrlhf.models.families import spec_from_hf
+    from mrlhf.models.families.spec import read_hf_config
     from mrlhf.models.gpt import RandomSource
-    from mrlhf.models.spec import read_hf_config
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(world / "qwen2", dtype=torch.float32)
@@ -112,9 +112,9 @@ def test_every_problem_at_once(world: Path, tmp_path: Path) -> None:
 
     from conftest import make_tokenizer
 
-    from mrlhf.config import ParallelConfig, ScoreStage
+    from mrlhf.commands.score import check
+    from mrlhf.config.options import ParallelConfig, ScoreStage
     from mrlhf.errors import SeveralErrors
-    from mrlhf.score import check
 
     shutil.copytree(world / "qwen2", tmp_path / "model")
     make_tokenizer(tmp_path / "model", ["other words"], vocab_size=300)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SAFE_PICKLE = "mrlhf/safe_pickle.py"
-WRITES_PICKLES = ("mrlhf/dist_io.py",)  # .metadata, which torch wants so
+SAFE_PICKLE = "mrlhf/checkpoint/safe_pickle.py"
+WRITES_PICKLES = ("mrlhf/checkpoint/tensor_file.py",)  # .metadata, which torch wants so
 CALLS = {
     "eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "marshal.loads",
     "shelve.open", "tarfile.open", "zipfile.extractall", "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "numpy.load",
@@ -78,7 +78,7 @@ def test_the_rules_find_what_they_forbid(text: str) -> None:
 
 
 def test_vllm_gets_no_remote_code_and_no_pickles_by_network() -> None:
-    source = (ROOT / "mrlhf/rl/vllm_engine.py").read_text()
+    source = (ROOT / "mrlhf/rl/rollout/vllm_engine.py").read_text()
     call = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "vllm.LLM")
     assert "trust_remote_code" in {k.arg for k in call.keywords}
 
@@ -87,10 +87,10 @@ def test_a_checkpoint_names_no_file_outside_of_it(tmp_path: Path) -> None:
     """Its list of files, the note of how an export is cut, and a HF index."""
     import torch
 
-    from mrlhf.checkpoint import open_source
+    from mrlhf.checkpoint.manifest import FORMAT, MANIFEST
+    from mrlhf.checkpoint.source import open_source
     from mrlhf.errors import CheckpointError
-    from mrlhf.manifest import FORMAT, MANIFEST
-    from mrlhf.models.hf_io import HEADERS, open_files, plan_output
+    from mrlhf.models.hf_files import HEADERS, open_files, plan_output
 
     for name in ("../secret", "/etc/passwd", "hf/../../x"):
         (tmp_path / MANIFEST).write_text(json.dumps({"format": FORMAT, "head": "lm", "files": {name: 1}}))

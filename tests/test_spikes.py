@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from mrlhf.observe.loss_spikes import LEAST, WINDOW, SpikeDetector, deviations, normal
 from mrlhf.parallel import state
-from mrlhf.spikes import LEAST, WINDOW, SpikeDetector, deviations, normal
-from mrlhf.supervised import report_spike
+from mrlhf.training.run import report_spike
 
 
 def test_by_hand() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from disks import empty, fill, small_disk
 
-from mrlhf.tracking import Tracker, collect_env, redact
+from mrlhf.observe.tracker import Tracker, collect_env, redact
 
 
 def tracker(folder: Path, **changes) -> Tracker:
@@ -105,7 +105,7 @@ def test_unknown_metric_is_noted_once(tmp_path, capsys):
     run = tracker(tmp_path)
     run.log(1, {"train/los": 1.0})
     run.log(2, {"train/los": 1.0})
-    assert capsys.readouterr().err == "note: metric train/los is not in mrlhf.metrics.METRICS\n"
+    assert capsys.readouterr().err == "note: metric train/los is not in mrlhf.observe.metrics.METRICS\n"
 
 
 def test_missing_package_is_noted_and_the_run_goes_on(tmp_path, capsys, monkeypatch):

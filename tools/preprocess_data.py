@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mrlhf.data.options import PreprocessConfig  # noqa: E402
-from mrlhf.data.preprocess import preprocess  # noqa: E402
+from mrlhf.data.prepare.job import preprocess  # noqa: E402
+from mrlhf.data.prepare.options import PreprocessConfig  # noqa: E402
 from mrlhf.errors import MrlhfError, SeveralErrors  # noqa: E402
 
 

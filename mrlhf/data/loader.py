@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mrlhf.data.balance import share
+from mrlhf.data.batching import share
 from mrlhf.data.blend import Blend, Dataset, rows_of
 
 

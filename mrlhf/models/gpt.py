@@ -40,21 +40,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 from megatron.core.utils import get_attr_wrapped_model
 
-from mrlhf.config import ParallelConfig
+from mrlhf.config.options import ParallelConfig
 from mrlhf.data.loader import MicroBatch
 from mrlhf.models.families import hf_tensors, megatron_map
 from mrlhf.models.families.blocks import Block
-from mrlhf.models.heads import ValueHead
-from mrlhf.models.rope import inverse_frequencies
-from mrlhf.models.router import MoE, Router
-from mrlhf.models.spec import Layer, ModelSpec
+from mrlhf.models.families.rope_frequencies import inverse_frequencies
+from mrlhf.models.families.spec import Layer, ModelSpec
+from mrlhf.models.layers.attention import CoreAttention
+from mrlhf.models.layers.heads import ValueHead
+from mrlhf.models.layers.latent import LatentAttention
+from mrlhf.models.layers.logprobs import Head
+from mrlhf.models.layers.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
+from mrlhf.models.layers.rope import Attention, Rotary
+from mrlhf.models.layers.router import MoE, Router
 from mrlhf.parallel import device, state
-from mrlhf.parallel.attention import CoreAttention
 from mrlhf.parallel.context import ContextParams
-from mrlhf.parallel.latent import LatentAttention
-from mrlhf.parallel.logprobs import Head
-from mrlhf.parallel.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
-from mrlhf.parallel.rope import Attention, Rotary
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
@@ -263,7 +263,9 @@ def _add_scale(model: GPTModel, spec: ModelSpec) -> None:
     if model.pre_process and spec.embedding_scale != 1.0:
 
         def scale(module, args, out: torch.Tensor) -> torch.Tensor:
-            return out * torch.tensor(spec.embedding_scale, dtype=out.dtype, device=out.device)  # rounded to the dtype, as transformers does
+            return out * torch.tensor(
+                spec.embedding_scale, dtype=out.dtype, device=out.device
+            )  # rounded to the dtype, as transformers does
 
         model.embedding.register_forward_hook(scale)
 
@@ -401,4 +403,6 @@ def run(
         if inner.config.sequence_parallel:
             added = added.chunk(parallel_state.get_tensor_model_parallel_world_size())[parallel_state.get_tensor_model_parallel_rank()]
         embedded = embedded + added.to(embedded.dtype)
-    return model(batch.tokens_BT, positions_BT, batch.attention_mask, decoder_input=embedded, packed_seq_params=packed, padding_mask=samples_BT)
+    return model(
+        batch.tokens_BT, positions_BT, batch.attention_mask, decoder_input=embedded, packed_seq_params=packed, padding_mask=samples_BT
+    )

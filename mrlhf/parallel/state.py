@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from mrlhf.config import ParallelConfig, TrainConfig
+from mrlhf.config.options import ParallelConfig, TrainConfig
 from mrlhf.errors import ConfigError
 from mrlhf.parallel import device, watch
 from mrlhf.parallel.rendezvous import fresh_store

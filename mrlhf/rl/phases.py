@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 import torch.distributed as dist
 
-from mrlhf.config import OffloadConfig
-from mrlhf.engine import Model, Trainer
-from mrlhf.memory import Memory
+from mrlhf.config.options import OffloadConfig
+from mrlhf.memory.tracker import Memory
 from mrlhf.parallel import device, watch
 from mrlhf.parallel.offload import Parking
+from mrlhf.training.trainer import Model, Trainer
 
 
 class Phases:
@@ -40,7 +40,9 @@ class Phases:
         """memory/<phase>_gib of the fullest rank, and the largest of them. Collective."""
         peaks = torch.tensor(list(self._peaks.values()), dtype=torch.float64, device=device.current().name)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        return {f"memory/{name}_gib": float(x) for name, x in zip(self._peaks, peaks, strict=True)} | {"memory/peak_gib": float(peaks.max())}
+        return {f"memory/{name}_gib": float(x) for name, x in zip(self._peaks, peaks, strict=True)} | {
+            "memory/peak_gib": float(peaks.max())
+        }
 
 
 class Offload:

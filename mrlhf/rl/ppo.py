@@ -16,37 +16,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mrlhf import checkpoint, heartbeat, preflight, supervised
-from mrlhf.checkpoint import ModelSource
-from mrlhf.config import PPOStage
+from mrlhf.checkpoint.manager import Saver
+from mrlhf.checkpoint.save import Part
+from mrlhf.checkpoint.source import ModelSource, restore_randomness, to_resume
+from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.loader import MicroBatch
-from mrlhf.engine import LossFn, Model, Trainer
+from mrlhf.data.tokenizers.hf import load, stop_ids
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
-from mrlhf.memory import Memory
-from mrlhf.models.balance import make_balance, of_aggregation, trained_tokens
-from mrlhf.models.spec import check_layout
+from mrlhf.memory.tracker import Memory
+from mrlhf.models.families.spec import check_layout
+from mrlhf.models.layers.router_losses import make_balance, of_aggregation, trained_tokens
+from mrlhf.observe import heartbeat
 from mrlhf.parallel import device, reshard, state
 from mrlhf.parallel.split import Bridge, split
-from mrlhf.resume import check_resume, describe_run
 from mrlhf.rl import advantages as adv
-from mrlhf.rl.describe import Tables, describe, mismatch_warning
-from mrlhf.rl.environments import check_environment
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from mrlhf.rl.phases import Offload, Phases
-from mrlhf.rl.prompts import Prompts
-from mrlhf.rl.remote import RemoteSampler, begin, dismiss, run_generator
-from mrlhf.rl.reward_sources import Rewards, critic_source
-from mrlhf.rl.rollout import Rollout, micro_batches, table
-from mrlhf.rl.sampler import Sampler
+from mrlhf.rl.rewards.sources import Rewards, critic_source
+from mrlhf.rl.rollout.environments import check_environment
+from mrlhf.rl.rollout.prompts import Prompts
+from mrlhf.rl.rollout.remote import RemoteSampler, begin, dismiss, run_generator
+from mrlhf.rl.rollout.sampler import Sampler
+from mrlhf.rl.rollout.tables import Rollout, micro_batches, table
+from mrlhf.rl.rollout.vllm_engine import Sampling, check_rollout
+from mrlhf.rl.rollout.vllm_weights import check_weights
+from mrlhf.rl.rollout_metrics import Tables, describe, mismatch_warning
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
-from mrlhf.rl.vllm_engine import Sampling, check_rollout
-from mrlhf.rl.vllm_weights import check_weights
-from mrlhf.saver import Saver
-from mrlhf.saving import Part
-from mrlhf.stopping import EXIT_STOPPED, Interrupted
-from mrlhf.tokenizer import load, stop_ids
+from mrlhf.training import preflight
+from mrlhf.training import run as supervised
+from mrlhf.training.resume import check_resume, describe_run
+from mrlhf.training.stopping import EXIT_STOPPED, Interrupted
+from mrlhf.training.trainer import LossFn, Model, Trainer
 
 AHEAD = "ahead.bin"  # in a checkpoint: the next rollout's answers, where they were made meanwhile
 # rounding between the forward pass that gave the old log-probs and the training pass, not a change of the policy
@@ -89,7 +91,12 @@ class PPO:
             self.ptx = Pretraining(config, open_ptx(config, run.source)[0], dp_rank=state.groups().dp_rank, dp_size=layout.dp)
         self.tokenizer = load(run.source.hf_dir)
         self.rewards = Rewards(
-            config.reward, run.source, self.tokenizer, parallel=config.parallel, dtype=dtype, seed=seed,
+            config.reward,
+            run.source,
+            self.tokenizer,
+            parallel=config.parallel,
+            dtype=dtype,
+            seed=seed,
             environment=rollout.environment is not None,
         )
         trainers = {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
@@ -131,7 +138,7 @@ class PPO:
         self.kl.load_state_dict(manifest["kl"])
         if self.config.reward.scaling == "running_std":
             self.running_std.load_state_dict(manifest["running_std"])
-        checkpoint.restore_randomness(source)
+        restore_randomness(source)
         ahead, rollout = source.path / AHEAD, self.config.rollout
         if ahead.is_file() and isinstance(self.sampler, RemoteSampler) and rollout.max_staleness:
             prompts, labels = self.read(self.run.train, self.prompts.peek(rollout.batch_size))
@@ -157,7 +164,9 @@ class PPO:
         """For the answers of rollout `step`, where they are to be made meanwhile; the prompts count as drawn when it comes."""
         rollout = self.config.rollout
         if rollout.max_staleness and step <= self.prompts.total_steps:
-            self.sampler.ask(*self.read(self.run.train, self.prompts.peek(rollout.batch_size)), n=rollout.n, sampling=self.sampling, step=step)
+            self.sampler.ask(
+                *self.read(self.run.train, self.prompts.peek(rollout.batch_size)), n=rollout.n, sampling=self.sampling, step=step
+            )
 
     def batches(self, model: Model, rollout: Rollout, rows: list[int] | range) -> list[MicroBatch]:
         """This rank's share of the rows, as `model` is cut."""
@@ -292,7 +301,9 @@ class PPO:
             with timer("update_critic"), self.offload.using("critic"):
                 loss = critic_loss(config, old_values_BA=values_BA, returns_BA=returns_BA)
                 found = self.update(self.critic, rollout, loss, step=step)
-            log |= {f"critic/{k}": found[k] for k in ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "moe_z_loss") if k in found}
+            log |= {
+                f"critic/{k}": found[k] for k in ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "moe_z_loss") if k in found
+            }
         if step > ppo.critic_warmup_steps:
             with timer("update_actor"), self.offload.using("actor"):
                 loss = actor_loss(
@@ -306,7 +317,9 @@ class PPO:
             log |= self.sync_weights()
         tables = Tables(scores_B, mask_BA, rollout_BA, old_BA, entropy_BA, ref_BA, values_BA, rewards_BA, raw_BA, returns_BA)
         gen_seconds = log.get("timing_s/generators", timer.seconds["timing_s/gen"])
-        log |= describe(rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds, with_environment=config.rollout.environment is not None)
+        log |= describe(
+            rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds, with_environment=config.rollout.environment is not None
+        )
         log |= timer.times() | timer.memory()
         corrected = config.rollout.correction != "none"
         warning = mismatch_warning(log, limit=config.rollout.mismatch_warning, corrected=corrected)
@@ -420,7 +433,7 @@ def main(config: PPOStage) -> int:
     say(layout.describe(config.train))
     total = Prompts(config, run.train).total_steps
     saver = Saver(output_dir, config.checkpoint)
-    resumed = checkpoint.to_resume(output_dir, total_steps=total, verify=config.checkpoint.verify)
+    resumed = to_resume(output_dir, total_steps=total, verify=config.checkpoint.verify)
     done = 0 if resumed is None else int(resumed.manifest["step"])
     if done >= total:
         heartbeat.stop()

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from mrlhf.errors import MrlhfError
-from mrlhf.rl.rewards import load_function, parse_source, score_with_function
+from mrlhf.rl.rewards.kinds import load_function, parse_source, score_with_function
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 OPEN_FILES, FILE_BYTES = 1024, 1 << 30

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from mrlhf.config import PPOStage
+from mrlhf.config.options import PPOStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.data.order import Mix, Order
-from mrlhf.engine import LossFn, Model, Partials
 from mrlhf.losses import reduce_loss, sum_and_count
 from mrlhf.parallel import state
 from mrlhf.rl.kl import kl_estimate
 from mrlhf.rl.policy_loss import policy_loss, value_loss
-from mrlhf.rl.rollout import Rollout, spread
+from mrlhf.rl.rollout.tables import Rollout, spread
+from mrlhf.training.trainer import LossFn, Model, Partials
 
 
 def actor_loss(
@@ -135,4 +135,3 @@ class Pretraining:
 def policy_count(rollout: Rollout, rows: Sequence[int], aggregation: str) -> float:
     """What `actor_loss` counts over an update of these rows, all ranks together."""
     return float(rollout.lengths_B()[list(rows)].sum()) if aggregation == "token" else float(len(rows))
-

@@ -137,7 +137,7 @@ def tokenizers(
 
 @pytest.fixture(scope="session")
 def load() -> Callable[[str], Any]:
-    from mrlhf.data.template import load_tokenizer
+    from mrlhf.data.prepare.template import load_tokenizer
 
     kept: dict[str, Any] = {}
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.data.balance import largest_differencing, plan
+from mrlhf.data.batching import largest_differencing, plan
 from mrlhf.errors import DataError
 
 
@@ -43,7 +43,9 @@ def test_it_is_near_the_optimum() -> None:
     for _ in range(100):
         costs = [draw.randint(100, 1000) for _ in range(10)]
         total = sum(costs)
-        best += min(abs(total - 2 * sum(c for c, side in zip(costs, sides, strict=True) if side)) for sides in itertools.product((0, 1), repeat=10))
+        best += min(
+            abs(total - 2 * sum(c for c, side in zip(costs, sides, strict=True) if side)) for sides in itertools.product((0, 1), repeat=10)
+        )
         first, second = sums(costs, largest_differencing(costs, 2))
         ours += first - second
         piles = [0, 0]

@@ -13,10 +13,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from mrlhf.data.encoder import PROBES, Encoder, byte_lengths, choose_encoder, trained_mask
-from mrlhf.data.formats import RowProblem
-from mrlhf.data.vocabulary import load_tokenizer
-from mrlhf.errors import DataError, EnvironmentProblem
+from mrlhf.data.tokenizers.encoder import PROBES, Encoder, byte_lengths, choose_encoder, trained_mask
+from mrlhf.data.tokenizers.vocabulary import load_tokenizer
+from mrlhf.errors import DataError, EnvironmentProblem, RowProblem
 
 from .chat_templates import SPECIAL
 
@@ -144,7 +143,7 @@ def test_gigatoken_is_refused_with_the_reason(tokenizers: dict[str, Any], monkey
 
 def test_a_difference_in_the_input_itself_is_found(tokenizers: dict[str, Any]) -> None:
     """gigatoken is compared on the input's own texts: make it wrong about one word."""
-    from mrlhf.data import encoder as module
+    from mrlhf.data.tokenizers import encoder as module
 
     class Wrong(module.GigatokenBackend):
         def ids(self, texts: Any) -> Any:

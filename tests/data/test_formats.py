@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from mrlhf.data.formats import Columns, RowProblem, normalise
+from mrlhf.data.prepare.formats import Columns, normalise
+from mrlhf.errors import RowProblem
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 B = {"role": "assistant", "content": "b"}

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mrlhf.data import inspect
+from mrlhf.data import show
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset
-from mrlhf.data.preprocess import PreprocessConfig, preprocess
+from mrlhf.data.prepare.job import PreprocessConfig, preprocess
 from mrlhf.data.writer import OutputSet
 from mrlhf.errors import DataError, MrlhfError, SeveralErrors
 
@@ -50,11 +50,11 @@ def files(root: Path, task: str) -> list[Path]:
 
 
 def problems(prefix: Path) -> list[MrlhfError]:
-    return inspect.check(str(prefix))
+    return show.check(str(prefix))
 
 
 def shown(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    assert inspect.main([str(a) for a in args]) == 0
+    assert show.main([str(a) for a in args]) == 0
     return capsys.readouterr().out
 
 
@@ -120,7 +120,7 @@ def test_all_damaged_files_are_named_at_once(sets: Path) -> None:
     extra.write_bytes(b"1234")
     try:
         with pytest.raises(SeveralErrors) as raised:
-            inspect.main([str(sets / "sft"), "--check"])
+            show.main([str(sets / "sft"), "--check"])
         assert [e.where for e in raised.value.errors] == [*map(str, paths), str(extra)]
     finally:
         extra.unlink()
@@ -176,13 +176,13 @@ def test_samples_are_marked(sets: Path, bpe_dir: str, capsys: pytest.CaptureFixt
 
 def test_the_tokenizer_is_the_datas(sets: Path, unigram_dir: str) -> None:
     with pytest.raises(DataError, match="not the tokenizer that the data was made with"):
-        inspect.main([str(sets / "sft"), "--samples", "1", "--tokenizer", unigram_dir])
+        show.main([str(sets / "sft"), "--samples", "1", "--tokenizer", unigram_dir])
 
 
 def test_data_cannot_steer_the_terminal(load: Callable[[str], Any], bpe_dir: str) -> None:
     tokenizer = load(bpe_dir)
     ids = np.array(tokenizer("a\x1b[2Jb\x07\n")["input_ids"])
-    assert inspect.marked(tokenizer, ids, np.zeros(len(ids), np.uint8), ("[[", "]]")) == "a\\x1b[2Jb\\x07\n"
+    assert show.marked(tokenizer, ids, np.zeros(len(ids), np.uint8), ("[[", "]]")) == "a\\x1b[2Jb\\x07\n"
 
 
 def test_without_its_tokenizer_ids_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +196,9 @@ def test_without_its_tokenizer_ids_are_shown(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_command(sets: Path) -> None:
     """Without torch or Megatron; status 2 where something is wrong."""
-    code = "import sys; from mrlhf.cli import main; s = main(sys.argv[1:]); assert not {'torch', 'megatron'} & set(sys.modules); sys.exit(s)"
+    code = (
+        "import sys; from mrlhf.cli import main; s = main(sys.argv[1:]); assert not {'torch', 'megatron'} & set(sys.modules); sys.exit(s)"
+    )
 
     def command(*args: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code, "data", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=100)

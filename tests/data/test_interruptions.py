@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mrlhf.data.indexed import PackedDataset
-from mrlhf.data.options import PreprocessConfig
-from mrlhf.data.preprocess import preprocess
+from mrlhf.data.prepare.job import preprocess
+from mrlhf.data.prepare.options import PreprocessConfig
 from mrlhf.errors import DataError, EnvironmentProblem, SeveralErrors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,7 +159,7 @@ def test_no_work_on_changed_input_is_used_again(
     config: Callable[..., PreprocessConfig], corpus: Path, tmp_path: Path, bpe_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same names, same sizes, other content: the blocks that changed are done anew."""
-    monkeypatch.setattr("mrlhf.data.preprocess._assemble", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("mrlhf.data.prepare.job._assemble", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     assert in_child(lambda: preprocess(config("a"))) == -signal.SIGKILL
     monkeypatch.undo()
     path = corpus / "1.jsonl"
@@ -169,7 +169,7 @@ def test_no_work_on_changed_input_is_used_again(
     assert files(tmp_path, "a") == files(tmp_path, "b")
     (corpus / "2.jsonl").write_text(json.dumps(chat(0)) + "\n")
     (tmp_path / ".c.work").mkdir()
-    monkeypatch.setattr("mrlhf.data.preprocess._assemble", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("mrlhf.data.prepare.job._assemble", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     assert in_child(lambda: preprocess(config("c"))) == -signal.SIGKILL
     monkeypatch.undo()
     (corpus / "2.jsonl").unlink()
@@ -184,7 +184,7 @@ def test_two_processes_do_not_write_one_output(config: Callable[..., PreprocessC
         started.set()
         time.sleep(60)
 
-    monkeypatch.setattr("mrlhf.data.preprocess._assemble", waiting)
+    monkeypatch.setattr("mrlhf.data.prepare.job._assemble", waiting)
     child = FORK.Process(target=lambda: preprocess(config("a")))
     child.start()
     assert started.wait(60)
@@ -215,7 +215,7 @@ def test_a_full_disk_is_said_and_can_be_resumed(workers: int, config: Callable[.
 
 
 def test_a_worker_that_dies_is_an_error(config: Callable[..., PreprocessConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mrlhf.data.workers.Work.__call__", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("mrlhf.data.prepare.workers.Work.__call__", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(EnvironmentProblem, match="a worker process died"):
         preprocess(config("a"))
 
@@ -249,7 +249,18 @@ def test_bad_input_ends_with_status_2_and_its_place(
     data, message = bad_files()[name]
     path = tmp_path / name
     path.write_bytes(data)
-    arguments = ["--task", "sft", "--input", str(path), "--tokenizer", bpe_dir, "--output-prefix", str(tmp_path / "out"), "--seq-length", "512"]
+    arguments = [
+        "--task",
+        "sft",
+        "--input",
+        str(path),
+        "--tokenizer",
+        bpe_dir,
+        "--output-prefix",
+        str(tmp_path / "out"),
+        "--seq-length",
+        "512",
+    ]
     assert tool.main([*arguments, "--workers", str(workers)]) == 2
     text = capfd.readouterr().err
     assert message in text and name in text and "Traceback" not in text
@@ -271,14 +282,18 @@ def test_bad_rows_are_dropped_or_kept_apart_when_asked(tmp_path: Path, bpe_dir: 
 
 pieces = st.one_of(
     st.binary(max_size=40),
-    st.sampled_from([b"{}", b"null", b'"\\ud800"', b"\x00", b'{"messages": null}', b'{"messages": [{}]}', b"[[[[", b'{"a":', b"1e999", b"NaN"]),
+    st.sampled_from(
+        [b"{}", b"null", b'"\\ud800"', b"\x00", b'{"messages": null}', b'{"messages": [{}]}', b"[[[[", b'{"a":', b"1e999", b"NaN"]
+    ),
     st.text(max_size=20).map(lambda t: json.dumps({"messages": t}).encode()),
     st.builds(
         lambda role, content: json.dumps(
             {"messages": [{"role": "user", "content": "q"}, {"role": role, "content": content}]}, ensure_ascii=False
         ).encode("utf-8", "surrogatepass"),
         st.sampled_from(["assistant", "user", "", "tool", None, 3]),
-        st.one_of(st.text(max_size=30), st.none(), st.integers(), st.lists(st.text(max_size=3), max_size=2), st.just("\ud800"), st.just("\x00")),
+        st.one_of(
+            st.text(max_size=30), st.none(), st.integers(), st.lists(st.text(max_size=3), max_size=2), st.just("\ud800"), st.just("\x00")
+        ),
     ),
 )
 

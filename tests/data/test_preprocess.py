@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from mrlhf.data.indexed import IndexedReader, PackedDataset
-from mrlhf.data.options import PreprocessConfig
-from mrlhf.data.preprocess import preprocess
-from mrlhf.data.template import tokenizer_fingerprint
+from mrlhf.data.prepare.job import preprocess
+from mrlhf.data.prepare.options import PreprocessConfig
+from mrlhf.data.prepare.template import tokenizer_fingerprint
 from mrlhf.errors import ConfigError, DataError, SeveralErrors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -395,7 +395,8 @@ def test_help_is_fast_and_misuse_exits_with_2() -> None:
 def test_modules_import_neither_torch_nor_megatron_nor_transformers() -> None:
     code = (
         "import sys; sys.path.insert(0, '.');"
-        "import mrlhf.data.preprocess, mrlhf.data.indexed, mrlhf.data.template, mrlhf.data.sources, mrlhf.data.formats, mrlhf.data.pack;"
+        "import mrlhf.data.prepare.job, mrlhf.data.indexed, mrlhf.data.prepare.template, mrlhf.data.prepare.sources, mrlhf.data.prepare.formats;"
+        "import mrlhf.data.pack;"
         "print([m for m in ('torch', 'megatron', 'transformers', 'tokenizers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == "[]"

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mrlhf.data import render
-from mrlhf.data.formats import RowProblem
-from mrlhf.data.ready_made import TEMPLATE_NAMES, ready_made
-from mrlhf.data.render import ChatTemplate
-from mrlhf.data.template import Template
-from mrlhf.errors import DataError
+from mrlhf.data.prepare import render
+from mrlhf.data.prepare.ready_made import TEMPLATE_NAMES, ready_made
+from mrlhf.data.prepare.render import ChatTemplate
+from mrlhf.data.prepare.template import Template
+from mrlhf.errors import DataError, RowProblem
 
 from .chat_templates import TEMPLATES
 from .test_template_properties import conversation
@@ -77,7 +76,9 @@ def test_marks_in_a_macro_are_found_too(tokenizers: dict[str, Any]) -> None:
     assert template.tokenizer.decode(ids[mask == 1]) == "So.<|im_end|>"
 
 
-@pytest.mark.parametrize("source", ["{{ 1 // 0 }}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{% for %}", "{{ messages[9].content }}"])
+@pytest.mark.parametrize(
+    "source", ["{{ 1 // 0 }}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{% for %}", "{{ messages[9].content }}"]
+)
 def test_templates_that_fail_or_leave_the_sandbox_are_row_problems(source: str) -> None:
     template = ChatTemplate(source, {})
     with pytest.raises(RowProblem, match="the chat template refuses"):
@@ -129,7 +130,9 @@ def test_templates_that_do_not_end_are_ended(tokenizers: dict[str, Any], monkeyp
         with pytest.raises(RowProblem, match="more than 10,000 bits|Range too big"):
             ChatTemplate(source, {}).render(CHAT)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
-    in_a_thread = ThreadPoolExecutor(1).submit(ChatTemplate("{% for m in messages %}{{ 3 * m.content + '!' * 2 }}{% endfor %}", {}).render, CHAT[:1])
+    in_a_thread = ThreadPoolExecutor(1).submit(
+        ChatTemplate("{% for m in messages %}{{ 3 * m.content + '!' * 2 }}{% endfor %}", {}).render, CHAT[:1]
+    )
     assert in_a_thread.result() == ("Be brief.Be brief.Be brief.!!", [])
 
 
@@ -175,7 +178,13 @@ def test_ready_made_templates(name: str, tokenizers: dict[str, Any]) -> None:
 def test_orders_that_the_original_refuses(name: str, tokenizers: dict[str, Any]) -> None:
     template = Template(tokenizers["bpe"], chat_template=ready_made(name, tokenizers["bpe"]))
     user, assistant, system = CHAT[1], CHAT[2], CHAT[0]
-    for wrong in ([user, user, assistant], [assistant, user, assistant], [user, system, assistant], [system, assistant], [user, assistant, assistant]):
+    for wrong in (
+        [user, user, assistant],
+        [assistant, user, assistant],
+        [user, system, assistant],
+        [system, assistant],
+        [user, assistant, assistant],
+    ):
         with pytest.raises(RowProblem, match="alternate|only the roles"):
             template.conversation(wrong)
     with pytest.raises(RowProblem):
@@ -197,7 +206,12 @@ def test_ready_made_templates_need_their_special_tokens(tokenizers: dict[str, An
 def test_tools_reach_the_template_or_are_refused(tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["bpe"]
     template = Template(tokenizer, chat_template=WITH_TOOLS)
-    messages = [CHAT[1], {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}, {"role": "tool", "content": "2"}, CHAT[4]]
+    messages = [
+        CHAT[1],
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]},
+        {"role": "tool", "content": "2"},
+        CHAT[4],
+    ]
     expected = tokenizer.apply_chat_template(messages, chat_template=WITH_TOOLS, tools=TOOLS, tokenize=False)
     assert expected.startswith(template.conversation(messages, tools=TOOLS).text) and "adds <b>&</b> é" in expected
     assert "Tools:" in template.prompt(messages[:1], tools=TOOLS).text

@@ -5,12 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.data import select
-from mrlhf.data.select import first_of_each, split_of, within_limits
+from mrlhf.data.prepare import select
+from mrlhf.data.prepare.select import first_of_each, split_of, within_limits
 
 
 @settings(max_examples=60, deadline=None)
-@given(shards=st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=20), min_size=1, max_size=5), bucket=st.integers(1, 40))
+@given(
+    shards=st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=20), min_size=1, max_size=5),
+    bucket=st.integers(1, 40),
+)
 def test_the_first_of_equal_rows_stays(shards: list[list[tuple[int, int]]], bucket: int) -> None:
     arrays = [np.asarray(s, np.uint64).reshape(-1, 2) for s in shards]
     everything = [key for shard in shards for key in shard]

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.data import sources
-from mrlhf.data.sources import Sources, read_chunks
+from mrlhf.data.prepare import sources
+from mrlhf.data.prepare.sources import Sources, read_chunks
 from mrlhf.errors import DataError, SeveralErrors
 
-ROWS: list[dict[str, Any]] = [{"text": f"row {i} é\u2028 " + "x" * (i % 50), "n": i, "list": [{"role": "user", "content": "a]}"}]} for i in range(700)]
+ROWS: list[dict[str, Any]] = [
+    {"text": f"row {i} é\u2028 " + "x" * (i % 50), "n": i, "list": [{"role": "user", "content": "a]}"}]} for i in range(700)
+]
 LINES = [json.dumps(row, ensure_ascii=bool(row["n"] % 2)) for row in ROWS]
 PLAIN = "\n".join(LINES).encode()
 
@@ -181,7 +183,9 @@ json_values = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(values=st.lists(json_values, max_size=8), indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans(), block_bytes=st.integers(1, 80))
+@given(
+    values=st.lists(json_values, max_size=8), indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans(), block_bytes=st.integers(1, 80)
+)
 def test_arrays_of_anything(
     values: list[Any], indent: int | None, ascii_only: bool, block_bytes: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

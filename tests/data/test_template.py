@@ -9,10 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mrlhf.data.formats import RowProblem
-from mrlhf.data.inspect import marked
-from mrlhf.data.template import Template, load_tokenizer, tokenizer_fingerprint, trained_mask
-from mrlhf.errors import ConfigError, DataError
+from mrlhf.data.prepare.template import Template, load_tokenizer, tokenizer_fingerprint, trained_mask
+from mrlhf.data.show import marked
+from mrlhf.errors import ConfigError, DataError, RowProblem
 
 from .chat_templates import CHATML, CHATML_GENERATION, END, TEMPLATES
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mrlhf.data.encoder import choose_encoder
-from mrlhf.data.ready_made import TEMPLATE_NAMES, ready_made
-from mrlhf.data.template import Template
+from mrlhf.data.prepare.ready_made import TEMPLATE_NAMES, ready_made
+from mrlhf.data.prepare.template import Template
+from mrlhf.data.tokenizers.encoder import choose_encoder
 
 from .chat_templates import SPECIAL
 

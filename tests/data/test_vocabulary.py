@@ -13,13 +13,34 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from mrlhf.data.encoder import PROBES
-from mrlhf.data.rank_file import ENCODINGS
-from mrlhf.data.template import Template, tokenizer_fingerprint
-from mrlhf.data.vocabulary import load_tokenizer, vocab_size
+from mrlhf.data.prepare.template import Template, tokenizer_fingerprint
+from mrlhf.data.tokenizers.encoder import PROBES
+from mrlhf.data.tokenizers.rank_file import ENCODINGS
+from mrlhf.data.tokenizers.vocabulary import load_tokenizer, vocab_size
 from mrlhf.errors import DataError
 
-WORDS = ["that", "the quick", "robot", "naïve", "東京", "🙂", "1, 2", "  ", "\n", "\t", " ", "\u3000", "½", "ﬁ", "(x)", "e\u0301", "qz", "мир", "<0x0A>", "▁"]
+WORDS = [
+    "that",
+    "the quick",
+    "robot",
+    "naïve",
+    "東京",
+    "🙂",
+    "1, 2",
+    "  ",
+    "\n",
+    "\t",
+    " ",
+    "\u3000",
+    "½",
+    "ﬁ",
+    "(x)",
+    "e\u0301",
+    "qz",
+    "мир",
+    "<0x0A>",
+    "▁",
+]
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "unigram_bytes", "bpe_bytes"])

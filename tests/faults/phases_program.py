@@ -27,10 +27,10 @@ import vllm.v1.engine.llm_engine  # noqa: F401  (before the forks)
 
 import mrlhf.rl.ppo
 from mrlhf.cli import main as mrlhf_main
-from mrlhf.engine import Trainer
 from mrlhf.parallel import watch
-from mrlhf.rl.reward_process import RewardProcess
-from mrlhf.stopping import Stopper
+from mrlhf.rl.rewards.process import RewardProcess
+from mrlhf.training.stopping import Stopper
+from mrlhf.training.trainer import Trainer
 
 KILLS: dict[str, tuple[type, str, int]] = {  # in the phase: at the call of that number of what
     "gen": (Stopper, "requested", 6),  # asked before each of vLLM's steps
@@ -88,7 +88,9 @@ def record_rollouts(file: Path) -> None:
 
     def recorded(self: Any, data: Any, rows: list[int], **how: Any) -> Any:
         rollout = generate(self, data, rows, **how)
-        digests = [hashlib.sha256(json.dumps([p, a.tokens]).encode()).hexdigest() for p, a in zip(rollout.prompts, rollout.answers, strict=True)]
+        digests = [
+            hashlib.sha256(json.dumps([p, a.tokens]).encode()).hexdigest() for p, a in zip(rollout.prompts, rollout.answers, strict=True)
+        ]
         with file.open("a") as f:
             f.write(json.dumps({"step": how["step"], "rows": rows, "sha256": digests}) + "\n")
         return rollout

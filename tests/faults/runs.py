@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from conftest import ROOT, environment, metrics
 
-from mrlhf.manifest import check, read_manifest
+from mrlhf.checkpoint.manifest import check, read_manifest
 
 TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
 _MARK = "MRLHF_TEST_RUN"  # in the environment of all that a run starts
@@ -59,7 +59,9 @@ class Run:
             self._from = log.tell()
             Run.started.append(self)
             marked = environment() | {_MARK: str(self.directory)}
-            self.process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=marked, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                list(map(str, command)), cwd=ROOT, env=marked, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def wait(self, timeout: float = 300) -> int:
         try:

@@ -10,7 +10,7 @@ import sys
 
 def main() -> int:
     from mrlhf.cli import main as mrlhf
-    from mrlhf.stopping import Stopper
+    from mrlhf.training.stopping import Stopper
 
     left = int(sys.argv[1])
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import TESTS, metrics, mrlhf, python
 
 from faults.runs import last, sft
-from mrlhf.manifest import read_manifest
+from mrlhf.checkpoint.manifest import read_manifest
 
 LAYOUTS: list[dict[str, object]] = [
     {"parallel.tensor_model_parallel_size": 2},
@@ -35,7 +35,9 @@ def test_tp2_then_pp2_then_dp2_then_one_rank(world: Path, tmp_path: Path) -> Non
     for one, two in zip(theirs, ours, strict=True):
         assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
         assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-4)
-        assert {k: one[k] for k in ("train/num_tokens", "train/epoch", "train/lr")} == {k: two[k] for k in ("train/num_tokens", "train/epoch", "train/lr")}
+        assert {k: one[k] for k in ("train/num_tokens", "train/epoch", "train/lr")} == {
+            k: two[k] for k in ("train/num_tokens", "train/epoch", "train/lr")
+        }
     assert [read_manifest(last(d))["data"] for d in (whole, broken)].count(read_manifest(last(whole))["data"]) == 2
 
 

@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps of one forward pass, loss included, beside what mrlhf/activations.py says: alone, or on 2 ranks (TP 2 with
+"""Bytes that autograd keeps of one forward pass, loss included, beside what mrlhf/memory/activations.py says: alone, or on 2 ranks (TP 2 with
 sequence parallelism). Prints JSON.
 
 usage: activations_program.py ZOO_DIR KIND,KIND ...
@@ -45,14 +45,14 @@ def kept_bytes(run: Callable[[], Any], parameters: Any) -> int:
 def main() -> None:
     import numpy as np
 
-    from mrlhf.activations import Rows, activations
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import ParallelConfig
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import ParallelConfig
     from mrlhf.data.loader import Sample, collate
-    from mrlhf.engine import Model
+    from mrlhf.memory.activations import Rows, activations
     from mrlhf.models import gpt
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
+    from mrlhf.training.trainer import Model
 
     draw = np.random.default_rng(0)
     two = os.environ.get("WORLD_SIZE") == "2"

@@ -15,13 +15,13 @@ def main() -> None:
     import torch.distributed as dist
     from zoo import KINDS, MOE, VOCAB, samples
 
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import ParallelConfig
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import ParallelConfig
     from mrlhf.data.loader import Sample, collate
-    from mrlhf.engine import Model
     from mrlhf.models import gpt
+    from mrlhf.models.layers.logprobs import Head, head_logprobs
     from mrlhf.parallel import state
-    from mrlhf.parallel.logprobs import Head, head_logprobs
+    from mrlhf.training.trainer import Model
 
     # isort: split
     from groups import leave_layout

@@ -74,7 +74,9 @@ def minimum(shapes: Mapping[str, tuple[int, ...]], held: Shard, wanted: Shard) -
 def gathered(shapes: Mapping[str, tuple[int, ...]], shard: Shard, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every whole HF tensor on every rank."""
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [(b, tensors[n].narrow(b.dim, b.offset, b.length).clone()) for n, blocks in shard.items() for b in blocks])
+    dist.all_gather_object(
+        parts, [(b, tensors[n].narrow(b.dim, b.offset, b.length).clone()) for n, blocks in shard.items() for b in blocks]
+    )
     whole = {hf: torch.full(shape, math.nan) for hf, shape in shapes.items()}
     for b, value in (entry for part in parts for entry in part):
         whole[b.hf].narrow(b.dim, b.start, b.length).copy_(value)
@@ -82,12 +84,12 @@ def gathered(shapes: Mapping[str, tuple[int, ...]], shard: Shard, tensors: Mappi
 
 
 def main() -> None:
-    from mrlhf.config import ParallelConfig
-    from mrlhf.engine import Model
+    from mrlhf.config.options import ParallelConfig
     from mrlhf.models.families import hf_shapes, vllm_map
-    from mrlhf.models.layouts import make_weight_update, trainer_shard
-    from mrlhf.models.spec import Experts, Layer, ModelSpec, Rope
+    from mrlhf.models.families.spec import Experts, Layer, ModelSpec, Rope
+    from mrlhf.models.reshard_plan import make_weight_update, trainer_shard
     from mrlhf.parallel import state
+    from mrlhf.training.trainer import Model
 
     # isort: split
     from groups import leave_layout
@@ -109,7 +111,13 @@ def main() -> None:
             qk_norm="head" if case.get("moe") else "none", experts=Experts(8, 2, 16) if case.get("moe") else None, ropes=(Rope(theta=1e4),),
         )  # fmt: skip
         parallel = ParallelConfig(
-            case.get("tp", 1), case.get("pp", 1), case.get("pieces"), case.get("first"), case.get("last"), case.get("cp", 1), case.get("ep", 1)
+            case.get("tp", 1),
+            case.get("pp", 1),
+            case.get("pieces"),
+            case.get("first"),
+            case.get("last"),
+            case.get("cp", 1),
+            case.get("ep", 1),
         )
         layout, shapes = state.Layout.of(parallel, world), hf_shapes(spec, head="lm")
         shard, wanted = trainer_shard(spec, layout, rank), vllm_map(spec, tp=case["to"], rank=rank % case["to"])
@@ -121,8 +129,12 @@ def main() -> None:
             source = type("Source", (), {"spec": spec, "path": None})()
             held = Model(source, parallel, head="lm", dtype="float32", seed=3, random_init=True).parameters()
             misplaced = sorted(set(held) ^ set(shard))
-        target = {n: torch.full_like(x, -1.0) for n, x in shard_tensors(wanted, {hf: torch.empty(shape) for hf, shape in shapes.items()}).items()}
-        reshard = make_weight_update(spec, layout, rollout_tp=case["to"], rank=rank, dtype=torch.float32, bucket_bytes=BUCKET, node=4).in_place
+        target = {
+            n: torch.full_like(x, -1.0) for n, x in shard_tensors(wanted, {hf: torch.empty(shape) for hf, shape in shapes.items()}).items()
+        }
+        reshard = make_weight_update(
+            spec, layout, rollout_tp=case["to"], rank=rank, dtype=torch.float32, bucket_bytes=BUCKET, node=4
+        ).in_place
         reference = {} if misplaced else shard_tensors(wanted, gathered(shapes, shard, held))
         wrong = []
         for _ in range(2):  # the second time into what the first has written, from changed weights
@@ -135,7 +147,9 @@ def main() -> None:
             reference = {n: torch.where(x == -1.0, x, 2.0 * x) for n, x in reference.items()}
         least = 4 * minimum(shapes, shard, wanted)
         per_rank: list[Any] = [None] * world
-        dist.all_gather_object(per_rank, (wrong, misplaced, received[0], reshard.received, least, reshard.packing_bytes, len(reshard.buckets)))
+        dist.all_gather_object(
+            per_rank, (wrong, misplaced, received[0], reshard.received, least, reshard.packing_bytes, len(reshard.buckets))
+        )
         columns = list(zip(*per_rank, strict=True))
         results[name] = {
             "wrong": sum(columns[0], []), "misplaced": sum(columns[1], []), "received": columns[2], "planned": columns[3], "minimum": columns[4],

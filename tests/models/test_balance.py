@@ -12,9 +12,9 @@ import mrlhf.parallel  # noqa: F401
 import torch
 
 from mrlhf.data.loader import Sample, collate
-from mrlhf.models.balance import balancing_sum, samples_of, z_sum
-from mrlhf.models.router import choose, scores
-from mrlhf.models.spec import Experts
+from mrlhf.models.families.spec import Experts
+from mrlhf.models.layers.router import choose, scores
+from mrlhf.models.layers.router_losses import balancing_sum, samples_of, z_sum
 
 
 def literal(p_TE: torch.Tensor, chosen: list[list[int]], experts: int) -> torch.Tensor:

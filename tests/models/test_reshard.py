@@ -16,7 +16,7 @@ from test_weight_maps import specs
 
 from mrlhf.models.families import hf_shapes
 from mrlhf.models.families.blocks import Block
-from mrlhf.models.layouts import make_planner
+from mrlhf.models.reshard_plan import make_planner
 from mrlhf.parallel.reshard import Planner, Reshard
 from mrlhf.parallel.state import Layout
 
@@ -37,7 +37,9 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, int, int, int]:
 
 @given(data=st.data(), chosen=layouts(), limit=st.sampled_from([1, 40, 10**6]), node=st.sampled_from([1, 2, 16]))
 @settings(max_examples=60, deadline=None)
-def test_plan_equals_slicing_moves_the_least_and_is_agreed(data: st.DataObject, chosen: tuple[Layout, int, int, int], limit: int, node: int) -> None:
+def test_plan_equals_slicing_moves_the_least_and_is_agreed(
+    data: st.DataObject, chosen: tuple[Layout, int, int, int], limit: int, node: int
+) -> None:
     layout, layers, rollout, generators = chosen
     spec = data.draw(specs(splits=math.lcm(layout.tp, rollout, layout.ep), layers=layers))
     shapes, at = hf_shapes(spec, head="lm"), 0
@@ -99,7 +101,7 @@ def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[L
 
 
 def sources_of(spec, layout: Layout) -> list[dict[str, list[Block]]]:
-    from mrlhf.models.layouts import trainer_shard
+    from mrlhf.models.reshard_plan import trainer_shard
 
     return [trainer_shard(spec, layout, r) for r in range(layout.world)]
 

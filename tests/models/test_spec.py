@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from mrlhf.config import ModelConfig, ParallelConfig
-from mrlhf.models.spec import Experts, Latent, Layer, ModelSpec, check_layout
-from mrlhf.plan import model_bytes
+from mrlhf.config.options import ModelConfig, ParallelConfig
+from mrlhf.memory.estimate import model_bytes
+from mrlhf.models.families.spec import Experts, Latent, Layer, ModelSpec, check_layout
 
 DENSE = ModelSpec("llama", 4, 64, 128, 8, 4, 8, 256, 128, 1e-6, tied=False, layers=(Layer(),) * 4)
 MOE = ModelSpec("mixtral", 4, 64, 128, 8, 4, 8, 256, 128, 1e-6, tied=False, layers=(Layer(moe=True),) * 4, experts=Experts(8, 2, 96))
@@ -57,7 +57,7 @@ def test_memory_of_latent_attention() -> None:
 
 
 def test_experts_are_named_at_the_start() -> None:
-    from mrlhf.models.balance import describe
+    from mrlhf.models.layers.router_losses import describe
 
     assert DENSE.describe() == f"llama, {DENSE.num_parameters:,} parameters"
     assert MOE.describe().endswith("2 of 8 experts)")

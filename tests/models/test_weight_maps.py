@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mrlhf.models.families import FAMILIES, hf_shapes, megatron_map, vllm_map
 from mrlhf.models.families.blocks import Block
-from mrlhf.models.layouts import trainer_shard
-from mrlhf.models.spec import VOCAB_MULTIPLE, Experts, Latent, Layer, ModelSpec
+from mrlhf.models.families.spec import VOCAB_MULTIPLE, Experts, Latent, Layer, ModelSpec
+from mrlhf.models.reshard_plan import trainer_shard
 from mrlhf.parallel.state import Layout
 
 
@@ -48,9 +48,14 @@ def specs(draw: st.DrawFn, *, splits: int = 1, layers: int = 1) -> ModelSpec:
         gated=not plain,
         learned_positions=family == "gpt2",
         experts=Experts(
-            splits * draw(st.integers(1, 2)), 1, splits * draw(st.integers(1, 3)), selection_bias=family == "deepseek_v3",
+            splits * draw(st.integers(1, 2)),
+            1,
+            splits * draw(st.integers(1, 3)),
+            selection_bias=family == "deepseek_v3",
             shared_ffn_hidden_size=splits * draw(st.integers(1, 2)) if is_latent else 0,
-        ) if is_moe else None,
+        )
+        if is_moe
+        else None,
         latent=Latent(draw(st.integers(1, 3)), draw(st.none() | st.integers(1, 3)), draw(st.integers(1, 3)), 2) if is_latent else None,
     )
 
@@ -88,9 +93,7 @@ def test_megatron_map_holds_every_row_once(head: str, data: st.DataObject, tp: i
     for (name, hf), rows in found.items():
         assert set(rows) == {tp if copied(spec, hf) else 1}, (name, hf)
     holders = Counter(hf for _, hf in found)
-    assert {hf: n for hf, n in holders.items() if n > 1} == (
-        {next(iter(shapes)): 2} if spec.tied and head == "lm" else {}
-    )
+    assert {hf: n for hf, n in holders.items() if n > 1} == ({next(iter(shapes)): 2} if spec.tied and head == "lm" else {})
 
 
 @given(data=st.data(), tp=st.sampled_from([1, 2, 4, 8]), replicated=st.booleans())

@@ -16,13 +16,13 @@ def main() -> None:
     from groups import leave_layout
     from zoo import BALANCE, LR, STEPS, samples
 
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import OptimConfig, ParallelConfig
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import OptimConfig, ParallelConfig
     from mrlhf.data.loader import Sample, collate
-    from mrlhf.engine import Trainer
-    from mrlhf.models.balance import Balance
+    from mrlhf.models.layers.router_losses import Balance
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
+    from mrlhf.training.trainer import Trainer
 
     zoo = Path(sys.argv[1])
     layouts = {

@@ -15,14 +15,14 @@ def main() -> None:
     import torch.distributed as dist
     from groups import leave_layout
 
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import DataConfig, DPOConfig, DPOStage, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import DataConfig, DPOConfig, DPOStage, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
     from mrlhf.data.blend import Blend, Dataset
     from mrlhf.data.indexed import PackedDataset
     from mrlhf.data.loader import Loader
     from mrlhf.dpo import preference_loss, reference_logps
-    from mrlhf.engine import Trainer
     from mrlhf.parallel import state
+    from mrlhf.training.trainer import Trainer
 
     # isort: split
     from megatron.core import parallel_state
@@ -38,7 +38,9 @@ def main() -> None:
         budget = int(options.pop("budget", 0)) or None
         blended = options.pop("blend", "0") == "1"
         lr, alpha = float(options.pop("lr", 1e-3)), float(options.pop("neftune", 0))
-        parallel = ParallelConfig(**{k: v == "true" if v in ("true", "false") else int(v) if v.isdigit() else v for k, v in options.items()})
+        parallel = ParallelConfig(
+            **{k: v == "true" if v in ("true", "false") else int(v) if v.isdigit() else v for k, v in options.items()}
+        )
         layout = state.initialize(parallel, seed=1)
         _, dp, _ = layout.coordinates(dist.get_rank())
         prefix = str(world / {"sft": "sft_few", "pretrain": "text_few"}.get(stage, "pref_few"))

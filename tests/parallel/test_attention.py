@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.parallel.attention import packed_attention
+from mrlhf.models.layers.attention import packed_attention
 
 
 def alone(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mrlhf.parallel import logprobs
-from mrlhf.parallel.logprobs import Head, head_logprobs
+from mrlhf.models.layers import logprobs
+from mrlhf.models.layers.logprobs import Head, head_logprobs
 
 N, H, PADDED, REAL = 11, 6, 64, 50
 

@@ -13,18 +13,20 @@ from pathlib import Path
 
 
 def main() -> None:
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_MLA_DISABLE="1", MRLHF_DEVICE="cpu")
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_MLA_DISABLE="1", MRLHF_DEVICE="cpu"
+    )
     import torch
     import vllm
     import vllm.distributed.parallel_state as groups
     from transformers import AutoModelForCausalLM
 
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import ParallelConfig
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import ParallelConfig
     from mrlhf.models.families import vllm_map
-    from mrlhf.models.hf_io import HFReader
+    from mrlhf.models.hf_files import HFReader
     from mrlhf.parallel import state
-    from mrlhf.rl.vllm_weights import Weights, keep_linear_weights
+    from mrlhf.rl.rollout.vllm_weights import Weights, keep_linear_weights
 
     state.initialize(ParallelConfig(), seed=1)
     keep_linear_weights()
@@ -58,7 +60,11 @@ def main() -> None:
         )
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=10, detokenize=False, ignore_eos=True)
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-        reader, expected, found = HFReader(directory, source.spec, head="lm"), vllm_map(source.spec, tp=1, rank=0), Weights(llm, source.spec).parameters
+        reader, expected, found = (
+            HFReader(directory, source.spec, head="lm"),
+            vllm_map(source.spec, tp=1, rank=0),
+            Weights(llm, source.spec).parameters,
+        )
         wrong = sorted(set(found) ^ set(expected))
         # experts are packed on CPU: what is written into them is compared by the answers of tests/rl/test_ppo.py
         wrong += [

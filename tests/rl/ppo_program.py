@@ -15,13 +15,13 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from mrlhf.config import PPOStage
-    from mrlhf.config_io import load_config
-    from mrlhf.memory import Memory
+    from mrlhf.checkpoint.save import save
+    from mrlhf.config.load import load_config
+    from mrlhf.config.options import PPOStage
+    from mrlhf.memory.tracker import Memory
     from mrlhf.parallel import state
     from mrlhf.rl.ppo import PPO, check, make_bridge
-    from mrlhf.rl.remote import begin, run_generator
-    from mrlhf.saving import save
+    from mrlhf.rl.rollout.remote import begin, run_generator
 
     config = load_config(PPOStage, None, sys.argv[2:])
     run = check(config, state.world_size())
@@ -45,7 +45,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         answers = [a.tokens for a in rollout.answers]
         Path(sys.argv[1]).write_text(
-            json.dumps({"logs": logs, "prompts": rollout.prompts, "answers": answers, "received": ppo.sampler.reshard.received, "parked": parked})
+            json.dumps(
+                {"logs": logs, "prompts": rollout.prompts, "answers": answers, "received": ppo.sampler.reshard.received, "parked": parked}
+            )
         )
     ppo.sampler.shutdown()
     state.shutdown()

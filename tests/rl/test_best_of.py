@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from mrlhf.data.formats import Columns, normalise
-from mrlhf.rl.best_of import Choice, choose, pair_row, sft_row
+from mrlhf.commands.best_of import Choice, choose, pair_row, sft_row
+from mrlhf.data.prepare.formats import Columns, normalise
 
 PROMPT = [{"role": "user", "content": "q"}]
 
@@ -23,4 +23,7 @@ def test_rows_are_what_preprocessing_takes() -> None:
     sample = normalise(pair_row(record, PROMPT, "yes", "no", (1.0, 0.0)), "preference", Columns(), plain=False)
     assert [c[-1]["content"] for c in sample.conversations] == ["yes", "no"] and sample.tools == [{"name": "t"}]
     assert normalise(sft_row({}, "q", "yes", 1.0), "sft", Columns(), plain=True).conversations == (("q", "yes"),)
-    assert normalise(pair_row({}, "q", "yes", "no", (1.0, 0.0)), "preference", Columns(), plain=True).conversations == (("q", "yes"), ("q", "no"))
+    assert normalise(pair_row({}, "q", "yes", "no", (1.0, 0.0)), "preference", Columns(), plain=True).conversations == (
+        ("q", "yes"),
+        ("q", "no"),
+    )

@@ -15,12 +15,12 @@ from conftest import ROOT, environment, metrics
 from test_ppo import options, reward_model  # noqa: F401  (a fixture)
 
 from mrlhf.errors import ConfigError
-from mrlhf.models.spec import Layer, ModelSpec
+from mrlhf.models.families.spec import Layer, ModelSpec
 from mrlhf.parallel.watch import EXIT_STATUS
 
 
 def test_memory_is_checked_before_it_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mrlhf.rl import vllm_engine
+    from mrlhf.rl.rollout import vllm_engine
 
     spec = ModelSpec("qwen2", 2, 1024, 2048, 8, 8, 128, 512, 64, 1e-6, tied=True, layers=(Layer(),) * 2)
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
@@ -28,7 +28,9 @@ def test_memory_is_checked_before_it_is_taken(monkeypatch: pytest.MonkeyPatch, t
         monkeypatch.setattr(vllm_engine, "_free_bytes", lambda: 200 << 20)
         budget = vllm_engine.check_memory(spec, dtype="float32", tp=1, kv_cache_mib=64)
         assert budget.cache == 64 << 20 and budget.weights == pytest.approx(spec.num_parameters * 4, rel=0.01)
-        with pytest.raises(ConfigError, match=r"vLLM does not fit: 0.08 GiB of weights and 0.20 GiB of cache on each rank, 0.20 GiB were free") as caught:
+        with pytest.raises(
+            ConfigError, match=r"vLLM does not fit: 0.08 GiB of weights and 0.20 GiB of cache on each rank, 0.20 GiB were free"
+        ) as caught:
             vllm_engine.check_memory(spec, dtype="float32", tp=1, kv_cache_mib=200)
         room = (200 << 20) - budget.weights >> 20
         assert caught.value.expected == f"at most {room}" and caught.value.fix == f"--rollout.kv_cache_mib {room // 2}"
@@ -85,6 +87,8 @@ def test_a_stopped_rank_ends_the_run_by_its_name(world: Path, reward_model: Path
     assert f"pid {stopped}) has given no sign of life" in text and "of step" in text.split("RankProblem")[1]
     assert f"exitcode  : {EXIT_STATUS}" in text
     assert "rank 0: sends" in text and "GiB of cache on each rank" in text, "bytes of the plan and vLLM's memory are stated at the start"
-    assert "[INFO]" not in text and "vllm" not in text.split("RankProblem")[0].lower().replace("vllm: 1 replica", "").replace("--rollout", "")
+    assert "[INFO]" not in text and "vllm" not in text.split("RankProblem")[0].lower().replace("vllm: 1 replica", "").replace(
+        "--rollout", ""
+    )
     assert (tmp_path / "logs/stacks_rank_0.txt").is_file()
     assert "KV cache" in (tmp_path / "logs/vllm_rank_0.log").read_text()

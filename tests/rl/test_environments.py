@@ -14,9 +14,9 @@ import torch
 from conftest import make_tokenizer
 
 from mrlhf.errors import ConfigError, ToolError
-from mrlhf.rl.environments import Environments, check_environment, load_class
-from mrlhf.rl.rollout import Rollout, micro_batches, spread, table
-from mrlhf.rl.vllm_engine import Answer, Sampling
+from mrlhf.rl.rollout.environments import Environments, check_environment, load_class
+from mrlhf.rl.rollout.tables import Rollout, micro_batches, spread, table
+from mrlhf.rl.rollout.vllm_engine import Answer, Sampling
 
 END = "<|im_end|>"
 ENVIRONMENT = """
@@ -97,9 +97,12 @@ def make(file: Path, tokenizer: Any, name: str = "Echo", **options: Any) -> Envi
     return Environments(f"{file}:{name}", tokenizer, **settings)
 
 
-def talk(file: Path, tokenizer: Any, scripts: list[list[str]], *, limit: int = 200, **options: Any) -> tuple[list[Answer], Scripted, list[list[int]]]:
+def talk(
+    file: Path, tokenizer: Any, scripts: list[list[str]], *, limit: int = 200, **options: Any
+) -> tuple[list[Answer], Scripted, list[list[int]]]:
     prompts = [
-        tokenizer(f"<|im_start|>user\n{i}{END}\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"] for i in range(len(scripts))
+        tokenizer(f"<|im_start|>user\n{i}{END}\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+        for i in range(len(scripts))
     ]
     engine = Scripted(tokenizer, scripts)
     sampling = Sampling(1.0, 1.0, -1, limit, (tokenizer.eos_token_id,))
@@ -141,7 +144,7 @@ def test_turns_tokens_masks_and_rewards(file: Path, tokenizer: Any) -> None:
     assert tokenizer.decode(targets) == "".join(turn for script in scripts for turn in script)
     model = SimpleNamespace(forward=lambda batches, fn, channels: [placed[None]], groups=SimpleNamespace(in_force=nullcontext))
     unsummed = pytest.MonkeyPatch()
-    unsummed.setattr("mrlhf.rl.rollout.state.sum_over_data_parallel", lambda x: x)
+    unsummed.setattr("mrlhf.rl.rollout.tables.state.sum_over_data_parallel", lambda x: x)
     assert torch.equal(table(model, [batch], None, shape=values_BA.shape)[0], values_BA * rollout.mask_BA())
     unsummed.undo()
 

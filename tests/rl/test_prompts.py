@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from mrlhf.config import PPOStage
-from mrlhf.config_io import load_config
+from mrlhf.config.load import load_config
+from mrlhf.config.options import PPOStage
 from mrlhf.errors import CheckpointError, MrlhfError
 from mrlhf.rl.ppo import PPO
-from mrlhf.rl.prompts import Prompts
-from mrlhf.rl.rollout import Rollout
+from mrlhf.rl.rollout.prompts import Prompts
+from mrlhf.rl.rollout.tables import Rollout
+from mrlhf.rl.rollout.vllm_engine import Answer
 from mrlhf.rl.shaping import RunningStd
-from mrlhf.rl.vllm_engine import Answer
 
 
 def config(**changes: object) -> PPOStage:
@@ -97,7 +97,9 @@ def test_more_rollouts_than_prompts_go_on_into_new_epochs() -> None:
 
 
 def test_scores_are_shaped_before_they_are_clipped() -> None:
-    ppo = make(set(), **{"reward.overlong_buffer": 4, "reward.overlong_penalty": 2.0, "rollout.max_new_tokens": 8, "reward.scaling": "running_std"})
+    ppo = make(
+        set(), **{"reward.overlong_buffer": 4, "reward.overlong_penalty": 2.0, "rollout.max_new_tokens": 8, "reward.scaling": "running_std"}
+    )
     ppo.running_std = RunningStd()
     answers = [Answer([1] * n, [0.0] * n, True) for n in (4, 6, 8)]
     shaped = ppo.shape(Rollout([[1]] * 3, answers, [None] * 3), torch.tensor([1.0, 1.0, 5.0]))

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from mrlhf.errors import ConfigError, RewardError
-from mrlhf.rl.reward_http import FAILURES_TO_OPEN, Endpoints, HttpReward
+from mrlhf.rl.rewards.http import FAILURES_TO_OPEN, Endpoints, HttpReward
 
 
 class Server:
@@ -194,7 +194,14 @@ class TestHttpReward:
         with HttpReward([server.url], batch_size=1) as reward:
             reward.score(["p", "q"], ["a", "b"], labels=[1, 2], prompt_ids=[[1], [2]], completion_ids=[[3], [4]], tokenizer="f")
         sent = sorted((payload for payload, _ in server.requests), key=lambda p: p["labels"])
-        assert sent[1] == {"prompts": ["q"], "completions": ["b"], "labels": [2], "prompt_ids": [[2]], "completion_ids": [[4]], "tokenizer": "f"}
+        assert sent[1] == {
+            "prompts": ["q"],
+            "completions": ["b"],
+            "labels": [2],
+            "prompt_ids": [[2]],
+            "completion_ids": [[4]],
+            "tokenizer": "f",
+        }
 
     def test_a_retry_has_the_key_of_the_first_try(self, serve):
         server = serve(lambda payload, number: (500, "") if number == 1 else lengths(payload))
@@ -280,7 +287,9 @@ class TestHttpReward:
         assert ask([server.url], completions=()) == []
         assert not server.requests
 
-    @pytest.mark.parametrize("options", [{"batch_size": 0}, {"concurrency": 0}, {"retries": -1}, {"timeout_s": 0}, {"total_s": 0}, {"backoff_s": -1}])
+    @pytest.mark.parametrize(
+        "options", [{"batch_size": 0}, {"concurrency": 0}, {"retries": -1}, {"timeout_s": 0}, {"total_s": 0}, {"backoff_s": -1}]
+    )
     def test_wrong_settings_are_refused(self, options):
         with pytest.raises(ConfigError):
             HttpReward(["http://a/s"], **options)
@@ -298,7 +307,7 @@ class TestEndpoints:
 
     def test_a_failing_one_is_left_alone_then_tried_once(self, monkeypatch):
         now = [0.0]
-        monkeypatch.setattr("mrlhf.rl.reward_http.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("mrlhf.rl.rewards.http.time.monotonic", lambda: now[0])
         servers = Endpoints(["a", "b"])
 
         def use(n: int, bad: tuple[str, ...]) -> list[str]:

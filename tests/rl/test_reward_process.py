@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mrlhf.errors import ConfigError, RewardError
-from mrlhf.rl.reward_process import RewardProcess
-from mrlhf.rl.rewards import parse_source
+from mrlhf.rl.rewards.kinds import parse_source
+from mrlhf.rl.rewards.process import RewardProcess
 
 CODE = """
 import ctypes, os, sys, time, subprocess
@@ -82,7 +82,10 @@ def test_scores_and_columns_cross_and_one_process_serves_all_calls(file: Path) -
         assert ask(process) == [111.0, 502.0] and ask(process, (None, None)) == [101.0, 502.0]
         assert process.score([], [], labels=[], prompt_ids=[], completion_ids=[]) == []
         many = 3000
-        assert process.score([" " * 4000] * many, ["x"] * many, labels=[0] * many, prompt_ids=[[]] * many, completion_ids=[[1]] * many) == [2.0] * many
+        assert (
+            process.score([" " * 4000] * many, ["x"] * many, labels=[0] * many, prompt_ids=[[]] * many, completion_ids=[[1]] * many)
+            == [2.0] * many
+        )
         with pytest.raises(RewardError, match=r"mine.py:good' cannot be sent"):
             ask(process, (object(), None))
     assert process._process.returncode is not None

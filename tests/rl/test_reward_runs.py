@@ -54,7 +54,9 @@ def ask(server: Server, **columns: list) -> list[float]:
     return answer.json()["scores"]
 
 
-def test_server_against_mrlhf_score_then_ppo_through_its_death(world: Path, reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_against_mrlhf_score_then_ppo_through_its_death(
+    world: Path, reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REWARD_TOKEN", "abc")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     mrlhf("score", "--checkpoint", reward_model, "--data", world / "pref", "--output", tmp_path / "scores.jsonl", "--dtype", "float32")
@@ -63,7 +65,7 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(world: Path, rewa
 
     # ids, and the texts that they are: the same scores as the command has written
     from mrlhf.data.indexed import PackedDataset
-    from mrlhf.tokenizer import fingerprint, load
+    from mrlhf.data.tokenizers.hf import fingerprint, load
 
     data, tokenizer = PackedDataset.open(world / "pref"), load(world / "qwen2")
     chosen = [data.sample(2 * i) for i in range(len(wanted))]
@@ -117,9 +119,9 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(world: Path, rewa
 
 
 def test_other_machines_need_a_token(reward_model: Path, world: Path) -> None:
-    from mrlhf.config import ServeRewardStage
+    from mrlhf.commands.serve_reward import check
+    from mrlhf.config.options import ServeRewardStage
     from mrlhf.errors import MrlhfError
-    from mrlhf.serve_reward import check
 
     for host in ("0.0.0.0", "::", "10.0.0.1"):
         with pytest.raises(MrlhfError, match="there is no token"):

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from mrlhf.rl import reward_server
-from mrlhf.rl.reward_http import HttpReward
-from mrlhf.rl.reward_server import RewardServer, is_loopback
+from mrlhf.rl.rewards import server as reward_server
+from mrlhf.rl.rewards.http import HttpReward
+from mrlhf.rl.rewards.server import RewardServer, is_loopback
 
 TOKEN = "a-token-of-32-characters-or-so"
 
@@ -56,7 +56,14 @@ def post(server: RewardServer, content: object, **headers: bytes) -> httpx.Respo
     return httpx.post(server.url, content=body, headers={"Authorization": f"Bearer {TOKEN}".encode(), **headers}, trust_env=False)
 
 
-GOOD = {"prompts": ["a"], "completions": ["b"], "labels": [{"x": [1]}], "prompt_ids": [[1, 2]], "completion_ids": [[3]], "tokenizer": "print"}
+GOOD = {
+    "prompts": ["a"],
+    "completions": ["b"],
+    "labels": [{"x": [1]}],
+    "prompt_ids": [[1, 2]],
+    "completion_ids": [[3]],
+    "tokenizer": "print",
+}
 
 
 def test_ids_are_scored_as_they_are_and_texts_are_tokenised(server: RewardServer) -> None:
@@ -146,6 +153,8 @@ def test_the_client_gets_through_it(server: RewardServer, monkeypatch: pytest.Mo
             assert scores == [2.0 * i + 1 for i in range(1, 31)]
 
 
-@pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("a.b", False)])
+@pytest.mark.parametrize(
+    ("host", "local"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("a.b", False)]
+)
 def test_is_loopback(host: str, local: bool) -> None:
     assert is_loopback(host) is local

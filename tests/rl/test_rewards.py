@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mrlhf.errors import ConfigError, RewardError
-from mrlhf.rl.rewards import RewardSource, check_scores, load_function, parse_source, score_with_function
+from mrlhf.rl.rewards.kinds import RewardSource, check_scores, load_function, parse_source, score_with_function
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "rewards"
 

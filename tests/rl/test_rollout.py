@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mrlhf.data.loader import MicroBatch
-from mrlhf.rl.rollout import Rollout, micro_batches, spread
-from mrlhf.rl.vllm_engine import Answer
+from mrlhf.rl.rollout.tables import Rollout, micro_batches, spread
+from mrlhf.rl.rollout.vllm_engine import Answer
 
 PROMPTS = [[5, 6], [5, 6], [7], [7]]
 ANSWERS = [[11, 12, 13], [21], [31, 32], [41, 42, 43, 44]]
@@ -18,7 +18,15 @@ TABLE_BA = torch.tensor([a + [0] * (4 - len(a)) for a in ANSWERS]).float()  # of
 
 
 def cut(rows: list[int], **changes: object) -> list[MicroBatch]:
-    options = {"micro_batch_size": 2, "max_tokens": None, "dp_rank": 0, "dp_size": 1, "packing": True, "pad_multiple": 4, "slice_multiple": 1}
+    options = {
+        "micro_batch_size": 2,
+        "max_tokens": None,
+        "dp_rank": 0,
+        "dp_size": 1,
+        "packing": True,
+        "pad_multiple": 4,
+        "slice_multiple": 1,
+    }
     return micro_batches(ROLLOUT, rows, **{**options, **changes})  # type: ignore[arg-type]
 
 

@@ -10,11 +10,11 @@ import pytest
 from conftest import metrics
 from faults.runs import Run, check_equal, ppo
 
-from mrlhf.config import PPOStage
-from mrlhf.config_io import load_config
+from mrlhf.config.load import load_config
+from mrlhf.config.options import PPOStage
 from mrlhf.errors import ConfigError, MrlhfError
-from mrlhf.rl.remote import decode, encode
-from mrlhf.rl.vllm_engine import Answer
+from mrlhf.rl.rollout.remote import decode, encode
+from mrlhf.rl.rollout.vllm_engine import Answer
 
 AHEAD = {"rollout.placement": "separate", "rollout.num_ranks": 1, "rollout.max_staleness": 1, "rollout.correction": "tis",
          "rollout.correction_high": 10, "checkpoint.keep_last": 10}  # fmt: skip

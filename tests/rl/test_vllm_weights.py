@@ -8,7 +8,7 @@ from pathlib import Path
 from conftest import TESTS, make_hf_model, python
 
 from mrlhf.models.families import spec_from_hf
-from mrlhf.rl.vllm_weights import check_weights
+from mrlhf.rl.rollout.vllm_weights import check_weights
 
 
 def test_fp8_made_anew_equals_a_fresh_start(tmp_path: Path) -> None:
@@ -33,5 +33,3 @@ def test_what_cannot_be_is_said_before(tmp_path: Path) -> None:
         " rollout.weights = fp8", " rollout.weights = fp8"
     ]  # fmt: skip
     assert check_weights(spec, "packed", dtype="float32") == check_weights(spec, "plain", dtype="bfloat16") == []
-
-

@@ -20,15 +20,15 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import PPOStage
-    from mrlhf.config_io import load_config
-    from mrlhf.engine import Trainer
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.load import load_config
+    from mrlhf.config.options import PPOStage
     from mrlhf.parallel import state
     from mrlhf.rl.ppo import PPO, open_ptx
-    from mrlhf.rl.rollout import Rollout
+    from mrlhf.rl.rollout.tables import Rollout
+    from mrlhf.rl.rollout.vllm_engine import Answer
     from mrlhf.rl.updates import Pretraining, actor_loss
-    from mrlhf.rl.vllm_engine import Answer
+    from mrlhf.training.trainer import Trainer
 
     world, out = Path(sys.argv[1]), Path(sys.argv[2])
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,9 @@ def sampler_differences(own: object, logprobs: object) -> int:
         logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(step))
         k, p = (torch.tensor([50, 9, 5, 50]), torch.tensor([1.0, 0.9, 0.8, 0.5])) if step % 2 else (None, None)
         results = []
-        for forward, gather, generators in zip((own, TopKTopPSampler.forward_cpu), (logprobs, Sampler.gather_logprobs), seeded, strict=True):
+        for forward, gather, generators in zip(
+            (own, TopKTopPSampler.forward_cpu), (logprobs, Sampler.gather_logprobs), seeded, strict=True
+        ):
             torch.manual_seed(step)
             tokens, logps = forward(sampler, logits.clone(), generators, k, p)
             results.append((tokens, logps, *gather(logps, 0, tokens.long())[:2]))
@@ -43,12 +45,12 @@ def main() -> None:
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
     from vllm.v1.sample.sampler import Sampler
 
-    from mrlhf.checkpoint import open_source
-    from mrlhf.config import ParallelConfig
-    from mrlhf.engine import Model
-    from mrlhf.models.layouts import make_weight_update
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import ParallelConfig
+    from mrlhf.models.reshard_plan import make_weight_update
     from mrlhf.parallel import state
-    from mrlhf.rl.vllm_engine import Sampling, VLLMEngine
+    from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine
+    from mrlhf.training.trainer import Model
 
     own_sampler = TopKTopPSampler.forward_cpu, Sampler.gather_logprobs
     output, *directories = (Path(a) for a in sys.argv[1:])
@@ -58,7 +60,15 @@ def main() -> None:
     sources = [open_source(str(d)) for d in directories]
     models = [Model(source, parallel, head="lm", dtype="bfloat16", seed=1) for source in sources]
     engine = VLLMEngine(
-        sources[0].spec, sources[0].hf_dir, dtype="bfloat16", tp=2, max_model_len=128, kv_cache_mib=64, max_num_seqs=8, seed=1, weights="fp8"
+        sources[0].spec,
+        sources[0].hf_dir,
+        dtype="bfloat16",
+        tp=2,
+        max_model_len=128,
+        kv_cache_mib=64,
+        max_num_seqs=8,
+        seed=1,
+        weights="fp8",
     )
     prompts = [[5, 17, 101, 33], [2, 9, 250], [77, 3, 91, 64, 12, 8, 150, 31, 6, 200, 40, 11]]
     greedy = Sampling(0.0, 1.0, -1, 16, ())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mrlhf.tool import run_tool  # noqa: E402
+from mrlhf.commands.tool import run_tool  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from mrlhf.convert import hf_to_megatron, plan_import
+    from mrlhf.convert.hf import hf_to_megatron, plan_import
     from mrlhf.errors import EnvironmentProblem
     from mrlhf.parallel.state import is_main, world_size
 
@@ -50,7 +50,7 @@ def convert(args: argparse.Namespace) -> int:
         spec = made.spec
         print(f"{args.hf} -> {made.path}: {spec.family}, {spec.num_parameters:,} parameters, {made.manifest['dtype']}, head {made.head}")
     if args.verify:
-        from mrlhf.verify import verify
+        from mrlhf.convert.verify import verify
 
         compared = verify(made, args.hf)
         print(compared.describe())

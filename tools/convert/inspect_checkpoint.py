@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mrlhf.tool import run_tool  # noqa: E402
+from mrlhf.commands.tool import run_tool  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def show(args: argparse.Namespace) -> int:
-    from mrlhf.inspection import describe
+    from mrlhf.convert.inspect import describe
 
     for line in describe(args.directory, tensors=not args.no_tensors):
         print(line)

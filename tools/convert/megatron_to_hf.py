@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mrlhf.tool import run_tool  # noqa: E402
+from mrlhf.commands.tool import run_tool  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from mrlhf.convert import megatron_to_hf, plan_export
+    from mrlhf.convert.hf import megatron_to_hf, plan_export
     from mrlhf.errors import EnvironmentProblem
     from mrlhf.parallel.state import is_main, world_size
 
@@ -48,7 +48,7 @@ def convert(args: argparse.Namespace) -> int:
         for note in made.notes:
             print(f"note: {note}")
     if args.verify:
-        from mrlhf.verify import verify
+        from mrlhf.convert.verify import verify
 
         compared = verify(made.source, str(made.path))
         print(compared.describe())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mrlhf.tool import run_tool  # noqa: E402
+from mrlhf.commands.tool import run_tool  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def compare(args: argparse.Namespace) -> int:
-    from mrlhf.convert import open_part
-    from mrlhf.verify import verify
+    from mrlhf.convert.hf import open_part
+    from mrlhf.convert.verify import verify
 
     compared = verify(open_part(args.checkpoint, "" if args.part == "actor" else args.part), args.hf, seed=args.seed)
     print(compared.describe())

@@ -19,7 +19,7 @@ from mrlhf.models.families import deepseek, gemma, glm4, gpt2, granite, llama, m
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.maps import Entry, HFTensor, entries
-from mrlhf.models.spec import ModelSpec
+from mrlhf.models.families.spec import ModelSpec
 
 _MODULES = (llama, mistral, qwen, gemma, phi3, gpt2, olmo2, granite, glm4, starcoder2, smollm3, seed_oss, deepseek)
 FAMILIES: dict[str, ModuleType] = {kind: module for module in _MODULES for kind in module.CLASSIFIERS}
@@ -78,7 +78,9 @@ def vllm_config(spec: ModelSpec) -> dict[str, Any]:
     if spec.latent is None or spec.experts is None:
         return {}
     e = spec.experts
-    return {"n_group": e.groups, "topk_group": e.top_groups, "scoring_func": e.score} | ({"topk_method": "noaux_tc"} if e.selection_bias else {})
+    return {"n_group": e.groups, "topk_group": e.top_groups, "scoring_func": e.score} | (
+        {"topk_method": "noaux_tc"} if e.selection_bias else {}
+    )
 
 
 def hf_tensors(spec: ModelSpec, *, head: str) -> dict[str, HFTensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.names import LLAMA, VLLM_LLAMA
-from mrlhf.models.spec import Experts, Latent, Layer, ModelSpec
+from mrlhf.models.families.spec import Experts, Latent, Layer, ModelSpec
 
 CLASSIFIERS = {"deepseek_v2": "DeepseekV2ForSequenceClassification", "deepseek_v3": "DeepseekV3ForSequenceClassification"}
 NAMES, VLLM = LLAMA, VLLM_LLAMA

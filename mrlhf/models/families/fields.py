@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mrlhf.errors import CheckpointError
-from mrlhf.models.spec import Layer, Rope
+from mrlhf.models.families.spec import Layer, Rope
 
 # Say nothing about what the weights compute. Dropout acts in training only, and mrlhf trains without it.
 _HARMLESS = frozenset(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.names import VLLM_LLAMA, Names
-from mrlhf.models.spec import Layer, ModelSpec, Rope
+from mrlhf.models.families.spec import Layer, ModelSpec, Rope
 
 CLASSIFIERS = {
     "gemma": "GemmaForSequenceClassification",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.names import VLLM_LLAMA, Names
-from mrlhf.models.spec import ModelSpec
+from mrlhf.models.families.spec import ModelSpec
 
 CLASSIFIERS = {"glm4": "Glm4ForSequenceClassification"}
 NAMES = Names(attention_post_norm="post_self_attn_layernorm", fc1=("mlp.gate_up_proj",), mlp_post_norm="post_mlp_layernorm")

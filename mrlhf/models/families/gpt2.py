@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.names import Names, VLLMNames
-from mrlhf.models.spec import Layer, ModelSpec
+from mrlhf.models.families.spec import Layer, ModelSpec
 
 CLASSIFIERS = {"gpt2": "GPT2ForSequenceClassification"}
 NAMES = Names(

@@ -11,7 +11,7 @@ from typing import Literal
 
 from mrlhf.models.families.blocks import Columns, Copy, GroupedQKV, Ref, Rule, Stacked, StackedQKV, Vocab
 from mrlhf.models.families.names import Names, VLLMNames
-from mrlhf.models.spec import VOCAB_MULTIPLE, ModelSpec
+from mrlhf.models.families.spec import VOCAB_MULTIPLE, ModelSpec
 
 VLLM_VOCAB_MULTIPLE = 64
 # what it is drawn as: `out` writes into the residual; `choice` decides which experts a token goes to, is not trained, and stays in fp32
@@ -88,7 +88,9 @@ def _norm(spec: ModelSpec, megatron: str, hf: str) -> Iterator[Entry]:
         yield _copied(f"{megatron}.bias", f"{hf}.bias", (spec.hidden_size,), "bias")
 
 
-def _row_parallel(megatron: str, hf: str, shape: tuple[int, int], *, bias: bool, transposed: bool, is_expert: bool = False) -> Iterator[Entry]:
+def _row_parallel(
+    megatron: str, hf: str, shape: tuple[int, int], *, bias: bool, transposed: bool, is_expert: bool = False
+) -> Iterator[Entry]:
     name = hf + ".weight"
     rule = Columns(name, shape[1])
     yield Entry(megatron + ".weight", rule, name, rule, {name: HFTensor(shape, "out", transposed)}, is_expert)
@@ -113,7 +115,11 @@ def _attention(spec: ModelSpec, names: Names, vllm: VLLMNames, there: str, here:
             for name, n in zip(hf, rows, strict=True)
         }
         yield Entry(
-            f"{there}self_attention.linear_qkv.{part}", GroupedQKV(refs, *heads), f"{here}{vllm.qkv}.{part}", StackedQKV(refs, *heads), tensors
+            f"{there}self_attention.linear_qkv.{part}",
+            GroupedQKV(refs, *heads),
+            f"{here}{vllm.qkv}.{part}",
+            StackedQKV(refs, *heads),
+            tensors,
         )
     if spec.qk_norm == "head":
         for x, name in (("q", names.q_norm), ("k", names.k_norm)):
@@ -180,7 +186,9 @@ def _experts(spec: ModelSpec, names: Names, vllm: VLLMNames, there: str, here: s
         rule, shape = Stacked(tuple(map(Ref, hf)), experts.shared_ffn_hidden_size), (experts.shared_ffn_hidden_size, h)
         tensors = {name: HFTensor(shape, "in") for name in hf}
         yield Entry(there + "mlp.shared_experts.linear_fc1.weight", rule, f"{here}{vllm.shared_fc1}.weight", rule, tensors)
-        yield from _row_parallel(there + "mlp.shared_experts.linear_fc2", here + names.shared_fc2, shape[::-1], bias=False, transposed=False)
+        yield from _row_parallel(
+            there + "mlp.shared_experts.linear_fc2", here + names.shared_fc2, shape[::-1], bias=False, transposed=False
+        )
     for e in range(experts.num):
         local = f"{there}mlp.experts.local_experts.{e}."
         gate_up = tuple(f"{here}{name.format(e=e)}.weight" for name in names.expert_fc1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.names import Names, VLLMNames
-from mrlhf.models.spec import Experts, Layer, ModelSpec
+from mrlhf.models.families.spec import Experts, Layer, ModelSpec
 
 CLASSIFIERS = {"mistral": "MistralForSequenceClassification", "mixtral": "MixtralForSequenceClassification"}
 _MOE = "block_sparse_moe."

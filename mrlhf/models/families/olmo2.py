@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.names import VLLM_LLAMA, Names
-from mrlhf.models.spec import ModelSpec
+from mrlhf.models.families.spec import ModelSpec
 
 CLASSIFIERS = {"olmo2": "Olmo2ForSequenceClassification"}
 NAMES = Names(attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm")

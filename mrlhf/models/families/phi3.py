@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.names import VLLM_LLAMA, Names
-from mrlhf.models.spec import Layer, ModelSpec
+from mrlhf.models.families.spec import Layer, ModelSpec
 
 CLASSIFIERS = {"phi3": "Phi3ForSequenceClassification"}
 NAMES = Names(qkv=("self_attn.qkv_proj",), fc1=("mlp.gate_up_proj",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.names import LLAMA, VLLM_LLAMA
-from mrlhf.models.spec import Layer, ModelSpec
+from mrlhf.models.families.spec import Layer, ModelSpec
 
 CLASSIFIERS = {"smollm3": "SmolLM3ForSequenceClassification"}
 NAMES, VLLM = LLAMA, VLLM_LLAMA

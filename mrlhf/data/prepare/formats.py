@@ -1,0 +1,340 @@
+"""One input record -> one normalised sample, for every form in the table below; anything else is a RowProblem.
+
+    pretrain    text
+    sft         messages  |  input + output (strings, or a list of messages and the list of the final assistant message)
+    preference  prompt + chosen + rejected  |  chosen + rejected (whole conversations that share all but the last message); margin optional
+    prompts     prompt (list of messages ending in a user turn, or string)  |  input; label optional
+
+A normalised conversation is a list of {"role", "content"} messages, or with a plain input template the pair (prompt, answer) of strings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mrlhf.errors import RowProblem
+
+Message = dict[str, Any]
+Conversation = list[Message] | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column names the user set; None: the default name. `input` stands for the main column of any task."""
+
+    text: str | None = None
+    messages: str | None = None
+    input: str | None = None
+    output: str | None = None
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str | None = None
+    margin: str | None = None
+    tools: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`text` for pretrain; `conversations` for sft (1) and preference (2: chosen, rejected); `prompt` for prompts.
+
+    `tools`: what the conversations or the prompt may call, for the chat template.
+    """
+
+    text: str | None = None
+    conversations: tuple[Conversation, ...] = ()
+    prompt: list[Message] | str | None = None
+    margin: float | None = None
+    label: Any = None
+    tools: list[Any] | None = None
+
+
+def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> Sample:
+    """The sample in `record`. `plain`: prompts and answers are strings (--input-template) rather than messages. Raises RowProblem."""
+    if not isinstance(record, dict):
+        raise RowProblem(
+            "not_object", f"the row is {_kind(record)}, not a JSON object", expected="an object with named columns", fix="one object a row"
+        )
+    sample = {"pretrain": _pretrain, "sft": _sft, "preference": _preference, "prompts": _prompts}[task](record, columns, plain)
+    tools = None if task == "pretrain" else _tools(record, columns)
+    return replace(sample, tools=tools) if tools else sample
+
+
+def _tools(record: dict[str, Any], columns: Columns) -> list[Any] | None:
+    """The tools column: a list of objects, or such a list as a JSON string. None where it is not there, null or empty."""
+    key = columns.tools or "tools"
+    if columns.tools:
+        _column(record, key, "--tools-key COLUMN")
+    tools = record.get(key)
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise _wrong_type(key, tools, "a list of objects, or one as a JSON string", "--tools-key COLUMN") from error
+    if not tools:
+        return None
+    if not _is_messages(tools):
+        raise _wrong_type(key, tools, "a list of objects, or one as a JSON string", "--tools-key COLUMN")
+    return tools
+
+
+def _pretrain(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
+    key = columns.text or columns.input or "text"
+    text = _column(record, key, _suggest(record, "--text-key", str))
+    if not isinstance(text, str):
+        raise _wrong_type(key, text, "a string", "--text-key COLUMN")
+    if not text.strip():
+        raise _empty(f"column '{key}' is empty")
+    return Sample(text=text)
+
+
+def _sft(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
+    messages_key = columns.messages or "messages"
+    if columns.messages or (columns.input is None and messages_key in record):
+        return Sample(conversations=(_conversation(record, messages_key, plain, "--messages-key"),))
+    input_key, output_key = columns.input or "input", columns.output or "output"
+    if columns.input is None and input_key not in record and output_key not in record:
+        strings = [k for k, v in record.items() if isinstance(v, str)]
+        lists = [k for k, v in record.items() if _looks_like_messages(v)]
+        fix = "--input-key COLUMN [--output-key COLUMN]"
+        if lists:
+            fix = f"--input-key {lists[0]}"
+        elif len(strings) == 2:
+            fix = f"--input-key {strings[0]} --output-key {strings[1]}"
+        raise _missing(record, messages_key, fix, "'messages', or 'input' and 'output'")
+
+    given = _column(record, input_key, _suggest(record, "--input-key", (str, list)))
+    if columns.output is None and output_key not in record and _is_messages(given):
+        return Sample(conversations=(_conversation(record, input_key, plain, "--input-key"),))
+    answer = _column(record, output_key, _suggest(record, "--output-key", (str, list), besides=input_key))
+    if columns.input is None and isinstance(record.get("instruction"), str) and record["instruction"].strip():
+        raise RowProblem(
+            "instruction",
+            "column 'instruction' stands beside 'input' and would be ignored",
+            expected="instruction and input joined in one column",
+            fix="join them, then --input-key COLUMN (or --input-key instruction to use it alone)",
+        )
+    if isinstance(given, str) and isinstance(answer, str):
+        prompt: list[Message] | str = given
+    elif isinstance(given, list) and isinstance(answer, list):
+        prompt = _messages(given, input_key)
+        answer = _one_answer(answer, output_key)
+    else:
+        raise RowProblem(
+            "input_output_types",
+            f"column '{input_key}' is {_kind(given)} and column '{output_key}' is {_kind(answer)}",
+            expected="two strings, or a list of messages and a list with the final assistant message",
+            fix="--input-key COLUMN --output-key COLUMN",
+        )
+    return Sample(conversations=(_join(prompt, answer, plain, input_key, output_key),))
+
+
+def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
+    keys = {"chosen": columns.chosen or "chosen", "rejected": columns.rejected or "rejected"}
+    answers = {name: _column(record, key, _suggest(record, f"--{name}-key", (str, list))) for name, key in keys.items()}
+    prompt_key = columns.prompt or columns.input or "prompt"
+    if columns.prompt or columns.input:
+        _column(record, prompt_key, _suggest(record, "--prompt-key", (str, list)))
+    prompt = record.get(prompt_key)
+    margin_key = columns.margin or "margin"
+    margin = record.get(margin_key)
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin)):
+        raise _wrong_type(margin_key, margin, "a finite number", "--margin-key COLUMN")
+
+    whole = all(_is_messages(a) and len(a) > 1 for a in answers.values())
+    if whole:
+        conversations = {name: _conversation(record, keys[name], plain, f"--{name}-key") for name in keys}
+        chosen, rejected = (_messages(answers[name], keys[name]) for name in keys)
+        if chosen[:-1] != rejected[:-1]:
+            raise RowProblem(
+                "pair_prefix",
+                "chosen and rejected differ before their last message",
+                expected="two conversations that share everything but the final assistant message",
+                fix="cut both after the first message that differs",
+            )
+        stated = prompt[-1].get("content") if isinstance(prompt, list) and _is_messages(prompt) and prompt else prompt
+        if prompt is not None and stated not in (chosen[-2]["content"], chosen[0]["content"]):
+            raise RowProblem(
+                "pair_prompt",
+                f"column '{prompt_key}' is not the prompt that '{keys['chosen']}' begins with",
+                expected=f"only the answers in '{keys['chosen']}' and '{keys['rejected']}', or the same prompt in both places",
+                fix="remove the column, or leave only the assistant's message in the answers",
+            )
+        pair = tuple(conversations.values())
+    else:
+        if prompt is None:
+            raise _missing(
+                record,
+                prompt_key,
+                _suggest(record, "--prompt-key", (str, list), besides=keys["chosen"]),
+                "a prompt, or whole conversations in both",
+            )
+        if not isinstance(prompt, str):
+            prompt = _messages(prompt, prompt_key)
+        parts = []
+        for name, key in keys.items():
+            answer = answers[name]
+            if not isinstance(answer, str):
+                answer = _one_answer(answer, key)
+            parts.append(_join(prompt, answer, plain, prompt_key, key))
+        pair = tuple(parts)
+    return Sample(conversations=pair, margin=None if margin is None else float(margin))
+
+
+def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
+    key = columns.prompt or columns.input or ("prompt" if "prompt" in record or "input" not in record else "input")
+    prompt = _column(record, key, _suggest(record, "--prompt-key", (str, list)))
+    if columns.label:
+        _column(record, columns.label, _suggest(record, "--label-key", object))
+    label = record.get(columns.label or "label")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise _empty(f"column '{key}' is empty")
+        return Sample(prompt=prompt if plain else [{"role": "user", "content": prompt}], label=label)
+    messages = _messages(prompt, key)
+    if messages[-1]["role"] == "assistant":
+        raise RowProblem(
+            "prompt_role",
+            f"column '{key}' ends with a turn of the assistant",
+            expected="a list of messages that ends with a user turn",
+            fix="remove the last message, or --prompt-key COLUMN",
+        )
+    return Sample(prompt=_single_turn(messages, key) if plain else messages, label=label)
+
+
+def _conversation(record: dict[str, Any], key: str, plain: bool, flag: str) -> Conversation:
+    messages = _messages(_column(record, key, _suggest(record, flag, list)), key)
+    if messages[-1]["role"] != "assistant":
+        raise RowProblem(
+            "last_role",
+            f"column '{key}' ends with a turn of '{messages[-1]['role']}'",
+            expected="a conversation whose last message is the assistant's",
+            fix=f"remove what follows the last answer, or {flag} COLUMN",
+        )
+    if len(messages) == 1:
+        raise RowProblem(
+            "no_prompt",
+            f"column '{key}' holds an answer and no prompt",
+            expected="at least one turn before the assistant's",
+            fix=f"{flag} COLUMN",
+        )
+    return (_single_turn(messages[:-1], key), _string_content(messages[-1], key)) if plain else messages
+
+
+def _messages(value: Any, key: str) -> list[Message]:
+    """`value` checked to be a list of {role, content}; other keys (tool calls, names) pass through to the chat template."""
+    expected = 'a list of {"role": ..., "content": ...}'
+    if not isinstance(value, list):
+        raise _wrong_type(key, value, expected, "--input-key COLUMN")
+    if not value:
+        raise _empty(f"column '{key}' has no messages")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise RowProblem(
+                "message_type", f"message {i} of column '{key}' is {_kind(message)}", expected=expected, fix="--input-key COLUMN"
+            )
+        if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
+            raise RowProblem(
+                "message_keys",
+                f"message {i} of column '{key}' has the keys {sorted(message)}",
+                expected=expected,
+                fix="rename them to role and content (user, assistant, system)",
+            )
+        content = message.get("content")
+        if content is not None and not isinstance(content, (str, list)):
+            raise RowProblem(
+                "content_type", f"content of message {i} of column '{key}' is {_kind(content)}", expected="a string", fix="mend the data"
+            )
+        if not message.get("tool_calls") and (not content or (isinstance(content, str) and not content.strip())):
+            raise _empty(f"message {i} of column '{key}' ({message['role']}) is empty")
+    return value
+
+
+def _one_answer(value: Any, key: str) -> Message:
+    messages = _messages(value, key)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise RowProblem(
+            "answer_list",
+            f"column '{key}' holds the turns {[m['role'] for m in messages]}",
+            expected="a list holding one assistant message, or a string",
+            fix="--output-key COLUMN (sft), --chosen-key/--rejected-key COLUMN (preference)",
+        )
+    return messages[0]
+
+
+def _join(prompt: list[Message] | str, answer: Message | str, plain: bool, prompt_key: str, answer_key: str) -> Conversation:
+    for key, value in ((prompt_key, prompt), (answer_key, answer)):
+        if isinstance(value, str) and not value.strip():
+            raise _empty(f"column '{key}' is empty")
+    if plain:
+        return (
+            prompt if isinstance(prompt, str) else _single_turn(prompt, prompt_key),
+            answer if isinstance(answer, str) else _string_content(answer, answer_key),
+        )
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*before, {"role": "assistant", "content": answer} if isinstance(answer, str) else answer]
+
+
+def _single_turn(messages: list[Message], key: str) -> str:
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        raise RowProblem(
+            "plain_turns",
+            f"column '{key}' holds the turns {[m['role'] for m in messages]}, which a plain --input-template cannot render",
+            expected="one user turn before the answer",
+            fix="--chat-template FILE instead of --input-template",
+        )
+    return _string_content(messages[0], key)
+
+
+def _string_content(message: Message, key: str) -> str:
+    if not isinstance(message.get("content"), str):
+        raise RowProblem(
+            "plain_content",
+            f"column '{key}' has a message whose content is not a string",
+            fix="--chat-template FILE instead of --input-template",
+        )
+    return message["content"]
+
+
+def _column(record: dict[str, Any], key: str, fix: str) -> Any:
+    if key not in record:
+        raise _missing(record, key, fix, None)
+    if record[key] is None:
+        raise RowProblem(f"null:{key}", f"column '{key}' is null", expected="a value in every row", fix=f"remove such rows, or {fix}")
+    return record[key]
+
+
+def _missing(record: dict[str, Any], key: str, fix: str, expected: str | None) -> RowProblem:
+    return RowProblem(f"missing:{key}", f"column '{key}' is missing; found {sorted(record)}", expected=expected, fix=fix)
+
+
+def _wrong_type(key: str, value: Any, expected: str, fix: str) -> RowProblem:
+    return RowProblem(f"type:{key}", f"column '{key}' is {_kind(value)}", expected=expected, fix=fix)
+
+
+def _empty(what: str) -> RowProblem:
+    return RowProblem("empty", what, expected="text in every turn", fix="--on-empty drop")
+
+
+def _suggest(record: dict[str, Any], flag: str, types: type | tuple[type, ...], besides: str | None = None) -> str:
+    """`flag` with the column that is most likely meant: the only one of a fitting type, else a placeholder."""
+    fitting = [k for k, v in record.items() if isinstance(v, types) and k != besides]
+    messages = [k for k in fitting if _looks_like_messages(record[k])]
+    pick = messages if messages else fitting
+    return f"{flag} {pick[0] if len(pick) == 1 else 'COLUMN'}"
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) for m in value)
+
+
+def _looks_like_messages(value: Any) -> bool:
+    return _is_messages(value) and bool(value)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)

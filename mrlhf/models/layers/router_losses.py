@@ -1,0 +1,171 @@
+"""Auxiliary losses of routers: load balancing (Switch Transformer, eq. 4 to 6) and z-loss (ST-MoE, eq. 5).
+
+What is added to a stage's loss, for every layer with experts:
+
+  aux_coeff x the mean over the step's tokens of  E sum_e f_e p_e      f_e: share of the K choices of the token's *sample* that fell on e
+                                                                       p_e: the token's score for e, its scores summing to 1
+  z_coeff   x the mean over the step's tokens of  log(sum_e exp(logit_e))^2
+
+The first is eq. 4 for every sample by itself (the papers' "batch" being one sample), averaged by length: 1 if the experts are chosen
+equally often, E if one is always chosen, for K = 1. A batch of tokens that is cut into micro-batches and ranks would give another number
+for every way of cutting; a sample is whole wherever it lands, so neither number depends on micro-batches, packing or ranks. Padding
+counts nowhere; the tokens of prompts do, trained or not.
+
+Legend: T tokens, E experts, K choices a token, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mrlhf.config.options import LossConfig, ModelConfig
+from mrlhf.data.loader import MicroBatch
+from mrlhf.parallel import device
+
+Count = Callable[[MicroBatch], torch.Tensor]
+
+
+def _weights_BT(batch: MicroBatch) -> torch.Tensor:
+    """Of each token's sample; 0 of padding."""
+    return torch.cat([batch.weights_N, batch.weights_N.new_zeros(1)])[batch.segments_BT]
+
+
+def trained_tokens(batch: MicroBatch) -> torch.Tensor:
+    return (_weights_BT(batch) * batch.mask_BT).sum()
+
+
+def trained_samples(batch: MicroBatch) -> torch.Tensor:
+    return (batch.weights_N * (batch.sum_N(batch.mask_BT) > 0)).sum()
+
+
+def of_aggregation(loss: LossConfig) -> Count:
+    return trained_tokens if loss.aggregation == "token" else trained_samples
+
+
+def pairs(batch: MicroBatch) -> torch.Tensor:
+    return batch.weights_N.sum() / 2
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Weights of the two losses. `count`: what the stage's loss is divided by, of a micro-batch (as its loss function counts)."""
+
+    aux_coeff: float
+    z_coeff: float
+    count: Count = trained_tokens
+
+
+def make_balance(model: ModelConfig, count: Count) -> Balance | None:
+    """None where the configuration asks for neither loss."""
+    if not (model.moe_aux_loss_coeff or model.moe_z_loss_coeff):
+        return None
+    return Balance(model.moe_aux_loss_coeff, model.moe_z_loss_coeff, count)
+
+
+def describe(model: ModelConfig) -> str:
+    """For the start of a run of a model with experts: what nobody should overlook."""
+    if not (model.moe_aux_loss_coeff or model.moe_z_loss_coeff):
+        return "experts: trained without a load-balancing loss (model.moe_aux_loss_coeff)"
+    return f"experts: load-balancing loss x {model.moe_aux_loss_coeff:g}, router z-loss x {model.moe_z_loss_coeff:g}"
+
+
+def samples_of(batch: MicroBatch) -> torch.Tensor:
+    """[B, T]: index of each token's sample; -1 of padding and fillers."""
+    return torch.where(_weights_BT(batch) > 0, batch.segments_BT, -1)
+
+
+def balancing_sum(scores_TE: torch.Tensor, chosen_TK: torch.Tensor, sample_T: torch.Tensor, *, group: Any = None) -> torch.Tensor:
+    """Sum over this rank's tokens of E sum_e f_e p_e. `group`: the ranks that a sample's tokens are spread over. Gradient: through p."""
+    tokens, experts = scores_TE.shape
+    real_T, samples = sample_T >= 0, sample_T.max() + 1
+    ranks = 1 if group is None else group.size()
+    if ranks > 1:
+        dist.all_reduce(samples, op=dist.ReduceOp.MAX, group=group)
+    rows = sample_T.clamp(min=0)
+    counts_SE = scores_TE.new_zeros(int(samples) or 1, experts, dtype=torch.float32)
+    ones_TE = torch.zeros(tokens, experts, dtype=torch.float32, device=scores_TE.device).scatter(1, chosen_TK, 1.0)
+    counts_SE.index_add_(0, rows, ones_TE * real_T[:, None])
+    if ranks > 1:
+        dist.all_reduce(counts_SE, group=group)
+    share_SE = counts_SE / counts_SE.sum(-1, keepdim=True).clamp(min=1)
+    p_TE = scores_TE.float() / scores_TE.float().sum(-1, keepdim=True)
+    return experts * ((share_SE[rows] * p_TE).sum(-1) * real_T).sum()
+
+
+def z_sum(logits_TE: torch.Tensor, sample_T: torch.Tensor) -> torch.Tensor:
+    """Sum over this rank's tokens of log(sum of exp(logits))^2."""
+    return (torch.logsumexp(logits_TE.float(), -1).square() * (sample_T >= 0)).sum()
+
+
+class _Attach(torch.autograd.Function):
+    """`x` as it is; in backward `loss` has gradient 1."""
+
+    @staticmethod
+    def forward(ctx, x, loss):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.ones((), device=grad.device)
+
+
+class Balancer:
+    """The losses of one router: `attach` adds them to what its weights give gradient to, and keeps their sums for the log."""
+
+    def __init__(self, balance: Balance) -> None:
+        self.balance, self.scale = balance, 0.0
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device.current().name)
+
+    def attach(
+        self,
+        weights: torch.Tensor,
+        logits_TE: torch.Tensor,
+        scores_TE: torch.Tensor,
+        chosen_TK: torch.Tensor,
+        sample_T: torch.Tensor,
+        group: Any,
+    ) -> torch.Tensor:
+        aux, z = balancing_sum(scores_TE, chosen_TK, sample_T, group=group), z_sum(logits_TE, sample_T)
+        self.sums += torch.stack([aux, z]).detach()
+        return _Attach.apply(weights, self.scale * (self.balance.aux_coeff * aux + self.balance.z_coeff * z))
+
+
+class StepBalance:
+    """All routers of this rank, over one optimizer step."""
+
+    def __init__(self, balance: Balance, balancers: Iterable[Balancer], *, layers: int) -> None:
+        self.balance, self.balancers, self.layers = balance, list(balancers), layers
+        self._tokens = self._count = 0.0
+
+    def begin(self, parts: Iterable[MicroBatch]) -> None:
+        """Collective. `parts`: what of the micro-batches this rank computes.
+
+        The schedule adds gradients of sums and divides them by the stage's count; ours are to be divided by the number of tokens.
+        """
+        totals = torch.zeros(2, dtype=torch.float64)
+        for batch in parts:
+            totals += torch.stack([(samples_of(batch) >= 0).sum().double().cpu(), self.balance.count(batch).double().cpu()])
+        totals = _summed(totals, parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self._tokens, self._count = float(totals[0]), float(totals[1])
+        for balancer in self.balancers:
+            balancer.scale = self._count / max(1.0, self._tokens)
+            balancer.sums.zero_()
+
+    def finish(self, count: float) -> dict[str, float]:
+        """Collective. Means over tokens and layers. `count`: what the loss functions counted in the step."""
+        assert abs(count - self._count) <= 1e-4 * self._count, (count, self._count)
+        sums = _summed(sum((b.sums.cpu() for b in self.balancers), torch.zeros(2, dtype=torch.float64)), None)
+        aux, z = (sums / (max(1.0, self._tokens) * self.layers)).tolist()
+        return {"moe_aux_loss": aux, "moe_z_loss": z}
+
+
+def _summed(x: torch.Tensor, group: Any) -> torch.Tensor:
+    moved = x.to(device.current().name)
+    dist.all_reduce(moved, group=group)
+    return moved.cpu()

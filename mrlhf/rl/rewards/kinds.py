@@ -1,0 +1,191 @@
+"""Where rewards come from: a Python function, HTTP endpoints, or a reward model (named here, run by the caller).
+
+    examples/rewards/exact_match.py:exact_match     f(prompts, completions, **columns) -> list[float]  (TRL's signature)
+    http://a:5000/score,http://b:5000/score         POST {"prompts", "completions", "labels"} -> {"scores"}
+    model:checkpoints/rm                            a reward-model checkpoint
+
+A source that fails, or answers with anything but one finite number a completion, is a RewardError, never a 0.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from mrlhf.config.user_file import load_module
+from mrlhf.errors import ConfigError, RewardError
+from mrlhf.observe.redaction import SECRET_NAME
+
+RewardFunction = Callable[..., list[float]]
+
+SOURCE_FORMS = "path/file.py:function, http(s)://host/path[,http(s)://...] or model:DIR"
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """One reward source and its weight in the sum. Raises ConfigError for a weight that is not a finite number."""
+
+    kind: str
+    "function, http or model"
+    spec: str
+    "file.py:function, comma-separated URLs, or the checkpoint directory"
+    weight: float = 1.0
+    "factor of this source's scores in the sum"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, bool) or not isinstance(self.weight, numbers.Real) or not math.isfinite(self.weight):
+            raise ConfigError(f"weight {self.weight!r} of reward source {self.spec!r} is not a finite number")
+
+    @property
+    def urls(self) -> list[str]:
+        """The endpoints of an http source."""
+        return [url.strip() for url in self.spec.split(",")]
+
+
+def parse_source(text: str, *, weight: float = 1.0) -> RewardSource:
+    """Reads one of the three forms above. Opens nothing. Raises ConfigError for any other text."""
+    text = text.strip()
+    if text.startswith("model:"):
+        if not text.removeprefix("model:"):
+            raise ConfigError(f"reward source {text!r} names no directory", expected="model:DIR")
+        return RewardSource("model", text.removeprefix("model:"), weight)
+    if text.startswith(("http://", "https://")):
+        source = RewardSource("http", text, weight)
+        for url in source.urls:
+            check_url(url)
+        return source
+    path, colon, function = text.rpartition(":")
+    if colon and path.endswith(".py") and function.isidentifier():
+        return RewardSource("function", text, weight)
+    raise ConfigError(f"reward source {text!r} is none of the known forms", expected=SOURCE_FORMS)
+
+
+def load_function(source: RewardSource) -> RewardFunction:
+    """Imports the file of a `function` source and returns its function.
+
+    Raises ConfigError if the file is missing or does not import, if it has no such function (naming those it has), or if the function
+    cannot be called with prompts, completions and the columns.
+    """
+    path_text, _, name = source.spec.rpartition(":")
+    module = load_module(path_text, what="reward file")
+    found = {key: value for key, value in vars(module).items() if callable(value) and not inspect.isclass(value)}
+    if name not in found:
+        own = sorted(
+            key
+            for key, value in found.items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
+        )
+        close = difflib.get_close_matches(name, own, n=1)
+        raise ConfigError(
+            f"reward file {path_text!r} has no function {name!r}",
+            expected=f"one of {', '.join(own)}" if own else "a file that defines a function",
+            fix=f"did you mean {path_text}:{close[0]} ?" if close else None,
+        )
+    function = found[name]
+    try:
+        inspect.signature(function).bind(prompts=[], completions=[], label=[], prompt_ids=[], completion_ids=[])
+    except TypeError as error:
+        raise ConfigError(
+            f"reward function {source.spec!r} cannot be called with the columns label, prompt_ids, completion_ids: {error}",
+            expected="def f(prompts, completions, **columns) -> list[float]",
+            fix="add **columns to its parameters",
+        ) from error
+    return function
+
+
+def score_with_function(
+    function: RewardFunction,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    labels: Sequence[Any],
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
+    source: str,
+) -> list[float]:
+    """One score a completion from `function(prompts=, completions=, label=, prompt_ids=, completion_ids=)`.
+
+    prompts, completions: decoded texts; the ids are those the model saw and wrote. `source` names the function in errors.
+    Raises RewardError if the function raises or if its answer is not one finite number a completion.
+    """
+    if not completions:
+        return []
+    try:
+        answer = function(
+            prompts=list(prompts),
+            completions=list(completions),
+            label=list(labels),
+            prompt_ids=list(prompt_ids),
+            completion_ids=list(completion_ids),
+        )
+    except Exception as error:
+        raise RewardError(f"reward function {source!r} raised {type(error).__name__}: {error}") from error
+    return check_scores(answer, expected=len(completions), source=source)
+
+
+def check_scores(answer: Any, *, expected: int, source: str, first: int = 0) -> list[float]:
+    """The answer of a source as floats.
+
+    first: index of the batch's first completion, so that errors give the index in the whole list.
+    Raises RewardError, naming source, index and value, unless it is a list of `expected` finite numbers (a bool is none).
+    """
+    if not isinstance(answer, list | tuple):
+        raise RewardError(
+            f"reward source {source!r} answered with {type(answer).__name__} {short(answer)}", expected=f"a list of {expected} numbers"
+        )
+    if len(answer) != expected:
+        raise RewardError(
+            f"reward source {source!r} answered with {len(answer)} scores for the {expected} completions from index {first}",
+            expected="one score a completion, in the same order",
+        )
+    return [_check_score(value, index=first + i, source=source) for i, value in enumerate(answer)]
+
+
+def _check_score(value: Any, *, index: int, source: str) -> float:
+    if value is None:
+        raise RewardError(f"reward source {source!r} gave no score at index {index}: None", expected="a finite number")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise RewardError(
+            f"reward source {source!r} gave {type(value).__name__} {short(value)} at index {index}", expected="a finite number"
+        )
+    try:
+        score = float(value)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise RewardError(f"reward source {source!r} gave {short(value)} at index {index}", expected="a finite number")
+    return score
+
+
+def check_url(url: str) -> None:
+    """Raises ConfigError unless `url` names an endpoint and no secret."""
+    try:
+        parts = urlsplit(url)
+        host, user, _ = parts.hostname, parts.username, parts.port
+    except ValueError as error:
+        raise ConfigError(f"reward URL {url!r} is not valid: {error}", expected=SOURCE_FORMS) from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise ConfigError(f"reward URL {url!r} is not valid", expected="http(s)://host[:port]/path; several are separated by commas")
+    if user is not None:
+        raise ConfigError(
+            f"the reward URL for {host!r} holds a user name or password, which logs would show",
+            fix="pass a bearer token by an environment variable",
+        )
+    secret = next((key for key, _ in parse_qsl(parts.query) if SECRET_NAME.search(key)), None)
+    if secret is not None:
+        raise ConfigError(
+            f"the reward URL for {host!r} holds a key ({secret}=...), which logs would show",
+            fix="pass a bearer token by an environment variable",
+        )
+
+
+def short(value: Any) -> str:
+    """At most 200 characters of what a source has answered."""
+    text = value if isinstance(value, str) else repr(value)
+    return repr(text[:200] + "...") if len(text) > 200 else repr(text) if isinstance(value, str) else text

@@ -1,0 +1,138 @@
+"""The weights in a live vLLM: parameters that are written in place, and linear layers of which vLLM makes a form of its own.
+
+Forms of its own are fp8, quantised by vLLM while it loads, and on CPU oneDNN's packing. Such a layer is given the plain weight of this
+rank's shard and makes its form as it does when a model is loaded; the result goes into the memory of the old one, whose addresses
+CUDA graphs hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mrlhf.errors import ConfigError, EnvironmentProblem
+from mrlhf.models.families.blocks import Block
+from mrlhf.models.families.spec import ModelSpec
+from mrlhf.parallel import device
+
+
+def keep_linear_weights() -> None:
+    """On CPU: linear layers keep their weight as it is (vLLM's own fallback) and it can be written in place, as on CUDA."""
+    import vllm.model_executor.layers.utils as layer_utils
+
+    def keep(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    layer_utils.dispatch_cpu_unquantized_gemm = keep
+
+
+def check_weights(spec: ModelSpec, weights: str, *, dtype: str, placement: str = "colocated") -> list[ConfigError]:
+    """Of `rollout.weights` and `rollout.placement`; spec, dtype: the model's."""
+    found, key = [], "rollout.weights"
+    if weights != "plain" and placement == "separate":
+        found.append(ConfigError(f"{key} = {weights}: weights that go to other ranks are written in place", where=key, expected="plain"))
+    if weights == "packed" and device.current().is_cuda:
+        found.append(ConfigError(f"{key} = packed is of vLLM's CPU kernels", where=key, expected="plain or fp8"))
+    if weights == "fp8" and dtype != "bfloat16":
+        what = f"{key} = fp8: vLLM computes such layers from bfloat16, and model.dtype = {dtype}"
+        found.append(ConfigError(what, where=key, expected="plain", fix="--model.dtype bfloat16"))
+    if weights == "fp8" and spec.experts is not None:
+        what = f"{key} = fp8: vLLM has no such kernel for experts that this has been run with"
+        found.append(ConfigError(what, where=key, expected="plain, or a model without experts"))
+    return found
+
+
+class Weights:
+    """`parameters`: written in place, by vLLM's own names; of stacked experts [e, ...] a view of each, as `...experts.{e}.w13_weight`.
+
+    `made`: parameter -> [out, in] of the plain weight that `make` wants for it.
+    """
+
+    def __init__(self, llm: Any, spec: ModelSpec, *, packed: bool = False) -> None:
+        """Raises EnvironmentProblem where vLLM's kernel keeps experts in an order of its own."""
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        self._config = llm.llm_engine.vllm_config
+        self._layers = {
+            f"{name}.weight": layer for name, layer in model.named_modules()
+            if isinstance(layer, LinearBase) and (not layer.weight.numel() or not isinstance(layer.quant_method, UnquantizedLinearMethod))
+        }  # fmt: skip
+        # vLLM keeps the shapes that a checkpoint's weights have
+        self.made = {name: tuple(get_layerwise_info(layer).restore_metadata[0]["weight"].shape) for name, layer in self._layers.items()}
+        own = {name.removesuffix("weight") for name in self.made}
+        self.parameters: dict[str, torch.Tensor] = {}
+        for name, parameter in model.named_parameters():
+            prefix, _, kind = name.rpartition(".")
+            if kind in ("w13_weight", "w2_weight"):
+                prefix = prefix.removesuffix(".routed_experts")
+                self.parameters |= {f"{prefix}.{e}.{kind}": one for e, one in enumerate(parameter.data)}
+            elif f"{prefix}." not in own or kind == "bias":
+                self.parameters[name] = parameter.data
+        if spec.tied:
+            self.parameters.pop("lm_head.weight", None)
+        self._experts = _expert_layers(model)
+        heads = [
+            m for name, m in model.named_modules() if isinstance(m, VocabParallelEmbedding) and (spec.tied or name.endswith("lm_head"))
+        ]
+        self._packed_heads = heads if packed else []
+
+    def misfits(self, expected: dict[str, list[Block]]) -> list[str]:
+        """Names of parameters that are not those of vLLM's map, or not of its shapes."""
+        found = sorted((set(self.parameters) | set(self.made)) ^ set(expected))
+        for name, blocks in expected.items():
+            if name in self.parameters:
+                wrong = any(b.offset + b.length > self.parameters[name].size(b.dim) for b in blocks)
+            else:  # all of it must be written: its memory is new each time
+                wrong = name in self.made and sum(b.length for b in blocks) != self.made[name][blocks[0].dim]
+            found += [name] if wrong else []
+        return found
+
+    def make(self, name: str, weight: torch.Tensor) -> None:
+        """`weight`: plain, of the shape made[name]. Collective in a replica where the layer's scales are."""
+        from vllm.config import set_current_vllm_config
+
+        layer = self._layers[name]
+        kept = dict(layer.named_parameters(recurse=False))
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer._already_called_process_weights_after_loading = False
+        with set_current_vllm_config(self._config):
+            layer.quant_method.process_weights_after_loading(layer)
+        for parameter, old in kept.items():
+            new = getattr(layer, parameter)
+            if new is not old:
+                assert new.shape == old.shape and new.stride() == old.stride(), f"{name}: vLLM's form of it is another one than before"
+                old.data.copy_(new)
+                setattr(layer, parameter, old)
+
+    def written(self) -> None:
+        """After `parameters` have been written: what vLLM's kernels on CPU keep beside them, or in an order of their own."""
+        for layer in self._experts:
+            _pack_experts(layer)
+        for head in self._packed_heads:  # its weight stays, but the product reads a packed copy
+            head.quant_method.process_weights_after_loading(head)
+
+
+def _expert_layers(model: torch.nn.Module) -> list[Any]:
+    found: list[Any] = [m for m in model.modules() if hasattr(m, "w13_weight")]
+    for layer in found:
+        backend = layer.quant_method.unquantized_backend.name
+        if device.current().is_cuda and "TRITON" not in backend:
+            raise EnvironmentProblem(
+                f"vLLM chose {backend} for the experts, whose weights cannot be written in place", expected="its Triton kernel",
+                fix="unset the VLLM_* variables that choose another, e.g. VLLM_USE_FLASHINFER_MOE_FP16=0",
+            )  # fmt: skip
+    return found
+
+
+def _pack_experts(layer: Any) -> None:
+    """On CPU vLLM's kernel wants the plain weights, which have just been written, in another order of the same size."""
+    if not device.current().is_cuda:
+        from vllm._custom_ops import cpu_prepack_moe_weight
+
+        isa = layer.quant_method.moe_kernel.fused_experts.isa
+        for weight in (layer.w13_weight, layer.w2_weight):
+            weight.data.copy_(cpu_prepack_moe_weight(weight.data, isa))

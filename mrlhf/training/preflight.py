@@ -1,0 +1,207 @@
+"""Everything that can be wrong with a run, found before it starts and shown at once.
+
+Used by every stage and by `--dry-run`; opens files, builds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mrlhf.checkpoint.source import ModelSource, open_source
+from mrlhf.config.options import DataSource, PPOStage
+from mrlhf.data.blend import Blend, Dataset, mismatches, sources_of
+from mrlhf.data.indexed import PackedDataset
+from mrlhf.data.megatron_text import MegatronText, is_megatron
+from mrlhf.data.tokenizers.hf import fingerprint
+from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError, Problems
+from mrlhf.models.families.spec import check_layout
+from mrlhf.models.layers import router_losses
+from mrlhf.parallel import state
+
+TASKS = {"pretrain": "pretrain", "sft": "sft", "rm": "preference", "dpo": "preference", "ppo": "prompts"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage starts from."""
+
+    source: ModelSource
+    train: Dataset
+    eval: Dataset | None
+    notes: tuple[str, ...] = ()  # to be shown before the run
+
+
+def open_train(
+    sources: Sequence[DataSource], *, task: str, source: ModelSource | None, seq_length: int | None
+) -> tuple[Dataset | None, list[MrlhfError]]:
+    """data.train, one data set or a blend, and everything in which its parts do not fit the run or each other."""
+    opened, weights, found = [], [], []
+    for item in sources:
+        data, problems = open_data(item.prefix, key="data.train", task=task, source=source, seq_length=seq_length)
+        found += problems
+        if data is not None:
+            opened.append(data)
+            weights.append(1.0 if item.loss_weight is None else item.loss_weight)
+    if not opened:
+        return None, found
+    found += mismatches(opened, key="data.train")
+    return opened[0] if len(opened) == 1 else Blend(opened, loss_weights=weights), found
+
+
+def _open_megatron(prefix: str, *, key: str, source: ModelSource | None, seq_length: int | None) -> MegatronText:
+    if seq_length is None:
+        raise DataError(
+            "this is Megatron-LM's own text, which has no length of its own",
+            where=f"{key} = {prefix}",
+            expected="data.seq_length",
+            fix="--data.seq_length 4096",
+        )
+    return MegatronText(prefix, seq_length=seq_length, vocab_size=source.spec.vocab_size if source is not None else 1 << 62)
+
+
+def open_data(
+    prefix: str, *, key: str, task: str | None, source: ModelSource | None, seq_length: int | None
+) -> tuple[Dataset | None, list[MrlhfError]]:
+    """The dataset, and everything in which it does not fit the run. `key`: where the user wrote the prefix."""
+    data: Dataset
+    try:
+        if task == "pretrain" and is_megatron(prefix):
+            data = _open_megatron(prefix, key=key, source=source, seq_length=seq_length)
+        else:
+            data = PackedDataset.open(prefix)
+    except DataError as error:
+        return None, [error]
+    found: list[MrlhfError] = []
+
+    def bad(what: str, expected: str, fix: str | None = None) -> None:
+        found.append(DataError(what, where=f"{key} = {prefix}", expected=expected, fix=fix))
+
+    if task is not None and data.task != task:
+        bad(f"the data was made with --task {data.task}", f"--task {task}", f"tools/preprocess_data.py --task {task} ...")
+    if seq_length is not None and data.meta["seq_length"] != seq_length:
+        bad(
+            f"the data was made with --seq-length {data.meta['seq_length']}",
+            f"data.seq_length = {seq_length}",
+            f"--data.seq_length {data.meta['seq_length']}",
+        )
+    if source is not None:
+        limit = source.spec.max_position_embeddings
+        if data.max_length > limit:
+            bad(f"its longest sample has {data.max_length} tokens", f"at most max_position_embeddings = {limit} of {source.path}")
+        if isinstance(data, MegatronText):
+            return data, found
+        try:
+            theirs, ours = data.meta["tokenizer_fingerprint"], fingerprint(source.hf_dir)
+        except DataError as error:
+            return data, [*found, error]
+        if theirs != ours:
+            bad(
+                f"the data's tokenizer ({data.meta['tokenizer']}, fingerprint {theirs[:12]}) is not the model's ({source.hf_dir}, {ours[:12]})",
+                "one tokenizer for data and model",
+                f"tools/preprocess_data.py --tokenizer {source.hf_dir} ...",
+            )
+        elif data.meta["vocab_size"] > source.spec.vocab_size:
+            bad(f"the tokenizer has {data.meta['vocab_size']} ids", f"at most vocab_size = {source.spec.vocab_size} of {source.path}")
+    return data, found
+
+
+def check_run(
+    stage: str,
+    config: Any,
+    *,
+    world: int,
+    more: Callable[[ModelSource, list[tuple[str, Dataset]]], list[MrlhfError]] | None = None,
+) -> Run:
+    """Opens model and data of a training stage. Raises every problem found, together.
+
+    `more(source, [(key, dataset)])`: what else a stage checks of the model and of the data that could be opened.
+    """
+    problems = Problems()
+    source = train = evaluation = None
+    try:
+        source = open_source(config.model.path)
+    except CheckpointError as error:
+        problems.add(
+            CheckpointError(error.what, where=f"model.path: {error.where or config.model.path}", expected=error.expected, fix=error.fix)
+        )
+    if source is not None:
+        problems.extend(check_layout(config.parallel, source.spec, world))
+        problems.extend(_check_experts(stage, config, source))
+        if stage != "rm" and source.head == "value":
+            problems.add(
+                ConfigError(f"model.path = {config.model.path} holds a value model", where="model.path", expected="an LM checkpoint")
+            )
+    problems.extend(state.check_batch(config.train, config.parallel, world))
+    task = TASKS[stage]
+    train, found = open_train(config.data.train, task=task, source=source, seq_length=config.data.seq_length)
+    if config.data.eval is not None:
+        evaluation, others = open_data(config.data.eval, key="data.eval", task=task, source=source, seq_length=config.data.seq_length)
+        found += others
+    problems.extend(found)
+    for key, data in (("data.train", train), ("data.eval", evaluation)):
+        if data is not None and (stage != "ppo" or data.task == "prompts"):
+            problems.extend(check_micro_batches(config, data, key=key))
+    if more is not None and source is not None:
+        problems.extend(more(source, [(k, d) for k, d in (("data.train", train), ("data.eval", evaluation)) if d is not None]))
+    problems.raise_if_any()
+    assert source is not None and train is not None
+    parts = [*sources_of(train), *(sources_of(evaluation) if evaluation is not None else [])]
+    notes = [p.note for p in parts if isinstance(p, MegatronText)]
+    if source.spec.experts is not None:
+        notes.append(router_losses.describe(config.model))
+    return Run(source, train, evaluation, tuple(notes))
+
+
+def _check_experts(stage: str, config: Any, source: ModelSource) -> list[ConfigError]:
+    experts, found = source.spec.experts, []
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        key = f"model.{name}"
+        if getattr(config.model, name) and experts is None:
+            found.append(ConfigError(f"{key} is set, and {source.path} has no experts", where=key, expected="0", fix=f"--{key} 0"))
+    is_cut = config.parallel.pipeline_model_parallel_size > 1 and config.model.dtype != "float32"
+    if stage == "ppo" and experts is not None and experts.selection_bias and is_cut:
+        what = f"the bias for the choice of experts of {source.spec.family} would reach vLLM from another pipeline stage rounded to {config.model.dtype}"
+        found.append(ConfigError(what, where="parallel.pipeline_model_parallel_size", expected="1, or model.dtype float32"))
+    return found
+
+
+def check_micro_batches(config: Any, data: Dataset, *, key: str) -> list[MrlhfError]:
+    """Under train.max_tokens_per_micro_batch the largest row must fit; of a rollout, the longest prompt with the longest answer."""
+    limit, multiple = config.train.max_tokens_per_micro_batch, state.pad_multiple(config.parallel)
+    if limit is None:
+        return []
+    if isinstance(config, PPOStage):
+        lengths, what = [data.max_length + config.rollout.max_new_tokens], "prompt and answer"
+    else:
+        lengths = data.longest_row(packing=config.data.packing)
+        what = "pack" if config.data.packing else "pair" if data.task == "preference" else "sample"
+    tokens = -(-sum(lengths) // multiple) * multiple if config.data.packing else len(lengths) * -(-max(lengths) // multiple) * multiple
+    if tokens <= limit:
+        return []
+    return [
+        ConfigError(
+            f"train.max_tokens_per_micro_batch = {limit:,} is less than the largest {what} takes: {tokens:,} tokens with padding",
+            where=key,
+            expected=f"{tokens} or more",
+            fix=f"--train.max_tokens_per_micro_batch {tokens}",
+        )
+    ]
+
+
+def check_prompt_budget(config: Any, source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
+    """The longest prompt and answer together must fit the model."""
+    found: list[MrlhfError] = []
+    limit = source.spec.max_position_embeddings
+    for key, data in sets:
+        if data.max_length + config.rollout.max_new_tokens > limit:
+            found.append(
+                ConfigError(
+                    f"the longest prompt ({data.max_length} tokens) and rollout.max_new_tokens = {config.rollout.max_new_tokens} exceed {limit}",
+                    where=key,
+                    expected=f"max_position_embeddings = {limit} of {source.path}",
+                    fix=f"--rollout.max_new_tokens {max(1, limit - data.max_length)}",
+                )
+            )
+    return found
