@@ -38,7 +38,7 @@ def main() -> None:
         optim = OptimConfig(lr=1e-3, adam_beta2=0.999)
         batches = loader.micro_batches(list(range(4, 12)))
 
-        def make(policy: str) -> Any:
+        def make(policy: str, parallel: ParallelConfig = parallel, optim: OptimConfig = optim) -> Any:
             return Trainer(
                 open_source(sys.argv[1]),
                 parallel,
@@ -47,7 +47,7 @@ def main() -> None:
                 dtype="float32",
                 seed=1,
                 total_steps=50,
-                on_nonfinite=policy,  # noqa: B023
+                on_nonfinite=policy,
             )
 
         def everything(trainer: Any) -> list[torch.Tensor]:

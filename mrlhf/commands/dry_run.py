@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mrlhf.config.options import GenerateStage, PPOStage, ScoreStage, ServeRewardStage
+from mrlhf.config.options import GenerateStage, PPOStage, ScoreStage, ServeRewardStage, StageConfig, TrainingConfig
 from mrlhf.data.blend import Dataset, names_of, sources_of
 from mrlhf.data.order import Order
 from mrlhf.data.show import marked
@@ -39,7 +39,7 @@ def _sources(data: Dataset, order: Order) -> list[str]:
     return [f"         {name}: {n:,} of {total:,} rows ({n / total:.2%}), {n / own:.3g} epochs" for name, n, own in rows]
 
 
-def _training(stage: str, config: Any) -> None:
+def _training(stage: str, config: TrainingConfig) -> None:
     one = Layout.of(config.parallel, 1)
     smallest, generators = math.lcm(one.tp * one.cp, one.ep) * one.pp, 0
     if isinstance(config, PPOStage):
@@ -98,7 +98,7 @@ def _training(stage: str, config: Any) -> None:
     print(_first_sample(data, load(run.source.hf_dir)))
 
 
-def main(stage: str, config: Any) -> None:
+def main(stage: str, config: StageConfig) -> None:
     if isinstance(config, ScoreStage):
         from mrlhf.commands.score import check as check_score
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from mrlhf.config.options import (
     GROUP_ESTIMATORS,
-    STAGES,
     CheckpointConfig,
     DataSource,
     DPOStage,
@@ -18,6 +17,9 @@ from mrlhf.config.options import (
     PretrainStage,
     RMStage,
     RolloutConfig,
+    SFTStage,
+    StageConfig,
+    TrainingConfig,
 )
 from mrlhf.errors import ConfigError
 from mrlhf.observe.metrics import EVALUATED
@@ -64,7 +66,7 @@ def check_sources(sources: tuple[DataSource, ...]) -> list[ConfigError]:
     return found
 
 
-def _check_best(config: Any) -> list[ConfigError]:
+def _check_best(config: TrainingConfig) -> list[ConfigError]:
     metric, key = config.checkpoint.best_metric, "checkpoint.best_metric"
     if metric is None:
         return []
@@ -73,13 +75,12 @@ def _check_best(config: Any) -> list[ConfigError]:
         found.append(ConfigError(f"{key} is for pretrain, sft, rm and dpo", where=key, fix=f"--{key} null"))
     elif config.data.eval is None:
         found.append(ConfigError(f"{key} = {metric} needs an evaluation split", where=key, expected="data.eval"))
-    stage = next(name for name, kind in STAGES.items() if kind is type(config))
-    known = [f"eval/{name}" for name in EVALUATED.get(stage, ())]
-    if isinstance(config, PretrainStage) and config.loss.z_loss:
+    known = [f"eval/{name}" for name in EVALUATED.get(config.stage, ())]
+    if isinstance(config, (PretrainStage, SFTStage)) and config.loss.z_loss:
         known.append("eval/log_z_squared")
     if known and metric not in known:
         near = get_close_matches(metric, known, n=1)
-        what = f"{key} = {metric} is not measured by the evaluation of {stage}"
+        what = f"{key} = {metric} is not measured by the evaluation of {config.stage}"
         found.append(ConfigError(what, where=key, expected=", ".join(known), fix=f"--{key} {near[0]}" if near else None))
     return found
 
@@ -119,7 +120,7 @@ def _check_placement(rollout: RolloutConfig) -> list[ConfigError]:
     return found
 
 
-def check(config: Any) -> list[ConfigError]:
+def check(config: StageConfig) -> list[ConfigError]:
     """All contradictions inside one stage's configuration; `where` is the dotted key."""
     found: list[ConfigError] = []
 
@@ -138,7 +139,7 @@ def check(config: Any) -> list[ConfigError]:
                     bad(key, f"{key} = {value}", "0 or more")
 
     walk("", config)
-    if "parallel" in {f.name for f in fields(config)}:
+    if not isinstance(config, GenerateStage):
         p: ParallelConfig = config.parallel
         found += _check_pipeline(p)
         if p.sequence_parallel and p.tensor_model_parallel_size == 1:
@@ -147,7 +148,7 @@ def check(config: Any) -> list[ConfigError]:
                 "parallel.sequence_parallel needs tensor_model_parallel_size > 1",
                 fix="--parallel.sequence_parallel false",
             )
-    if isinstance(config, (PretrainStage, PPOStage)) and config.parallel.context_parallel_size > 1:
+    if isinstance(config, (PretrainStage, SFTStage, PPOStage)) and config.parallel.context_parallel_size > 1:
         by_sequence = {"loss.aggregation": config.loss.aggregation} | (
             {"ppo.ratio": config.ppo.ratio} if isinstance(config, PPOStage) else {}
         )
@@ -155,7 +156,7 @@ def check(config: Any) -> list[ConfigError]:
             if value == "sequence":
                 what = f"{key} = sequence needs a sample's tokens on one rank, and parallel.context_parallel_size cuts them"
                 bad(key, what, "token", f"--{key} token")
-    if isinstance(config, (PretrainStage, RMStage, DPOStage, PPOStage)):
+    if isinstance(config, TrainingConfig):
         if config.data.padding_side == "left" and not isinstance(config, RMStage):
             bad("data.padding_side", "data.padding_side = left is for rm only", "right")
         if config.data.padding_side == "left" and config.data.packing:
@@ -174,7 +175,7 @@ def check(config: Any) -> list[ConfigError]:
             what = f"train.micro_batch_size = {config.train.micro_batch_size} beside train.max_tokens_per_micro_batch"
             bad("train.micro_batch_size", what, "one of the two", "--train.micro_batch_size 1")
         found += check_sources(config.data.train)
-        if not isinstance(config, PretrainStage) and any(s.loss_weight is not None for s in config.data.train):
+        if not isinstance(config, (PretrainStage, SFTStage)) and any(s.loss_weight is not None for s in config.data.train):
             bad("data.train", "data.train: loss_weight is for pretrain and sft", "sources without loss_weight")
         found += _check_best(config)
         found += _check_export(config.checkpoint)

@@ -23,7 +23,7 @@ import yaml
 
 from mrlhf import __version__
 from mrlhf.config.check import check
-from mrlhf.config.options import STAGES
+from mrlhf.config.options import STAGES, StageConfig
 from mrlhf.errors import ConfigError, Problems
 
 _NULL = ("null", "none", "~", "")
@@ -149,7 +149,7 @@ def load_config(stage_cls: type, path: str | None, overrides: list[str]) -> Any:
     return config
 
 
-def dump_yaml(config: Any) -> str:
+def dump_yaml(config: StageConfig) -> str:
     """YAML that `load_config` reads back to an equal configuration."""
     stage = next((name for name, cls in STAGES.items() if cls is type(config)), type(config).__name__)
     return f"# mrlhf {__version__}, {stage}\n" + yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
@@ -428,7 +428,8 @@ def _touches(problem: ConfigError, suspect: set[str]) -> bool:
 
 
 def _build(cls: Any, values: dict[str, Any], prefix: str = "") -> Any:
-    hints = typing.get_type_hints(cls)
+    types = typing.get_type_hints(cls)
+    hints = {f.name: types[f.name] for f in dataclasses.fields(cls)}
     sections = {name: _build(kind, values, f"{prefix}{name}.") for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     return cls(**sections, **{name: values[prefix + name] for name in hints if name not in sections})
 

@@ -8,7 +8,7 @@ One frozen dataclass per concern; a stage's configuration is a dataclass of thes
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 REQUIRED: Any = object()
 
@@ -300,63 +300,55 @@ class PTXConfig:
     micro_batch_size: int = option(1, "rows of it a forward pass")
 
 
-@dataclass(frozen=True)
-class PretrainStage:
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What every training stage has. A stage adds its own sections and its name."""
+
+    stage: ClassVar[str]
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     optim: OptimConfig = OptimConfig()
-    loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
 
-@dataclass(frozen=True)
-class SFTStage(PretrainStage):
+@dataclass(frozen=True, kw_only=True)
+class PretrainStage(TrainingConfig):
+    stage: ClassVar[str] = "pretrain"
+    loss: LossConfig = LossConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTStage(TrainingConfig):
+    stage: ClassVar[str] = "sft"
+    loss: LossConfig = LossConfig()
     sft: SFTConfig = SFTConfig()
 
 
-@dataclass(frozen=True)
-class RMStage:
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
+@dataclass(frozen=True, kw_only=True)
+class RMStage(TrainingConfig):
+    stage: ClassVar[str] = "rm"
     rm: RMConfig = RMConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    optim: OptimConfig = OptimConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
 
 
-@dataclass(frozen=True)
-class DPOStage:
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
+@dataclass(frozen=True, kw_only=True)
+class DPOStage(TrainingConfig):
+    stage: ClassVar[str] = "dpo"
     dpo: DPOConfig = DPOConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    optim: OptimConfig = OptimConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
 
 
-@dataclass(frozen=True)
-class PPOStage:
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
+@dataclass(frozen=True, kw_only=True)
+class PPOStage(TrainingConfig):
+    stage: ClassVar[str] = "ppo"
     rollout: RolloutConfig
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
     ptx: PTXConfig = PTXConfig()
     offload: OffloadConfig = OffloadConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
 
     @property
     def critic_parallel(self) -> ParallelConfig:
@@ -429,12 +421,10 @@ class ServeRewardStage:
 
 GROUP_ESTIMATORS = ("rloo", "grpo", "dr_grpo", "reinforce_baseline")
 
+StageConfig = TrainingConfig | ScoreStage | GenerateStage | ServeRewardStage
+
 STAGES: dict[str, type] = {
-    "pretrain": PretrainStage,
-    "sft": SFTStage,
-    "rm": RMStage,
-    "dpo": DPOStage,
-    "ppo": PPOStage,
+    **{stage.stage: stage for stage in (PretrainStage, SFTStage, RMStage, DPOStage, PPOStage)},
     "score": ScoreStage,
     "generate": GenerateStage,
     "serve-reward": ServeRewardStage,

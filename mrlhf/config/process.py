@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 
+from mrlhf.observe import log
+
 USER_ERROR = 2
 
 
 def prepare_environment() -> None:
-    """Sets what torch, tokenizers and Megatron read at import time; values the user has set are kept."""
+    """Sets what torch, tokenizers and Megatron read at import time, and logging; values the user has set are kept."""
+    log.set_up()
     cuda = any(os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl"))
     wanted = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if "TORCHELASTIC_RUN_ID" in os.environ:

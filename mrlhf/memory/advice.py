@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mrlhf.config.options import DPOStage, ParallelConfig, PPOStage, PretrainStage, RMStage
+from mrlhf.config.options import DPOStage, ParallelConfig, PPOStage, TrainingConfig
 from mrlhf.models.families.spec import ModelSpec, check_layout
 from mrlhf.parallel.state import Layout, check_batch
 
-TrainingStage = PretrainStage | RMStage | DPOStage | PPOStage
 UPDATES = ("step", "update_actor", "update_critic")
 PASSES = (*UPDATES, "prepare", "evaluate", "reward", "logprobs", "values")  # that run a model of Megatron's
 
 
-def remedies(config: TrainingStage, phase: str, *, spec: ModelSpec, world: int, cuda: bool) -> list[str]:
+def remedies(config: TrainingConfig, phase: str, *, spec: ModelSpec, world: int, cuda: bool) -> list[str]:
     """`--key value (now ...)`, what costs least first.
 
     phase: "build", "prepare" (before the first step), "step", "evaluate", "save", "offload" (to the host), or one of PPO's; world: the
@@ -39,7 +38,7 @@ def remedies(config: TrainingStage, phase: str, *, spec: ModelSpec, world: int, 
     return found or ["nothing in the configuration is left to change: more memory, or a smaller model"]
 
 
-def _smaller_batches(config: TrainingStage, phase: str) -> list[str]:
+def _smaller_batches(config: TrainingConfig, phase: str) -> list[str]:
     found, train = [], config.train
     if train.max_tokens_per_micro_batch is not None:
         now = train.max_tokens_per_micro_batch
@@ -92,7 +91,7 @@ def _vllm(config: PPOStage, phase: str, *, cuda: bool) -> list[str]:
     return found
 
 
-def _more_cuts(config: TrainingStage, phase: str, *, spec: ModelSpec, world: int) -> list[str]:
+def _more_cuts(config: TrainingConfig, phase: str, *, spec: ModelSpec, world: int) -> list[str]:
     """Twice as many ranks to a model, where it divides; more of torchrun's ranks where these do not suffice."""
     of_critic = isinstance(config, PPOStage) and phase in ("values", "update_critic")
     now = config.critic_parallel if isinstance(config, PPOStage) and of_critic else config.parallel

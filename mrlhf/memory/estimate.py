@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mrlhf.config.options import ParallelConfig, PPOStage
+from mrlhf.config.options import DPOStage, ParallelConfig, PPOStage, TrainingConfig
 from mrlhf.data.blend import Dataset
 from mrlhf.memory.activations import Activations, Rows, activations
 from mrlhf.models.families.spec import ModelSpec
@@ -33,7 +33,7 @@ def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, train
     return (dense + experts) * (weight + 4) + shared
 
 
-def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others: dict[str, ModelSpec]) -> list[tuple[str, int]]:
+def memory_table(stage: str, config: TrainingConfig, spec: ModelSpec, *, world: int, others: dict[str, ModelSpec]) -> list[tuple[str, int]]:
     """[(what, bytes a rank)]; `others`: further models of ppo by role (critic, reward)."""
 
     def cut(parallel: ParallelConfig) -> dict[str, Any]:
@@ -63,12 +63,12 @@ def memory_table(stage: str, config: Any, spec: ModelSpec, *, world: int, others
             )
         )
         rows.append(("vLLM key/value cache", config.rollout.kv_cache_mib << 20))
-    elif stage == "dpo" and config.dpo.reference == "online":
+    elif isinstance(config, DPOStage) and config.dpo.reference == "online":
         rows.append(("reference", model_bytes(spec, **usual, trained=False)))
     return rows
 
 
-def largest_rows(config: Any, data: Dataset) -> Rows:
+def largest_rows(config: TrainingConfig, data: Dataset) -> Rows:
     """The largest micro-batch that the data and the configuration allow; of ppo, the longest prompt with the longest answer each time."""
     train, packed = config.train, config.data.packing
     if isinstance(config, PPOStage):
@@ -80,7 +80,7 @@ def largest_rows(config: Any, data: Dataset) -> Rows:
     return Rows(tokens, longest, 1 if packed else max(1, tokens // longest), packed)
 
 
-def update_activations(stage: str, config: Any, spec: ModelSpec, data: Dataset, *, world: int, critic: ModelSpec | None) -> Activations:
+def update_activations(stage: str, config: TrainingConfig, spec: ModelSpec, data: Dataset, *, world: int, critic: ModelSpec | None) -> Activations:
     """Of a GPU. Updates of actor and critic come one after the other: the larger."""
     rows, train = largest_rows(config, data), config.train
 
@@ -91,6 +91,6 @@ def update_activations(stage: str, config: Any, spec: ModelSpec, data: Dataset, 
         return activations(model, parallel, rows, dtype=config.model.dtype, head=head, micro_batches=count)
 
     found = [of(spec, config.parallel, "value" if stage == "rm" else "lm")]
-    if critic is not None:
+    if critic is not None and isinstance(config, PPOStage):
         found.append(of(critic, config.critic_parallel, "value"))
     return max(found, key=lambda one: one.total)

@@ -14,10 +14,10 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from mrlhf.config.options import TrainingConfig
 from mrlhf.errors import OutOfMemory
 from mrlhf.memory.advice import remedies
 from mrlhf.models.families.spec import ModelSpec
@@ -88,7 +88,7 @@ def _place(error: BaseException) -> str:
 class Memory:
     """`with memory("step", 3): ...` around everything of a run that needs memory. config: of a training stage; world: its ranks."""
 
-    def __init__(self, config: Any, *, spec: ModelSpec, rank: int, world: int) -> None:
+    def __init__(self, config: TrainingConfig, *, spec: ModelSpec, rank: int, world: int) -> None:
         self.config, self.spec, self.rank, self.world = config, spec, rank, world
         self.peaks: dict[str, float] = {}  # GiB of each phase, over the run so far
         self.last = self.reserved = 0.0  # GiB: the peak of the phase that ended last; the largest reserved so far

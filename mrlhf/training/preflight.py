@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mrlhf.checkpoint.source import ModelSource, open_source
-from mrlhf.config.options import DataSource, PPOStage
+from mrlhf.config.options import DataSource, PPOStage, TrainingConfig
 from mrlhf.data.blend import Blend, Dataset, mismatches, sources_of
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.data.megatron_text import MegatronText, is_megatron
@@ -109,7 +108,7 @@ def open_data(
 
 def check_run(
     stage: str,
-    config: Any,
+    config: TrainingConfig,
     *,
     world: int,
     more: Callable[[ModelSource, list[tuple[str, Dataset]]], list[MrlhfError]] | None = None,
@@ -154,7 +153,7 @@ def check_run(
     return Run(source, train, evaluation, tuple(notes))
 
 
-def _check_experts(stage: str, config: Any, source: ModelSource) -> list[ConfigError]:
+def _check_experts(stage: str, config: TrainingConfig, source: ModelSource) -> list[ConfigError]:
     experts, found = source.spec.experts, []
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
         key = f"model.{name}"
@@ -167,7 +166,7 @@ def _check_experts(stage: str, config: Any, source: ModelSource) -> list[ConfigE
     return found
 
 
-def check_micro_batches(config: Any, data: Dataset, *, key: str) -> list[MrlhfError]:
+def check_micro_batches(config: TrainingConfig, data: Dataset, *, key: str) -> list[MrlhfError]:
     """Under train.max_tokens_per_micro_batch the largest row must fit; of a rollout, the longest prompt with the longest answer."""
     limit, multiple = config.train.max_tokens_per_micro_batch, state.pad_multiple(config.parallel)
     if limit is None:
@@ -190,7 +189,7 @@ def check_micro_batches(config: Any, data: Dataset, *, key: str) -> list[MrlhfEr
     ]
 
 
-def check_prompt_budget(config: Any, source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
+def check_prompt_budget(config: PPOStage, source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
     """The longest prompt and answer together must fit the model."""
     found: list[MrlhfError] = []
     limit = source.spec.max_position_embeddings

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf.config.load import diff, load_config
+from mrlhf.config.options import TrainingConfig
 from mrlhf.data.blend import Dataset, sources_of
 from mrlhf.data.order import Order
 from mrlhf.data.tokenizers.hf import fingerprint
@@ -24,7 +25,7 @@ _FREE_TO_CHANGE = (
 DATA, TOKENIZER = "data", "tokenizer"  # in train.allow_changes, beside keys of the configuration
 
 
-def check_resume(config: Any, output_dir: Path) -> None:
+def check_resume(config: TrainingConfig, output_dir: Path) -> None:
     """Refuse to go on with a run under another configuration, showing what differs."""
     before = output_dir / "config.yaml"
     if before.is_file():
@@ -40,7 +41,7 @@ def check_resume(config: Any, output_dir: Path) -> None:
             )
 
 
-def describe_run(stage: str, config: Any, layout: Layout, hf_dir: Path) -> dict[str, Any]:
+def describe_run(stage: str, config: TrainingConfig, layout: Layout, hf_dir: Path) -> dict[str, Any]:
     """What every manifest of a run says: stage, dtype, layout, configuration, tokenizer, versions."""
     return {
         "stage": stage,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mrlhf.checkpoint.manager import Saver, best_of
 from mrlhf.checkpoint.source import restore_randomness, to_resume
 from mrlhf.config.load import dump_yaml
-from mrlhf.config.options import SFTStage
+from mrlhf.config.options import SFTStage, TrainingConfig
 from mrlhf.data.blend import Dataset, describe_samples, names_of, rows_of, sources_of
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.data.order import Mix, Order
@@ -31,7 +31,7 @@ from mrlhf.training.stopping import EXIT_STOPPED, Stopper
 from mrlhf.training.trainer import LossFn, Trainer
 
 
-def make_order(config: Any, data: Dataset) -> Order:
+def make_order(config: TrainingConfig, data: Dataset) -> Order:
     """Rows of every step; what the checkpoint arithmetic and the dry run count with too."""
     rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
     mix = Mix.of(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
@@ -64,7 +64,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def guard(config: Any, *, began: float, store: dist.Store | None = None, rank: int | None = None) -> Stopper:
+def guard(config: TrainingConfig, *, began: float, store: dist.Store | None = None, rank: int | None = None) -> Stopper:
     """Signals, the wall-clock budget (from `began`, time.monotonic()), the heartbeat of a run and where its ranks' stacks go when one hangs;
     after torch.distributed was started. store, rank: see Stopper."""
     output_dir = Path(config.train.output_dir)
@@ -89,7 +89,7 @@ def leave(tracker: Tracker, saver: Saver, text: str, *, status: int = 0) -> int:
     return status
 
 
-def make_tracker(stage: str, config: Any, *, total_steps: int, done: int) -> Tracker:
+def make_tracker(stage: str, config: TrainingConfig, *, total_steps: int, done: int) -> Tracker:
     """The run directory's writer; `done` finished steps."""
     return Tracker(
         config.train.output_dir,
@@ -146,7 +146,7 @@ def evaluate(trainer: Trainer, loader: Loader, loss_fn: LossFn, before: Callable
 
 def train(
     stage: str,
-    config: Any,
+    config: TrainingConfig,
     *,
     head: str,
     make_loss: Callable[[Trainer, Loader], LossFn],
