@@ -1,4 +1,4 @@
-"""How the command line and the scripts in tools/ start and end: environment before torch, user errors as text, exit status."""
+"""How the command line and the scripts in tools/ start and end: environment, user errors as text, exit status."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def run_tool(
 ) -> int:
     """Returns the exit status of `call(arguments)`; an MrlhfError is printed to stderr once and gives 2.
 
-    Runs on the CPU unless MRLHF_DEVICE is set: the disk limits a conversion, and a model that needs eight GPUs fits into
-    one machine's memory.
+    Runs on the CPU unless MRLHF_DEVICE is set: the disk limits a conversion, and a model that needs eight GPUs fits
+    into one machine's memory.
     """
     arguments = parser.parse_args(argv)
     prepare_environment()

@@ -33,7 +33,7 @@ from mrlhf.parallel.split import Bridge, split
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from mrlhf.rl.phases import Offload, Phases
-from mrlhf.rl.rewards.sources import Rewards, critic_source
+from mrlhf.rl.rewards.sources import Rewards, check_reward_sources, critic_source
 from mrlhf.rl.rollout.environments import check_environment
 from mrlhf.rl.rollout.prompts import Prompts
 from mrlhf.rl.rollout.remote import RemoteSampler, begin, dismiss, run_generator
@@ -372,7 +372,7 @@ def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[Mrlh
     try:
         spec = critic_source(config, actor).spec
     except CheckpointError:
-        return []  # Rewards.check has it
+        return []  # check_reward_sources has it
 
     if parallel == config.parallel:
         return [] if spec == actor.spec else [*check_layout(parallel, spec, world)]
@@ -401,7 +401,7 @@ def check(config: PPOStage, world: int) -> preflight.Run:
             *check_rollout(source.spec, tp=tp, world=generators or world, key="rollout.tensor_parallel_size"),
             *check_weights(source.spec, config.rollout.weights, dtype=config.model.dtype, placement=config.rollout.placement),
             *preflight.check_prompt_budget(config, source, sets),
-            *Rewards.check(config.reward, source, parallel=config.parallel, world=world, critic=config.ppo.critic),
+            *check_reward_sources(config.reward, source, parallel=config.parallel, world=world, critic=config.ppo.critic),
             *_check_critic(config, source, world),
             *(open_ptx(config, source)[1] if config.ptx.coef > 0 else []),
             *(check_environment(config.rollout.environment, load(source.hf_dir), sets[0][1].meta) if sets else []),
