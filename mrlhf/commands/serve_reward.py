@@ -73,7 +73,7 @@ class Job:
 
 
 class Scorer:
-    """The model on all ranks. `score` is collective; rank 0 calls `submit`, `serve` and `stop`, the others `follow`."""
+    """The model on all ranks. Rank 0 calls `submit`, `serve_requests` and `stop`, the others `follow`."""
 
     def __init__(self, config: ServeRewardStage, source: ModelSource, layout: state.Layout) -> None:
         self.config, self.layout = config, layout
@@ -84,7 +84,7 @@ class Scorer:
         self._waiting: Job | None = None  # taken from the queue, but too large for the last batch
         self._idle_s = min(_IDLE_S, config.parallel.timeout_minutes * 60 / 4)
 
-    def score(self, sequences: Sequences) -> list[float]:
+    def score_sequences(self, sequences: Sequences) -> list[float]:
         """The head's value at the last token of each sequence, normalised if the checkpoint has statistics.
 
         Collective; returns all scores on every rank.
@@ -117,15 +117,15 @@ class Scorer:
         return job.scores
 
     def stop(self) -> None:
-        """Ends `serve` after the batch in work; a signal handler may call it."""
+        """Ends `serve_requests` after the batch in work; a signal handler may call it."""
         self._jobs.put(None)
 
-    def serve(self) -> None:
+    def serve_requests(self) -> None:
         """Rank 0: scores the requests that wait, in batches of at most `max_batch_size` sequences, until `stop`."""
         while (jobs := self._next_batch()) is not None:
             sequences = [sequence for job in jobs for sequence in job.sequences]
             self._broadcast(sequences)
-            scores = self.score(sequences) if sequences else []
+            scores = self.score_sequences(sequences) if sequences else []
             for job in jobs:
                 job.scores, scores = scores[: len(job.sequences)], scores[len(job.sequences) :]
                 job.done.set()
@@ -161,7 +161,7 @@ class Scorer:
             if box[0] is _STOP:
                 return
             if box[0]:
-                self.score(box[0])
+                self.score_sequences(box[0])
 
     def _broadcast(self, sequences: Sequences | None) -> None:
         if self.layout.world > 1:
@@ -195,7 +195,7 @@ def main(config: ServeRewardStage) -> None:
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     log.info(f"device: {device.current().describe()}")
     log.info(f"serving {source.path} at {server.url}{'' if token is None else ', token needed'}")
-    scorer.serve()
+    scorer.serve_requests()
     server.shutdown()
     server.server_close()
     state.shutdown()
