@@ -22,7 +22,7 @@ from mrlhf.parallel import reshard, state
 from mrlhf.parallel.state import Layout
 from mrlhf.training import preflight
 from mrlhf.training.resume import check_resume
-from mrlhf.training.run import make_order
+from mrlhf.training.row_order import make_order
 
 
 def main(stage: str, config: StageConfig) -> None:
@@ -58,7 +58,7 @@ def _show_training(stage: str, config: TrainingConfig) -> None:
         rollout_tp = 1 if generators else config.rollout.tensor_parallel_size
         smallest = math.lcm(smallest, rollout_tp, Layout.of(config.critic_parallel, 1).smallest)
     world = _num_ranks(smallest + generators)
-    run, others = _check_training(stage, config, world)
+    run, others = _check_training(config, world)
     check_resume(config, Path(config.train.output_dir))
     world -= generators
     spec, data = run.source.spec, run.train
@@ -74,15 +74,15 @@ def _show_training(stage: str, config: TrainingConfig) -> None:
     print(f"first sample, [[trained]]:\n{marked(load(run.source.hf_dir), tokens, mask)}")
 
 
-def _check_training(stage: str, config: TrainingConfig, world: int) -> tuple[preflight.Run, dict[str, ModelSpec]]:
+def _check_training(config: TrainingConfig, world: int) -> tuple[preflight.RunInputs, dict[str, ModelSpec]]:
     """The stage's inputs, and the models beside the trained one. Raises every problem, together."""
     if not isinstance(config, PPOStage):
-        return preflight.check_run(stage, config, world=world), {}
+        return preflight.check_run(config, world=world), {}
     from mrlhf.checkpoint.source import open_source
-    from mrlhf.rl.ppo import check
+    from mrlhf.rl.ppo_checks import check_ppo
     from mrlhf.rl.rewards.sources import critic_source, model_sources
 
-    run = check(config, world)
+    run = check_ppo(config, world)
     critic = {"critic": critic_source(config, run.source).spec} if config.ppo.estimator == "gae" else {}
     return run, critic | {f"reward {path}": open_source(path).spec for path in model_sources(config.reward)}
 

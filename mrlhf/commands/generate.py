@@ -29,6 +29,7 @@ from mrlhf.rl.rewards.sources import Rewards, check_reward_sources
 from mrlhf.rl.rollout.environments import check_environment, make_environments
 from mrlhf.rl.rollout.tables import Rollout, generate, micro_batches
 from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine, check_rollout
+from mrlhf.training.batch_plan import make_batch_plan
 from mrlhf.training.trainer import DTYPES, Model
 
 log = logging.getLogger(__name__)
@@ -123,16 +124,15 @@ def main(config: GenerateStage) -> None:
             world=layout.world, rank=rank,
         ),
     )
-    scores = score_answers(config, source, parallel, layout, tokenizer, rollout)
+    scores = score_answers(config, source, parallel, tokenizer, rollout)
     if state.is_main():
-        log.info(write_answers(config, tokenizer, rows, rollout, scores))
+        print(write_answers(config, tokenizer, rows, rollout, scores))
     engine.shutdown()
     state.shutdown()
 
 
 def score_answers(
-    config: GenerateStage, source: ModelSource, parallel: ParallelConfig, layout: state.Layout, tokenizer: Any,
-    rollout: Rollout,
+    config: GenerateStage, source: ModelSource, parallel: ParallelConfig, tokenizer: Any, rollout: Rollout
 ) -> list[float] | None:
     """The score of every answer; None if there are no reward sources and no environment. Collective."""
     if not config.reward.sources and config.environment is None:
@@ -142,15 +142,9 @@ def score_answers(
         config.reward, source, tokenizer, parallel=parallel, dtype=config.dtype, seed=config.seed,
         environment=environment,
     )
-    _, dp_rank, _ = layout.coordinates(dist.get_rank())
-    unit = config.micro_batch_size * layout.dp
-    batches = micro_batches(
-        rollout,
-        [*range(rollout.size), *[-1] * (-rollout.size % unit)],
-        micro_batch_size=config.micro_batch_size, max_tokens=None, dp_rank=dp_rank, dp_size=layout.dp,
-        packing=True, pad_multiple=state.pad_multiple(parallel), slice_multiple=1,
-    )
-    scores_B, _ = rewards.score(rollout, batches)
+    plan = make_batch_plan(state.groups(), packing=True, micro_batch_size=config.micro_batch_size)
+    rows = [*range(rollout.size), *[-1] * (-rollout.size % plan.rows_per_slice)]
+    scores_B, _ = rewards.score(rollout, micro_batches(rollout, rows, plan))
     rewards.close()
     return scores_B.tolist()
 
