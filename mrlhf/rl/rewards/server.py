@@ -1,6 +1,6 @@
-"""The HTTP side of `mrlhf serve-reward`: what is let in, and what is answered. It knows no model, only a function that scores token ids.
+"""The HTTP side of `mrlhf serve-reward`: which requests it accepts, and its answers. The model is behind `score`.
 
-    POST /score   docs/rewards.md says what goes in and out        GET /health   {"status": "ok"}, without a token
+    POST /score   docs/rewards.md describes request and answer      GET /health   {"status": "ok"}, without a token
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONNECTIONS = 128  # at once; further ones get 503
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
+    """Whether a server that listens there can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -33,7 +33,7 @@ def is_loopback(host: str) -> bool:
 
 
 class ScoreRequest(msgspec.Struct):
-    """A request; further fields are ignored. Either the texts or the ids (with the fingerprint of their tokenizer) are scored."""
+    """A request; further fields are ignored. The ids are scored, with their tokenizer's fingerprint, else the texts."""
 
     prompts: list[str]
     completions: list[str]
@@ -51,26 +51,18 @@ class _Refused(Exception):
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Listens at `address`; `score` gives a float for each list of token ids, and TimeoutError where the model is too slow.
+    """Listens at `address`. score: returns a float for each list of token ids; TimeoutError if the model is too slow.
 
-    token: bearer token that every request but /health needs; None: no token. Requests are limited to max_request_bytes and max_batch_size
-    completions of max_length tokens.
+    token: bearer token that every request but /health needs; None: no token. Requests are limited to max_request_bytes
+    and max_batch_size completions of max_length tokens.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(
-        self,
-        address: tuple[str, int],
-        *,
-        score: Callable[[list[list[int]]], list[float]],
-        tokenizer: Any,
-        fingerprint: str,
-        vocab_size: int,
-        max_length: int,
-        max_request_bytes: int,
-        max_batch_size: int,
+        self, address: tuple[str, int], *, score: Callable[[list[list[int]]], list[float]], tokenizer: Any,
+        fingerprint: str, vocab_size: int, max_length: int, max_request_bytes: int, max_batch_size: int,
         token: str | None,
     ) -> None:
         self.score, self.tokenizer, self.fingerprint = score, tokenizer, fingerprint
@@ -88,13 +80,14 @@ class RewardServer(ThreadingHTTPServer):
         return f"http://{host}:{self.server_port}/score"
 
     def server_bind(self) -> None:
-        """Without HTTPServer's look-up of our own name, which can take seconds."""
+        """Skips HTTPServer's look-up of the host name, which can take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
-            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            head = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
+            request.sendall(head + b"Content-Length: 0\r\nConnection: close\r\n\r\n")
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
@@ -106,15 +99,15 @@ class RewardServer(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone away is no news."""
+        """Ignores clients that disconnect."""
 
     def answer(self, body: bytes) -> dict[str, Any]:
         """Raises _Refused."""
         try:
-            asked = msgspec.json.decode(body, type=ScoreRequest)
+            request = msgspec.json.decode(body, type=ScoreRequest)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise _Refused(400, f"not a request: {error}") from error
-        sequences = self._sequences(asked)
+        sequences = self._sequences(request)
         try:
             scores = self.score(sequences) if sequences else []
         except TimeoutError as error:
@@ -123,28 +116,29 @@ class RewardServer(ThreadingHTTPServer):
             raise _Refused(500, "the model gave a score that is not finite")
         return {"scores": scores}
 
-    def _sequences(self, asked: ScoreRequest) -> list[list[int]]:
-        columns = {"prompts": asked.prompts, "completions": asked.completions, "prompt_ids": asked.prompt_ids, "completion_ids": asked.completion_ids}
-        sizes = {name: len(values) for name, values in columns.items() if values is not None}
+    def _sequences(self, request: ScoreRequest) -> list[list[int]]:
+        columns = msgspec.structs.asdict(request)
+        sizes = {name: len(values) for name, values in columns.items() if isinstance(values, list)}
         if len(set(sizes.values())) != 1:
             raise _Refused(400, f"columns of different lengths: {sizes}")
-        if len(asked.completions) > self.max_batch_size:
-            raise _Refused(413, f"{len(asked.completions)} completions; at most {self.max_batch_size} a request")
-        if asked.prompt_ids is not None and asked.completion_ids is not None:
-            if asked.tokenizer is not None and asked.tokenizer != self.fingerprint:
-                raise _Refused(409, f"the ids are of tokenizer {asked.tokenizer[:64]!r}, the model's is {self.fingerprint!r}")
-            found = [p + c for p, c in zip(asked.prompt_ids, asked.completion_ids, strict=True)]
+        if len(request.completions) > self.max_batch_size:
+            raise _Refused(413, f"{len(request.completions)} completions; at most {self.max_batch_size} a request")
+        if request.prompt_ids is not None and request.completion_ids is not None:
+            if request.tokenizer is not None and request.tokenizer != self.fingerprint:
+                what = f"the ids are of tokenizer {request.tokenizer[:64]!r}, the model's is {self.fingerprint!r}"
+                raise _Refused(409, what)
+            sequences = [p + c for p, c in zip(request.prompt_ids, request.completion_ids, strict=True)]
         else:
             end = self.tokenizer.eos_token
-            texts = [p + c.removesuffix(end) + end for p, c in zip(asked.prompts, asked.completions, strict=True)]
+            texts = [p + c.removesuffix(end) + end for p, c in zip(request.prompts, request.completions, strict=True)]
             with self._tokenizer_lock:
-                found = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        for i, ids in enumerate(found):
+                sequences = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        for i, ids in enumerate(sequences):
             if not 0 < len(ids) <= self.max_length:
                 raise _Refused(400, f"sequence {i} has {len(ids)} tokens; 1 to {self.max_length} are possible")
             if min(ids) < 0 or max(ids) >= self.vocab_size:
                 raise _Refused(400, f"sequence {i} has ids outside of 0 to {self.vocab_size - 1}")
-        return found
+        return sequences
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -155,12 +149,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # noqa: N802
         if self.path == "/health":
-            self._send(200, {"status": "ok", "tokenizer": self.server.fingerprint, "max_batch_size": self.server.max_batch_size})
+            server = self.server
+            answer = {"status": "ok", "tokenizer": server.fingerprint, "max_batch_size": server.max_batch_size}
+            self._send(200, answer)
         else:
             self._send(404, {"error": "GET /health or POST /score"})
 
     def do_POST(self) -> None:  # noqa: N802
-        self.close_connection = True  # unless the whole body was read: what is left of it is no request
+        self.close_connection = True  # unless the whole body is read: the rest of it is no request
         try:
             self._send(200, self._score())
         except _Refused as refusal:
@@ -169,7 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _score(self) -> dict[str, Any]:
         token = self.server.token
         given = self.headers.get("Authorization", "")
-        if token is not None and not hmac.compare_digest(given.encode("utf-8", "replace"), f"Bearer {token}".encode()):
+        wanted = f"Bearer {token}".encode()
+        if token is not None and not hmac.compare_digest(given.encode("utf-8", "replace"), wanted):
             raise _Refused(401, "a bearer token is needed")
         if self.path != "/score":
             raise _Refused(404, "POST /score")
@@ -199,4 +196,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
-        """Quiet: a trainer asks thousands of times."""
+        """Logs nothing: a trainer sends thousands of requests."""
