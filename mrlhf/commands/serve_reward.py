@@ -10,7 +10,7 @@ import logging
 import os
 import queue
 import signal
-import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,11 +65,10 @@ def check_server(config: ServeRewardStage, world: int) -> tuple[ModelSource, str
 
 @dataclass
 class Job:
-    """The sequences of one request, and later their scores."""
+    """The sequences of one request and their scores in the future."""
 
     sequences: Sequences
-    done: threading.Event = field(default_factory=threading.Event)
-    scores: list[float] | None = None
+    scores: Future[list[float]] = field(default_factory=Future)
 
 
 class Scorer:
@@ -82,6 +81,7 @@ class Scorer:
         # A SimpleQueue, because a signal handler may call `put`. None: stop.
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: Job | None = None  # taken from the queue, but too large for the last batch
+        self._stopping = False  # `stop` came while requests waited before it
         self._idle_s = min(_IDLE_S, config.parallel.timeout_minutes * 60 / 4)
 
     def score_sequences(self, sequences: Sequences) -> list[float]:
@@ -108,12 +108,10 @@ class Scorer:
         samples = [Sample(np.array(sequences[i], np.int64), np.zeros(len(sequences[i]), np.uint8), i) for i in rows]
         return collate(samples, packing=self.config.packing, pad_multiple=state.pad_multiple(self.config.parallel))
 
-    def submit(self, sequences: Sequences, *, timeout_s: float) -> list[float]:
-        """The scores of one request; called in its thread. Raises TimeoutError without scores after timeout_s."""
+    def submit(self, sequences: Sequences) -> Future[list[float]]:
+        """The scores of one request. A caller that waits no longer cancels them. Any thread may call it."""
         job = Job(sequences)
         self._jobs.put(job)
-        if not job.done.wait(timeout_s) or job.scores is None:
-            raise TimeoutError
         return job.scores
 
     def stop(self) -> None:
@@ -122,17 +120,23 @@ class Scorer:
 
     def serve_requests(self) -> None:
         """Rank 0: scores the requests that wait, in batches of at most `max_batch_size` sequences, until `stop`."""
-        while (jobs := self._next_batch()) is not None:
+        while (batch := self._next_batch()) is not None:
+            jobs = [job for job in batch if job.scores.set_running_or_notify_cancel()]
             sequences = [sequence for job in jobs for sequence in job.sequences]
             self._broadcast(sequences)
             scores = self.score_sequences(sequences) if sequences else []
             for job in jobs:
-                job.scores, scores = scores[: len(job.sequences)], scores[len(job.sequences) :]
-                job.done.set()
+                job.scores.set_result(scores[: len(job.sequences)])
+                scores = scores[len(job.sequences) :]
         self._broadcast(_STOP)
+        while not self._jobs.empty():
+            if (waiting := self._jobs.get()) and waiting.scores.set_running_or_notify_cancel():
+                waiting.scores.set_exception(TimeoutError())
 
     def _next_batch(self) -> list[Job] | None:
-        """Requests for one batch; none of them after _IDLE_S without a request; None after `stop`."""
+        """Requests for one batch; an empty list after _IDLE_S without a request; None after `stop`."""
+        if self._stopping:
+            return None
         try:
             job = self._waiting or self._jobs.get(timeout=self._idle_s)
         except queue.Empty:
@@ -148,10 +152,8 @@ class Scorer:
             if self._jobs.empty():
                 return jobs
             job = self._jobs.get()
-        if not jobs:
-            return None
-        self.stop()  # again, for the call after this batch
-        return jobs
+        self._stopping = True
+        return jobs or None
 
     def follow(self) -> None:
         """Ranks but 0: score the batches that rank 0 broadcasts, until it stops."""
@@ -180,22 +182,16 @@ def main(config: ServeRewardStage) -> None:
     if config.normalize and "reward_mean" not in source.manifest:
         log.info(f"{source.path} has no score statistics: its scores are not normalised")
     server = RewardServer(
-        (config.host, config.port),
-        score=lambda sequences: scorer.submit(sequences, timeout_s=config.timeout_s),
-        tokenizer=load(source.hf_dir),
-        fingerprint=fingerprint(source.hf_dir),
-        vocab_size=source.spec.vocab_size,
-        max_length=source.spec.max_position_embeddings,
-        max_request_bytes=config.max_request_mib << 20,
-        max_batch_size=config.max_batch_size,
-        token=token,
+        (config.host, config.port), submit=scorer.submit, timeout_s=config.timeout_s, tokenizer=load(source.hf_dir),
+        fingerprint=fingerprint(source.hf_dir), vocab_size=source.spec.vocab_size,
+        max_length=source.spec.max_position_embeddings, max_request_bytes=config.max_request_mib << 20,
+        max_batch_size=config.max_batch_size, token=token,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: scorer.stop())
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    server.start()
     log.info(f"device: {device.current().describe()}")
     log.info(f"serving {source.path} at {server.url}{'' if token is None else ', token needed'}")
     scorer.serve_requests()
-    server.shutdown()
-    server.server_close()
+    server.stop()
     state.shutdown()
