@@ -56,7 +56,7 @@ def _training(stage: str, config: TrainingConfig) -> None:
         from mrlhf.rl.rollout.prompts import make_prompt_order
 
         run = check(config, world)
-        if config.ppo.estimator == "gae":
+        if config.ppo.estimator_row.needs_critic:
             others["critic"] = critic_source(config, run.source).spec
         others |= {f"reward {path}": open_source(path).spec for path in model_sources(config.reward)}
     else:

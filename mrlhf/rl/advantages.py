@@ -14,11 +14,10 @@ from torch import Tensor
 
 from mrlhf.errors import ConfigError
 from mrlhf.losses import check_choice, check_same_shape, fill_masked
+from mrlhf.rl.estimators import ESTIMATORS
 
-ESTIMATORS = ("rloo", "grpo", "dr_grpo", "reinforce_baseline", "reinforce")
 VARIANCE_FLOOR = 1e-8
 GRPO_EPSILON = 1e-9
-WHITENED = ("gae", "reinforce", "reinforce_baseline")
 
 
 def token_rewards(scores_B: Tensor, kl: Tensor, mask: Tensor, *, beta: float, clip: float | None = None) -> Tensor:
@@ -83,18 +82,38 @@ def whiten(x: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -
     return centred_BT * (squares / count).clamp(min=VARIANCE_FLOOR).rsqrt().float()
 
 
+def no_baseline(scores_GN: Tensor) -> Tensor:
+    """r (REINFORCE++, Hu 2025)."""
+    return scores_GN
+
+
+def minus_group_mean(scores_GN: Tensor) -> Tensor:
+    """r - mean (Dr. GRPO, Liu 2025; REINFORCE++-baseline, Hu 2025, which whitens it afterwards)."""
+    return scores_GN - scores_GN.mean(1, keepdim=True)
+
+
+def minus_mean_of_others(scores_GN: Tensor) -> Tensor:
+    """r - mean of the other answers (RLOO, Ahmadian 2024)."""
+    group_size = scores_GN.size(1)
+    return minus_group_mean(scores_GN) * (group_size / (group_size - 1))
+
+
+def standardized_in_group(scores_GN: Tensor) -> Tensor:
+    """(r - mean) / (unbiased std + 1e-9) (GRPO, Shao 2024)."""
+    return minus_group_mean(scores_GN) / (scores_GN.std(1, keepdim=True, unbiased=True) + GRPO_EPSILON)
+
+
 def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor:
-    """Scores minus a baseline from the other answers of the same prompt. [B] -> [B] fp32.
+    """Scores shaped by a critic-free estimator of rl/estimators.py, such as `rloo`. [B] -> [B] fp32.
 
-    scores_B: the group_size answers of one prompt stand next to each other.
-    rloo: r - mean of the others (Ahmadian 2024).  grpo: (r - mean) / (unbiased std + 1e-9) (Shao 2024).
-    dr_grpo, reinforce_baseline: r - mean (Liu 2025; the latter is whitened by the caller).  reinforce: r, no baseline.
-    A group whose scores are all equal gives exactly 0 (but for reinforce).
+    scores_B: the group_size answers to one prompt stand next to each other. A group of equal scores gives exactly 0 where the estimator
+    compares the answers to one prompt.
 
-    Raises ConfigError for an unknown estimator, a group_size below 2 (below 1 for reinforce) or one that does not divide B.
+    Raises ConfigError for an unknown estimator, a group_size below 2 (1 without comparison) or one that does not divide B.
     """
-    check_choice("estimator", estimator, ESTIMATORS)
-    smallest = 1 if estimator == "reinforce" else 2
+    check_choice("estimator", estimator, [row.name for row in ESTIMATORS.values() if not row.needs_critic])
+    row = ESTIMATORS[estimator]
+    smallest = 2 if row.needs_groups else 1
     if group_size < smallest:
         raise ConfigError(
             f"group size {group_size} is too small for estimator {estimator!r}",
@@ -106,21 +125,16 @@ def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor
             f"scores of shape {tuple(scores_B.shape)} do not split into groups of {group_size}",
             expected=f"[B] with B a multiple of {group_size}",
         )
-    if estimator == "reinforce":
-        return scores_B.float()
-
     scores_GN = scores_B.float().view(-1, group_size)
-    centred_GN = scores_GN - scores_GN.mean(1, keepdim=True)
-    if estimator == "rloo":
-        centred_GN = centred_GN * (group_size / (group_size - 1))
-    elif estimator == "grpo":
-        centred_GN = centred_GN / (scores_GN.std(1, keepdim=True, unbiased=True) + GRPO_EPSILON)
-    # fp32: three scores of 0.1 have a mean of 0.1 + 1 ulp, which grpo's division would turn into an advantage near 1
-    all_equal_G1 = (scores_GN == scores_GN[:, :1]).all(1, keepdim=True)
-    return centred_GN.masked_fill(all_equal_G1, 0.0).flatten()
+    shaped_GN = row.resolve()(scores_GN)
+    if row.needs_groups:
+        # fp32: three scores of 0.1 have a mean of 0.1 + 1 ulp, which grpo's division would turn into an advantage near 1
+        all_equal_G1 = (scores_GN == scores_GN[:, :1]).all(1, keepdim=True)
+        shaped_GN = shaped_GN.masked_fill(all_equal_G1, 0.0)
+    return shaped_GN.flatten()
 
 
-def estimate(
+def compute_advantages(
     scores_B: Tensor,
     kl: Tensor,
     values: Tensor | None,
@@ -133,14 +147,13 @@ def estimate(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(advantages, returns, token rewards) of a rollout, [B, T] each, from clipped scores [B] and per-token KL [B, T]; not yet whitened.
+    """(advantages, returns, token rewards) of a rollout, [B, T] each, not yet whitened.
 
-    gae needs `values` [B, T]; the others give returns = advantages. docs/rl.md has the formula of every estimator.
+    scores_B [B], kl [B, T] per token, `values` [B, T] for an estimator with a critic; without one returns = advantages.
     """
-    if estimator == "gae":
-        assert values is not None
+    if ESTIMATORS[estimator].needs_critic:
         rewards_BT = token_rewards(scores_B, kl, mask, beta=beta, clip=clip)
-        advantages_BT, returns_BT = gae(rewards_BT, values, mask, gamma=gamma, lam=lam)
+        advantages_BT, returns_BT = ESTIMATORS[estimator].resolve()(rewards_BT, values, mask, gamma=gamma, lam=lam)
         return advantages_BT, returns_BT, rewards_BT
     shaped_B = group_scores(scores_B.clamp(-clip, clip), estimator=estimator, group_size=group_size)
     rewards_BT = token_rewards(shaped_B, kl, mask, beta=beta)

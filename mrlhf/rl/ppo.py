@@ -71,7 +71,7 @@ class PPO:
         balance = make_balance(config.model, of_aggregation(config.loss))
         self.actor = Trainer(run.source, config.parallel, config.optim, head="lm", balance=balance, **common)
         self.critic: Trainer | None = None
-        if ppo.estimator == "gae":
+        if ppo.estimator_row.needs_critic:
             optim = replace(config.optim, lr=ppo.critic_lr, min_lr=min(config.optim.min_lr, ppo.critic_lr))
             source = critic_source(config, run.source)
             balance = make_balance(config.model, trained_tokens) if source.spec.experts is not None else None
@@ -292,11 +292,11 @@ class PPO:
         with timer("adv"):
             mask_BA, rollout_BA = rollout.mask_BA(), rollout.rollout_logps_BA()
             kl_BA = kl_estimate(old_BA, ref_BA, kind=config.kl.kind) * mask_BA if ref_BA is not None else torch.zeros_like(old_BA)
-            raw_BA, returns_BA, rewards_BA = adv.estimate(
+            raw_BA, returns_BA, rewards_BA = adv.compute_advantages(
                 scores_B, kl_BA, values_BA, mask_BA, estimator=ppo.estimator, group_size=config.rollout.n,
                 beta=0.0 if config.kl.in_loss else self.kl.value, clip=config.reward.clip, gamma=ppo.gamma, lam=ppo.lam,
             )  # fmt: skip
-            advantages_BA = adv.whiten(raw_BA, mask_BA) if ppo.whiten_advantages and ppo.estimator in adv.WHITENED else raw_BA
+            advantages_BA = adv.whiten(raw_BA, mask_BA) if ppo.whiten_advantages and ppo.estimator_row.whitens else raw_BA
         if self.critic is not None and values_BA is not None:
             with timer("update_critic"), self.offload.using("critic"):
                 loss = critic_loss(config, old_values_BA=values_BA, returns_BA=returns_BA)
@@ -367,7 +367,7 @@ def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfErro
 def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[MrlhfError]:
     """The critic's layout against its model, and one of its own against the batch."""
     parallel = config.critic_parallel
-    if config.ppo.estimator != "gae":
+    if not config.ppo.estimator_row.needs_critic:
         return []
     try:
         spec = critic_source(config, actor).spec
