@@ -1,7 +1,8 @@
 """The table of advantage estimators, one row for each choice of `ppo.estimator`.
 
-A new estimator is one function (rl/advantages.py has those below) and one row here. The option's choices, the checks of the configuration,
-ppo, the advice on memory and the docs read the row. The table names functions as text and imports no torch: `--help` lists it.
+A new estimator is one function (rl/advantages.py has those below) and one row here. The option's choices, the checks of
+the configuration, ppo, the advice on memory and the docs read the row. The table names functions as text and imports no
+torch: `--help` lists it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Estimator:
-    """function: "module:name". Without a critic it shapes scores: function(scores_GN) -> [G, N] for G groups of N answers to one prompt,
-    whose discounted token rewards become the advantages. With a critic it has the signature of `advantages.gae`.
+    """A row. function is "module:name": with a critic it has the signature of `advantages.gae`. Without one it shapes
+    the scores of G groups of N answers to one prompt, function(scores_GN) -> [G, N]; the discounted token rewards are
+    then the advantages.
     """
 
     name: str
@@ -31,11 +33,16 @@ class Estimator:
         return resolve_name(self.function)
 
 
-_GAE = "delta_t = r_t + gamma V_(t+1) - V_t (V past the end is 0); A_t = delta_t + gamma lambda A_(t+1); return R_t = A_t + V_t"
+_GAE = (
+    "delta_t = r_t + gamma V_(t+1) - V_t (V past the end is 0); A_t = delta_t + gamma lambda A_(t+1); "
+    "return R_t = A_t + V_t"
+)
 _HERE = "mrlhf.rl.advantages"
 _ROWS = (
     Estimator("gae", f"{_HERE}:gae", _GAE, "PPO, Schulman 2017; GAE, Schulman 2016", needs_critic=True, whitens=True),
-    Estimator("reinforce", f"{_HERE}:no_baseline", "A_t = r_t + gamma A_(t+1), whitened", "REINFORCE++, Hu 2025", whitens=True),
+    Estimator(
+        "reinforce", f"{_HERE}:no_baseline", "A_t = r_t + gamma A_(t+1), whitened", "REINFORCE++, Hu 2025", whitens=True
+    ),
     Estimator(
         "reinforce_baseline", f"{_HERE}:minus_group_mean", "as `reinforce`, with r - mean(group) for the score",
         "REINFORCE++-baseline, Hu 2025", needs_groups=True, whitens=True,
@@ -57,7 +64,9 @@ ESTIMATORS = {row.name: row for row in _ROWS}
 
 def markdown_table() -> str:
     """The table of docs/rl.md."""
-    lines = ["| `ppo.estimator` | of an answer with score r in a group of n | answers a prompt | source |", "|---|---|---|---|"]
-    for row in ESTIMATORS.values():
-        lines.append(f"| `{row.name}` | {row.formula} | {2 if row.needs_groups else 1} or more | {row.source} |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        f"| `{row.name}` | {row.formula} | {2 if row.needs_groups else 1} or more | {row.source} |\n"
+        for row in ESTIMATORS.values()
+    ]
+    head = "| `ppo.estimator` | of an answer with score r in a group of n | answers a prompt | source |\n"
+    return head + "|---|---|---|---|\n" + "".join(lines)
