@@ -26,8 +26,8 @@ from mrlhf.models.reshard_plan import make_weight_update
 from mrlhf.parallel import device, state
 from mrlhf.rl.rewards.sources import Rewards
 from mrlhf.rl.rollout.environments import check_environment, make_environments
-from mrlhf.rl.rollout.tables import Rollout, generate, micro_batches
-from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine, check_rollout
+from mrlhf.rl.rollout.tables import Rollout, generate_rollout, micro_batches
+from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine, check_vllm_model
 from mrlhf.training.run import say
 from mrlhf.training.trainer import DTYPES, Model
 
@@ -74,7 +74,7 @@ def check(config: GenerateStage, world: int) -> tuple[ModelSource, ParallelConfi
     parallel = ParallelConfig(tensor_model_parallel_size=config.tensor_parallel_size)
     problems = Problems()
     problems.extend(
-        check_rollout(source.spec, tp=config.tensor_parallel_size, world=world, key="tensor_parallel_size")
+        check_vllm_model(source.spec, tp=config.tensor_parallel_size, world=world, key="tensor_parallel_size")
         or check_layout(parallel, source.spec, world, trained=False)
     )
     if source.head != "lm":
@@ -110,11 +110,11 @@ def main(config: GenerateStage) -> None:
     )
     weights = engine.weights
     plan = make_weight_update(source.spec, layout, rollout_tp=tp, rank=rank, dtype=DTYPES[config.dtype], made=weights.made)
-    plan.exchange(model.parameters(), weights.parameters, weights.make)
+    plan.exchange(model.parameters(), weights.parameters, weights.convert)
     engine.weights_changed()
     del model
     ids = stop_ids(source.hf_dir, tokenizer)
-    rollout = generate(
+    rollout = generate_rollout(
         engine,
         [a.ids for a in asked],
         n=config.best_of or config.n,

@@ -36,12 +36,12 @@ from mrlhf.rl.phases import Offload, Phases
 from mrlhf.rl.rewards.sources import Rewards, critic_source
 from mrlhf.rl.rollout.environments import check_environment
 from mrlhf.rl.rollout.prompts import Prompts
-from mrlhf.rl.rollout.remote import RemoteSampler, begin, dismiss, run_generator
+from mrlhf.rl.rollout.remote import RemoteSampler, run_generator, start_generators, stop_generators
 from mrlhf.rl.rollout.sampler import Sampler
-from mrlhf.rl.rollout.tables import Rollout, micro_batches, table
-from mrlhf.rl.rollout.vllm_engine import Sampling, check_rollout
+from mrlhf.rl.rollout.tables import Rollout, compute_tables, micro_batches
+from mrlhf.rl.rollout.vllm_engine import Sampling, check_vllm_model
 from mrlhf.rl.rollout.vllm_weights import check_weights
-from mrlhf.rl.rollout_metrics import Tables, describe, mismatch_warning
+from mrlhf.rl.rollout_metrics import Tables, mismatch_warning, rollout_metrics
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
 from mrlhf.training import preflight
@@ -134,7 +134,7 @@ class PPO:
         if self.critic is not None:
             self.critic.resume(source.path / "critic", done, manifest["scheduler"])
         hf_dir, allowed = self.run.source.hf_dir, self.config.train.allow_changes
-        self.prompts.go_on(manifest, where=str(source.path), hf_dir=hf_dir, allowed=allowed)
+        self.prompts.restore(manifest, where=str(source.path), hf_dir=hf_dir, allowed=allowed)
         self.kl.load_state_dict(manifest["kl"])
         if self.config.reward.scaling == "running_std":
             self.running_std.load_state_dict(manifest["running_std"])
@@ -142,7 +142,7 @@ class PPO:
         ahead, rollout = source.path / AHEAD, self.config.rollout
         if ahead.is_file() and isinstance(self.sampler, RemoteSampler) and rollout.max_staleness:
             prompts, labels = self.read(self.run.train, self.prompts.peek(rollout.batch_size))
-            self.sampler.take_up(ahead.read_bytes(), prompts, labels, n=rollout.n, sampling=self.sampling, step=manifest["step"] + 1)
+            self.sampler.restore_pending(ahead.read_bytes(), prompts, labels, n=rollout.n, sampling=self.sampling, step=manifest["step"] + 1)
 
     # ------------------------------------------------------------------ the phases
 
@@ -164,7 +164,7 @@ class PPO:
         """For the answers of rollout `step`, where they are to be made meanwhile; the prompts count as drawn when it comes."""
         rollout = self.config.rollout
         if rollout.max_staleness and step <= self.prompts.total_steps:
-            self.sampler.ask(
+            self.sampler.request_rollout(
                 *self.read(self.run.train, self.prompts.peek(rollout.batch_size)), n=rollout.n, sampling=self.sampling, step=step
             )
 
@@ -193,14 +193,14 @@ class PPO:
             return torch.stack([logps_BT, entropy_BT]) if with_entropy else logps_BT[None]
 
         shape = (rollout.size, int(rollout.lengths_B().max()))
-        return table(model, self.batches(model, rollout, range(rollout.size)), fn, shape=shape, channels=2 if with_entropy else 1)
+        return compute_tables(model, self.batches(model, rollout, range(rollout.size)), fn, shape=shape, channels=2 if with_entropy else 1)
 
     def values(self, rollout: Rollout) -> torch.Tensor:
         """[B, A]: the head at the position before each answer token."""
         assert self.critic is not None
         shape = (rollout.size, int(rollout.lengths_B().max()))
         batches = self.batches(self.critic, rollout, range(rollout.size))
-        return table(self.critic, batches, lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape)[0]
+        return compute_tables(self.critic, batches, lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape)[0]
 
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, dict[str, float]]:
         """[B] of every answer, and each source's mean."""
@@ -234,7 +234,7 @@ class PPO:
                 differ_B = informative_groups(new_B, group_size=n).repeat_interleave(n)
                 rows = [b for b in rows if differ_B[b]]
             kept, scores_B = kept + rollout.take(rows), torch.cat([scores_B, new_B[rows]])
-            if facts := self.sampler.facts():
+            if facts := self.sampler.generation_metrics():
                 stale, seconds = stale + len(rows) * facts["rollout/staleness"], seconds + facts["timing_s/generators"]
             if kept.size == config.batch_size * n:
                 break
@@ -317,7 +317,7 @@ class PPO:
             log |= self.sync_weights()
         tables = Tables(scores_B, mask_BA, rollout_BA, old_BA, entropy_BA, ref_BA, values_BA, rewards_BA, raw_BA, returns_BA)
         gen_seconds = log.get("timing_s/generators", timer.seconds["timing_s/gen"])
-        log |= describe(
+        log |= rollout_metrics(
             rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds, with_environment=config.rollout.environment is not None
         )
         log |= timer.times() | timer.memory()
@@ -398,7 +398,7 @@ def check(config: PPOStage, world: int) -> preflight.Run:
     def more(source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
         tp = config.rollout.tensor_parallel_size
         return [
-            *check_rollout(source.spec, tp=tp, world=generators or world, key="rollout.tensor_parallel_size"),
+            *check_vllm_model(source.spec, tp=tp, world=generators or world, key="rollout.tensor_parallel_size"),
             *check_weights(source.spec, config.rollout.weights, dtype=config.model.dtype, placement=config.rollout.placement),
             *preflight.check_prompt_budget(config, source, sets),
             *Rewards.check(config.reward, source, parallel=config.parallel, world=world, critic=config.ppo.critic),
@@ -439,11 +439,11 @@ def main(config: PPOStage) -> int:
         heartbeat.stop()
         say(f"already finished: {output_dir / 'checkpoints'}")
         if bridge is not None:
-            dismiss(bridge)
+            stop_generators(bridge)
         state.shutdown()
         return 0
     if bridge is not None:
-        begin(bridge)
+        start_generators(bridge)
     memory = Memory(config, spec=run.source.spec, rank=dist.get_rank(), world=layout.world)
     with memory("build"):
         ppo = PPO(config, run, layout, memory, bridge)
@@ -466,7 +466,7 @@ def main(config: PPOStage) -> int:
         with memory("save", step):
             ppo.offload.fetch("actor", "critic")
             parts = ppo.parts(with_optimizer=step < total or config.checkpoint.save_optimizer)
-            ahead = ppo.sampler.ahead()
+            ahead = ppo.sampler.pending_answers()
             saver.save(step, parts, described | ppo.state(step), last=step == total, files=None if ahead is None else {AHEAD: ahead})
 
     def leave(text: str, status: int = 0) -> int:

@@ -21,7 +21,7 @@ def main() -> None:
     from mrlhf.memory.tracker import Memory
     from mrlhf.parallel import state
     from mrlhf.rl.ppo import PPO, check, make_bridge
-    from mrlhf.rl.rollout.remote import begin, run_generator
+    from mrlhf.rl.rollout.remote import run_generator, start_generators
 
     config = load_config(PPOStage, None, sys.argv[2:])
     run = check(config, state.world_size())
@@ -30,7 +30,7 @@ def main() -> None:
         return run_generator(config, run, bridge, began=time.monotonic())
     layout = state.initialize(config.parallel, seed=config.train.seed)
     if bridge is not None:
-        begin(bridge)
+        start_generators(bridge)
     ppo = PPO(config, run, layout, Memory(config, spec=run.source.spec, rank=dist.get_rank(), world=layout.world), bridge)
     ppo.sync_weights()
     logs = [ppo.step(step)[0] for step in (1, 2)]

@@ -36,7 +36,7 @@ def make(equal: set[int], **changes: object) -> Any:
     ppo = object.__new__(PPO)
     ppo.config, ppo.run = config(**changes), SimpleNamespace(train=data())
     ppo.prompts = Prompts(ppo.config, ppo.run.train)
-    ppo.sampler = SimpleNamespace(sleeps=False, sleep=lambda: None, facts=dict)
+    ppo.sampler = SimpleNamespace(sleeps=False, sleep=lambda: None, generation_metrics=dict)
     ppo.rewards, ppo.offload = SimpleNamespace(models={}), SimpleNamespace(using=nullcontext)
     ppo.calls = []
 
@@ -73,11 +73,11 @@ def test_groups_without_signal_are_replaced_by_the_next_prompts() -> None:
     killed.collect(1, nullcontext)
     manifest = {"step": 1, **killed.prompts.state()}
     again = make(set())
-    again.prompts.go_on(manifest, where="c")
+    again.prompts.restore(manifest, where="c")
     assert rows_of(again.collect(2, nullcontext)[0]) == rows_of(second)
     assert again.prompts.metrics()["train/epoch"] == 9 / 20
     with pytest.raises(CheckpointError, match="was changed"):
-        Prompts(config(), data(identity="y")).go_on(manifest, where="c")
+        Prompts(config(), data(identity="y")).restore(manifest, where="c")
 
 
 def test_refills_end() -> None:
