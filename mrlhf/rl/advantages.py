@@ -24,8 +24,8 @@ def token_rewards(scores_B: Tensor, kl: Tensor, mask: Tensor, *, beta: float, cl
     """r_t = -beta kl_t on every answer token, plus the score on the last one (Ziegler 2019, eq. 2). Returns [B, T].
 
     scores_B [B]: one score per answer, clipped to +-clip if given. kl [B, T]: per-token estimate against the reference.
-    A row without answer tokens (a padding row) gets zeros. Raises ConfigError if clip <= 0, ValueError if shapes
-    differ.
+    A row without answer tokens (a padding row) gets zeros.
+    Raises ConfigError if clip <= 0, ValueError if shapes differ.
     """
     if clip is not None and not clip > 0:
         raise ConfigError(f"reward clip = {clip} is not positive", expected="a number > 0, or null for no clip")
@@ -115,8 +115,8 @@ def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor
     scores_B: the group_size answers to one prompt stand next to each other. A group of equal scores gives exactly 0
     where the estimator compares the answers to one prompt.
 
-    Raises ConfigError for an unknown estimator, a group_size below 2 (1 without comparison) or one that does not divide
-    B.
+    Raises ConfigError for an unknown estimator, and for a group_size below 2 (1 without comparison) or that does not
+    divide B.
     """
     check_choice("estimator", estimator, [row.name for row in ESTIMATORS.values() if not row.needs_critic])
     row = ESTIMATORS[estimator]

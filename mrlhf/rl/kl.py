@@ -58,8 +58,8 @@ class AdaptiveKL:
     """beta <- beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon) (Ziegler 2019, section 2.2).
 
     value: the current beta. target: the desired mean KL, in the unit of `update`'s kl. horizon: number of answers over
-    which a lasting error of 20 % or more changes beta by 20 %. Raises ConfigError if value < 0, target <= 0 or horizon
-    <= 0.
+    which a lasting error of 20 % or more changes beta by 20 %.
+    Raises ConfigError if value < 0, target <= 0 or horizon <= 0.
     """
 
     MAX_ERROR = 0.2

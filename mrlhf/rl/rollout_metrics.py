@@ -66,7 +66,7 @@ def mismatch_warning(metrics: dict[str, float], *, limit: float, corrected: bool
     return (
         f"WARNING: vLLM samples from another policy than the trainer's{age}: rollout/kl_mismatch {kl:.3g} > {limit:g} "
         f"nats a token, |log-prob difference| {metrics['rollout/logprob_abs_diff_mean']:.3g} mean, "
-        f"{metrics['rollout/logprob_abs_diff_max']:.3g} max; {treatment}. Possible causes: weights not updated in vLLM, "
+        f"{metrics['rollout/logprob_abs_diff_max']:.3g} max; {treatment}. Possible causes: weights not updated, "
         "top_p/top_k on, another dtype or kernel (rollout.mismatch_warning sets the limit)"
     )
 

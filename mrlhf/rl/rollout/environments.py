@@ -1,5 +1,4 @@
-"""Conversations between the model and an environment (tools, games, simulated users): `rollout.environment:
-file.py:Class`.
+"""Conversations between the model and an environment (tools, games, users): `rollout.environment: file.py:Class`.
 
     class Class:
         def reset(self, record): ...             # {"prompt": text, "label": the prompt's label}; one object per
@@ -40,9 +39,7 @@ _TEMPLATE_PROBE = [{"role": "user", "content": "a0b1"}, {"role": "assistant", "c
 
 
 def load_environment_class(spec: str) -> type:
-    """The class of `file.py:Class`. Raises ConfigError if there is none, or it lacks reset(record) or step(messages,
-    text).
-    """
+    """The class of `file.py:Class`. Raises ConfigError unless it exists with reset(record) and step(messages, text)."""
     key = "rollout.environment"
     path, colon, name = spec.rpartition(":")
     if not (colon and path.endswith(".py") and name.isidentifier()):
@@ -64,9 +61,7 @@ def load_environment_class(spec: str) -> type:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One environment step: the observation as messages or text, its token ids, the reward, and whether the
-    conversation is over.
-    """
+    """The result of one environment step. ids: the tokens of the observation. done: the conversation is over."""
 
     observation: list[Message] | str
     ids: list[int]
@@ -214,9 +209,7 @@ class Environments:
         return ToolError(what, where=f"rollout.environment = {self.spec}", expected=expected)
 
     def _run_in_threads(self, work: Callable[[Conversation], Any], conversations: Sequence[Conversation]) -> list[Any]:
-        """work(conversation) of each, in order. The threads are daemons: one that hangs must not keep a failing run
-        alive.
-        """
+        """work(conversation) of each, in order. Daemon threads: one that hangs must not keep a failing run alive."""
         results: dict[int, Any] = {}
         errors: list[tuple[int, ToolError]] = []
         queue, lock = iter(range(len(conversations))), threading.Lock()
@@ -269,11 +262,7 @@ def make_environments(
     spec: str | None, tokenizer: Any, stop_ids: Sequence[int], *, max_turns: int, threads: int, timeout_s: float,
     tp: int, world: int, rank: int,
 ) -> Environments | None:
-    """The environments of this rank's vLLM replica; None without a spec. A replica is `tp` consecutive ranks of the
-    `world`.
-
-    Collective if tp > 1.
-    """
+    """The environments of this rank's vLLM replica (`tp` consecutive ranks); None without a spec. Collective."""
     if spec is None:
         return None
     group = None
@@ -289,9 +278,7 @@ def make_environments(
 
 
 def check_environment(spec: str | None, tokenizer: Any, meta: dict[str, Any]) -> list[MrlhfError]:
-    """Errors of an environment's class, and of the prompts it starts from (`meta`: of their data set), before anything
-    is built.
-    """
+    """Errors of an environment and of its prompts, before anything is built. meta: of the prompts' data set."""
     if spec is None:
         return []
     errors: list[MrlhfError] = []
@@ -305,7 +292,7 @@ def check_environment(spec: str | None, tokenizer: Any, meta: dict[str, Any]) ->
         return template is not None and sha256(tokenizer.get_chat_template().encode()).hexdigest() == made_with
 
     if made_with is not None and not is_own():
-        what = "the prompts were made with another chat template than the tokenizer's, and observations would differ from them"
+        what = "the prompts were made with another chat template than the tokenizer's, which renders the observations"
         fix = "save the template in the tokenizer's directory"
         errors.append(DataError(what, where="data.train", expected="the tokenizer's own", fix=fix))
     return errors

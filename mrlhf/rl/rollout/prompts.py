@@ -1,6 +1,4 @@
-"""The prompts of each rollout and their position in a checkpoint: every prompt of the order is drawn once, refills
-included.
-"""
+"""The prompts of each rollout and their position in a checkpoint: every prompt of the order is drawn once."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ from mrlhf.training.resume import data_position, go_on
 
 
 def make_prompt_order(config: PPOStage, data: Dataset) -> Order:
-    """The order of the prompts of rollout 1, 2, ...: all are full, the last one continues in a new epoch, no prompt is
-    dropped.
-    """
+    """The prompts of rollout 1, 2, ...: every rollout is full, the last one continues in a new epoch."""
     train = replace(config.train, global_batch_size=config.rollout.batch_size)
     prompts = replace(config, train=train, data=replace(config.data, packing=False))
     rollouts = supervised.make_order(prompts, data).total_steps
@@ -52,7 +48,8 @@ class Prompts:
 
     def metrics(self) -> dict[str, float]:
         consumed = self.order.taken_at(self.drawn)
-        return {"train/epoch": self.drawn / self.order.mix.pass_rows, **supervised.source_epochs(self.order, self.data, consumed)}
+        epochs = supervised.source_epochs(self.order, self.data, consumed)
+        return {"train/epoch": self.drawn / self.order.mix.pass_rows, **epochs}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint's manifest."""

@@ -1,5 +1,4 @@
-"""Generation on ranks of its own (rollout.placement separate): RemoteSampler on the trainer's ranks, and the program of
-the other ranks.
+"""Generation on ranks of its own (rollout.placement separate): the trainer's side and the other ranks'.
 
 The generating ranks execute the commands of the trainer's rank 0 in order: generate answers, take new weights, send
 answers. So a request that precedes a weight update is answered with the older weights. With rollout.max_staleness 1 the
@@ -95,7 +94,7 @@ class RemoteSampler:
         return own + [tuple(header["bytes"]) for header in self._generators]
 
     def _send_command(self, command: str, **arguments: Any) -> None:
-        """Without waiting."""
+        """See `_broadcast_command`."""
         self._sending += _broadcast_command(self.bridge, command, **arguments)
 
     def _receive_from_all(self) -> list[dict[str, Any]]:
@@ -112,9 +111,7 @@ class RemoteSampler:
         self._sending = []
 
     def write_weights(self, source: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-        """Waits for the generation in progress. Returns the most bytes that one rank receives, and the seconds of the
-        exchange.
-        """
+        """Waits for generation in progress. Returns the most bytes that a rank receives, and the seconds."""
         self._send_command("weights")
         self._receive_from_all()
         seconds = self.reshard.exchange(source, {})
@@ -163,9 +160,7 @@ class RemoteSampler:
         return decode_message(box[0])
 
     def pending_answers(self) -> bytes | None:
-        """For a checkpoint, so that a resumed run equals this one: requested answers that no step has used yet. Waits
-        for them.
-        """
+        """For a checkpoint, waits for requested answers that no step has used: a resumed run equals this one."""
         for key, (request, version) in self._requested.items():
             if key not in self._received:
                 self._received[key] = self._receive_answers(key)
@@ -179,9 +174,7 @@ class RemoteSampler:
     def restore_pending(
         self, data: bytes, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int
     ) -> None:
-        """Takes over the bytes of `pending_answers`, before any weight update. Ignores them if the resumed run's
-        request is another.
-        """
+        """Takes `pending_answers` of a checkpoint, before any weight update; ignored if this run's request differs."""
         header, answers = decode_message(data)
         if header["request"] == _encode_request(prompts, labels, n=n, sampling=sampling, step=step, first=0):
             self._requested[step, 0] = header["request"], 1 - header["behind"]
@@ -200,7 +193,7 @@ class RemoteSampler:
 
 
 def _broadcast_command(bridge: Bridge, command: str, **arguments: Any) -> Sending:
-    """From the trainer's rank 0 to every generating rank."""
+    """Sends a command from the trainer's rank 0 to every generating rank, without waiting."""
     if bridge.rank != 0:
         return []
     message = encode_message({"command": command, **arguments})
@@ -208,14 +201,12 @@ def _broadcast_command(bridge: Bridge, command: str, **arguments: Any) -> Sendin
 
 
 def start_generators(bridge: Bridge) -> None:
-    """There are steps to train: the generating ranks start vLLM. On every rank of the trainer, like
-    `stop_generators`.
-    """
+    """The generating ranks start vLLM. Called on every rank of the trainer, like `stop_generators`."""
     wait_for(_broadcast_command(bridge, "start"))
 
 
 def stop_generators(bridge: Bridge) -> None:
-    """Ends the generating ranks."""
+    """The generating ranks end."""
     wait_for(_broadcast_command(bridge, "stop"))
 
 

@@ -1,6 +1,4 @@
-"""vLLM in the ranks of this world and the way of the actor's weights to it: the interface that a PPO step uses to
-generate.
-"""
+"""vLLM in the ranks of this world, and its weight updates: the interface by which a PPO step generates."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ from mrlhf.training.trainer import DTYPES
 def make_vllm_update(
     config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: Bridge | None, made: Collection[str] = ()
 ) -> WeightUpdate:
-    """This rank's part of a weight update of vLLM. layout: the trainer's. made: vLLM's parameters that are not written
-    in place.
-    """
+    """This rank's part of a weight update of vLLM. layout: the trainer's. made: parameters that vLLM converts."""
     return make_weight_update(
         run.source.spec, layout, rollout_tp=config.rollout.tensor_parallel_size,
         rank=dist.get_rank() if bridge is None else bridge.rank, dtype=DTYPES[config.model.dtype], made=made,
@@ -40,9 +36,7 @@ def make_vllm_update(
 
 
 class Sampler:
-    """On every rank of a world with vLLM: the trainer's, or (with `bridge`) the world of the ranks that only
-    generate.
-    """
+    """On every rank of a world with vLLM: the trainer's, or (with `bridge`) that of the generating ranks."""
 
     def __init__(
         self, config: PPOStage, run: preflight.Run, tokenizer: Any, layout: state.Layout, bridge: Bridge | None = None
@@ -75,7 +69,7 @@ class Sampler:
         return state.from_all_ranks([(self.reshard.sent, self.reshard.received, self.reshard.copied)])
 
     def write_weights(self, source: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-        """Sends this rank's shard of the actor to vLLM. Collective. Returns the bytes that this rank receives, and the
+        """Sends this rank's shard of the actor to vLLM. Collective. Returns the bytes received here, and the
         seconds.
         """
         self.engine.wake_weights()
@@ -87,7 +81,7 @@ class Sampler:
     def request_rollout(
         self, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int, first: int = 0
     ) -> None:
-        """Announces the arguments of a later `generate`; only RemoteSampler makes use of it."""
+        """Announces the arguments of a later `generate`; only RemoteSampler uses them."""
 
     def generate(
         self, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int, first: int = 0

@@ -63,9 +63,7 @@ class Rollout:
         return len(self.prompts[b]) + len(self.answers[b].tokens)
 
     def sample(self, b: int) -> Sample:
-        """Prompt and answer as one sequence; the tokens that the model wrote are trained. -1 is a filler: answer 0 with
-        weight 0.
-        """
+        """Prompt and answer as one sequence, whose model-written tokens are trained. b = -1: a filler of weight 0."""
         weight, b = (1.0, b) if b >= 0 else (0.0, 0)
         prompt, answer = self.prompts[b], self.answers[b]
         mask = np.zeros(len(prompt) + len(answer.tokens), np.uint8)
@@ -90,12 +88,11 @@ def generate_rollout(
     engine: VLLMEngine, prompts: Sequence[list[int]], *, n: int, sampling: Sampling, seed: int, step: int,
     labels: Sequence[Any], replicas: int, replica: int, first: int = 0, environments: Environments | None = None,
 ) -> Rollout:
-    """n answers a prompt, or n conversations with `environments`. Collective: replicas share the prompts, all ranks get
-    all answers.
+    """n answers a prompt, or n conversations with `environments`. Collective; all ranks get all answers.
 
-    Answer i of prompt p has the seed (seed, step, first + p, i), and each later turn its own. Prompts are distributed
-    by their cost, the prompt's length plus n answers of the maximum length: every replica gets about as many prompts
-    and as many tokens.
+    Answer i of prompt p has the seed (seed, step, first + p, i), and each later turn its own. Prompts are
+    distributed over the replicas by their cost, the prompt's length plus n answers of the maximum length: every replica
+    gets about as many prompts and as many tokens.
 
     Raises Interrupted on all ranks if `engine.should_stop` on any, and any replica's ToolError on all ranks.
     """
@@ -143,9 +140,7 @@ def micro_batches(
     rollout: Rollout, rows: Sequence[int], *, micro_batch_size: int, max_tokens: int | None, dp_rank: int, dp_size: int,
     packing: bool, pad_multiple: int, slice_multiple: int,
 ) -> list[MicroBatch]:
-    """This data-parallel rank's micro-batches of `rows`; data/batching.py explains `micro_batch_size` and
-    `max_tokens`.
-    """
+    """This data-parallel rank's micro-batches of `rows`; see data/batching.py for the other arguments."""
     parts = share(
         rows, lambda b: [rollout.length(b)], micro_batch_size=micro_batch_size, max_tokens=max_tokens, packing=packing,
         rank=dp_rank, ranks=dp_size, pad_multiple=pad_multiple, multiple=slice_multiple,
@@ -170,9 +165,7 @@ def _samples(batch: MicroBatch) -> torch.Tensor:
 
 
 def gather_table(batch: MicroBatch, table_BA: torch.Tensor) -> torch.Tensor:
-    """Values of a table [B, A] at the positions of a micro-batch that predict these tokens: like tokens_BT, 0
-    elsewhere.
-    """
+    """A table's values at the positions of a micro-batch that predict these tokens: shape of tokens_BT, 0 elsewhere."""
     assert batch.place_BT is not None
     values_BT = table_BA.to(batch.mask_BT.device)[batch.index_N[_samples(batch)], batch.place_BT]
     return values_BT * batch.mask_BT

@@ -135,7 +135,7 @@ def check_vllm_model(spec: ModelSpec, *, tp: int, world: int, key: str) -> list[
         what = f"num_attention_heads = {heads}, num_key_value_heads = {groups}, intermediate_size = {ffn}"
         errors.append(ConfigError(f"{key} = {tp} does not fit {what}", where=key))
     if spec.qk_norm == "all" and tp > 1:
-        what = f"{key} = {tp}: vLLM's norm over all heads of {spec.family} is not known to be right when they are sharded"
+        what = f"{key} = {tp}: vLLM's norm over all heads of {spec.family} has not been tested with sharded heads"
         errors.append(ConfigError(what, where=key, expected="1", fix=f"--{key} 1"))
     if spec.experts is not None and spec.experts.shared_ffn_hidden_size % tp:
         shared = spec.experts.shared_ffn_hidden_size
@@ -144,7 +144,7 @@ def check_vllm_model(spec: ModelSpec, *, tp: int, world: int, key: str) -> list[
     errors += _check_latent_attention(spec)
     expert_ffn = spec.experts.ffn_hidden_size // tp if spec.experts else 0
     if not device.current().is_cuda and expert_ffn % 32:
-        what = f"vLLM's CPU experts pad an intermediate size of {expert_ffn} a rank, and cannot be written in place then"
+        what = f"vLLM's CPU experts pad an intermediate size of {expert_ffn} a rank and cannot be written in place"
         errors.append(ConfigError(what, where="model", expected="a multiple of 32 on each rank"))
     if not device.current().is_cuda and spec.qk_dim not in _CPU_HEAD_DIMS:
         what = f"vLLM's CPU attention has no kernel for head_dim = {spec.qk_dim}"
@@ -164,7 +164,8 @@ def _check_latent_attention(spec: ModelSpec) -> list[ConfigError]:
             not device.current().is_cuda and spec.ropes[0].scaling == "none"
         ),
     }
-    return [ConfigError(f"vLLM computes {spec.family} {what} wrongly", where="model") for what, is_so in wrong.items() if is_so]
+    texts = [f"vLLM computes {spec.family} {what} wrongly" for what, applies in wrong.items() if applies]
+    return [ConfigError(text, where="model") for text in texts]
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,9 @@ def check_vllm_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int
 
 
 def _configure_vllm(log_dir: Path | None) -> None:
-    """The environment variables and loggers that vLLM reads at its import. log_dir: where this rank's vllm_rank_N.log
-    goes, with warnings (rank 0: all lines); errors also go to stderr. None: errors only.
+    """Sets the environment variables and loggers that vLLM reads at its import.
+
+    log_dir: of vllm_rank_N.log, which gets this rank's warnings (rank 0: all lines); errors also go to stderr.
     """
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
@@ -236,9 +238,7 @@ def _configure_vllm(log_dir: Path | None) -> None:
 
 
 def _import_vllm(*, weights: str, tp: int) -> Any:
-    """The module, with the changes for CPU that this module's docstring lists. Raises EnvironmentProblem. Collective if
-    tp > 1.
-    """
+    """vllm, with this module's changes for CPU. Raises EnvironmentProblem. Collective if tp > 1."""
     try:
         import vllm
     except ImportError as error:
@@ -256,9 +256,7 @@ def _import_vllm(*, weights: str, tp: int) -> Any:
 
 
 class VLLMEngine:
-    """One rank of a vLLM replica. All ranks of the world construct it together; afterwards the replicas are
-    independent.
-    """
+    """One rank of a vLLM replica. Its construction is collective in the world; then replicas are independent."""
 
     def __init__(
         self, spec: ModelSpec, hf_dir: Path, *, dtype: str, tp: int, max_model_len: int, kv_cache_mib: int,
@@ -307,9 +305,7 @@ class VLLMEngine:
 
     @torch.no_grad()
     def weights_changed(self) -> None:
-        """After all `weights` have been written: resets the prefix cache, so that no answer continues from older
-        weights.
-        """
+        """After all `weights` have been written: resets the prefix cache, which holds values of the older ones."""
         self.weights.finish_write()
         assert self.llm.reset_prefix_cache(), "vLLM still has running requests"
 
@@ -320,7 +316,7 @@ class VLLMEngine:
 
     def wake_weights(self) -> None:
         if self.sleeps:
-            torch.cuda.empty_cache()  # vLLM does not allocate from torch's cache, which would keep what training has freed
+            torch.cuda.empty_cache()  # vLLM cannot use what training has left in torch's cache
             self.llm.wake_up(tags=["weights"])
 
     def wake_cache(self) -> None:
@@ -333,9 +329,7 @@ class VLLMEngine:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Raises Interrupted between two vLLM steps if `should_stop`. A replica's ranks do the same steps and agree
-        every eighth.
-        """
+        """Raises Interrupted between two vLLM steps if `should_stop`; a replica's ranks agree at every eighth step."""
         from vllm.distributed import get_tp_group
 
         engine, group, steps = self.llm.llm_engine, get_tp_group(), 0

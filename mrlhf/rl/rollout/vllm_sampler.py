@@ -1,5 +1,4 @@
-"""A cheaper sampler for vLLM on CPU, for the needs of a rollout: a seed per request, and log-probs of the sampled
-tokens only.
+"""A cheaper sampler for vLLM on CPU: a rollout needs a seed per request, and log-probs of sampled tokens only.
 
 Tokens and log-probs equal those of vLLM's own sampler.
 """
@@ -46,9 +45,7 @@ def install_cpu_sampler() -> None:
     gather = Sampler.gather_logprobs
 
     def gather_sampled(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> LogprobsTensors:
-        """Without the tokens' ranks, for which vLLM compares the whole vocabulary, if only sampled tokens are
-        wanted.
-        """
+        """Skips the tokens' ranks, for which vLLM compares the whole vocabulary, if only sampled tokens are wanted."""
         if num_logprobs:
             return gather(logprobs, num_logprobs, token_ids)
         ids = token_ids.unsqueeze(-1)

@@ -96,9 +96,7 @@ class VLLMWeights:
         return names
 
     def convert(self, name: str, weight: torch.Tensor) -> None:
-        """Writes a plain weight of the shape made[name] in vLLM's form. Collective in a replica if the layer's scales
-        are.
-        """
+        """Converts a plain weight of the shape made[name]. Collective in a replica if the layer's scales are."""
         from vllm.config import set_current_vllm_config
 
         layer = self._layers[name]
@@ -116,9 +114,7 @@ class VLLMWeights:
                 setattr(layer, parameter, old)
 
     def finish_write(self) -> None:
-        """After `parameters` have been written: updates what vLLM's CPU kernels store beside them or in another
-        order.
-        """
+        """After `parameters` have been written: updates the packed or reordered copies of vLLM's CPU kernels."""
         for layer in self._experts:
             _pack_experts(layer)
         for head in self._packed_heads:  # the plain weight stays, but the product reads a packed copy
