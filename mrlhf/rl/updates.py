@@ -20,6 +20,7 @@ from mrlhf.parallel import state
 from mrlhf.rl.kl import kl_estimate
 from mrlhf.rl.policy_loss import policy_loss, value_loss
 from mrlhf.rl.rollout.tables import Rollout, gather_table
+from mrlhf.training.batch_plan import make_batch_plan
 from mrlhf.training.trainer import LossFn, Model, Partials
 
 
@@ -82,13 +83,10 @@ class Pretraining:
     update.
     """
 
-    def __init__(self, config: PPOStage, data: Dataset, *, dp_rank: int, dp_size: int) -> None:
+    def __init__(self, config: PPOStage, data: Dataset, groups: state.Groups) -> None:
         self.config = config
-        self.loader = Loader(
-            data, packing=config.data.packing, micro_batch_size=config.ptx.micro_batch_size,
-            dp_rank=dp_rank, dp_size=dp_size,
-            pad_multiple=state.pad_multiple(config.parallel), slice_multiple=state.slice_multiple(config.parallel),
-        )
+        plan = make_batch_plan(groups, packing=config.data.packing, micro_batch_size=config.ptx.micro_batch_size)
+        self.loader = Loader(data, plan)
         self.order = Order(
             Mix.single(self.loader.num_rows), global_batch_size=config.ptx.batch_size, num_epochs=1.0,
             max_steps=1 << 40,  # never ends

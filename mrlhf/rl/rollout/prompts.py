@@ -10,16 +10,15 @@ from typing import Any
 from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.order import Order
-from mrlhf.training import run as supervised
-from mrlhf.training.resume import data_position, go_on
+from mrlhf.training.row_order import data_position, make_order, restore_position, source_epochs
 
 
 def make_prompt_order(config: PPOStage, data: Dataset) -> Order:
     """The prompts of rollout 1, 2, ...: every rollout is full, the last one continues in a new epoch."""
     train = replace(config.train, global_batch_size=config.rollout.batch_size)
     prompts = replace(config, train=train, data=replace(config.data, packing=False))
-    rollouts = supervised.make_order(prompts, data).total_steps
-    return supervised.make_order(replace(prompts, train=replace(train, max_steps=rollouts)), data)
+    rollouts = make_order(prompts, data).total_steps
+    return make_order(replace(prompts, train=replace(train, max_steps=rollouts)), data)
 
 
 class Prompts:
@@ -48,8 +47,7 @@ class Prompts:
 
     def metrics(self) -> dict[str, float]:
         consumed = self.order.taken_at(self.drawn)
-        epochs = supervised.source_epochs(self.order, self.data, consumed)
-        return {"train/epoch": self.drawn / self.order.mix.pass_rows, **epochs}
+        return {"train/epoch": self.drawn / self.order.mix.pass_rows, **source_epochs(self.order, self.data, consumed)}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint's manifest."""
@@ -60,4 +58,5 @@ class Prompts:
     ) -> None:
         """Continues after a checkpoint. Raises CheckpointError if the data is not what it was trained on."""
         self.drawn = manifest.get("prompts_drawn", self.order.position(manifest["step"]))
-        go_on(self.order, self.data, manifest, where=where, position=self.drawn, hf_dir=hf_dir, allowed=allowed)
+        at, data = self.drawn, self.data
+        restore_position(self.order, data, manifest, where=where, position=at, hf_dir=hf_dir, allowed=allowed)

@@ -72,7 +72,7 @@ class RemoteSampler:
 
     sleeps = False
 
-    def __init__(self, config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: Bridge) -> None:
+    def __init__(self, config: PPOStage, run: preflight.RunInputs, layout: state.Layout, bridge: Bridge) -> None:
         """Waits until vLLM is ready on the generating ranks."""
         self.bridge, self.max_staleness = bridge, config.rollout.max_staleness
         self.reshard = make_vllm_update(config, run, layout, bridge)
@@ -249,7 +249,7 @@ def _serve_commands(sampler: Sampler, bridge: Bridge) -> None:
                 wait_for(bridge.send(message, 0))
 
 
-def run_generator(config: PPOStage, run: preflight.Run, bridge: Bridge, *, began: float) -> None:
+def run_generator(config: PPOStage, run: preflight.RunInputs, bridge: Bridge, *, began: float) -> None:
     """The program of a rank that only generates. began: time.monotonic() at the process's start."""
     output_dir = Path(config.train.output_dir)
     watch.log_to(output_dir / "logs")

@@ -23,7 +23,7 @@ from mrlhf.training.trainer import DTYPES
 
 
 def make_vllm_update(
-    config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: Bridge | None, made: Collection[str] = ()
+    config: PPOStage, run: preflight.RunInputs, layout: state.Layout, bridge: Bridge | None, made: Collection[str] = ()
 ) -> WeightUpdate:
     """This rank's part of a weight update of vLLM. layout: the trainer's. made: parameters that vLLM converts."""
     return make_weight_update(
@@ -39,7 +39,7 @@ class Sampler:
     """On every rank of a world with vLLM: the trainer's, or (with `bridge`) that of the generating ranks."""
 
     def __init__(
-        self, config: PPOStage, run: preflight.Run, tokenizer: Any, layout: state.Layout, bridge: Bridge | None = None
+        self, config: PPOStage, run: preflight.RunInputs, tokenizer: Any, layout: state.Layout, bridge: Bridge | None = None
     ) -> None:
         """layout: the trainer's. Collective."""
         rollout, hf_dir, rank, world = config.rollout, run.source.hf_dir, dist.get_rank(), dist.get_world_size()
