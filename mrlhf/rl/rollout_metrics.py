@@ -15,9 +15,7 @@ from mrlhf.rl.rollout.tables import Rollout
 
 @dataclass(frozen=True)
 class Tables:
-    """The inputs of a step's losses. scores_B: shaped (overlong penalty, scaling), not clipped; advantages_BA: not
-    whitened.
-    """
+    """The inputs of a step's losses. scores_B: shaped, before clipping. advantages_BA: before whitening."""
 
     scores_B: torch.Tensor
     mask_BA: torch.Tensor

@@ -69,10 +69,10 @@ class RunningStd:
 
 
 def scale_scores(scores_B: Tensor, *, scaling: str, running: RunningStd) -> Tensor:
-    """[B]. none: r. whiten: (r - mean) / std. std: r / std. running_std: r / std of all rollouts so far (updates
-    `running`).
+    """[B]. none: r. whiten: (r - mean) / std. std: r / std. running_std: r / std of all rollouts so far.
 
-    mean and biased std run over scores_B; a std is at least 1e-4. Raises ConfigError for an unknown scaling.
+    Mean and biased std run over scores_B, or over all scores that `running` has seen; a std is at least 1e-4. Raises
+    ConfigError for an unknown scaling.
     """
     check_choice("scaling", scaling, SCALINGS)
     if scaling == "none":

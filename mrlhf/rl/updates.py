@@ -75,12 +75,11 @@ def critic_loss(config: PPOStage, *, old_values_BA: torch.Tensor, returns_BA: to
 
 
 class Pretraining:
-    """ptx (InstructGPT, Ouyang 2022, eq. 2): adds ptx.coef x the mean NLL of ptx.batch_size rows of a data set to each
-    actor update.
+    """ptx (InstructGPT, Ouyang 2022, eq. 2): adds ptx.coef x the mean NLL of a data set to the actor's loss.
 
-    The rows of update k are a function of (train.seed, k), so that a run resumes exactly. Gradients are divided by the
-    policy's count, so the sum of the NLL is scaled by that count over its own number of tokens, both of the whole
-    update.
+    The ptx.batch_size rows of update k are a function of (train.seed, k), so that a run resumes exactly. Gradients are
+    divided by the policy's count, so the sum of the NLL is scaled by that count over its own number of tokens, both of
+    the whole update.
     """
 
     def __init__(self, config: PPOStage, data: Dataset, groups: state.Groups) -> None:
@@ -98,9 +97,7 @@ class Pretraining:
         return [replace(batch, ptx=True) for batch in self.loader.micro_batches(self.order.rows(update))]
 
     def mixed(self, loss: LossFn, model: Model, batches: Sequence[MicroBatch], *, policy_count: float) -> LossFn:
-        """`loss` for a rollout's micro-batches, the scaled NLL for `batches`. policy_count: the sum of `loss`'s counts
-        in the update.
-        """
+        """`loss` for a rollout's micro-batches, the scaled NLL for `batches`. policy_count: of the update."""
         tokens = state.sum_over_data_parallel(torch.stack([b.mask_BT.sum() for b in batches]).sum())
         scale = self.config.ptx.coef * policy_count / float(tokens)
 

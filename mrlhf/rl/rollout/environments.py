@@ -1,14 +1,14 @@
 """Conversations between the model and an environment (tools, games, users): `rollout.environment: file.py:Class`.
 
     class Class:
-        def reset(self, record): ...             # {"prompt": text, "label": the prompt's label}; one object per
-        conversation def step(self, messages, text): ...      # -> (observation, reward, done)
+        def reset(self, record): ...             # {"prompt": text, "label": the prompt's label}
+        def step(self, messages, text): ...      # -> (observation, reward, done)
 
-`text` is the model's turn; `messages` is the conversation up to and including it: the prompt as one message with the
-role "prompt", then assistant messages and observations. An observation is a message, a list of messages (rendered by
-the chat template, followed by its generation prompt), or a string, which continues the model's turn after a stop
-string. All conversations advance together: one call of vLLM for those that are not done, then their environments in
-threads. Token ids are kept; only new text is tokenized.
+Every conversation has its own object. `text` is the model's turn; `messages` is the conversation up to and including
+it: the prompt as one message with the role "prompt", then assistant messages and observations. An observation is a
+message, a list of messages (rendered by the chat template, followed by its generation prompt), or a string, which
+continues the model's turn after a stop string. All conversations advance together: one call of vLLM for those that are
+not done, then their environments in threads. Token ids are kept; only new text is tokenized.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ class Conversation:
 
 
 class Environments:
-    """The environments of one vLLM replica. They run on its first rank; `group` broadcasts their results (None: tensor
-    parallel 1).
+    """The environments of one vLLM replica. They run on its first rank; `group` broadcasts the results.
 
     stop_ids: the tokens that close the model's turn; other stop tokens and strings only interrupt it. max_turns: of the
     model in a conversation. threads: environment steps at once. timeout_s: for the steps of one turn of all

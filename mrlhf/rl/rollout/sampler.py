@@ -39,7 +39,8 @@ class Sampler:
     """On every rank of a world with vLLM: the trainer's, or (with `bridge`) that of the generating ranks."""
 
     def __init__(
-        self, config: PPOStage, run: preflight.RunInputs, tokenizer: Any, layout: state.Layout, bridge: Bridge | None = None
+        self, config: PPOStage, run: preflight.RunInputs, tokenizer: Any, layout: state.Layout,
+        bridge: Bridge | None = None,
     ) -> None:
         """layout: the trainer's. Collective."""
         rollout, hf_dir, rank, world = config.rollout, run.source.hf_dir, dist.get_rank(), dist.get_world_size()
@@ -69,9 +70,7 @@ class Sampler:
         return state.from_all_ranks([(self.reshard.sent, self.reshard.received, self.reshard.copied)])
 
     def write_weights(self, source: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-        """Sends this rank's shard of the actor to vLLM. Collective. Returns the bytes received here, and the
-        seconds.
-        """
+        """Sends this rank's shard of the actor to vLLM. Collective. Returns the bytes received, and the seconds."""
         self.engine.wake_weights()
         seconds = self.reshard.exchange(source, self.engine.weights.parameters, self.engine.weights.convert)
         self.engine.wake_cache()

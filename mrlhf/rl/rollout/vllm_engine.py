@@ -10,7 +10,7 @@ Their key/value cache is larger for it.
 
 Changes to vLLM, on CPU only and for this process:
   * linear layers keep their weight as a plain parameter (vLLM's own fallback) instead of packing it, unless
-      rollout.weights is packed;
+    rollout.weights is packed;
   * the sampler draws the numbers of a request's seed many at a time, and ranks no tokens (vllm_sampler.py);
   * the shared-memory segments of a tensor-parallel group get a name of this job (vLLM's is the same for every job on a
     machine) and are unlinked once mapped, so that a killed job leaves nothing behind.
