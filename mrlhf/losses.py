@@ -1,14 +1,14 @@
 """Losses of pretrain, SFT, reward model and DPO, and the reductions that PPO shares.
 
-Every loss is `sum / denominator`. The denominator is what the mean runs over in the *whole optimizer
-step* (all micro-batches, data- and context-parallel ranks); the caller counts it and passes it, or passes
-1 to get the sum. `denominator=None` takes the mean over this call alone.
+Every loss is `sum / denominator`. The denominator is the number of items in the *whole optimizer step* (all
+micro-batches, data- and context-parallel ranks). The caller counts and passes it, or passes 1 to get the sum; None
+means the items of this call.
 
-Metrics are detached `[sum, count]` tensors: added over micro-batches and ranks, then divided, they give
-the exact mean. The few that are reduced by min or max instead say so and carry `[value, 1]`.
+Metrics are detached `[sum, count]` tensors: added over micro-batches and ranks, then divided, they give the exact mean.
+The few that are reduced by min or max instead say so and hold `[value, 1]`.
 
 Letters: B samples (rows), T tokens, P pairs, S sequences (B rows, or the segments of packed rows).
-The maths is fp32 whatever the input's dtype; what stands in a masked position, NaN included, never matters.
+The maths is fp32 for any input dtype; values in masked positions, NaN included, are ignored.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def check_same_shape(**tensors: Tensor | None) -> None:
-    """Raises ValueError unless all given tensors have one shape: broadcasting here would be a silent bug."""
+    """Raises ValueError unless all given tensors have the same shape: broadcasting would hide a bug."""
     shapes = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
 def fill_masked(x: Tensor, keep: Tensor) -> Tensor:
-    """fp32 `x` with 0 wherever `keep` (bool, same shape) is False; no value or gradient leaks from there."""
+    """fp32 `x` with 0 where `keep` (bool, same shape) is False; no value or gradient passes from there."""
     return x.float().masked_fill(~keep, 0.0)
 
 
@@ -48,14 +48,16 @@ def sum_and_count(x: Tensor, keep: Tensor) -> Tensor:
     return torch.stack([fill_masked(x.detach(), keep).sum(), keep.sum().float()])
 
 
-def sequence_means(x: Tensor, mask: Tensor, *, segment_ids: Tensor | None = None, num_segments: int | None = None) -> tuple[Tensor, Tensor]:
-    """Mean of `x` over the masked-in tokens of each sequence.
+def sequence_means(
+    x: Tensor, mask: Tensor, *, segment_ids: Tensor | None = None, num_segments: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean of `x` [B, T] over the masked-in tokens of each sequence.
 
-    x, mask: [B, T]. A row is a sequence, unless `segment_ids` (long, same shape, sequence index of each
-    token in 0..num_segments-1; anything where the mask is 0) says which packed sequence a token belongs to.
+    Without `segment_ids` a row is a sequence. segment_ids (long, [B, T]): the packed sequence of each token, 0 to
+    num_segments - 1; any value where the mask is 0.
 
     Returns (mean_S, has_tokens_S): a sequence without masked-in tokens has mean 0 and has_tokens False.
-    Raises ValueError if segment_ids come without num_segments.
+    Raises ValueError if segment_ids come without num_segments or if shapes differ.
     """
     check_same_shape(x=x, mask=mask, segment_ids=segment_ids)
     keep = mask.bool()
@@ -73,23 +75,22 @@ def sequence_means(x: Tensor, mask: Tensor, *, segment_ids: Tensor | None = None
 
 
 def reduce_loss(
-    x: Tensor,
-    mask: Tensor,
-    *,
-    aggregation: str = "token",
-    denominator: Tensor | float | None = None,
-    weight: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    num_segments: int | None = None,
+    x: Tensor, mask: Tensor, *,
+    aggregation: str = "token", denominator: Tensor | float | None = None, weight: Tensor | None = None,
+    segment_ids: Tensor | None = None, num_segments: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reduces per-token losses x [B, T] to a scalar.
 
-    aggregation "token":    sum over masked-in tokens / denominator (number of such tokens).
-    aggregation "sequence": sum over sequences of their token means / denominator (number of sequences that have a masked-in token).
-    weight [B, T], the same for all tokens of a sequence: makes it a weighted sum of tokens (sequences), and the count the sum of weights.
-    segment_ids, num_segments: see `sequence_means`; used by "sequence" alone.
+    aggregation "token": sum over masked-in tokens / denominator (number of these tokens).
+    aggregation "sequence": sum of the sequences' token means / denominator (number of sequences with a masked-in
+        token).
+    weight [B, T], the same for all tokens of a sequence: the sum of tokens (sequences) is weighted, and the count is
+        the sum of weights.
+    segment_ids, num_segments: see `sequence_means`; used by "sequence" only.
 
-    Returns (loss, [sum, count]) with the second detached, before the division. No masked-in token: loss 0, still differentiable.
+    Returns (loss, [sum, count]); the second is detached and not divided. Without a masked-in token the loss is a
+    differentiable 0.
+    Raises ConfigError for an unknown aggregation, ValueError if shapes differ.
     """
     check_choice("aggregation", aggregation, ("token", "sequence"))
     check_same_shape(x=x, mask=mask)
@@ -102,63 +103,48 @@ def reduce_loss(
         check_same_shape(x=x, weight=weight)
         if aggregation == "sequence":
             weight, _ = sequence_means(weight, mask, segment_ids=segment_ids, num_segments=num_segments)
-        of_kept = fill_masked(weight, keep)
-        kept, count = kept * of_kept, of_kept.sum()
+        kept_weight = fill_masked(weight, keep)
+        kept, count = kept * kept_weight, kept_weight.sum()
     total = kept.sum()
     loss = total / (torch.where(count > 0, count, 1.0) if denominator is None else denominator)
     return loss, torch.stack([total.detach(), count])
 
 
 def masked_cross_entropy(
-    logps: Tensor,
-    mask: Tensor,
-    *,
-    denominator: Tensor | float | None = None,
-    aggregation: str = "token",
-    weight: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    num_segments: int | None = None,
+    logps: Tensor, mask: Tensor, *,
+    denominator: Tensor | float | None = None, aggregation: str = "token", weight: Tensor | None = None,
+    segment_ids: Tensor | None = None, num_segments: int | None = None,
 ) -> Tensor:
     """Cross entropy -log p(target) over the trained tokens, in nats; a scalar.
 
     logps [B, T]: log-prob of the target of each position. mask [B, T]: 1 where that target is trained.
-    denominator: trained tokens of the whole optimizer step, or the number of sequences with
-    aggregation="sequence" (mean of per-sequence means). segment_ids [B, T], num_segments: the sequence of
-    each token in packed rows (without them a row is a sequence). Sequences must be whole in this call.
-    weight [B, T], see `reduce_loss`: the loss is sum(weight x loss) / sum(weight), and `denominator` then stands for the second sum.
+    denominator: trained tokens of the whole optimizer step, or its sequences with aggregation="sequence" (mean of
+    per-sequence means). segment_ids [B, T], num_segments: the sequence of each token in packed rows, see
+    `sequence_means`; this call must hold whole sequences.
+    weight [B, T]: the loss is sum(weight x loss) / sum(weight), and `denominator` is the second sum, see `reduce_loss`.
 
-    Raises ConfigError for an unknown aggregation, ValueError for shapes that differ.
+    Raises ConfigError for an unknown aggregation, ValueError if shapes differ.
     """
-    loss, _ = reduce_loss(
-        -logps,
-        mask,
-        aggregation=aggregation,
-        denominator=denominator,
-        weight=weight,
-        segment_ids=segment_ids,
-        num_segments=num_segments,
-    )
-    return loss
+    return reduce_loss(
+        -logps, mask, aggregation=aggregation, denominator=denominator, weight=weight,
+        segment_ids=segment_ids, num_segments=num_segments,
+    )[0]
 
 
 def pairwise_loss(
-    chosen_B: Tensor,
-    rejected_B: Tensor,
-    *,
-    margin: Tensor | float | None = None,
-    kind: str = "sigmoid",
-    denominator: Tensor | float | None = None,
-    weight: Tensor | None = None,
+    chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | float | None = None, kind: str = "sigmoid",
+    denominator: Tensor | float | None = None, weight: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Bradley-Terry loss of a reward model over P pairs (InstructGPT eq. 1; the margin as in Llama 2 eq. 2).
+    """Bradley-Terry loss of a reward model over P pairs (InstructGPT, Ouyang 2022, eq. 1; margin: Llama 2, eq. 2).
 
-    chosen_B, rejected_B [P]: scores. margin: [P] or a number, subtracted from the difference d = chosen - rejected - margin.
-    kind: "sigmoid" -log sigmoid(d), "logexp" log(1 + exp(-d)): two writings of one function, both safe for any d.
-    weight [P]: 0 marks a padding pair, which counts nowhere; 1 a real one. denominator: pairs of the whole optimizer step.
+    chosen_B, rejected_B [P]: scores; d = chosen - rejected - margin. margin: [P] or a number.
+    kind: "sigmoid" -log sigmoid(d), "logexp" log(1 + exp(-d)): the same function in two forms, both safe for any d.
+    weight [P]: 1 for a pair, 0 for a padding pair, which is not counted. denominator: pairs of the whole step.
 
-    Returns (loss, metrics): accuracy (share with chosen > rejected), margin (chosen - rejected), mean_reward (over both) as
-    [sum, count]; min_reward and max_reward as [value, 1], reduced by min and max (+inf and -inf if all pairs are padding).
-    Raises ConfigError for an unknown kind, ValueError for shapes that differ.
+    Returns (loss, metrics): accuracy (share with chosen > rejected), margin (chosen - rejected), mean_reward (over
+    both) as [sum, count]; min_reward and max_reward as [value, 1], reduced by min and max (+inf and -inf if all pairs
+    are padding).
+    Raises ConfigError for an unknown kind, ValueError if shapes differ.
     """
     check_choice("kind", kind, ("sigmoid", "logexp"))
     margin_B = margin if isinstance(margin, Tensor) and margin.dim() else None
@@ -186,42 +172,37 @@ MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, float("inf"))
 
 
 def accuracy_by_margin(chosen_P: Tensor, rejected_P: Tensor, *, weight: Tensor) -> Metrics:
-    """Of a reward model, the accuracy of the pairs whose two scores differ by so much: accuracy_by_margin/0-0.5 ... /2+ as [sum, count].
+    """A reward model's accuracy by the difference of the two scores: accuracy_by_margin/0-0.5 ... /2+ as [sum, count].
 
-    chosen_P, rejected_P, weight [P] as in `pairwise_loss`. By Bradley and Terry a difference m means sigmoid(m): a calibrated model is
-    right in 0.50 to 0.62, 0.62 to 0.73, 0.73 to 0.88 and 0.88 to 1 of the pairs of these buckets.
+    chosen_P, rejected_P, weight [P]: see `pairwise_loss`. By Bradley-Terry a difference m means a probability of
+    sigmoid(m): a calibrated model is right for 0.50 to 0.62, 0.62 to 0.73, 0.73 to 0.88 and 0.88 to 1 of the pairs in
+    these buckets.
     """
     keep, difference_P = weight.bool(), (chosen_P - rejected_P).detach()
-    found = {}
+    metrics = {}
     for low, high in zip(MARGIN_EDGES, MARGIN_EDGES[1:], strict=False):
         inside = keep & (difference_P.abs() >= low) & (difference_P.abs() < high)
         name = f"{low:g}-{high:g}" if high < float("inf") else f"{low:g}+"
-        found[f"accuracy_by_margin/{name}"] = sum_and_count(difference_P > 0, inside)
-    return found
+        metrics[f"accuracy_by_margin/{name}"] = sum_and_count(difference_P > 0, inside)
+    return metrics
 
 
 def dpo_loss(
-    pc_B: Tensor,
-    pr_B: Tensor,
-    rc_B: Tensor,
-    rr_B: Tensor,
-    *,
-    beta: float,
-    kind: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    denominator: Tensor | float | None = None,
-    weight: Tensor | None = None,
+    pc_B: Tensor, pr_B: Tensor, rc_B: Tensor, rr_B: Tensor, *, beta: float, kind: str = "sigmoid",
+    label_smoothing: float = 0.0, denominator: Tensor | float | None = None, weight: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Direct preference optimisation over P pairs, from log-probs *summed* over each answer's tokens.
+    """Direct preference optimization over P pairs, from log-probs *summed* over each answer's tokens (Rafailov 2023).
 
-    pc_B, pr_B [P]: policy, chosen and rejected. rc_B, rr_B [P]: reference, chosen and rejected. d = (pc - pr) - (rc - rr).
-    kind: "sigmoid" -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d), e = label_smoothing (DPO eq. 7; cDPO),
-          "ipo" (d - 1 / (2 beta))^2 (IPO eq. 17), "hinge" max(0, 1 - beta d) (SLiC). For length-normalised ipo pass means for sums.
-    weight [P]: 0 marks a padding pair, which counts nowhere. denominator: pairs of the whole optimizer step.
+    d = (pc - pr) - (rc - rr). pc_B, pr_B [P]: policy, chosen and rejected. rc_B, rr_B [P]: reference.
+    kind: "sigmoid" -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d), e = label_smoothing (eq. 7; cDPO),
+          "ipo" (d - 1 / (2 beta))^2 (Azar 2023, eq. 17), "hinge" max(0, 1 - beta d) (SLiC, Zhao 2023).
+          For length-normalized ipo pass means instead of sums.
+    weight [P]: 0 for a padding pair, which is not counted. denominator: pairs of the whole optimizer step.
 
     Returns (loss, metrics): rewards/{chosen,rejected} = beta (policy - reference), rewards/margins, rewards/accuracies,
     logps/{chosen,rejected}, all [sum, count]. With policy == reference the sigmoid loss is ln 2.
-    Raises ConfigError for an unknown kind, beta <= 0 or a label_smoothing that does not apply; ValueError for shapes that differ.
+    Raises ConfigError for an unknown kind, beta <= 0 or a label_smoothing that does not apply; ValueError if shapes
+    differ.
     """
     check_choice("kind", kind, ("sigmoid", "ipo", "hinge"))
     if not beta > 0:
@@ -229,12 +210,14 @@ def dpo_loss(
     if not 0 <= label_smoothing < 0.5:
         raise ConfigError(f"label_smoothing = {label_smoothing} is out of range", expected="0 <= label_smoothing < 0.5")
     if label_smoothing and kind != "sigmoid":
-        raise ConfigError(f"label_smoothing = {label_smoothing} has no meaning for kind = {kind!r}", expected="0, or kind 'sigmoid'")
-    check_same_shape(policy_chosen=pc_B, policy_rejected=pr_B, reference_chosen=rc_B, reference_rejected=rr_B, weight=weight)
+        what = f"label_smoothing = {label_smoothing} has no meaning for kind = {kind!r}"
+        raise ConfigError(what, expected="0, or kind 'sigmoid'")
+    names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "weight")
+    check_same_shape(**dict(zip(names, (pc_B, pr_B, rc_B, rr_B, weight), strict=True)))
 
     keep = torch.ones_like(pc_B, dtype=torch.bool) if weight is None else weight.bool()
     pc_P, pr_P, rc_P, rr_P = (fill_masked(x, keep) for x in (pc_B, pr_B, rc_B, rr_B))
-    # policy - reference first: the two are close, so fp32 keeps the digits that chosen - rejected (hundreds of nats apart) loses
+    # policy - reference first: they are close, so fp32 keeps the digits that chosen - rejected (hundreds of nats) loses
     chosen_P, rejected_P = pc_P - rc_P, pr_P - rr_P
     d_P = chosen_P - rejected_P
     if kind == "sigmoid":

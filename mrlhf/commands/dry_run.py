@@ -83,7 +83,7 @@ def _check_training(config: TrainingConfig, world: int) -> tuple[preflight.RunIn
     from mrlhf.rl.rewards.sources import critic_source, model_sources
 
     run = check_ppo(config, world)
-    critic = {"critic": critic_source(config, run.source).spec} if config.ppo.estimator == "gae" else {}
+    critic = {"critic": critic_source(config, run.source).spec} if config.ppo.estimator_row.needs_critic else {}
     return run, critic | {f"reward {path}": open_source(path).spec for path in model_sources(config.reward)}
 
 

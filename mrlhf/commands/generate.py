@@ -27,8 +27,8 @@ from mrlhf.models.reshard_plan import make_weight_update
 from mrlhf.parallel import device, state
 from mrlhf.rl.rewards.sources import Rewards, check_reward_sources
 from mrlhf.rl.rollout.environments import check_environment, make_environments
-from mrlhf.rl.rollout.tables import Rollout, generate, micro_batches
-from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine, check_rollout
+from mrlhf.rl.rollout.tables import Rollout, generate_rollout, micro_batches
+from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine, check_vllm_model
 from mrlhf.training.batch_plan import make_batch_plan
 from mrlhf.training.trainer import DTYPES, Model
 
@@ -78,7 +78,7 @@ def check_generate(config: GenerateStage, world: int) -> tuple[ModelSource, Para
     parallel = ParallelConfig(tensor_model_parallel_size=config.tensor_parallel_size)
     problems = Problems()
     problems.extend(
-        check_rollout(source.spec, tp=config.tensor_parallel_size, world=world, key="tensor_parallel_size")
+        check_vllm_model(source.spec, tp=config.tensor_parallel_size, world=world, key="tensor_parallel_size")
         or check_layout(parallel, source.spec, world, trained=False)
     )
     if source.head != "lm":
@@ -110,11 +110,11 @@ def main(config: GenerateStage) -> None:
     weights = engine.weights
     dtype = DTYPES[config.dtype]
     update = make_weight_update(source.spec, layout, rollout_tp=tp, rank=rank, dtype=dtype, made=weights.made)
-    update.exchange(model.parameters(), weights.parameters, weights.make)
+    update.exchange(model.parameters(), weights.parameters, weights.convert)
     engine.weights_changed()
     del model
     ids = stop_ids(source.hf_dir, tokenizer)
-    rollout = generate(
+    rollout = generate_rollout(
         engine, [row.ids for row in rows], n=config.best_of or config.n,
         sampling=Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens, ids, config.stop),
         seed=config.seed, step=0, labels=[row.record.get("label") for row in rows],

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mrlhf.config.options import (
-    GROUP_ESTIMATORS,
+    ESTIMATORS,
     CheckpointConfig,
     DataSource,
     DPOStage,
@@ -192,21 +192,22 @@ def check(config: StageConfig) -> list[ConfigError]:
                 f"train.global_batch_size = {config.train.global_batch_size} does not divide rollout.batch_size x rollout.n = {answers}",
                 "a divisor: each rollout is cut into whole mini-batches",
             )
-        if config.ppo.estimator in GROUP_ESTIMATORS and config.rollout.n < 2:
+        if config.ppo.estimator_row.needs_groups and config.rollout.n < 2:
             bad(
                 "rollout.n",
                 f"ppo.estimator = {config.ppo.estimator} compares the answers of one prompt, and rollout.n = {config.rollout.n}",
                 "2 or more",
             )
         for name in ("critic_tensor_model_parallel_size", "critic_pipeline_model_parallel_size"):
-            if getattr(config.ppo, name) is not None and config.ppo.estimator != "gae":
+            if getattr(config.ppo, name) is not None and not config.ppo.estimator_row.needs_critic:
                 what = f"ppo.{name} = {getattr(config.ppo, name)}, and ppo.estimator = {config.ppo.estimator} has no critic"
                 bad(f"ppo.{name}", what, fix=f"--ppo.{name} null")
-        if config.ppo.estimator in ("rloo", "grpo", "dr_grpo") and config.ppo.gamma != 1.0:
+        if config.ppo.estimator_row.undiscounted and config.ppo.gamma != 1.0:
             bad("ppo.gamma", f"ppo.estimator = {config.ppo.estimator} has gamma 1", "1.0", "--ppo.gamma 1.0")
-        if config.rollout.dynamic_sampling and (config.rollout.n < 2 or config.ppo.estimator not in GROUP_ESTIMATORS):
+        if config.rollout.dynamic_sampling and (config.rollout.n < 2 or not config.ppo.estimator_row.needs_groups):
             what = f"rollout.dynamic_sampling compares the answers of one prompt; ppo.estimator = {config.ppo.estimator}, rollout.n = {config.rollout.n}"
-            bad("rollout.dynamic_sampling", what, f"rollout.n of 2 or more and one of {', '.join(GROUP_ESTIMATORS)}")
+            groups = ", ".join(name for name, row in ESTIMATORS.rows.items() if row.needs_groups)
+            bad("rollout.dynamic_sampling", what, f"rollout.n of 2 or more and one of {groups}")
         if config.reward.overlong_buffer > config.rollout.max_new_tokens:
             what = f"reward.overlong_buffer = {config.reward.overlong_buffer} is longer than an answer"
             bad("reward.overlong_buffer", what, f"at most rollout.max_new_tokens = {config.rollout.max_new_tokens}")

@@ -23,7 +23,7 @@ import yaml
 
 from mrlhf import __version__
 from mrlhf.config.check import check
-from mrlhf.config.options import STAGES, StageConfig
+from mrlhf.config.options import STAGES, OneOf, StageConfig
 from mrlhf.errors import ConfigError, Problems
 
 _NULL = ("null", "none", "~", "")
@@ -106,7 +106,7 @@ class Bad(ValueError):
 
 def options(stage_cls: Any, prefix: str = "") -> dict[str, Option]:
     """Dotted key -> Option, in the order of the dataclasses."""
-    hints = typing.get_type_hints(stage_cls)
+    hints = typing.get_type_hints(stage_cls, include_extras=True)
     found: dict[str, Option] = {}
     for f in dataclasses.fields(stage_cls):
         kind, key = hints[f.name], prefix + f.name
@@ -376,10 +376,10 @@ def _convert_scalar(kind: Any, written: Written) -> Any:
     text = written.value
     if not isinstance(text, str):
         raise Bad(_describe(written))
-    if typing.get_origin(kind) is Literal:
-        if text in typing.get_args(kind):
+    if choices := _choices(kind):
+        if text in choices:
             return text
-        by_lower = {c.lower(): c for c in typing.get_args(kind)}
+        by_lower = {c.lower(): c for c in choices}
         near = difflib.get_close_matches(text.lower(), by_lower, n=1)
         raise Bad(f"{text or 'null'} is not a choice" + (f"; did you mean {by_lower[near[0]]}?" if near else ""))
     if not written.quoted and text.lower() in ("", "~", "null"):
@@ -448,9 +448,15 @@ def _describe(written: Written) -> str:
     return f"a list of {len(written.value)}" if isinstance(written.value, list) else "a mapping"
 
 
+def _choices(kind: Any) -> tuple[str, ...]:
+    """Of a Literal, or of a text marked with OneOf; empty for other types."""
+    tables = [mark.rows for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, OneOf)]
+    return tuple(tables[0]) if tables else typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
 def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "{" + ",".join(typing.get_args(kind)) + "}"
+    if choices := _choices(kind):
+        return "{" + ",".join(choices) + "}"
     if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(item := typing.get_args(kind)[0]):
         names = [f.name for f in dataclasses.fields(item)]
         return f"{names[0]} or [{{{', '.join(names)}}}, ...]"

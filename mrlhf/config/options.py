@@ -8,7 +8,8 @@ One frozen dataclass per concern; a stage's configuration is a dataclass of thes
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from pkgutil import resolve_name
+from typing import Annotated, Any, ClassVar, Literal
 
 REQUIRED: Any = object()
 
@@ -18,6 +19,20 @@ def option(default: Any, help: str) -> Any:
     if default is REQUIRED:
         return field(metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a text as a key of a table in a later folder, "module:NAME": `Annotated[str, OneOf(...)]`. It is imported when it is read."""
+
+    table: str
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        return resolve_name(self.table)
+
+
+ESTIMATORS = OneOf("mrlhf.rl.estimators:ESTIMATORS")
 
 
 @dataclass(frozen=True)
@@ -272,9 +287,7 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    estimator: Literal["gae", "reinforce", "reinforce_baseline", "rloo", "grpo", "dr_grpo"] = option(
-        "gae", "gae trains a critic; the others need none"
-    )
+    estimator: Annotated[str, ESTIMATORS] = option("gae", "gae trains a critic; the others need none")
     epochs: int = option(1, "passes over each rollout")
     clip_low: float = option(0.2, "ratio >= 1 - this")
     clip_high: float = option(0.2, "ratio <= 1 + this")
@@ -290,6 +303,11 @@ class PPOConfig:
     critic_warmup_steps: int = option(0, "rollouts that train only the critic")
     critic_tensor_model_parallel_size: int | None = option(None, "the critic's own; unset: as parallel.tensor_model_parallel_size")
     critic_pipeline_model_parallel_size: int | None = option(None, "the critic's own; unset: as parallel.pipeline_model_parallel_size")
+
+    @property
+    def estimator_row(self) -> Any:
+        """Of mrlhf.rl.estimators: what the estimator needs."""
+        return ESTIMATORS.rows[self.estimator]
 
 
 @dataclass(frozen=True)
@@ -418,8 +436,6 @@ class ServeRewardStage:
     timeout_s: float = option(300.0, "a request that waits longer for the model is answered with 503")
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of parameters and activations")
     parallel: ParallelConfig = ParallelConfig()
-
-GROUP_ESTIMATORS = ("rloo", "grpo", "dr_grpo", "reinforce_baseline")
 
 StageConfig = TrainingConfig | ScoreStage | GenerateStage | ServeRewardStage
 

@@ -57,7 +57,7 @@ def _half(n: int) -> int:
 
 def _host(config: PPOStage, phase: str) -> list[str]:
     """CUDA only: on CPU there is nowhere else to go."""
-    other_is_there = config.ppo.estimator == "gae" or not phase.startswith("update")
+    other_is_there = config.ppo.estimator_row.needs_critic or not phase.startswith("update")
     useful = {
         "optimizer": other_is_there,
         "gradients": other_is_there,

@@ -1,8 +1,8 @@
 """From scores to advantages: token rewards, GAE, discounted returns, group baselines, whitening.
 
-Letters: B answers (rows), T tokens, N answers of one prompt (a group).
-Masks are 1 on answer tokens. They are contiguous in a row but start anywhere: the prompt stands before, pads after.
-Whatever stands in a masked-out position, NaN included, is ignored, and comes out as 0. All maths is fp32.
+Letters: B answers (rows), T tokens, G groups of N answers to one prompt.
+Masks are 1 on answer tokens. These are contiguous in a row but start anywhere: the prompt stands before, pads after.
+Values in masked-out positions, NaN included, are ignored and returned as 0. All maths is fp32.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from mrlhf.errors import ConfigError
 from mrlhf.losses import check_choice, check_same_shape, fill_masked
+from mrlhf.rl.estimators import ESTIMATORS
 
-ESTIMATORS = ("rloo", "grpo", "dr_grpo", "reinforce_baseline", "reinforce")
 VARIANCE_FLOOR = 1e-8
 GRPO_EPSILON = 1e-9
-WHITENED = ("gae", "reinforce", "reinforce_baseline")
 
 
 def token_rewards(scores_B: Tensor, kl: Tensor, mask: Tensor, *, beta: float, clip: float | None = None) -> Tensor:
-    """-beta * kl on every answer token, plus the score on the last answer token. Returns [B, T].
+    """r_t = -beta kl_t on every answer token, plus the score on the last one (Ziegler 2019, eq. 2). Returns [B, T].
 
-    scores_B [B]: one score an answer, clipped to +-clip if given. kl [B, T]: per-token estimate against the reference.
-    A row without answer tokens (a padding row) gets zeros. Raises ConfigError if clip <= 0, ValueError for shapes that differ.
+    scores_B [B]: one score per answer, clipped to +-clip if given. kl [B, T]: per-token estimate against the reference.
+    A row without answer tokens (a padding row) gets zeros.
+    Raises ConfigError if clip <= 0, ValueError if shapes differ.
     """
     if clip is not None and not clip > 0:
         raise ConfigError(f"reward clip = {clip} is not positive", expected="a number > 0, or null for no clip")
@@ -42,8 +42,9 @@ def token_rewards(scores_B: Tensor, kl: Tensor, mask: Tensor, *, beta: float, cl
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman 2016, eq. 16), all [B, T].
 
-    delta_t = r_t + gamma V_{t+1} - V_t, V past the last answer token = 0;  A_t = delta_t + gamma lam A_{t+1};  R_t = A_t + V_t.
-    t + 1 is the next answer token of the row. Returns (advantages, returns). O(B T log T) work in O(log T) steps.
+    delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}; R_t = A_t + V_t. t + 1 is the next answer
+    token of the row; V past the last one is 0. O(B T log T) work in O(log T) steps.
+    Returns (advantages, returns). Raises ValueError if shapes differ.
     """
     check_same_shape(rewards=rewards, values=values, mask=mask)
     keep = mask.bool()
@@ -56,7 +57,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1} over the answer tokens of each row, [B, T] (REINFORCE++; gae with V = 0 and lam = 1)."""
+    """G_t = r_t + gamma G_{t+1} over the answer tokens of each row, [B, T] (REINFORCE++, Hu 2025).
+
+    The same as `gae` with V = 0 and lam = 1. Raises ValueError if shapes differ.
+    """
     check_same_shape(rewards=rewards, mask=mask)
     keep = mask.bool()
     return fill_masked(_scan_from_end(fill_masked(rewards, keep), _decay(keep, gamma)), keep)
@@ -65,9 +69,10 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor
 def whiten(x: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """(x - mean) / sqrt(max(variance, 1e-8)) over the masked-in positions, 0 elsewhere. [B, T] or [B].
 
-    Biased variance (divided by the count). With `group` the statistics run over the tokens of all its ranks (every rank must
-    call; shapes may differ): two all-reduces of two numbers and one, the second pass centred on the global mean, so the result
-    does not depend on how rows are spread over ranks. Pass the data-parallel group: ranks that hold the same rows must not count twice.
+    The variance is biased (divided by the count). With `group` the statistics run over the tokens of all its ranks
+    (collective; shapes may differ): an all-reduce of two numbers, then one of the squares centred on the global mean,
+    so that the result does not depend on how rows are spread over ranks. Pass the data-parallel group: ranks that hold
+    the same rows must not count twice.
     """
     check_same_shape(x=x, mask=mask)
     keep = mask.bool()
@@ -83,18 +88,39 @@ def whiten(x: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -
     return centred_BT * (squares / count).clamp(min=VARIANCE_FLOOR).rsqrt().float()
 
 
+def no_baseline(scores_GN: Tensor) -> Tensor:
+    """r (REINFORCE++, Hu 2025)."""
+    return scores_GN
+
+
+def minus_group_mean(scores_GN: Tensor) -> Tensor:
+    """r - mean (Dr. GRPO, Liu 2025; REINFORCE++-baseline, Hu 2025, which whitens it afterwards)."""
+    return scores_GN - scores_GN.mean(1, keepdim=True)
+
+
+def minus_mean_of_others(scores_GN: Tensor) -> Tensor:
+    """r - mean of the other answers (RLOO, Ahmadian 2024)."""
+    group_size = scores_GN.size(1)
+    return minus_group_mean(scores_GN) * (group_size / (group_size - 1))
+
+
+def standardized_in_group(scores_GN: Tensor) -> Tensor:
+    """(r - mean) / (unbiased std + 1e-9) (GRPO, Shao 2024)."""
+    return minus_group_mean(scores_GN) / (scores_GN.std(1, keepdim=True, unbiased=True) + GRPO_EPSILON)
+
+
 def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor:
-    """Scores minus a baseline from the other answers of the same prompt. [B] -> [B] fp32.
+    """Scores shaped by a critic-free estimator of rl/estimators.py, such as `rloo`. [B] -> [B] fp32.
 
-    scores_B: the group_size answers of one prompt stand next to each other.
-    rloo: r - mean of the others (Ahmadian 2024).  grpo: (r - mean) / (unbiased std + 1e-9) (Shao 2024).
-    dr_grpo, reinforce_baseline: r - mean (Liu 2025; the latter is whitened by the caller).  reinforce: r, no baseline.
-    A group whose scores are all equal gives exactly 0 (but for reinforce).
+    scores_B: the group_size answers to one prompt stand next to each other. A group of equal scores gives exactly 0
+    where the estimator compares the answers to one prompt.
 
-    Raises ConfigError for an unknown estimator, a group_size below 2 (below 1 for reinforce) or one that does not divide B.
+    Raises ConfigError for an unknown estimator, and for a group_size below 2 (1 without comparison) or that does not
+    divide B.
     """
-    check_choice("estimator", estimator, ESTIMATORS)
-    smallest = 1 if estimator == "reinforce" else 2
+    check_choice("estimator", estimator, [row.name for row in ESTIMATORS.values() if not row.needs_critic])
+    row = ESTIMATORS[estimator]
+    smallest = 2 if row.needs_groups else 1
     if group_size < smallest:
         raise ConfigError(
             f"group size {group_size} is too small for estimator {estimator!r}",
@@ -106,41 +132,28 @@ def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor
             f"scores of shape {tuple(scores_B.shape)} do not split into groups of {group_size}",
             expected=f"[B] with B a multiple of {group_size}",
         )
-    if estimator == "reinforce":
-        return scores_B.float()
-
     scores_GN = scores_B.float().view(-1, group_size)
-    centred_GN = scores_GN - scores_GN.mean(1, keepdim=True)
-    if estimator == "rloo":
-        centred_GN = centred_GN * (group_size / (group_size - 1))
-    elif estimator == "grpo":
-        centred_GN = centred_GN / (scores_GN.std(1, keepdim=True, unbiased=True) + GRPO_EPSILON)
-    # fp32: three scores of 0.1 have a mean of 0.1 + 1 ulp, which grpo's division would turn into an advantage near 1
-    all_equal_G1 = (scores_GN == scores_GN[:, :1]).all(1, keepdim=True)
-    return centred_GN.masked_fill(all_equal_G1, 0.0).flatten()
+    shaped_GN = row.resolve()(scores_GN)
+    if row.needs_groups:
+        # in fp32 three scores of 0.1 have a mean of 0.1 + 1 ulp, which grpo's division turns into an advantage near 1
+        all_equal_G1 = (scores_GN == scores_GN[:, :1]).all(1, keepdim=True)
+        shaped_GN = shaped_GN.masked_fill(all_equal_G1, 0.0)
+    return shaped_GN.flatten()
 
 
-def estimate(
-    scores_B: Tensor,
-    kl: Tensor,
-    values: Tensor | None,
-    mask: Tensor,
-    *,
-    estimator: str,
-    group_size: int,
-    beta: float,
-    clip: float,
-    gamma: float,
-    lam: float,
+def compute_advantages(
+    scores_B: Tensor, kl: Tensor, values: Tensor | None, mask: Tensor, *, estimator: str, group_size: int,
+    beta: float, clip: float, gamma: float, lam: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(advantages, returns, token rewards) of a rollout, [B, T] each, from clipped scores [B] and per-token KL [B, T]; not yet whitened.
+    """(advantages, returns, token rewards) of a rollout by an estimator of rl/estimators.py, [B, T] each, not yet
+    whitened.
 
-    gae needs `values` [B, T]; the others give returns = advantages. docs/rl.md has the formula of every estimator.
+    scores_B [B]: one score per answer, clipped here. kl [B, T]: per token. values [B, T]: needed by an estimator with a
+    critic. Without a critic returns = advantages.
     """
-    if estimator == "gae":
-        assert values is not None
+    if ESTIMATORS[estimator].needs_critic:
         rewards_BT = token_rewards(scores_B, kl, mask, beta=beta, clip=clip)
-        advantages_BT, returns_BT = gae(rewards_BT, values, mask, gamma=gamma, lam=lam)
+        advantages_BT, returns_BT = ESTIMATORS[estimator].resolve()(rewards_BT, values, mask, gamma=gamma, lam=lam)
         return advantages_BT, returns_BT, rewards_BT
     shaped_B = group_scores(scores_B.clamp(-clip, clip), estimator=estimator, group_size=group_size)
     rewards_BT = token_rewards(shaped_B, kl, mask, beta=beta)

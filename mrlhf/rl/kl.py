@@ -1,6 +1,6 @@
 """Per-token KL estimates against the reference policy, and the controllers of the KL coefficient beta.
 
-Letters: B answers, T tokens. Log-probs in nats.
+Letters: B answers, T tokens. Log-probs are in nats.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ EXPONENT_LIMIT = 20.0
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str, clamp: float | None = 10.0) -> Tensor:
-    """Estimate of KL(policy || reference) for each sampled token (Schulman 2020, "Approximating KL divergence"). [B, T] fp32.
+    """Estimate of KL(policy || reference) for each sampled token (Schulman, "Approximating KL Divergence"). [B, T].
 
-    With x = logp - ref_logp:  k1 = x,  k2 = x^2 / 2,  k3 = exp(-x) - 1 + x. The estimate is clamped to +-clamp (None: not).
-    Differentiable in logps, with finite gradients for any finite x. Raises ConfigError for an unknown kind.
+    With x = logp - ref_logp: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, clamped to +-clamp (None: no clamp).
+    Differentiable in logps, with finite gradients for any finite x.
+    Raises ConfigError for an unknown kind, ValueError if shapes differ.
     """
     check_choice("kind", kind, KINDS)
     check_same_shape(logps=logps, ref_logps=ref_logps)
@@ -37,7 +38,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str, clamp: float | N
 
 
 class FixedKL:
-    """A constant beta. Holds no state: on resume the configuration decides."""
+    """A constant beta without state: on resume the configuration decides."""
 
     def __init__(self, value: float):
         _check_beta(value)
@@ -56,8 +57,9 @@ class FixedKL:
 class AdaptiveKL:
     """beta <- beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon) (Ziegler 2019, section 2.2).
 
-    value: the current beta. target: the wished mean KL, in the units the caller measures kl in. horizon: answers over which
-    a lasting error of 20 % or more changes beta by 20 %. Raises ConfigError if value < 0, target <= 0 or horizon <= 0.
+    value: the current beta. target: the desired mean KL, in the unit of `update`'s kl. horizon: number of answers over
+    which a lasting error of 20 % or more changes beta by 20 %.
+    Raises ConfigError if value < 0, target <= 0 or horizon <= 0.
     """
 
     MAX_ERROR = 0.2
@@ -70,7 +72,7 @@ class AdaptiveKL:
         self.value, self.target, self.horizon = value, target, horizon
 
     def update(self, kl: float, n: int) -> None:
-        """kl: mean KL of the last rollout batch; n: answers in it, over all ranks.
+        """kl: mean KL of the last rollout. n: its answers, over all ranks.
 
         Raises ConfigError if one update could make beta 0 or negative, ValueError if kl is not finite.
         """
@@ -78,7 +80,7 @@ class AdaptiveKL:
             raise ValueError(f"cannot adapt the KL coefficient to kl = {kl}")
         if self.MAX_ERROR * n >= self.horizon:
             raise ConfigError(
-                f"kl horizon = {self.horizon} is too short for {n} answers a step: one update could turn the coefficient negative",
+                f"kl horizon = {self.horizon} is too short for {n} answers a step: one update could make beta negative",
                 expected=f"more than {self.MAX_ERROR * n:g}",
                 fix=f"set the horizon to {20 * n}",
             )
@@ -89,11 +91,10 @@ class AdaptiveKL:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Raises CheckpointError if the state was not written by an AdaptiveKL."""
+        """Raises CheckpointError unless an AdaptiveKL wrote the state."""
         if "value" not in state:
-            raise CheckpointError(
-                "the checkpoint holds no adaptive KL coefficient", fix="resume with the fixed coefficient it was trained with"
-            )
+            what = "the checkpoint holds no adaptive KL coefficient"
+            raise CheckpointError(what, fix="resume with the fixed coefficient it was trained with")
         self.value = float(state["value"])
 
 

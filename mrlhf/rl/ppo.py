@@ -30,11 +30,11 @@ from mrlhf.rl.ppo_checks import check_ppo, open_ptx
 from mrlhf.rl.ppo_models import PPOModels
 from mrlhf.rl.rewards.sources import Rewards
 from mrlhf.rl.rollout.prompts import Prompts
-from mrlhf.rl.rollout.remote import RemoteSampler, begin, dismiss, run_generator
+from mrlhf.rl.rollout.remote import RemoteSampler, run_generator, start_generators, stop_generators
 from mrlhf.rl.rollout.sampler import Sampler
 from mrlhf.rl.rollout.tables import Rollout
 from mrlhf.rl.rollout.vllm_engine import Sampling
-from mrlhf.rl.rollout_metrics import Tables, describe, mismatch_warning
+from mrlhf.rl.rollout_metrics import Tables, mismatch_warning, rollout_metrics
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
 from mrlhf.training.batch_plan import training_batch_plan
@@ -100,7 +100,7 @@ class PPO(Run):
         if self.finished:
             return
         if bridge is not None:
-            begin(bridge)
+            start_generators(bridge)
         with self.phase("build"):
             self._build()
         tp, ranks = config.rollout.tensor_parallel_size, config.rollout.num_ranks
@@ -202,7 +202,7 @@ class PPO(Run):
                 differ_B = informative_groups(new_B, group_size=n).repeat_interleave(n)
                 rows = [b for b in rows if differ_B[b]]
             kept, scores_B = kept + rollout.take(rows), torch.cat([scores_B, new_B[rows]])
-            if facts := self.sampler.facts():
+            if facts := self.sampler.generation_metrics():
                 stale += len(rows) * facts["rollout/staleness"]
                 seconds += facts["timing_s/generators"]
             if kept.size == config.batch_size * n:
@@ -226,7 +226,7 @@ class PPO(Run):
         rollout = self.config.rollout
         if rollout.max_staleness and step <= self.total_steps:
             prompts, labels = _read(self.inputs.train, self.prompts.peek(rollout.batch_size))
-            self.sampler.ask(prompts, labels, n=rollout.n, sampling=self.sampling, step=step)
+            self.sampler.request_rollout(prompts, labels, n=rollout.n, sampling=self.sampling, step=step)
 
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, Metrics]:
         """[B] of every answer, and each source's mean."""
@@ -256,7 +256,7 @@ class PPO(Run):
         kl_BA = torch.zeros_like(old_BA)
         if ref_BA is not None:
             kl_BA = kl_estimate(old_BA, ref_BA, kind=config.kl.kind) * mask_BA
-        raw_BA, returns_BA, rewards_BA = adv.estimate(
+        raw_BA, returns_BA, rewards_BA = adv.compute_advantages(
             scores_B,
             kl_BA,
             values_BA,
@@ -272,7 +272,7 @@ class PPO(Run):
         tables = Tables(
             scores_B, mask_BA, rollout_BA, old_BA, entropy_BA, ref_BA, values_BA, rewards_BA, raw_BA, returns_BA
         )
-        whiten = ppo.whiten_advantages and ppo.estimator in adv.WHITENED
+        whiten = ppo.whiten_advantages and ppo.estimator_row.whitens
         return tables, adv.whiten(raw_BA, mask_BA) if whiten else raw_BA
 
     def update_critic(self, step: int, critic: Trainer, rollout: Rollout, tables: Tables) -> Metrics:
@@ -333,7 +333,7 @@ class PPO(Run):
         phases, config = self.phase.metrics(PHASES), self.config.rollout
         gen_seconds = metrics.get("timing_s/generators", phases["timing_s/gen"])
         with_environment = config.environment is not None
-        metrics |= describe(
+        metrics |= rollout_metrics(
             rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds, with_environment=with_environment
         )
         metrics |= phases
@@ -398,7 +398,7 @@ class PPO(Run):
                 "running_std": self.running_std.state_dict(),
                 **self.prompts.state(),
             }
-            ahead = self.sampler.ahead()
+            ahead = self.sampler.pending_answers()
             files = None if ahead is None else {AHEAD: ahead}
             parts = self.models.parts(with_optimizer=self.with_optimizer(step))
             self.write_checkpoint(step, parts, content, files=files)
@@ -418,7 +418,7 @@ class PPO(Run):
         if ahead.is_file() and isinstance(self.sampler, RemoteSampler) and rollout.max_staleness:
             prompts, labels = _read(self.inputs.train, self.prompts.peek(rollout.batch_size))
             next_step = manifest["step"] + 1
-            self.sampler.take_up(
+            self.sampler.restore_pending(
                 ahead.read_bytes(), prompts, labels, n=rollout.n, sampling=self.sampling, step=next_step
             )
 
@@ -427,7 +427,7 @@ class PPO(Run):
             self.rewards.close()
             self.sampler.shutdown()
         elif self.bridge is not None:
-            dismiss(self.bridge)
+            stop_generators(self.bridge)
         return super().close()
 
 

@@ -12,7 +12,7 @@ from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import state
 from mrlhf.rl.rewards.sources import check_reward_sources, critic_source
 from mrlhf.rl.rollout.environments import check_environment
-from mrlhf.rl.rollout.vllm_engine import check_rollout
+from mrlhf.rl.rollout.vllm_engine import check_vllm_model
 from mrlhf.rl.rollout.vllm_weights import check_weights
 from mrlhf.training import preflight
 
@@ -30,7 +30,7 @@ def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfErro
 def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[MrlhfError]:
     """The critic's layout against its model, and one of its own against the batch."""
     parallel = config.critic_parallel
-    if config.ppo.estimator != "gae":
+    if not config.ppo.estimator_row.needs_critic:
         return []
     try:
         spec = critic_source(config, actor).spec
@@ -61,7 +61,7 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
     source, problems = opened.source, opened.problems
     if source is not None:
         tp = config.rollout.tensor_parallel_size
-        problems.extend(check_rollout(source.spec, tp=tp, world=generators or trainers, key="rollout.tensor_parallel_size"))
+        problems.extend(check_vllm_model(source.spec, tp=tp, world=generators or trainers, key="rollout.tensor_parallel_size"))
         weights, placement = config.rollout.weights, config.rollout.placement
         problems.extend(check_weights(source.spec, weights, dtype=config.model.dtype, placement=placement))
         problems.extend(preflight.check_prompt_budget(config, source, opened.datasets()))

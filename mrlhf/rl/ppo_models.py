@@ -17,7 +17,7 @@ from mrlhf.data.loader import MicroBatch
 from mrlhf.models.layers.router_losses import make_balance, of_aggregation, trained_tokens
 from mrlhf.parallel import state
 from mrlhf.rl.rewards.sources import critic_source
-from mrlhf.rl.rollout.tables import Rollout, micro_batches, table
+from mrlhf.rl.rollout.tables import Rollout, compute_tables, micro_batches
 from mrlhf.training.batch_plan import training_batch_plan
 from mrlhf.training.preflight import RunInputs
 from mrlhf.training.trainer import Model, Trainer
@@ -33,7 +33,7 @@ class PPOModels:
         balance = make_balance(config.model, of_aggregation(config.loss))
         self.actor = Trainer(inputs.source, config.parallel, config.optim, head="lm", balance=balance, **common)
         self.critic: Trainer | None = None
-        if config.ppo.estimator == "gae":
+        if config.ppo.estimator_row.needs_critic:
             lr = config.ppo.critic_lr
             optim = replace(config.optim, lr=lr, min_lr=min(config.optim.min_lr, lr))
             source = critic_source(config, inputs.source)
@@ -76,10 +76,10 @@ class PPOModels:
 
         shape = (rollout.size, int(rollout.lengths_B().max()))
         batches = self.batches(model, rollout, range(rollout.size))
-        return table(model, batches, fn, shape=shape, channels=2 if with_entropy else 1)
+        return compute_tables(model, batches, fn, shape=shape, channels=2 if with_entropy else 1)
 
     def values(self, critic: Trainer, rollout: Rollout) -> torch.Tensor:
         """[B, A]: the critic's value before each answer token, at the position that predicts it."""
         shape = (rollout.size, int(rollout.lengths_B().max()))
         batches = self.batches(critic, rollout, range(rollout.size))
-        return table(critic, batches, lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape)[0]
+        return compute_tables(critic, batches, lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape)[0]

@@ -1,6 +1,6 @@
-"""The metrics of a rollout, from its tables; docs/rl.md says what each one looks like when it goes wrong.
+"""The metrics of a rollout, from its tables; docs/rl.md says what each one shows when something is wrong.
 
-Legend as in rollout.py; tokens are those that the model wrote.
+Letters as in rollout/tables.py. Only tokens that the model wrote are counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mrlhf.rl.rollout.tables import Rollout
 
 @dataclass(frozen=True)
 class Tables:
-    """What a step computes on. scores_B: shaped (overlong penalty, scaling), before clipping; advantages_BA before whitening."""
+    """The inputs of a step's losses. scores_B: shaped, before clipping. advantages_BA: before whitening."""
 
     scores_B: torch.Tensor
     mask_BA: torch.Tensor
@@ -28,7 +28,7 @@ class Tables:
     advantages_BA: torch.Tensor
     returns_BA: torch.Tensor
 
-    def mean(self, x_BA: torch.Tensor) -> float:
+    def token_mean(self, x_BA: torch.Tensor) -> float:
         return float((x_BA * self.mask_BA).sum() / self.mask_BA.sum())
 
     def kl_B(self) -> torch.Tensor:
@@ -38,8 +38,8 @@ class Tables:
         return (kl_estimate(self.old_BA, self.ref_BA, kind="k1") * self.mask_BA).sum(-1)
 
 
-def mismatch(old_BA: torch.Tensor, rollout_BA: torch.Tensor, mask_BA: torch.Tensor) -> dict[str, float]:
-    """What lies between the trainer's log-probs and those vLLM sampled by."""
+def logprob_mismatch(old_BA: torch.Tensor, rollout_BA: torch.Tensor, mask_BA: torch.Tensor) -> dict[str, float]:
+    """The difference between the trainer's log-probs and those that vLLM sampled with."""
     gap_BA, tokens = (old_BA - rollout_BA) * mask_BA, mask_BA.sum()
     return {
         "rollout/logprob_abs_diff_mean": float(gap_BA.abs().sum() / tokens),
@@ -49,33 +49,36 @@ def mismatch(old_BA: torch.Tensor, rollout_BA: torch.Tensor, mask_BA: torch.Tens
     }
 
 
-def mismatch_warning(found: dict[str, float], *, limit: float, corrected: bool) -> str | None:
-    """A line for the log where vLLM samples by another policy than the trainer's."""
-    kl = found["rollout/kl_mismatch"]
+def mismatch_warning(metrics: dict[str, float], *, limit: float, corrected: bool) -> str | None:
+    """A warning where vLLM's policy differs from the trainer's by more than `limit` nats a token."""
+    kl = metrics["rollout/kl_mismatch"]
     if kl <= limit:
         return None
-    stale = found.get("rollout/staleness", 0.0)
-    age = f" (its weights are {stale:g} update(s) older, which is a part of it)" if stale else ""
-    treated = (
-        "rollout.correction weighs the loss, but this much means a cause"
+    stale = metrics.get("rollout/staleness", 0.0)
+    age = f" (its weights are {stale:g} update(s) older, which explains a part)" if stale else ""
+    treatment = (
+        "rollout.correction weights the loss, but a difference this large has a cause"
         if corrected
         else "the loss is not corrected for it (rollout.correction none)"
     )
     return (
-        f"WARNING: vLLM samples by another policy than the trainer's{age}: rollout/kl_mismatch {kl:.3g} > {limit:g} nats a token, "
-        f"|log-prob difference| {found['rollout/logprob_abs_diff_mean']:.3g} mean, {found['rollout/logprob_abs_diff_max']:.3g} max; {treated}. "
-        "Look at: weights not brought over, top_p/top_k on, another dtype or kernel (rollout.mismatch_warning sets the limit)"
+        f"WARNING: vLLM samples from another policy than the trainer's{age}: rollout/kl_mismatch {kl:.3g} > {limit:g} "
+        f"nats a token, |log-prob difference| {metrics['rollout/logprob_abs_diff_mean']:.3g} mean, "
+        f"{metrics['rollout/logprob_abs_diff_max']:.3g} max; {treatment}. Possible causes: weights not updated, "
+        "top_p/top_k on, another dtype or kernel (rollout.mismatch_warning sets the limit)"
     )
 
 
-def describe(rollout: Rollout, tables: Tables, *, beta: float, gen_seconds: float, with_environment: bool) -> dict[str, float]:
-    """Means of the rollout."""
+def rollout_metrics(
+    rollout: Rollout, tables: Tables, *, beta: float, gen_seconds: float, with_environment: bool
+) -> dict[str, float]:
+    """Means over the rollout's answers or tokens. beta: KL coefficient. gen_seconds: time of the generation."""
     t, lengths_B = tables, rollout.lengths_B().float()
-    found = {
+    metrics = {
         "critic/score/mean": float(t.scores_B.mean()),
         "critic/rewards/mean": float(t.rewards_BA.sum(-1).mean()),
-        "critic/advantages/mean": t.mean(t.advantages_BA),
-        "critic/returns/mean": t.mean(t.returns_BA),
+        "critic/advantages/mean": t.token_mean(t.advantages_BA),
+        "critic/returns/mean": t.token_mean(t.returns_BA),
         "objective/kl": float(t.kl_B().mean()),
         "kl/coef": beta,
         "response_length/mean": float(lengths_B.mean()),
@@ -84,15 +87,17 @@ def describe(rollout: Rollout, tables: Tables, *, beta: float, gen_seconds: floa
         "prompt_length/mean": sum(map(len, rollout.prompts)) / rollout.size,
         "rollout/num_answers": float(rollout.size),
         "rollout/tokens_per_s": float(lengths_B.sum()) / gen_seconds,
-        "actor/entropy": t.mean(t.entropy_BA),
-        **mismatch(t.old_BA, t.rollout_BA, t.mask_BA),
+        "actor/entropy": t.token_mean(t.entropy_BA),
+        **logprob_mismatch(t.old_BA, t.rollout_BA, t.mask_BA),
     }
     if with_environment:
-        found["environment/turns/mean"] = sum(a.turns for a in rollout.answers) / rollout.size
-        found["environment/observed_tokens/mean"] = sum(stop - start for a in rollout.answers for start, stop in a.observed) / rollout.size
+        observed_tokens = sum(stop - start for a in rollout.answers for start, stop in a.observed)
+        metrics["environment/turns/mean"] = sum(a.turns for a in rollout.answers) / rollout.size
+        metrics["environment/observed_tokens/mean"] = observed_tokens / rollout.size
     if t.values_BA is not None:
-        residual_BA, centre = t.returns_BA - t.values_BA, t.mean(t.returns_BA)
-        spread_of_returns = t.mean((t.returns_BA - centre) ** 2)
-        found["critic/values/mean"] = t.mean(t.values_BA)
-        found["critic/vf_explained_var"] = 1 - t.mean((residual_BA - t.mean(residual_BA)) ** 2) / max(spread_of_returns, 1e-8)
-    return found
+        residual_BA, mean_return = t.returns_BA - t.values_BA, t.token_mean(t.returns_BA)
+        variance = t.token_mean((t.returns_BA - mean_return) ** 2)
+        unexplained = t.token_mean((residual_BA - t.token_mean(residual_BA)) ** 2)
+        metrics["critic/values/mean"] = t.token_mean(t.values_BA)
+        metrics["critic/vf_explained_var"] = 1 - unexplained / max(variance, 1e-8)
+    return metrics

@@ -1,6 +1,6 @@
-"""What happens to scores before they become rewards: the overlong penalty, scaling, and the groups that carry no signal.
+"""Score shaping before token rewards: overlong penalty, scaling, and the test for groups without signal.
 
-Letters: B answers, N answers of one prompt (a group), G groups. Everything is fp32 and a pure function, but for `RunningStd`.
+Letters: B answers, G groups of N answers to one prompt. Everything is fp32; all but `RunningStd` are pure functions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ VARIANCE_FLOOR = 1e-8
 
 
 def overlong_penalty(lengths_B: Tensor, *, limit: int, buffer: int, factor: float) -> Tensor:
-    """DAPO's soft punishment (Yu 2025, eq. 13), [B]: 0 up to limit - buffer tokens, then falling linearly to -factor at limit and beyond.
+    """-factor clip((length - (limit - buffer)) / buffer, 0, 1), [B] (DAPO's overlong punishment, Yu 2025, eq. 13).
 
-    lengths_B: tokens of each answer. Raises ConfigError unless 0 < buffer <= limit and factor >= 0.
+    lengths_B [B]: tokens of each answer. Raises ConfigError unless 0 < buffer <= limit and factor >= 0.
     """
     if not 0 < buffer <= limit:
-        raise ConfigError(f"overlong buffer = {buffer} tokens with answers of at most {limit}", expected=f"1 to {limit}")
+        what = f"overlong buffer = {buffer} tokens with answers of at most {limit}"
+        raise ConfigError(what, expected=f"1 to {limit}")
     if not factor >= 0:
         raise ConfigError(f"overlong penalty = {factor}", expected="a number >= 0")
     beyond_B = (lengths_B.float() - (limit - buffer)) / buffer
@@ -30,19 +31,24 @@ def overlong_penalty(lengths_B: Tensor, *, limit: int, buffer: int, factor: floa
 
 
 def informative_groups(scores_B: Tensor, *, group_size: int) -> Tensor:
-    """bool [G]: whether the group's scores differ. Of equal scores every group estimator makes advantages of 0 (DAPO's dynamic sampling)."""
+    """bool [G]: whether the scores of a group differ. Equal scores give advantages of 0 with every group estimator:
+    DAPO's dynamic sampling (Yu 2025) drops such groups.
+    """
     scores_GN = scores_B.view(-1, group_size)
     return (scores_GN != scores_GN[:, :1]).any(1)
 
 
 class RunningStd:
-    """Standard deviation (biased) of all scores so far, over all rollouts: Welford's parallel update. Kept in the checkpoint."""
+    """Biased standard deviation of all scores so far, over all rollouts, by Welford's parallel update (Chan 1979).
+
+    The checkpoint keeps its state.
+    """
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def update(self, scores_B: Tensor) -> float:
-        """With these scores counted in, at least 1e-4."""
+        """Adds scores_B [B] and returns the standard deviation, at least 1e-4."""
         x = scores_B.double()
         n, mean = x.numel(), float(x.mean())
         squares, delta, total = float((x - mean).square().sum()), mean - self.mean, self.count + n
@@ -55,16 +61,18 @@ class RunningStd:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Raises CheckpointError if the state was not written by a RunningStd."""
+        """Raises CheckpointError unless a RunningStd wrote the state."""
         if set(state) != {"count", "mean", "squares"}:
-            raise CheckpointError("the checkpoint holds no running statistics of the scores", fix="resume with the reward.scaling it was trained with")
+            what = "the checkpoint holds no running statistics of the scores"
+            raise CheckpointError(what, fix="resume with the reward.scaling it was trained with")
         self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])
 
 
 def scale_scores(scores_B: Tensor, *, scaling: str, running: RunningStd) -> Tensor:
-    """[B]. none: as they are. whiten: minus their mean, by their (biased) std. std: by it alone. running_std: by that of all rollouts so far.
+    """[B]. none: r. whiten: (r - mean) / std. std: r / std. running_std: r / std of all rollouts so far.
 
-    A std is at least 1e-4. Raises ConfigError for another scaling.
+    Mean and biased std run over scores_B, or over all scores that `running` has seen; a std is at least 1e-4. Raises
+    ConfigError for an unknown scaling.
     """
     check_choice("scaling", scaling, SCALINGS)
     if scaling == "none":

@@ -26,7 +26,7 @@ def main() -> None:
     from mrlhf.models.families import vllm_map
     from mrlhf.models.hf_files import HFReader
     from mrlhf.parallel import state
-    from mrlhf.rl.rollout.vllm_weights import Weights, keep_linear_weights
+    from mrlhf.rl.rollout.vllm_weights import VLLMWeights, keep_linear_weights
 
     state.initialize(ParallelConfig(), seed=1)
     keep_linear_weights()
@@ -63,7 +63,7 @@ def main() -> None:
         reader, expected, found = (
             HFReader(directory, source.spec, head="lm"),
             vllm_map(source.spec, tp=1, rank=0),
-            Weights(llm, source.spec).parameters,
+            VLLMWeights(llm, source.spec).parameters,
         )
         wrong = sorted(set(found) ^ set(expected))
         # experts are packed on CPU: what is written into them is compared by the answers of tests/rl/test_ppo.py

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrlhf.errors import ConfigError
-from mrlhf.rl.advantages import discounted_returns, estimate, gae, group_scores, token_rewards, whiten
+from mrlhf.rl.advantages import compute_advantages, discounted_returns, gae, group_scores, token_rewards, whiten
 
 NAN = float("nan")
 
@@ -183,7 +183,7 @@ class TestGroupScores:
             group_scores(self.SCORES, estimator="rloo", group_size=4)
         with pytest.raises(ConfigError, match="too small for estimator 'grpo'"):
             group_scores(self.SCORES, estimator="grpo", group_size=1)
-        with pytest.raises(ConfigError, match="expected: rloo, grpo"):
+        with pytest.raises(ConfigError, match="expected: reinforce, reinforce_baseline, rloo, grpo"):
             group_scores(self.SCORES, estimator="gpro", group_size=3)
         assert group_scores(self.SCORES, estimator="reinforce", group_size=1).tolist() == self.SCORES.tolist()
 
@@ -228,11 +228,12 @@ class TestEstimate:
         scores = torch.randint(-3, 4, (rows,), generator=generator) * 1.5
         kl, values = (torch.randn(rows, length, generator=generator) for _ in range(2))
         mask = (torch.arange(length)[None] < torch.randint(1, length + 1, (rows, 1), generator=generator)).float()
-        found, returns, rewards = estimate(
-            scores, kl, values if estimator == "gae" else None, mask, estimator=estimator, group_size=n, beta=beta, clip=clip, gamma=gamma, lam=lam
+        advantages, returns, rewards = compute_advantages(
+            scores, kl, values if estimator == "gae" else None, mask,
+            estimator=estimator, group_size=n, beta=beta, clip=clip, gamma=gamma, lam=lam,
         )
         if white:
-            found = whiten(found, mask)
+            advantages = whiten(advantages, mask)
 
         clipped = [max(-clip, min(clip, r)) for r in scores.tolist()]
         shaped = clipped if estimator == "gae" else naive_scores(clipped, estimator, n)
@@ -255,4 +256,4 @@ class TestEstimate:
             if std < 1e-3:
                 return  # rounding decides the direction of a difference that is none
             expected = [[(x - mean) / std if mask[b, t] else 0.0 for t, x in enumerate(row)] for b, row in enumerate(expected)]
-        torch.testing.assert_close(found, torch.tensor(expected), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(advantages, torch.tensor(expected), atol=1e-3, rtol=1e-3)

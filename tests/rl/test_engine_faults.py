@@ -26,19 +26,19 @@ def test_memory_is_checked_before_it_is_taken(monkeypatch: pytest.MonkeyPatch, t
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         monkeypatch.setattr(vllm_engine, "_free_bytes", lambda: 200 << 20)
-        budget = vllm_engine.check_memory(spec, dtype="float32", tp=1, kv_cache_mib=64)
+        budget = vllm_engine.check_vllm_memory(spec, dtype="float32", tp=1, kv_cache_mib=64)
         assert budget.cache == 64 << 20 and budget.weights == pytest.approx(spec.num_parameters * 4, rel=0.01)
         with pytest.raises(
             ConfigError, match=r"vLLM does not fit: 0.08 GiB of weights and 0.20 GiB of cache on each rank, 0.20 GiB were free"
         ) as caught:
-            vllm_engine.check_memory(spec, dtype="float32", tp=1, kv_cache_mib=200)
+            vllm_engine.check_vllm_memory(spec, dtype="float32", tp=1, kv_cache_mib=200)
         room = (200 << 20) - budget.weights >> 20
         assert caught.value.expected == f"at most {room}" and caught.value.fix == f"--rollout.kv_cache_mib {room // 2}"
         with pytest.raises(ConfigError) as caught:
-            vllm_engine.check_memory(spec, dtype="float32", tp=1, kv_cache_mib=10**9)
+            vllm_engine.check_vllm_memory(spec, dtype="float32", tp=1, kv_cache_mib=10**9)
         monkeypatch.setattr(vllm_engine, "_free_bytes", lambda: 1 << 20)
         with pytest.raises(ConfigError) as caught:
-            vllm_engine.check_memory(spec, dtype="float32", tp=1, kv_cache_mib=1)
+            vllm_engine.check_vllm_memory(spec, dtype="float32", tp=1, kv_cache_mib=1)
         assert "tensor-parallel" in caught.value.expected and caught.value.fix is None
     finally:
         dist.destroy_process_group()

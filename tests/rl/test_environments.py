@@ -15,8 +15,8 @@ from conftest import make_tokenizer
 
 from mrlhf.data.batching import BatchPlan
 from mrlhf.errors import ConfigError, ToolError
-from mrlhf.rl.rollout.environments import Environments, check_environment, load_class
-from mrlhf.rl.rollout.tables import Rollout, micro_batches, spread, table
+from mrlhf.rl.rollout.environments import Environments, check_environment, load_environment_class
+from mrlhf.rl.rollout.tables import Rollout, compute_tables, gather_table, micro_batches
 from mrlhf.rl.rollout.vllm_engine import Answer, Sampling
 
 END = "<|im_end|>"
@@ -107,8 +107,10 @@ def talk(
     ]
     engine = Scripted(tokenizer, scripts)
     sampling = Sampling(1.0, 1.0, -1, limit, (tokenizer.eos_token_id,))
-    found = make(file, tokenizer, **options).converse(engine, prompts, ["right"] * len(scripts), lambda i, turn: 100 * i + turn, sampling)
-    return found, engine, prompts
+    answers = make(file, tokenizer, **options).run_conversations(
+        engine, prompts, ["right"] * len(scripts), lambda i, turn: 100 * i + turn, sampling
+    )
+    return answers, engine, prompts
 
 
 def test_turns_tokens_masks_and_rewards(file: Path, tokenizer: Any) -> None:
@@ -137,14 +139,14 @@ def test_turns_tokens_masks_and_rewards(file: Path, tokenizer: Any) -> None:
     batch = micro_batches(rollout, range(3), BatchPlan(packing=True, micro_batch_size=3))[0]
     assert rollout.lengths_B().tolist() == [len(a.logps) for a in answers] == batch.sum_N(batch.mask_BT).tolist()
     values_BA = torch.arange(3 * int(rollout.lengths_B().max())).view(3, -1).float() + 1
-    placed = spread(batch, values_BA)
+    placed = gather_table(batch, values_BA)
     assert placed[batch.mask_BT.bool()].tolist() == [v for b in range(3) for v in values_BA[b, : len(answers[b].logps)].tolist()]
     targets = batch.targets_BT[batch.mask_BT.bool()].tolist()
     assert tokenizer.decode(targets) == "".join(turn for script in scripts for turn in script)
     model = SimpleNamespace(forward=lambda batches, fn, channels: [placed[None]], groups=SimpleNamespace(in_force=nullcontext))
     unsummed = pytest.MonkeyPatch()
     unsummed.setattr("mrlhf.rl.rollout.tables.state.sum_over_data_parallel", lambda x: x)
-    assert torch.equal(table(model, [batch], None, shape=values_BA.shape)[0], values_BA * rollout.mask_BA())
+    assert torch.equal(compute_tables(model, [batch], None, shape=values_BA.shape)[0], values_BA * rollout.mask_BA())
     unsummed.undo()
 
 
@@ -191,11 +193,11 @@ def test_what_is_no_environment_is_refused_at_the_start(file: Path, tokenizer: A
             call()
         return str(error.value)
 
-    assert "path/file.py:Class" in refused(lambda: load_class("mine.Echo"))
-    assert "does not exist" in refused(lambda: load_class("none.py:Echo"))
-    assert "expected: Echo, Wrong, Stopped" in refused(lambda: load_class(f"{file}:Eco"))
-    assert "reset(self, record)" in refused(lambda: load_class(f"{file}:Wrong"))
-    assert load_class("examples/calculator/calculator.py:Calculator").__name__ == "Calculator"
+    assert "path/file.py:Class" in refused(lambda: load_environment_class("mine.Echo"))
+    assert "does not exist" in refused(lambda: load_environment_class("none.py:Echo"))
+    assert "expected: Echo, Wrong, Stopped" in refused(lambda: load_environment_class(f"{file}:Eco"))
+    assert "reset(self, record)" in refused(lambda: load_environment_class(f"{file}:Wrong"))
+    assert load_environment_class("examples/calculator/calculator.py:Calculator").__name__ == "Calculator"
     assert check_environment(None, tokenizer, {}) == []
     (problem,) = check_environment(f"{file}:Echo", tokenizer, {"chat_template_sha256": "0" * 64})
     assert "another chat template" in problem.what
@@ -203,7 +205,7 @@ def test_what_is_no_environment_is_refused_at_the_start(file: Path, tokenizer: A
 
 
 def test_the_calculator() -> None:
-    environment = load_class("examples/calculator/calculator.py:Calculator")()
+    environment = load_environment_class("examples/calculator/calculator.py:Calculator")()
     environment.reset({"prompt": "", "label": "4731"})
     assert environment.step([], "calc 57*83") == ({"role": "tool", "content": "4731"}, 0.0, False)
     assert environment.step([], "4731") == ({}, 1.0, True)

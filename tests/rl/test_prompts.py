@@ -37,7 +37,7 @@ def make(equal: set[int], **changes: object) -> Any:
     ppo.config, ppo.inputs = config(**changes), SimpleNamespace(train=data())
     ppo.prompts = Prompts(ppo.config, ppo.inputs.train)
     ppo.total_steps, ppo.phase = ppo.prompts.total_steps, lambda name, step: nullcontext()
-    ppo.sampler = SimpleNamespace(sleeps=False, sleep=lambda: None, facts=dict)
+    ppo.sampler = SimpleNamespace(sleeps=False, sleep=lambda: None, generation_metrics=dict)
     ppo.rewards, ppo.offload = SimpleNamespace(models={}), SimpleNamespace(using=nullcontext)
     ppo.calls = []
 

@@ -9,7 +9,7 @@ import torch
 
 from mrlhf.data.batching import BatchPlan
 from mrlhf.data.loader import MicroBatch
-from mrlhf.rl.rollout.tables import Rollout, micro_batches, spread
+from mrlhf.rl.rollout.tables import Rollout, gather_table, micro_batches
 from mrlhf.rl.rollout.vllm_engine import Answer
 
 PROMPTS = [[5, 6], [5, 6], [7], [7]]
@@ -37,11 +37,11 @@ def test_a_position_gets_the_value_of_the_token_it_predicts(packing: bool, max_t
     met: list[int] = []
     for batch in cut([3, 1, 0, 2], packing=packing, max_tokens=max_tokens):
         expected_BT = torch.where(batch.mask_BT.bool(), batch.targets_BT, 0).float()
-        assert torch.equal(spread(batch, TABLE_BA), expected_BT)
+        assert torch.equal(gather_table(batch, TABLE_BA), expected_BT)
         half = batch.tokens_BT.size(1) // 2
         for part in (slice(0, half), slice(half, None)):  # what a context-parallel rank has of it
             fields = {name: x[:, part] for name, x in vars(batch).items() if name.endswith("_BT") and x is not None}
-            assert torch.equal(spread(replace(batch, **fields), TABLE_BA), expected_BT[:, part])
+            assert torch.equal(gather_table(replace(batch, **fields), TABLE_BA), expected_BT[:, part])
         met += batch.index_N.tolist()
         assert max_tokens is None or batch.tokens_BT.numel() <= max_tokens
     assert sorted(met) == [0, 1, 2, 3]
@@ -51,4 +51,4 @@ def test_a_rank_without_answers_gets_a_filler() -> None:
     one, other, filler = (cut([0, 3], max_tokens=8, dp_rank=rank, dp_size=3) for rank in range(3))
     assert [[b.index_N.tolist() for b in batches] for batches in (one, other)] in ([[[0]], [[3]]], [[[3]], [[0]]])
     assert len(filler) == 1 and filler[0].weights_N.tolist() == [0] and filler[0].mask_BT.sum() == 0
-    assert not spread(filler[0], TABLE_BA).any()
+    assert not gather_table(filler[0], TABLE_BA).any()

@@ -13,7 +13,7 @@ from faults.runs import Run, check_equal, ppo
 from mrlhf.config.load import load_config
 from mrlhf.config.options import PPOStage
 from mrlhf.errors import ConfigError, MrlhfError
-from mrlhf.rl.rollout.remote import decode, encode
+from mrlhf.rl.rollout.remote import decode_message, encode_message
 from mrlhf.rl.rollout.vllm_engine import Answer
 
 AHEAD = {"rollout.placement": "separate", "rollout.num_ranks": 1, "rollout.max_staleness": 1, "rollout.correction": "tis",
@@ -52,8 +52,8 @@ def test_messages_keep_every_digit() -> None:
         Answer([], [], False),
         Answer([4, 5, 6], [-1 / 3], False, ((1, 3),), 0.1, 2),
     ]
-    assert decode(encode({"what": "x", "key": (1, 2)}, answers)) == ({"what": "x", "key": [1, 2]}, answers)
-    assert decode(encode({})) == ({}, [])
+    assert decode_message(encode_message({"what": "x", "key": (1, 2)}, answers)) == ({"what": "x", "key": [1, 2]}, answers)
+    assert decode_message(encode_message({})) == ({}, [])
 
 
 def config(**changes: object) -> PPOStage:

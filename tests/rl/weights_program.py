@@ -86,7 +86,7 @@ def main() -> None:
 
     def make(name: str, weight: torch.Tensor) -> None:
         most[0] = max(most[0], weight.untyped_storage().nbytes())
-        engine.weights.make(name, weight)
+        engine.weights.convert(name, weight)
 
     for model in models:
         update.exchange(model.parameters(), engine.weights.parameters, make)

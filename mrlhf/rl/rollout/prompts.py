@@ -1,4 +1,4 @@
-"""Which prompts a rollout takes, and what a checkpoint keeps of that: every prompt of the order once, refills included."""
+"""The prompts of each rollout and their position in a checkpoint: every prompt of the order is drawn once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mrlhf.training.row_order import data_position, make_order, restore_position
 
 
 def make_prompt_order(config: PPOStage, data: Dataset) -> Order:
-    """Prompts of rollout 1, 2, ...: whole rollouts only, the last one goes on into a new epoch, no prompt is dropped."""
+    """The prompts of rollout 1, 2, ...: every rollout is full, the last one continues in a new epoch."""
     train = replace(config.train, global_batch_size=config.rollout.batch_size)
     prompts = replace(config, train=train, data=replace(config.data, packing=False))
     rollouts = make_order(prompts, data).total_steps
@@ -22,8 +22,10 @@ def make_prompt_order(config: PPOStage, data: Dataset) -> Order:
 
 
 class Prompts:
-    """The order of the prompts and how many were drawn from it. Refills (rollout.dynamic_sampling) draw more than a rollout's prompts, so
-    that a run then goes over its prompts more often than train.num_epochs says; the number of rollouts stays.
+    """The order of the prompts and the number drawn so far.
+
+    Refills (rollout.dynamic_sampling) draw extra prompts: the number of rollouts stays, and the run passes over its
+    prompts more often than train.num_epochs says.
     """
 
     def __init__(self, config: PPOStage, data: Dataset) -> None:
@@ -40,7 +42,7 @@ class Prompts:
         return self.order.span(self.drawn - n, self.drawn)
 
     def peek(self, n: int) -> list[int]:
-        """The rows that the next `draw(n)` will give: a rollout that is made ahead counts when it is used."""
+        """The rows of the next `draw(n)`. A rollout generated ahead counts as drawn when it is used."""
         return self.order.peek(self.drawn, self.drawn + n)
 
     def metrics(self) -> dict[str, float]:
@@ -51,7 +53,10 @@ class Prompts:
         """For the checkpoint's manifest."""
         return {"prompts_drawn": self.drawn, **data_position(self.order, self.data, self.order.taken_at(self.drawn))}
 
-    def restore(self, manifest: dict[str, Any], *, where: str, hf_dir: Path | None = None, allowed: Collection[str] = ()) -> None:
-        """Raises CheckpointError where the data is not what the checkpoint was trained on."""
+    def restore(
+        self, manifest: dict[str, Any], *, where: str, hf_dir: Path | None = None, allowed: Collection[str] = ()
+    ) -> None:
+        """Continues after a checkpoint. Raises CheckpointError if the data is not what it was trained on."""
         self.drawn = manifest.get("prompts_drawn", self.order.position(manifest["step"]))
-        restore_position(self.order, self.data, manifest, where=where, position=self.drawn, hf_dir=hf_dir, allowed=allowed)
+        at, data = self.drawn, self.data
+        restore_position(self.order, data, manifest, where=where, position=at, hf_dir=hf_dir, allowed=allowed)

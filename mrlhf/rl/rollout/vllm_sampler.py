@@ -1,6 +1,6 @@
-"""vLLM's sampler on CPU, made cheaper for what a rollout asks of it: a seed for every request, and the sampled tokens' log-probs alone.
+"""A cheaper sampler for vLLM on CPU: a rollout needs a seed per request, and log-probs of sampled tokens only.
 
-The tokens and log-probs are the same numbers as vLLM's own.
+Tokens and log-probs equal those of vLLM's own sampler.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-_AHEAD = 64  # numbers drawn from a request's generator at once; vLLM draws one for each token, by a call of its own
+_NUMBERS_PER_DRAW = 64  # from a request's generator; vLLM draws one number for each token, by a call of its own
 
 
-def install() -> None:
+def install_cpu_sampler() -> None:
+    """Replaces vLLM's sampling functions in this process."""
     import vllm.v1.sample.ops.topk_topp_sampler as module
     from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.sample.sampler import Sampler
@@ -24,12 +25,13 @@ def install() -> None:
     def next_number(generator: torch.Generator) -> int:
         number = next(drawn.get(generator, iter(())), None)
         if number is None:
-            drawn[generator] = iter(torch.randint(0, 2**31, (_AHEAD,), generator=generator).tolist())
+            drawn[generator] = iter(torch.randint(0, 2**31, (_NUMBERS_PER_DRAW,), generator=generator).tolist())
             number = next(drawn[generator])
         return number
 
     def forward(
-        self: Any, logits: torch.Tensor, generators: dict[int, torch.Generator], k: torch.Tensor | None, p: torch.Tensor | None
+        self: Any, logits: torch.Tensor, generators: dict[int, torch.Generator],
+        k: torch.Tensor | None, p: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """logits [requests, V] -> (tokens [requests], log-probs [requests, V] after top-k and top-p)."""
         assert self.logprobs_mode == "processed_logprobs"
@@ -43,7 +45,7 @@ def install() -> None:
     gather = Sampler.gather_logprobs
 
     def gather_sampled(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> LogprobsTensors:
-        """Without the ranks, for which vLLM compares the whole vocabulary, where no other tokens are asked for."""
+        """Skips the tokens' ranks, for which vLLM compares the whole vocabulary, if only sampled tokens are wanted."""
         if num_logprobs:
             return gather(logprobs, num_logprobs, token_ids)
         ids = token_ids.unsqueeze(-1)

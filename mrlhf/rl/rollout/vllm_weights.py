@@ -1,8 +1,8 @@
-"""The weights in a live vLLM: parameters that are written in place, and linear layers of which vLLM makes a form of its own.
+"""The weights in a live vLLM: parameters that are written in place, and linear layers whose weight vLLM converts.
 
-Forms of its own are fp8, quantised by vLLM while it loads, and on CPU oneDNN's packing. Such a layer is given the plain weight of this
-rank's shard and makes its form as it does when a model is loaded; the result goes into the memory of the old one, whose addresses
-CUDA graphs hold.
+Converted forms are fp8, quantized by vLLM as it loads a model, and on CPU oneDNN's packing. Such a layer gets the plain
+weight of this rank's shard and converts it as it does when a model is loaded; the result is copied into the old one's
+memory, whose addresses CUDA graphs hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mrlhf.parallel import device
 
 
 def keep_linear_weights() -> None:
-    """On CPU: linear layers keep their weight as it is (vLLM's own fallback) and it can be written in place, as on CUDA."""
+    """On CPU: linear layers keep their plain weight (vLLM's own fallback), which can be written in place as on CUDA."""
     import vllm.model_executor.layers.utils as layer_utils
 
     def keep(layer: Any, remove_weight: bool) -> None:
@@ -28,29 +28,31 @@ def keep_linear_weights() -> None:
 
 
 def check_weights(spec: ModelSpec, weights: str, *, dtype: str, placement: str = "colocated") -> list[ConfigError]:
-    """Of `rollout.weights` and `rollout.placement`; spec, dtype: the model's."""
-    found, key = [], "rollout.weights"
+    """Contradictions of `rollout.weights` with `rollout.placement` and the model's spec and dtype."""
+    errors, key = [], "rollout.weights"
     if weights != "plain" and placement == "separate":
-        found.append(ConfigError(f"{key} = {weights}: weights that go to other ranks are written in place", where=key, expected="plain"))
+        what = f"{key} = {weights}: weights are written in place on generating ranks"
+        errors.append(ConfigError(what, where=key, expected="plain"))
     if weights == "packed" and device.current().is_cuda:
-        found.append(ConfigError(f"{key} = packed is of vLLM's CPU kernels", where=key, expected="plain or fp8"))
+        errors.append(ConfigError(f"{key} = packed is for vLLM's CPU kernels", where=key, expected="plain or fp8"))
     if weights == "fp8" and dtype != "bfloat16":
-        what = f"{key} = fp8: vLLM computes such layers from bfloat16, and model.dtype = {dtype}"
-        found.append(ConfigError(what, where=key, expected="plain", fix="--model.dtype bfloat16"))
+        what = f"{key} = fp8: vLLM quantizes bfloat16 weights, and model.dtype = {dtype}"
+        errors.append(ConfigError(what, where=key, expected="plain", fix="--model.dtype bfloat16"))
     if weights == "fp8" and spec.experts is not None:
-        what = f"{key} = fp8: vLLM has no such kernel for experts that this has been run with"
-        found.append(ConfigError(what, where=key, expected="plain, or a model without experts"))
-    return found
+        what = f"{key} = fp8: not yet run with vLLM's kernels for experts"
+        errors.append(ConfigError(what, where=key, expected="plain, or a model without experts"))
+    return errors
 
 
-class Weights:
-    """`parameters`: written in place, by vLLM's own names; of stacked experts [e, ...] a view of each, as `...experts.{e}.w13_weight`.
+class VLLMWeights:
+    """parameters: tensors written in place, by vLLM's names; stacked experts [e, ...] as one view each,
+    `...experts.{e}.w13_weight`.
 
-    `made`: parameter -> [out, in] of the plain weight that `make` wants for it.
+    made: name -> [out, in], the shape of the plain weight that `convert` takes for it.
     """
 
     def __init__(self, llm: Any, spec: ModelSpec, *, packed: bool = False) -> None:
-        """Raises EnvironmentProblem where vLLM's kernel keeps experts in an order of its own."""
+        """Raises EnvironmentProblem if vLLM's kernel stores experts in an order of its own."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -58,41 +60,43 @@ class Weights:
         model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
         self._config = llm.llm_engine.vllm_config
         self._layers = {
-            f"{name}.weight": layer for name, layer in model.named_modules()
-            if isinstance(layer, LinearBase) and (not layer.weight.numel() or not isinstance(layer.quant_method, UnquantizedLinearMethod))
-        }  # fmt: skip
+            f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, LinearBase)
+            and (not layer.weight.numel() or not isinstance(layer.quant_method, UnquantizedLinearMethod))
+        }
         # vLLM keeps the shapes that a checkpoint's weights have
-        self.made = {name: tuple(get_layerwise_info(layer).restore_metadata[0]["weight"].shape) for name, layer in self._layers.items()}
-        own = {name.removesuffix("weight") for name in self.made}
+        plain = {name: get_layerwise_info(layer).restore_metadata[0]["weight"] for name, layer in self._layers.items()}
+        self.made = {name: tuple(weight.shape) for name, weight in plain.items()}
+        converted = {name.removesuffix("weight") for name in self.made}
         self.parameters: dict[str, torch.Tensor] = {}
         for name, parameter in model.named_parameters():
             prefix, _, kind = name.rpartition(".")
             if kind in ("w13_weight", "w2_weight"):
                 prefix = prefix.removesuffix(".routed_experts")
                 self.parameters |= {f"{prefix}.{e}.{kind}": one for e, one in enumerate(parameter.data)}
-            elif f"{prefix}." not in own or kind == "bias":
+            elif f"{prefix}." not in converted or kind == "bias":
                 self.parameters[name] = parameter.data
         if spec.tied:
             self.parameters.pop("lm_head.weight", None)
         self._experts = _expert_layers(model)
         heads = [
-            m for name, m in model.named_modules() if isinstance(m, VocabParallelEmbedding) and (spec.tied or name.endswith("lm_head"))
+            m for name, m in model.named_modules()
+            if isinstance(m, VocabParallelEmbedding) and (spec.tied or name.endswith("lm_head"))
         ]
         self._packed_heads = heads if packed else []
 
     def misfits(self, expected: dict[str, list[Block]]) -> list[str]:
-        """Names of parameters that are not those of vLLM's map, or not of its shapes."""
-        found = sorted((set(self.parameters) | set(self.made)) ^ set(expected))
+        """Names of parameters that vLLM's weight map lacks or has too many, or whose shapes differ from it."""
+        names = sorted((set(self.parameters) | set(self.made)) ^ set(expected))
         for name, blocks in expected.items():
             if name in self.parameters:
                 wrong = any(b.offset + b.length > self.parameters[name].size(b.dim) for b in blocks)
-            else:  # all of it must be written: its memory is new each time
+            else:  # the blocks must cover it: its memory is new each time
                 wrong = name in self.made and sum(b.length for b in blocks) != self.made[name][blocks[0].dim]
-            found += [name] if wrong else []
-        return found
+            names += [name] if wrong else []
+        return names
 
-    def make(self, name: str, weight: torch.Tensor) -> None:
-        """`weight`: plain, of the shape made[name]. Collective in a replica where the layer's scales are."""
+    def convert(self, name: str, weight: torch.Tensor) -> None:
+        """Converts a plain weight of the shape made[name]. Collective in a replica if the layer's scales are."""
         from vllm.config import set_current_vllm_config
 
         layer = self._layers[name]
@@ -104,32 +108,32 @@ class Weights:
         for parameter, old in kept.items():
             new = getattr(layer, parameter)
             if new is not old:
-                assert new.shape == old.shape and new.stride() == old.stride(), f"{name}: vLLM's form of it is another one than before"
+                same_form = new.shape == old.shape and new.stride() == old.stride()
+                assert same_form, f"{name}: vLLM's converted weight has another layout than before"
                 old.data.copy_(new)
                 setattr(layer, parameter, old)
 
-    def written(self) -> None:
-        """After `parameters` have been written: what vLLM's kernels on CPU keep beside them, or in an order of their own."""
+    def finish_write(self) -> None:
+        """After `parameters` have been written: updates the packed or reordered copies of vLLM's CPU kernels."""
         for layer in self._experts:
             _pack_experts(layer)
-        for head in self._packed_heads:  # its weight stays, but the product reads a packed copy
+        for head in self._packed_heads:  # the plain weight stays, but the product reads a packed copy
             head.quant_method.process_weights_after_loading(head)
 
 
 def _expert_layers(model: torch.nn.Module) -> list[Any]:
-    found: list[Any] = [m for m in model.modules() if hasattr(m, "w13_weight")]
-    for layer in found:
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "w13_weight")]
+    for layer in layers:
         backend = layer.quant_method.unquantized_backend.name
         if device.current().is_cuda and "TRITON" not in backend:
-            raise EnvironmentProblem(
-                f"vLLM chose {backend} for the experts, whose weights cannot be written in place", expected="its Triton kernel",
-                fix="unset the VLLM_* variables that choose another, e.g. VLLM_USE_FLASHINFER_MOE_FP16=0",
-            )  # fmt: skip
-    return found
+            what = f"vLLM chose {backend} for the experts, whose weights cannot be written in place"
+            fix = "unset the VLLM_* variables that choose another, e.g. VLLM_USE_FLASHINFER_MOE_FP16=0"
+            raise EnvironmentProblem(what, expected="its Triton kernel", fix=fix)
+    return layers
 
 
 def _pack_experts(layer: Any) -> None:
-    """On CPU vLLM's kernel wants the plain weights, which have just been written, in another order of the same size."""
+    """On CPU vLLM's kernel reads the plain weights, just written, in another order of the same size."""
     if not device.current().is_cuda:
         from vllm._custom_ops import cpu_prepack_moe_weight
 
