@@ -242,15 +242,15 @@ def test_command_lines(zoo: Path, work: Path, found: dict[str, Any], tmp_path: P
 
 
 def test_inspection(zoo: Path, work: Path, found: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    from mrlhf.convert.inspect import describe
+    from mrlhf.convert.inspect import list_contents
 
-    lines = describe(str(work / "run"), tensors=True)
+    lines = list_contents(str(work / "run"), tensors=True)
     text = "\n".join(lines)
     assert lines[0] == f"{work / 'run/checkpoints/step_5'}: mrlhf checkpoint" and "critic weights: 10 tensors" in text
     assert any(line.split() == ["decoder.layers.mlp.linear_fc1.weight", "2x384x128", "bfloat16", "192.0", "KiB"] for line in lines), text
-    hf = describe(str(zoo / "sharded"), tensors=True)
+    hf = list_contents(str(zoo / "sharded"), tensors=True)
     assert any(line.split() == ["lm_head.weight", f"{VOCAB}x128", "float32", "161.5", "KiB"] for line in hf), hf
-    assert len(describe(str(zoo / "sharded"), tensors=False)) == 3
+    assert len(list_contents(str(zoo / "sharded"), tensors=False)) == 3
 
 
 @pytest.mark.parametrize(

@@ -153,14 +153,14 @@ def damage(directory: Path, how: str) -> None:
 def test_damaged_hf_files_name_file_and_tensor(sharded: Path, how: str, names: list[str]) -> None:
     from mrlhf.checkpoint.source import open_source
     from mrlhf.errors import CheckpointError
-    from mrlhf.models.families.blocks import Block
+    from mrlhf.models.families.slices import TensorSlice
     from mrlhf.models.hf_files import HFReader
 
     def read_all() -> None:
         source = open_source(str(sharded))
         reader = HFReader(source.path, source.spec, head="lm")
         for name, tensor in reader.tensors.items():
-            reader.read(Block(name, 0, 0, tensor.shape[0], 0))
+            reader.read(TensorSlice(name, 0, 0, tensor.shape[0], 0))
         reader.close()
 
     read_all()

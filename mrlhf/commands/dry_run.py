@@ -65,7 +65,7 @@ def _training(stage: str, config: TrainingConfig) -> None:
     spec, train = run.source.spec, config.train
     world -= generators
     layout = Layout.of(config.parallel, world)
-    print(f"model    {run.source.path}: {spec.describe()}, {config.model.dtype}")
+    print(f"model    {run.source.path}: {spec.summary()}, {config.model.dtype}")
     print(f"batch    {layout.describe(train)}")
     data = run.train
     for note in run.notes:
@@ -82,11 +82,11 @@ def _training(stage: str, config: TrainingConfig) -> None:
     print(f"data     {data.prefix}: {data.num_samples:,} samples in {data.num_packs:,} packs, {data.num_tokens:,} tokens")
     for line in _sources(data, order):
         print(line)
-    table = memory_table(stage, config, spec, world=world, others=others)
+    table = memory_table(config, spec, world=world, others=others)
     print("memory   a rank, without activations: " + ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in table))
     together = sum(size for _, size in table)
     print(f"         together {together / GIB:.2f} GiB")
-    found = update_activations(stage, config, spec, data, world=world, critic=others.get("critic"))
+    found = update_activations(config, spec, data, world=world, critic=others.get("critic"))
     print(f"         an update on a GPU, estimated: activations {found.kept / GIB:.2f} GiB, a layer recomputed {found.again / GIB:.2f} GiB, "
           f"log-prob buffers {found.head / GIB:.2f} GiB; with them {(together + found.total) / GIB:.2f} GiB")  # fmt: skip
     if isinstance(config, PPOStage):

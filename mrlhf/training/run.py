@@ -218,7 +218,7 @@ def train(
             neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
             balance=make_balance(config.model, count),
         )
-    say(f"model: {run.source.spec.describe()}, {config.model.dtype}, Adam: {trainer.adam}")
+    say(f"model: {run.source.spec.summary()}, {config.model.dtype}, Adam: {trainer.adam}")
     with memory("prepare"):
         loss_fn = make_loss(trainer, loader)
         eval_loss_fn = (make_eval_loss or make_loss)(trainer, eval_loader) if eval_loader is not None else None

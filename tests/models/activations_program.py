@@ -48,7 +48,7 @@ def main() -> None:
     from mrlhf.checkpoint.source import open_source
     from mrlhf.config.options import ParallelConfig
     from mrlhf.data.loader import Sample, collate
-    from mrlhf.memory.activations import Rows, activations
+    from mrlhf.memory.activations import MicroBatchShape, estimate_activations
     from mrlhf.models import gpt
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
@@ -69,9 +69,9 @@ def main() -> None:
                 for count, length, packing in ((2, 64, True), (3, 64, False), (1, 192, True)):
                     samples = [Sample(draw.integers(1, 300, length), np.ones(length, int), i) for i in range(count)]
                     batch = collate(samples, packing=packing)
-                    rows = Rows(count * length, length, 1 if packing else count, packing)
+                    rows = MicroBatchShape(count * length, length, 1 if packing else count, packing)
                     measured = kept_bytes(lambda: loss(gpt.run(model.chunks[0], batch), batch), model.modules[0].parameters())  # noqa: B023
-                    formula = activations(model.spec, parallel, rows, dtype=dtype, cuda=False).kept
+                    formula = estimate_activations(model.spec, parallel, rows, dtype=dtype, cuda=False).kept
                     found.append((kind, dtype, recompute, count, length, packing, measured, formula))
     if state.is_main():
         print("RESULT " + json.dumps(found))

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.models.families import FAMILIES, hf_shapes, megatron_map, vllm_map
-from mrlhf.models.families.blocks import Block
+from mrlhf.models.families import FAMILIES, hf_tensors, megatron_map, vllm_map
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import VOCAB_MULTIPLE, Experts, Latent, Layer, ModelSpec
 from mrlhf.models.reshard_plan import trainer_shard
 from mrlhf.parallel.state import Layout
@@ -60,6 +60,11 @@ def specs(draw: st.DrawFn, *, splits: int = 1, layers: int = 1) -> ModelSpec:
     )
 
 
+def hf_shapes(spec: ModelSpec, *, head: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the HF checkpoint and its shape as [out, in]."""
+    return {name: tensor.shape for name, tensor in hf_tensors(spec, head=head).items()}
+
+
 def copied(spec: ModelSpec, hf: str) -> bool:
     """Held whole by every rank: norms, biases that are added after the sum over ranks, router, positions, score."""
     if spec.qk_norm == "all" and re.search(r"\.[qk]_norm\.", hf):
@@ -67,7 +72,7 @@ def copied(spec: ModelSpec, hf: str) -> bool:
     return bool(re.search(r"norm|\.ln_|(o_proj|c_proj|down_proj)\.bias|(mlp|moe)\.gate\.weight|wpe|score|_a_proj", hf))
 
 
-def coverage(shapes: dict[str, tuple[int, ...]], shards: list[dict[str, list[Block]]]) -> dict[tuple[str, str], list[int]]:
+def coverage(shapes: dict[str, tuple[int, ...]], shards: list[dict[str, list[TensorSlice]]]) -> dict[tuple[str, str], list[int]]:
     """(parameter, HF tensor) -> how often each row (or column) is held over all ranks; also no two blocks of a shard overlap."""
     found: dict[tuple[str, str], list[int]] = {}
     for shard in shards:
