@@ -45,7 +45,8 @@ def main() -> None:
     result["value beside its LM"] = compare_models(value, str(zoo / "qwen2")).max_abs
     model = Model(value, ParallelConfig(), head="value", dtype="float32", seed=1)
     part = Part("", model.modules, None, "value", value.hf_dir, state.groups())
-    save(work / "rm.mrlhf", [part], {"stage": "rm", "step": 3, "dtype": "float32", "reward_mean": 1.5, "reward_std": 0.5})
+    statistics = {"reward_mean": 1.5, "reward_std": 0.5}
+    save(work / "rm.mrlhf", [part], {"stage": "rm", "step": 3, "dtype": "float32", **statistics})
     export = hf.megatron_to_hf(str(work / "rm.mrlhf"), work / "rm.hf")
     result["value notes"] = export.notes
     result["value"] = compare_models(export.source, str(export.path)).max_abs
@@ -55,11 +56,12 @@ def main() -> None:
 
     # a run's directory with a critic beside the actor, as ppo.py saves it
     actor = Model(open_source(str(zoo / "qwen2")), ParallelConfig(), head="lm", dtype="bfloat16", seed=1)
-    parts = [Part("", actor.modules, None, "lm", zoo / "qwen2", state.groups()), dataclasses.replace(part, name="critic")]
+    actor_part = Part("", actor.modules, None, "lm", zoo / "qwen2", state.groups())
+    parts = [actor_part, dataclasses.replace(part, name="critic")]
     save(work / "run/checkpoints/step_5", parts, {"stage": "ppo", "step": 5, "dtype": "float32"})
     save(work / "half.mrlhf", parts[:1], {"stage": "sft", "step": 5, "dtype": "bfloat16"})
     (work / "run/config.yaml").write_text(f"model: {{path: {zoo / 'qwen2'}}}\ndata: {{train: data/prompts}}\n")
-    rows = [{"step": 4, "critic/score/mean": 0.5}, {"step": 5, "critic/score/mean": 0.75}, {"step": 6, "critic/score/mean": 9.0}]
+    rows = [{"step": step, "critic/score/mean": score} for step, score in ((4, 0.5), (5, 0.75), (6, 9.0))]
     (work / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     hf.megatron_to_hf(str(work / "run"), work / "actor.hf")
     hf.megatron_to_hf(str(work / "run"), work / "critic.hf", part="critic")
@@ -123,7 +125,8 @@ def main() -> None:
         "maps": refusal(lambda: hf.check_weight_map(skeleton, lacking, value.spec)),
         "other model": refusal(lambda: compare_models(open_source(str(work / "qwen2.mrlhf")), str(zoo / "qwen3"))),
     }
-    result["nothing left"] = sorted(p.name for p in work.iterdir() if p.name == "x" or p.name.endswith(".tmp") or p.name == "large.hf")
+    names = [p.name for p in work.iterdir()]
+    result["nothing left"] = sorted(n for n in names if n in ("x", "large.hf") or n.endswith(".tmp"))
     print("RESULT " + json.dumps(result))
     state.shutdown()
 

@@ -9,6 +9,7 @@ rank: a few times the model's largest tensor.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -42,8 +43,8 @@ from mrlhf.models.hf_files import INDEX, HFReader, HFWriter, OutputFile, copy_si
 from mrlhf.parallel import device, state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NAMES = {kind: name for name, kind in DTYPES.items()}
 STAGE = "convert"
+log = logging.getLogger(__name__)
 
 
 def initialize_groups(spec: ModelSpec | None = None) -> ParallelConfig:
@@ -94,49 +95,42 @@ def check_weight_map(skeleton: Skeleton, tensors: Mapping[str, HFTensor], spec: 
         )
 
 
-@dataclass(frozen=True)
-class _WorkDirectory:
-    """The temporary directory of a conversion, and this rank's journal in it."""
-
-    directory: Path
-    journal: Journal
-
-
 @contextmanager
-def _work_directory(output: Path, fingerprint: Mapping[str, Any]) -> Iterator[_WorkDirectory]:
-    """The directory stays if the process is killed, and is removed if the input turns out not to fit.
+def _work_directory(output: Path, fingerprint: Mapping[str, Any]) -> Iterator[tuple[Path, Journal]]:
+    """The temporary directory of a conversion, and this rank's journal in it.
 
-    A directory of an earlier conversion is kept if it has the same fingerprint, else it is replaced.
+    The directory stays if the process is killed, and is removed if the input turns out not to fit. A directory of an
+    earlier conversion is continued if it has the same fingerprint, else it is replaced.
     """
     temporary, rank = output.with_name(output.name + ".tmp"), dist.get_rank()
     fingerprint = {"mrlhf": mrlhf.__version__, "ranks": dist.get_world_size(), **fingerprint}
-    journal = temporary / f"progress_{rank}.jsonl"
+    file = temporary / f"progress_{rank}.jsonl"
     if rank == 0:
-        first = journal.read_text().split("\n")[0] if journal.is_file() else ""
+        first = file.read_text().split("\n")[0] if file.is_file() else ""
         if first != json.dumps(fingerprint, sort_keys=True):
             shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     try:
-        work = _WorkDirectory(temporary, Journal(journal, fingerprint))
-        if work.journal.done and rank == 0:
-            print(f"going on with {temporary}", file=sys.stderr)
-        yield work
+        journal = Journal(file, fingerprint)
+        if journal.done and rank == 0:
+            log.warning(f"continuing the conversion in {temporary}")
+        yield temporary, journal
     except MrlhfError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _finish(work: _WorkDirectory, output: Path, write_last: Callable[[Path], None]) -> None:
+def _finish(directory: Path, output: Path, write_last: Callable[[Path], None]) -> None:
     """Waits for all ranks; then rank 0 calls `write_last`, flushes all files to the disk, and renames the directory."""
     dist.barrier()
     if dist.get_rank() == 0:
-        for journal in work.directory.glob("progress_*.jsonl"):
+        for journal in directory.glob("progress_*.jsonl"):
             journal.unlink()
-        write_last(work.directory)
-        for file in work.directory.rglob("*"):
+        write_last(directory)
+        for file in directory.rglob("*"):
             manifest.fsync(file)
-        os.rename(work.directory, output)
+        os.rename(directory, output)
         manifest.fsync(output.parent)
     dist.barrier()
 
@@ -227,17 +221,17 @@ def hf_to_megatron(
     new_head = gpt.RandomSource(spec, head=plan.head, seed=seed)
     extra: dict[str, Any] = {"converted_from": hf}
     if dtype is None:
-        kinds = {name: _NAMES[reader.dtype(name)] for name in reader.tensors}
+        kinds = {name: str(reader.dtype(name)).removeprefix("torch.") for name in reader.tensors}
         usual = {name: "float32" if tensor.in_fp32 else plan.dtype for name, tensor in reader.tensors.items()}
         extra["hf_dtypes"] = {name: kind for name, kind in kinds.items() if kind != usual[name]}
     files = _file_states(plan.source.path, reader.headers)
     fingerprint = {"from": files, "head": plan.head, "dtype": dtype, "seed": seed}
-    with _work_directory(output, fingerprint) as work:
+    with _work_directory(output, fingerprint) as (directory, journal):
         if dist.get_rank() == 0:
-            (work.directory / "dist").mkdir(exist_ok=True)
-            copy_side_files(plan.source.hf_dir, work.directory / "hf")
+            (directory / "dist").mkdir(exist_ok=True)
+            copy_side_files(plan.source.hf_dir, directory / "hf")
         dist.barrier()
-        writer = DistWriter(work.directory / "dist", skeleton, work.journal)
+        writer = DistWriter(directory / "dist", skeleton, journal)
 
         def read(p: Parameter, value: torch.Tensor) -> None:
             if sum(s.length for s in p.blocks) < p.shape[p.blocks[0].dim]:
@@ -254,7 +248,7 @@ def hf_to_megatron(
         reader.close()
         hashed = {f"dist/{name}": entry for name, entry in writer.finish().items()}
         entries = {"stage": STAGE, "step": 0, "head": plan.head, "dtype": plan.dtype, "resumable": False, **extra}
-        _finish(work, output, lambda directory: manifest.write_manifest(directory, entries, known=hashed))
+        _finish(directory, output, lambda path: manifest.write_manifest(path, entries, known=hashed))
     return open_source(str(output))
 
 
@@ -292,12 +286,12 @@ class ExportPlan:
 
 
 def open_part(path: str, part: str) -> ModelSource:
-    """The checkpoint at `path` (a run's directory: its latest), or its sub-model `part`, e.g. "critic"."""
+    """The model of the checkpoint at `path` (a run's directory: its latest), or PPO's other model `part`, "critic"."""
     source = open_source(path)
     if not source.is_checkpoint:
         expected = "a directory with mrlhf.json, or a run's directory"
         raise CheckpointError("not a mrlhf checkpoint", where=path, expected=expected)
-    if not part:
+    if part == "actor":
         return source
     if not (source.path / part / manifest.MANIFEST).is_file():
         expected = "a checkpoint of PPO with a critic (ppo.estimator gae)"
@@ -305,7 +299,7 @@ def open_part(path: str, part: str) -> ModelSource:
     return open_source(str(source.path / part))
 
 
-def plan_export(path: str, output: Path, *, dtype: str | None = None, part: str = "") -> ExportPlan:
+def plan_export(path: str, output: Path, *, dtype: str | None = None, part: str = "actor") -> ExportPlan:
     """Opens the checkpoint and checks everything except the weights. Raises CheckpointError."""
     source = open_part(path, part)
     own = source.manifest.get("hf_dtypes") if dtype is None else None
@@ -317,7 +311,7 @@ def plan_export(path: str, output: Path, *, dtype: str | None = None, part: str 
     return ExportPlan(output, source, tuple(notes), tuple(files), index, config, dtypes)
 
 
-def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: str = "") -> ExportPlan:
+def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: str = "actor") -> ExportPlan:
     """Writes a HF directory from a checkpoint of any layout: safetensors, config, tokenizer, model card.
 
     dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's (after hf_to_megatron without --dtype: each
@@ -334,30 +328,30 @@ def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: s
     reader = DistReader(source.path / "dist")
     files = _file_states(source.path, source.manifest["files"])
     fingerprint = {"from": files, "dtypes": list(map(str, plan.dtypes.values()))}
-    with _work_directory(output, fingerprint) as work:
+    with _work_directory(output, fingerprint) as (directory, journal):
         if dist.get_rank() == 0:
-            HFWriter.create(work.directory, list(plan.files))
+            HFWriter.create(directory, list(plan.files))
         dist.barrier()
-        writer = HFWriter(work.directory, list(plan.files))
-        for p, value in _remaining(skeleton, set(work.journal.done), reader.read, label="to HF"):
+        writer = HFWriter(directory, list(plan.files))
+        for p, value in _remaining(skeleton, set(journal.done), reader.read, label="to HF"):
             written = 0
             for name, tensor in _hf_parts(p, value, tensors):
                 written += writer.write(name, _stored_form(name, tensor, tensors[name], plan.dtypes[name]))
-            work.journal.add(p.name, written, writer.sync)
-        work.journal.wait()
+            journal.add(p.name, written, writer.sync)
+        journal.wait()
         writer.close()
         reader.close()
 
-        def write_last(directory: Path) -> None:
-            copy_side_files(source.hf_dir, directory, headers=False)
+        def write_last(path: Path) -> None:
+            copy_side_files(source.hf_dir, path, headers=False)
             if plan.config is not None:
-                (directory / "config.json").write_text(json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+                (path / "config.json").write_text(json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
             if plan.index is not None:
-                (directory / INDEX).write_text(plan.index)
+                (path / INDEX).write_text(plan.index)
             if source.manifest["stage"] != STAGE:  # a converted model keeps its own card, if it has one
-                (directory / "README.md").write_text(model_card(source))
+                (path / "README.md").write_text(model_card(source))
 
-        _finish(work, output, write_last)
+        _finish(directory, output, write_last)
     return plan
 
 

@@ -40,11 +40,10 @@ def convert(args: argparse.Namespace) -> int:
 
     if args.verify and world_size() > 1:
         raise EnvironmentProblem("--verify runs in one process", fix="tools/convert/verify.py after the conversion")
-    part = "" if args.part == "actor" else args.part
     if args.dry_run:
-        print("\n".join(plan_export(args.checkpoint, args.output, dtype=args.dtype, part=part).summary()))
+        print("\n".join(plan_export(args.checkpoint, args.output, dtype=args.dtype, part=args.part).summary()))
         return 0
-    made = megatron_to_hf(args.checkpoint, args.output, dtype=args.dtype, part=part)
+    made = megatron_to_hf(args.checkpoint, args.output, dtype=args.dtype, part=args.part)
     if is_main():
         size = f"{made.source.spec.family}, {made.source.spec.num_parameters:,} parameters"
         print(f"{made.source.path} -> {made.path}: {size}, head {made.source.head}")

@@ -31,8 +31,7 @@ def compare(args: argparse.Namespace) -> int:
     from mrlhf.convert.hf import open_part
     from mrlhf.convert.verify import compare_models
 
-    part = "" if args.part == "actor" else args.part
-    compared = compare_models(open_part(args.checkpoint, part), args.hf, seed=args.seed)
+    compared = compare_models(open_part(args.checkpoint, args.part), args.hf, seed=args.seed)
     print(compared.summary())
     return 0 if compared.ok else 1
 

@@ -43,11 +43,9 @@ def spec(f: Fields) -> ModelSpec:
     rope = f.rope(interleaved=bool(f.get("rope_interleave", True)) if is_v3 else True, yarn=True)
     layers, experts = tuple(Layer(moe=i >= first_k) for i in range(n)), _experts(f, is_v3=is_v3)
     return ModelSpec(
-        **{**common, "num_query_groups": heads, "head_dim": v_dim, "layers": layers},
-        ropes=(rope,),
+        **{**common, "num_query_groups": heads, "head_dim": v_dim, "layers": layers}, ropes=(rope,),
         attention_scale=(nope + rope_dim) ** -0.5 * rope.scores_scale,
-        latent=Latent(kv_rank, f.get("q_lora_rank"), nope, rope_dim),
-        experts=experts if first_k < n else None,
+        latent=Latent(kv_rank, f.get("q_lora_rank"), nope, rope_dim), experts=experts if first_k < n else None,
     )
 
 

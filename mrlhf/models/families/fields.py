@@ -124,9 +124,8 @@ class Fields:
             optional = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} if kind == "yarn" else set()
         if kind not in names or set(values) - optional != set(names[kind]):
             expected = f"one of {', '.join(names)}, with their own factors"
-            raise CheckpointError(
-                f"rotary scaling {kind!r} {values} is not supported", where=self.where, expected=expected
-            )
+            what = f"rotary scaling {kind!r} {values} is not supported"
+            raise CheckpointError(what, where=self.where, expected=expected)
         numbers = {"original_length" if k.startswith("original") else k: v for k, v in values.items()}
         scaling: Any = "none" if kind == "default" else kind
         return Rope(theta, fraction, interleaved, scaling, **numbers)

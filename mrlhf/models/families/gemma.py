@@ -39,9 +39,7 @@ def spec(f: Fields) -> ModelSpec:
         return ModelSpec(**common, ropes=(f.rope(),))
     ropes, layers = _layers(f, common["num_layers"], kind)
     return ModelSpec(
-        **{**common, "layers": layers},
-        ropes=ropes,
-        post_norm=True,
+        **{**common, "layers": layers}, ropes=ropes, post_norm=True,
         qk_norm="head" if kind == "gemma3_text" else "none",
         attention_scale=f.get("query_pre_attn_scalar", 256) ** -0.5,
         attention_softcap=f.get("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
@@ -55,14 +53,13 @@ def _layers(f: Fields, n: int, kind: str) -> tuple[tuple[Rope, ...], tuple[Layer
         "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(n)
     ]
     window = f.get("sliding_window", 4096)
-    full, local = f.rope(theta=1e6 if kind == "gemma3_text" else 1e4, key="full_attention"), None
+    ropes = [f.rope(theta=1e6 if kind == "gemma3_text" else 1e4, key="full_attention")]
     if kind == "gemma3_text":
         theta = f.get("rope_local_base_freq", 10000.0)
-        parameters = f.get("rope_parameters", {})
-        local = f.rope(key="sliding_attention") if "sliding_attention" in parameters else Rope(theta)
-    ropes = (full,) if local is None else (full, local)
+        has_local = "sliding_attention" in f.get("rope_parameters", {})
+        ropes.append(f.rope(key="sliding_attention") if has_local else Rope(theta))
     kinds = {"full_attention": Layer(), "sliding_attention": Layer(window=window, rope=len(ropes) - 1)}
     unknown = set(types) - set(kinds)
     if unknown:
         raise f.refuse("layer_types", sorted(unknown))
-    return ropes, tuple(kinds[t] for t in types)
+    return tuple(ropes), tuple(kinds[t] for t in types)

@@ -30,12 +30,8 @@ def spec(f: Fields) -> ModelSpec:
     layers = tuple(Layer(window=windows.get(t), moe=m) for t, m in zip(types, moe, strict=True))
     bias = bool(f.get("attention_bias", False)) and kind != "qwen2"
     return ModelSpec(
-        **{**common, "layers": layers},
-        ropes=(f.rope(),),
-        qkv_bias=bias or kind == "qwen2",
-        output_bias=bias,
-        qk_norm="none" if kind == "qwen2" else "head",
-        experts=experts,
+        **{**common, "layers": layers}, ropes=(f.rope(),), qkv_bias=bias or kind == "qwen2", output_bias=bias,
+        qk_norm="none" if kind == "qwen2" else "head", experts=experts,
     )
 
 
