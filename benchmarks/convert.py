@@ -67,7 +67,7 @@ def worker(arm: str, source: Path, target: Path) -> None:
     from mrlhf.convert import hf
     from mrlhf.parallel import state
 
-    hf.start()
+    hf.initialize_groups()
     for file in (f for f in source.rglob("*") if f.is_file()):  # every arm reads from the page cache
         with file.open("rb", buffering=0) as f:
             while f.read(1 << 24):
