@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mrlhf.models.families.names import Names, VLLMNames
-from mrlhf.models.families.slices import Columns, Copy, GroupedQKV, Ref, Rule, Stacked, StackedQKV, Vocab
+from mrlhf.models.families.slices import Copy, GroupedQKV, Ref, RowParallel, Rule, Stacked, StackedQKV, Vocab
 from mrlhf.models.families.spec import VOCAB_MULTIPLE, ModelSpec
 
 VLLM_VOCAB_MULTIPLE = 64
@@ -93,7 +93,7 @@ def _row_parallel(
     megatron: str, hf: str, shape: tuple[int, int], *, bias: bool = False, transposed: bool = False
 ) -> Iterator[MapEntry]:
     name = hf + ".weight"
-    rule = Columns(name, shape[1])
+    rule = RowParallel(name, shape[1])
     yield MapEntry(megatron + ".weight", rule, name, rule, {name: HFTensor(shape, "out", transposed)})
     if bias:
         yield _copied(megatron + ".bias", hf + ".bias", shape[:1], "bias")

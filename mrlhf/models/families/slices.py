@@ -51,7 +51,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Columns:
+class RowParallel:
     """Row-parallel linear: the input dimension is sharded."""
 
     hf: str

@@ -192,7 +192,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
 
 def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool = True) -> list[ConfigError]:
     """Every size that does not divide: the model by TP, PP, CP and EP, the world by TP x PP x CP and by EP."""
-    errors = _check_tensor(parallel, spec) + _check_pipeline(parallel, spec) + _check_context(parallel, spec)
+    errors = _tensor_errors(parallel, spec) + _pipeline_errors(parallel, spec) + _context_errors(parallel, spec)
     tp, pp, cp = _parallel_sizes(parallel)
     if world % (tp * pp * cp):
         context = f" x context {cp}" if cp > 1 else ""
@@ -203,7 +203,7 @@ def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, train
                 fix=f"torchrun --nproc-per-node {tp * pp * cp} -m mrlhf ...",
             )
         )
-    return errors + _check_experts(parallel, spec, world, trained=trained)
+    return errors + _experts_errors(parallel, spec, world, trained=trained)
 
 
 def _parallel_sizes(parallel: ParallelConfig) -> tuple[int, int, int]:
@@ -217,7 +217,7 @@ def _size_error(what: str, key: str, allowed: list[int], *, now: int) -> ConfigE
     return ConfigError(f"{key} = {now} does not divide {what}", where=key, expected=expected, fix=fix)
 
 
-def _check_tensor(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+def _tensor_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
     tp, groups = parallel.tensor_model_parallel_size, spec.num_query_groups
     limits = {"num_attention_heads": spec.num_attention_heads, "num_key_value_heads (num_query_groups)": groups}
     limits |= {"intermediate_size": spec.ffn_hidden_size, "the padded vocabulary's unit": VOCAB_MULTIPLE}
@@ -232,7 +232,7 @@ def _check_tensor(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError
     return [_size_error(f"the model's {', '.join(wrong)}", "parallel.tensor_model_parallel_size", allowed, now=tp)]
 
 
-def _check_pipeline(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+def _pipeline_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
     """Stages must divide the layers, and virtual stages the layers of each stage."""
     pp, pieces = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     layers = spec.num_layers
@@ -262,7 +262,7 @@ def _check_pipeline(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigErr
     return [ConfigError(what, where=where, expected="whole, equal stages (and virtual stages)")]
 
 
-def _check_context(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+def _context_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
     """In attention, context-parallel ranks share the heads of a tensor-parallel rank; key/value heads may repeat."""
     tp, _, cp = _parallel_sizes(parallel)
     if spec.num_attention_heads % tp or spec.num_query_groups % tp:
@@ -275,7 +275,7 @@ def _check_context(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigErro
     return [_size_error(what, "parallel.context_parallel_size", allowed, now=cp)]
 
 
-def _check_experts(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool) -> list[ConfigError]:
+def _experts_errors(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool) -> list[ConfigError]:
     tp, pp, _ = _parallel_sizes(parallel)
     ep, key = parallel.expert_model_parallel_size, "parallel.expert_model_parallel_size"
     if spec.experts is None:
