@@ -80,7 +80,7 @@ def _dispatch(argv: list[str]) -> int:
     config_file, dry, overrides = _split_args(name, args)
     config = load_config(STAGES[name], config_file, overrides)
     if dry:
-        return _exit_status(importlib.import_module("mrlhf.commands.dry_run").main(name, config))
+        return _exit_status(importlib.import_module("mrlhf.commands.dry_run").main(config))
 
     def run_stage() -> int:
         module = MODULES.get(name, f"mrlhf.{name}")

@@ -121,9 +121,9 @@ def test_generate_from_flags_alone(monkeypatch):
 
 def test_dry_run_goes_elsewhere(monkeypatch):
     seen = []
-    fake_module(monkeypatch, "commands.dry_run", lambda stage, config: seen.append((stage, config)))
+    fake_module(monkeypatch, "commands.dry_run", seen.append)
     assert cli.main(["sft", "--dry-run", *GOOD]) == 0
-    assert seen[0][0] == "sft" and seen[0][1].train.global_batch_size == 8
+    assert isinstance(seen[0], SFTStage) and seen[0].train.global_batch_size == 8
 
 
 def test_user_errors_of_a_stage_are_framed_and_others_keep_their_traceback(monkeypatch, capsys):

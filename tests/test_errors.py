@@ -147,7 +147,7 @@ def test_everything_at_once_and_once_under_torchrun(world: Path, other_tokenizer
     assert done.returncode == 1 and "exitcode: 2" in done.stderr  # torchrun's own status, and ours in its report
     for text in (
         "ConfigError: parallel.tensor_model_parallel_size: parallel.tensor_model_parallel_size = 3 does not divide the model's num_attention_heads = 4",
-        "ConfigError: parallel: 2 ranks cannot be cut into tensor 3 x pipeline 1",
+        "ConfigError: parallel: 2 ranks cannot be divided into tensor 3 x pipeline 1",
         f"DataError: data.train = {world / 'pref'}: the data was made with --task preference",
         f"DataError: data.train = {world / 'pref'}: the data's tokenizer ({world / 'qwen2'}, ",
         f"DataError: {world / 'nowhere'}.json: no such dataset",
@@ -182,7 +182,7 @@ def test_dry_run_says_what_the_run_would_be(
         "train.micro_batch_size": 2,
         "train.output_dir": tmp_path / "run",
     }
-    dry_run.main("sft", load_config(STAGES["sft"], None, options(world, "sft", **changes)))
+    dry_run.main(load_config(STAGES["sft"], None, options(world, "sft", **changes)))
     shown = capsys.readouterr().out
     assert "global 8 = micro 2 x accumulation 2 x dp 2   (4 ranks = tp 2 x pp 1 x dp 2)" in shown
     meta = json.loads((world / "sft.json").read_text())
@@ -196,7 +196,7 @@ def test_dry_run_says_what_the_run_would_be(
 def test_dry_run_of_ppo(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mrlhf.commands import dry_run
 
-    dry_run.main("ppo", load_config(STAGES["ppo"], None, options(world, "ppo", **{"train.max_steps": 3, "ppo.epochs": 2, "rollout.n": 2})))
+    dry_run.main(load_config(STAGES["ppo"], None, options(world, "ppo", **{"train.max_steps": 3, "ppo.epochs": 2, "rollout.n": 2})))
     shown = capsys.readouterr().out
     assert "3 rollouts of 8 prompts x 2 answers, 4 updates each" in shown
     assert all(what in shown for what in ("actor", "critic", "reference", "vLLM weights", "vLLM key/value cache"))
@@ -247,7 +247,7 @@ def test_context_parallel_sizes(problems: Callable[..., list[MrlhfError]]) -> No
 
 def test_ranks_that_do_not_divide(problems: Callable[..., list[MrlhfError]]) -> None:
     (error,) = problems("sft", ranks=3, parallel__tensor_model_parallel_size=2)
-    assert error.what == "3 ranks cannot be cut into tensor 2 x pipeline 1" and error.expected == "a multiple of 2 ranks"
+    assert error.what == "3 ranks cannot be divided into tensor 2 x pipeline 1" and error.expected == "a multiple of 2 ranks"
 
 
 def test_best_metric_that_the_stage_does_not_measure(problems: Callable[..., list[MrlhfError]], world: Path) -> None:

@@ -93,7 +93,7 @@ def test_large_configurations_pass_a_dry_run(
         Path(directory, "config.json").write_text(json.dumps({**shape, "architectures": [architecture]}))
     overrides = ["--model.path", "lm", "--data.train", str(world / DATA[stage]), "--data.seq_length", "160"]
     overrides += ["--data.eval", "null"] + (["--reward.sources", "model:rm"] if stage == "ppo" else [])
-    dry_run.main(stage, load_config(STAGES[stage], str(path), overrides))
+    dry_run.main(load_config(STAGES[stage], str(path), overrides))
     shown = capsys.readouterr().out
     assert f"({ranks} ranks = " in shown and f"{parameters} parameters" in shown
     assert float(shown.partition("together ")[2].split()[0]) < 80, "an H100 has 80 GB, and activations must fit beside"

@@ -25,7 +25,7 @@ from mrlhf.training.resume import check_resume
 from mrlhf.training.row_order import make_order
 
 
-def main(stage: str, config: StageConfig) -> None:
+def main(config: StageConfig) -> None:
     """Raises every problem of the configuration, together; prints what the run would do."""
     if isinstance(config, ScoreStage):
         from mrlhf.commands.score import check_score
@@ -42,7 +42,7 @@ def main(stage: str, config: StageConfig) -> None:
         limit = config.max_prompt_length or source.spec.max_position_embeddings - config.max_new_tokens
         print(f"{len(read_prompts(config, load(source.hf_dir), limit))} prompts")
     else:
-        _show_training(stage, config)
+        _show_training(config)
     print("nothing wrong was found")
 
 
@@ -50,7 +50,7 @@ def _num_ranks(smallest: int) -> int:
     return int(os.environ.get("WORLD_SIZE", smallest))
 
 
-def _show_training(stage: str, config: TrainingConfig) -> None:
+def _show_training(config: TrainingConfig) -> None:
     one = Layout.of(config.parallel, 1)
     smallest, generators = math.lcm(one.tp * one.cp, one.ep) * one.pp, 0
     if isinstance(config, PPOStage):
@@ -62,12 +62,12 @@ def _show_training(stage: str, config: TrainingConfig) -> None:
     check_resume(config, Path(config.train.output_dir))
     world -= generators
     spec, data = run.source.spec, run.train
-    print(f"model    {run.source.path}: {spec.describe()}, {config.model.dtype}")
+    print(f"model    {run.source.path}: {spec.summary()}, {config.model.dtype}")
     print(f"batch    {Layout.of(config.parallel, world).describe(config.train)}")
     for note in run.notes:
         print(note)
     _show_steps(config, data)
-    _show_memory(stage, config, spec, data, world=world, others=others)
+    _show_memory(config, spec, data, world=world, others=others)
     if isinstance(config, PPOStage):
         _show_reshard(config, spec, world=world, generators=generators)
     _, tokens, mask = data.sample(0)
@@ -115,13 +115,13 @@ def _show_blend(data: Dataset, order: Order) -> None:
 
 
 def _show_memory(
-    stage: str, config: TrainingConfig, spec: ModelSpec, data: Dataset, *, world: int, others: dict[str, ModelSpec]
+    config: TrainingConfig, spec: ModelSpec, data: Dataset, *, world: int, others: dict[str, ModelSpec]
 ) -> None:
-    table = memory_table(stage, config, spec, world=world, others=others)
+    table = memory_table(config, spec, world=world, others=others)
     together = sum(size for _, size in table)
     print("memory   a rank, without activations: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in table))
     print(f"         together {together / GIB:.2f} GiB")
-    update = update_activations(stage, config, spec, data, world=world, critic=others.get("critic"))
+    update = update_activations(config, spec, data, world=world, critic=others.get("critic"))
     print(
         f"         an update on a GPU, estimated: activations {update.kept / GIB:.2f} GiB, "
         f"a layer recomputed {update.again / GIB:.2f} GiB, log-prob buffers {update.head / GIB:.2f} GiB; "

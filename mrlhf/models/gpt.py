@@ -43,8 +43,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from mrlhf.config.options import ParallelConfig
 from mrlhf.data.loader import MicroBatch
 from mrlhf.models.families import hf_tensors, megatron_map
-from mrlhf.models.families.blocks import Block
 from mrlhf.models.families.rope_frequencies import inverse_frequencies
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import Layer, ModelSpec
 from mrlhf.models.layers.attention import CoreAttention
 from mrlhf.models.layers.heads import ValueHead
@@ -288,7 +288,7 @@ def _mark_sharded(model: GPTModel) -> None:
 class Source(Protocol):
     """Where values come from, in HF's names and shapes."""
 
-    def read(self, block: Block) -> torch.Tensor: ...
+    def read(self, block: TensorSlice) -> torch.Tensor: ...
 
 
 class RandomSource:
@@ -322,7 +322,7 @@ class RandomSource:
             self._last = (name, value)
         return self._last[1]
 
-    def read(self, block: Block) -> torch.Tensor:
+    def read(self, block: TensorSlice) -> torch.Tensor:
         return self._tensor(block.hf).narrow(block.dim, block.start, block.length)
 
 
@@ -343,7 +343,7 @@ def local_parameters(model: GPTModel) -> Iterable[tuple[str, torch.nn.Parameter]
         yield name, parameter
 
 
-def local_blocks(model: GPTModel, spec: ModelSpec, *, head: str) -> Iterable[tuple[str, torch.nn.Parameter, list[Block]]]:
+def local_blocks(model: GPTModel, spec: ModelSpec, *, head: str) -> Iterable[tuple[str, torch.nn.Parameter, list[TensorSlice]]]:
     """(name, parameter, its blocks of HF tensors) of this rank."""
     blocks = megatron_map(
         spec,
