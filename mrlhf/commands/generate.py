@@ -95,7 +95,7 @@ def main(config: GenerateStage) -> None:
     asked = read_prompts(config, tokenizer, limit)
     layout = state.initialize(parallel, seed=config.seed)
     rank, tp = dist.get_rank(), config.tensor_parallel_size
-    say(f"device: {device.current().describe()}")
+    say(f"device: {device.current().summary()}")
     model = Model(source, parallel, head="lm", dtype=config.dtype, seed=config.seed)
     engine = VLLMEngine(
         source.spec,

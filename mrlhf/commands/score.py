@@ -131,7 +131,7 @@ def main(config: ScoreStage) -> None:
     output = Path(config.output)
     temporary = output.with_name(output.name + ".tmp")
     if state.is_main():
-        print(f"device: {device.current().describe()}", flush=True)
+        print(f"device: {device.current().summary()}", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             for found in _slices(config, model, loader):

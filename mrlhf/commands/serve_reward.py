@@ -192,7 +192,7 @@ def main(config: ServeRewardStage) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: scorer.stop())
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    print(f"device: {device.current().describe()}", flush=True)
+    print(f"device: {device.current().summary()}", flush=True)
     print(f"serving {source.path} at {server.url}{'' if token is None else ', token needed'}", flush=True)
     scorer.run()
     server.shutdown()

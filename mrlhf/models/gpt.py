@@ -15,11 +15,12 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -38,6 +39,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.transformer.utils import make_tp_sharded_tensor_for_checkpoint
 from megatron.core.utils import get_attr_wrapped_model
 
 from mrlhf.config.options import ParallelConfig
@@ -53,7 +55,7 @@ from mrlhf.models.layers.logprobs import Head
 from mrlhf.models.layers.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
 from mrlhf.models.layers.rope import Attention, Rotary
 from mrlhf.models.layers.router import MoE, Router
-from mrlhf.parallel import device, state
+from mrlhf.parallel import device, megatron, state
 from mrlhf.parallel.context import ContextParams
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
@@ -146,10 +148,10 @@ class _ColumnWithoutBias(ColumnParallelLinear):
         super().__init__(*args, bias=False, **kwargs)
 
 
-def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer) -> ModuleSpec:
+def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer, collection: ProcessGroupCollection) -> ModuleSpec:
     def qk_norm(heads: int) -> ModuleSpec | type:
         if spec.qk_norm == "all":
-            return ModuleSpec(module=WholeQKNorm, params={"heads": heads})
+            return ModuleSpec(module=WholeQKNorm, params={"heads": heads, "group": collection.tp})
         return QKNorm if spec.qk_norm == "head" else IdentityOp
 
     def residual_add() -> Any:
@@ -185,7 +187,7 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer) -> Mod
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
             router=functools.partial(Router, experts=spec.experts),
         )
-        return ModuleSpec(module=MoE, submodules=parts)
+        return ModuleSpec(module=MoE, params={"pg_collection": collection}, submodules=parts)
 
     return ModuleSpec(
         module=TransformerLayer,
@@ -201,56 +203,74 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer) -> Mod
 
 
 class GPT(GPTModel):
-    """Its last stage gives the LM's hidden states, whole on every tensor-parallel rank; `lm_head` holds what makes logits of them.
+    """Megatron's GPTModel. With an LM head its last stage returns hidden states [B, T, H], whole on every tensor-parallel rank.
 
-    The loss applies the head itself, in chunks (parallel/logprobs.py), so [T, V] is never whole. The weight stays where Megatron has it.
+    The loss applies the head itself, in chunks (models/layers/logprobs.py), so logits [T, V] are never whole.
     """
 
-    def _postprocess(self, hidden_states, **rest):
-        if not self.post_process or isinstance(self.output_layer, ValueHead):
-            return super()._postprocess(hidden_states, **rest)
-        if self.config.sequence_parallel:  # the head's gradient is whole on every rank: backward takes this rank's tokens
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-        return hidden_states.transpose(0, 1).contiguous()
+    def tie_embeddings_and_output_weights_state_dict(
+        self, sharded_state_dict: dict[str, Any], output_layer_weight_key: str, first_stage_word_emb_key: str, metadata: dict[str, Any]
+    ) -> None:
+        """As GPTModel's, which takes the data-parallel rank from Megatron's globals: a copy of the first stage's embedding."""
+        if self.post_process and not self.pre_process:
+            dp_cp = metadata["dp_cp_group"]
+            del sharded_state_dict[output_layer_weight_key]  # its successor comes last, as with GPTModel
+            sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+                self.shared_embedding_or_output_weight(),
+                first_stage_word_emb_key,
+                replica_id=(1, 0, dp_cp.rank()),
+                allow_shape_mismatch=True,
+                tp_group=self.tp_group,
+                dp_cp_group=dp_cp,
+            )
+
+
+def _whole_hidden_states(hidden_SBH: torch.Tensor, *, config: TransformerConfig, tp: dist.ProcessGroup) -> torch.Tensor:
+    if config.sequence_parallel:  # the head's gradient is whole on every rank: backward takes this rank's tokens
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False, group=tp)
+    return hidden_SBH.transpose(0, 1).contiguous()
 
 
 def lm_head(model: GPTModel, spec: ModelSpec) -> Head:
-    """Of the last pipeline stage."""
+    """The head of the last pipeline stage. Its weight stays where Megatron has it."""
     tied = model.share_embeddings_and_output_weights
-    return Head(
-        model.shared_embedding_or_output_weight() if tied else model.output_layer.weight,
-        spec.vocab_size,
-        parallel_state.get_tensor_model_parallel_group(),
-        spec.logit_scale,
-        spec.logit_softcap,
-    )
+    weight_WH = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    return Head(weight_WH, spec.vocab_size, model.pg_collection.tp, spec.logit_scale, spec.logit_softcap)
 
 
-def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str, vp_stage: int | None = None) -> GPTModel:
+def build_model(
+    spec: ModelSpec, config: TransformerConfig, *, head: str, vp_stage: int | None = None, groups: state.Groups | None = None
+) -> GPTModel:
     """This rank's part of the model, or its part number `vp_stage` in an interleaved pipeline, not yet filled.
 
-    `head`: "lm" (hidden states come out, see `GPT`) or "value".
+    head: "lm" (hidden states come out, see `GPT`) or "value". groups: the run's own by default.
     """
-    offset = get_transformer_layer_offset(config, vp_stage)
-    layers = [_layer_spec(spec, config, spec.layers[offset + i]) for i in range(get_num_layers_to_build(config, vp_stage))]
-    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    collection = (groups or state.groups()).collection
+    stage, last_piece = collection.pp.rank(), (config.virtual_pipeline_model_parallel_size or 1) - 1
+    offset, count = get_transformer_layer_offset(config, vp_stage, stage), get_num_layers_to_build(config, vp_stage, stage)
+    is_last = stage == collection.pp.size() - 1 and vp_stage in (None, last_piece)
     model = GPT(
         config,
-        TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm),
+        TransformerBlockSubmodules(
+            layer_specs=[_layer_spec(spec, config, layer, collection) for layer in spec.layers[offset : offset + count]], layer_norm=Norm
+        ),
         vocab_size=spec.padded_vocab_size,
         max_sequence_length=spec.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        pre_process=stage == 0 and not vp_stage,
         post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=spec.tied and head == "lm",
         position_embedding_type="learned_absolute" if spec.learned_positions else "rope" if spec.ropes else "none",
+        pg_collection=collection,
         vp_stage=vp_stage,
     )
     if spec.ropes:
         frequencies = torch.stack([inverse_frequencies(rope, spec.rope_dim) for rope in spec.ropes])
         model.rotary_pos_emb = Rotary(frequencies.to(device.current().name), interleaved=spec.ropes[0].interleaved)
-    if head == "value" and is_last:
-        model.output_layer = ValueHead(config)
+    if is_last and head == "value":
+        model.output_layer = ValueHead(config, collection.tp)
+    elif is_last:
+        megatron.replace_output(model, functools.partial(_whole_hidden_states, config=config, tp=collection.tp))
     _add_scale(model, spec)
     _mark_sharded(model)
     if spec.learned_positions and hasattr(model, "embedding"):
@@ -333,8 +353,8 @@ def _first_layer(model: GPTModel) -> int:
 def local_parameters(model: GPTModel) -> Iterable[tuple[str, torch.nn.Parameter]]:
     """(name with the global indices of layer and expert, parameter) of this rank."""
     first_layer, experts = _first_layer(model), re.compile(r"\.local_experts\.(\d+)\.")
-    first_expert = parallel_state.get_expert_model_parallel_rank() * (model.config.num_moe_experts or 0)
-    first_expert //= parallel_state.get_expert_model_parallel_world_size()
+    ep = model.pg_collection.ep
+    first_expert = ep.rank() * (model.config.num_moe_experts or 0) // ep.size()
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name[len("decoder.layers.") :].split(".", 1)
@@ -345,14 +365,8 @@ def local_parameters(model: GPTModel) -> Iterable[tuple[str, torch.nn.Parameter]
 
 def local_blocks(model: GPTModel, spec: ModelSpec, *, head: str) -> Iterable[tuple[str, torch.nn.Parameter, list[Block]]]:
     """(name, parameter, its blocks of HF tensors) of this rank."""
-    blocks = megatron_map(
-        spec,
-        head=head,
-        tp=parallel_state.get_tensor_model_parallel_world_size(),
-        rank=parallel_state.get_tensor_model_parallel_rank(),
-        ep=parallel_state.get_expert_model_parallel_world_size(),
-        ep_rank=parallel_state.get_expert_model_parallel_rank(),
-    )
+    tp, ep = model.pg_collection.tp, model.pg_collection.ep
+    blocks = megatron_map(spec, head=head, tp=tp.size(), rank=tp.rank(), ep=ep.size(), ep_rank=ep.rank())
     for name, parameter in local_parameters(model):
         yield name, parameter, blocks[name]
 
@@ -397,11 +411,13 @@ def run(
         packed = PackedSeqParams(qkv_format="thd", **lengths)
     embedded = None
     inner = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
-    if noise is not None and inner.pre_process:
+    if inner.pre_process:
+        # Called here, so that noise can be added, and because GPTModel would cut `padding_mask` by the groups of Megatron's globals.
         embedded = inner.embedding(input_ids=batch.tokens_BT, position_ids=positions_BT)
+    if noise is not None and inner.pre_process:
         added = noise()[:, batch.first : batch.first + batch.tokens_BT.size(1)].transpose(0, 1)
         if inner.config.sequence_parallel:
-            added = added.chunk(parallel_state.get_tensor_model_parallel_world_size())[parallel_state.get_tensor_model_parallel_rank()]
+            added = added.chunk(inner.tp_group.size())[inner.tp_group.rank()]
         embedded = embedded + added.to(embedded.dtype)
     return model(
         batch.tokens_BT, positions_BT, batch.attention_mask, decoder_input=embedded, packed_seq_params=packed, padding_mask=samples_BT

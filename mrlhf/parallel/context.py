@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as collective
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 
@@ -29,17 +28,16 @@ class ContextParams(PackedSeqParams):
     positions_s: torch.Tensor | None = None
 
 
-def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Summed over the context-parallel ranks, each of which then computes the same loss from it and counts the same samples.
+def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum over the context-parallel ranks, each of which then computes the same loss from it and counts the same samples.
 
-    Its backward sums the equal gradients of all ranks: CP times the gradient of one loss, over CP times the count.
+    Backward sums the equal gradients of all ranks: CP times the gradient of one loss, over CP times the count.
     """
-    return collective.all_reduce(x, group=parallel_state.get_context_parallel_group())
+    return collective.all_reduce(x, group=group)
 
 
-def gather_tokens(x_s: torch.Tensor) -> torch.Tensor:
-    """[..., s] of every rank -> [..., S], without gradient."""
-    group = parallel_state.get_context_parallel_group()
+def gather_tokens(x_s: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[..., s] of every context-parallel rank -> [..., S], without gradient."""
     if group.size() == 1:
         return x_s
     parts = [torch.empty_like(x_s, memory_format=torch.contiguous_format) for _ in range(group.size())]

@@ -10,19 +10,18 @@ cuts every expert by TP. (EP = 1 with whole experts on every rank would reduce t
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mrlhf.config.options import ParallelConfig, TrainConfig
 from mrlhf.errors import ConfigError
@@ -94,67 +93,73 @@ class Layout:
         )
 
 
-# Megatron keeps the groups of a layout in globals of its own, one layout at a time.
-_GLOBALS = tuple(name for name in vars(parallel_state) if name.startswith("_") and name.isupper())
-_NO_GROUPS = {name: getattr(parallel_state, name) for name in _GLOBALS}
-
-
+@dataclass(frozen=True)
 class Groups:
-    """Megatron's groups for one layout; they are in force from `initialize` on, or while `in_force` lasts."""
+    """The process groups of one layout, as Megatron's constructors and functions take them, and this rank's place in it."""
 
-    def __init__(self, parallel: ParallelConfig) -> None:
-        """Those that Megatron has now, which were made for `parallel`."""
-        self.parallel, self.layout = parallel, Layout.of(parallel, dist.get_world_size())
-        _, self.dp_rank, _ = self.layout.coordinates(dist.get_rank())
-        self._globals = {name: getattr(parallel_state, name) for name in _GLOBALS}
+    parallel: ParallelConfig
+    layout: Layout
+    dp_rank: int
+    collection: ProcessGroupCollection
 
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        global _current
-        before = _current
-        if before is self:
-            yield
-            return
-        try:
-            self._put()
-            yield
-        finally:
-            if before is not None:
-                before._put()
-
-    def _put(self) -> None:
-        global _current
-        vars(parallel_state).update(self._globals)
-        _current = self
+    @property
+    def is_last_stage(self) -> bool:
+        return self.collection.pp.rank() == self.collection.pp.size() - 1
 
 
-_current: Groups | None = None
-
-
-class HasGroups:
-    groups: Groups
-
-
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
-_Object = TypeVar("_Object", bound=HasGroups)
-
-
-def in_own_groups(method: Callable[Concatenate[_Object, _Arguments], _Result]) -> Callable[Concatenate[_Object, _Arguments], _Result]:
-    """A method that runs with its object's `groups` in force."""
-
-    @wraps(method)
-    def wrapped(self: _Object, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with self.groups.in_force():
-            return method(self, *args, **kwargs)
-
-    return wrapped
+_groups: Groups | None = None
 
 
 def groups() -> Groups:
-    """Those in force."""
-    assert _current is not None
-    return _current
+    """The groups of the run's own layout, `parallel.*`."""
+    assert _groups is not None, "state.initialize makes them"
+    return _groups
+
+
+def groups_for(parallel: ParallelConfig) -> Groups:
+    """Collective over the world. Groups of another layout of the same ranks, beside the run's own; for the run's layout its own."""
+    return groups() if parallel == groups().parallel else _make_groups(parallel)
+
+
+def _make_groups(parallel: ParallelConfig) -> Groups:
+    layout = Layout.of(parallel, dist.get_world_size())
+    ranks = torch.arange(layout.world)
+    dense = ranks.view(layout.pp, layout.dp, layout.cp, layout.tp)
+    experts = ranks.view(layout.pp, -1, layout.ep, expert_tensor_parallel_size(parallel))
+    timeout = datetime.timedelta(minutes=max(1, round(parallel.timeout_minutes)))
+
+    def group(grid: torch.Tensor, *dims: int) -> dist.ProcessGroup:
+        """This rank's group along `dims` of the grid: ranks that differ in no other dimension."""
+        others = [dim for dim in range(4) if dim not in dims]
+        rows = grid.permute(*others, *dims).reshape(-1, math.prod(grid.shape[dim] for dim in dims))
+        return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0]
+
+    pp, dp, cp, tp = range(4)
+    dp_cp, expt_dp = group(dense, dp, cp), group(experts, dp)
+    # The first and the last stage share a tied embedding. Ranks between them, and all ranks of one stage, have no such group.
+    ends = dense[[0, -1]].flatten(1).t() if layout.pp > 1 else None
+    collection = ProcessGroupCollection(
+        tp=group(dense, tp),
+        cp=group(dense, cp),
+        pp=group(dense, pp),
+        dp=group(dense, dp),
+        dp_cp=dp_cp,
+        mp=group(dense, pp, tp),
+        tp_cp=group(dense, cp, tp),
+        tp_dp_cp=group(dense, dp, cp, tp),
+        ep=group(experts, cp),
+        expt_tp=group(experts, tp),
+        expt_dp=expt_dp,
+        tp_ep=group(experts, cp, tp),
+        tp_ep_pp=group(experts, pp, cp, tp),
+        embd=None if ends is None else dist.new_subgroups_by_enumeration(ends.tolist(), timeout=timeout)[0],
+        pos_embd=None,
+        # one instance of the distributed optimizer: gradient norms are summed over the world
+        intra_dist_opt=group(dense, pp, dp, cp, tp),
+        intra_dp_cp=dp_cp,
+        intra_expt_dp=expt_dp,
+    )
+    return Groups(parallel, layout, layout.coordinates(dist.get_rank())[1], collection)
 
 
 def world_size() -> int:
@@ -218,8 +223,8 @@ def _free_port() -> int:
 
 def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
     """Start torch.distributed and Megatron's groups (after `spec.check_layout`: here sizes are taken to divide)."""
-    world = world_size()
-    here = device.current()
+    global _groups
+    world, here = world_size(), device.current()
     timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
     if here.is_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -235,41 +240,15 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
             store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
             store = fresh_store(store, rank=rank, world=ranks, timeout=timeout)
             dist.init_process_group(here.backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
-    made = _make_groups(parallel)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    _groups = _make_groups(parallel)
+    tp, ep, etp = (group.rank() for group in (_groups.collection.tp, _groups.collection.ep, _groups.collection.expt_tp))
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, tp_rank=tp, ep_rank=ep, etp_rank=etp)
     if world > 1 and "MASTER_ADDR" in os.environ:
         # nine tenths: before the collective's own time-out, which names nobody
         name = [uuid.uuid4().hex]  # the store may still have the signs and the verdict of an attempt that torchrun started before this one
         dist.broadcast_object_list(name, src=0)
         watch.start(attempt=name[0], silence_s=parallel.silence_seconds, behind_s=54 * parallel.timeout_minutes)
-    return made.layout
-
-
-def _make_groups(parallel: ParallelConfig) -> Groups:
-    global _current
-    parallel_state.initialize_model_parallel(
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=expert_tensor_parallel_size(parallel),
-        distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
-    )
-    _current = Groups(parallel)
-    return _current
-
-
-def more_groups(parallel: ParallelConfig) -> Groups:
-    """Collective. Those of another layout of the same ranks, beside the ones in force, which stay so; for a layout like theirs they themselves."""
-    now = groups()
-    if parallel == now.parallel:
-        return now
-    vars(parallel_state).update(_NO_GROUPS)
-    try:
-        return _make_groups(parallel)
-    finally:
-        now._put()
+    return _groups.layout
 
 
 def shutdown() -> None:
@@ -282,33 +261,29 @@ def shutdown() -> None:
         dist.barrier()
     watch.stop()
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def from_last_stage(value: Any) -> Any:
-    """A small Python object of the last pipeline stage, on every stage."""
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return value
+def from_last_stage(value: Any, pp: dist.ProcessGroup) -> Any:
+    """Collective over `pp`. A small Python object of the last pipeline stage, on every stage."""
     box = [value]
-    dist.broadcast_object_list(
-        box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
-    )
+    if pp.size() > 1:
+        dist.broadcast_object_list(box, group=pp, group_src=pp.size() - 1)
     return box[0]
 
 
-def sum_over_data_parallel(x: torch.Tensor) -> torch.Tensor:
-    """Sum of a CPU tensor over the data-parallel ranks (not the context-parallel ones), on every rank."""
+def sum_over_data_parallel(x: torch.Tensor, of: Groups | None = None) -> torch.Tensor:
+    """Collective. Sum of a CPU tensor over the data-parallel ranks (not the context-parallel ones) of the run's or other groups."""
     moved = x.to(device.current().name)
-    dist.all_reduce(moved, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(moved, group=(of or groups()).collection.dp)
     return moved.to(x.device)
 
 
 def gather_from_data_parallel(value: Any) -> list[Any]:
-    """The Python objects of all data-parallel ranks, in their order, on the first of each group; [] on the others."""
-    group = parallel_state.get_data_parallel_group()
-    box: list[Any] = [None] * group.size() if group.rank() == 0 else []
-    dist.gather_object(value, box or None, group=group, group_dst=0)
+    """Collective. The Python objects of all data-parallel ranks, in their order, on the first of each group; [] on the others."""
+    dp = groups().collection.dp
+    box: list[Any] = [None] * dp.size() if dp.rank() == 0 else []
+    dist.gather_object(value, box or None, group=dp, group_dst=0)
     return box
 
 

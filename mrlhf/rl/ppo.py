@@ -75,8 +75,8 @@ class PPO:
             optim = replace(config.optim, lr=ppo.critic_lr, min_lr=min(config.optim.min_lr, ppo.critic_lr))
             source = critic_source(config, run.source)
             balance = make_balance(config.model, trained_tokens) if source.spec.experts is not None else None
-            with state.more_groups(config.critic_parallel).in_force():
-                self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, **common)
+            groups = state.groups_for(config.critic_parallel)
+            self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, groups=groups, **common)
         self.reference: Model | None = None
         if config.kl.coef > 0:
             self.reference = Model(run.source, config.parallel, head="lm", dtype=dtype, seed=seed)
@@ -429,7 +429,7 @@ def main(config: PPOStage) -> int:
     layout = state.initialize(config.parallel, seed=config.train.seed)
     stopper = supervised.guard(config, began=began, store=None if bridge is None else bridge.store)
     say = supervised.say
-    say(f"device: {device.current().describe()}")
+    say(f"device: {device.current().summary()}")
     say(layout.describe(config.train))
     total = Prompts(config, run.train).total_steps
     saver = Saver(output_dir, config.checkpoint)

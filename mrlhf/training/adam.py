@@ -56,17 +56,3 @@ class FusedAdam(torch.optim.Optimizer):
                 grad_scale=None,
                 found_inf=None,
             )
-
-
-def install() -> str:
-    """Put it where Megatron would take torch's; returns the name of the Adam in use ("TE/apex" or "mrlhf")."""
-    import megatron.core.optimizer as optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    if optimizer.Adam is FusedAdam:
-        return "torch fused"
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
-        return "TE/apex fused"
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_APEX_OPTIMIZER = FusedAdam, True, True
-    return "torch fused"

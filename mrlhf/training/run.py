@@ -94,7 +94,7 @@ def make_tracker(stage: str, config: TrainingConfig, *, total_steps: int, done: 
     return Tracker(
         config.train.output_dir,
         config_yaml=dump_yaml(config),
-        env={"device": device.current().describe(), "world_size": state.world_size()},
+        env={"device": device.current().summary(), "world_size": state.world_size()},
         is_main=state.is_main(),
         stage=stage,
         total_steps=total_steps,
@@ -169,7 +169,7 @@ def train(
     layout = state.initialize(config.parallel, seed=config.train.seed)
     stopper = guard(config, began=began)
     _, dp, _ = layout.coordinates(dist.get_rank())
-    say(f"device: {device.current().describe()}")
+    say(f"device: {device.current().summary()}")
     say(layout.describe(config.train))
 
     for note in run.notes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ import torch.distributed as dist
 import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first import, which comes next)
 
 # isort: split
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from mrlhf.checkpoint.save import Part
 from mrlhf.checkpoint.source import ModelSource, load_optimizer, load_weights
@@ -39,9 +40,9 @@ from mrlhf.models.layers.logprobs import Head, OfTargets, head_logprobs
 from mrlhf.models.layers.router import Router
 from mrlhf.models.layers.router_losses import Balance, Balancer, StepBalance, samples_of
 from mrlhf.observe import metrics
-from mrlhf.parallel import device, state
+from mrlhf.parallel import device, megatron, state
 from mrlhf.parallel.context import gather_tokens, sum_over_ranks
-from mrlhf.training import adam
+from mrlhf.training.adam import FusedAdam
 
 Partials = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, Partials]]
@@ -78,9 +79,9 @@ def _shorten(indices: list[int], most: int = 20) -> str:
     return ", ".join(map(str, found[:most])) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
-def _local_part(batch: MicroBatch) -> MicroBatch:
+def _local_part(batch: MicroBatch, cp: dist.ProcessGroup) -> MicroBatch:
     """This context-parallel rank's tokens of a micro-batch; the batch itself without context parallelism."""
-    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    size, rank = cp.size(), cp.rank()
     if size == 1:
         return batch
     width = batch.tokens_BT.size(1)
@@ -94,32 +95,41 @@ def _local_part(batch: MicroBatch) -> MicroBatch:
         **{name: x_BT[:, first : first + part].contiguous() for name, x_BT in per_token.items()},
         last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1),
         first=first,
-        over_ranks=sum_over_ranks,
+        over_ranks=partial(sum_over_ranks, group=cp),
     )
 
 
-class Model(state.HasGroups):
+class Model:
     """This rank's part of a GPT model (its parts, in an interleaved pipeline): forward passes only (reference, reward model, scoring).
 
-    It is built for the groups that are in force, and works in them whatever other models are built for.
+    groups: those of `parallel`; the run's own by default.
     """
 
     def __init__(
-        self, source: ModelSource, parallel: ParallelConfig, *, head: str, dtype: str, seed: int, random_init: bool = False
+        self,
+        source: ModelSource,
+        parallel: ParallelConfig,
+        *,
+        head: str,
+        dtype: str,
+        seed: int,
+        random_init: bool = False,
+        groups: state.Groups | None = None,
     ) -> None:
         self.source, self.spec, self.head, self.dtype = source, source.spec, head, dtype
-        self.groups = state.groups()
+        self.groups = groups or state.groups()
+        self.collection = self.groups.collection
         self.config = gpt.transformer_config(self.spec, parallel, dtype=DTYPES[dtype])
         pieces = parallel.virtual_pipeline_model_parallel_size
         stages = [None] if pieces is None else list(range(pieces))
-        self.modules = [gpt.build_model(self.spec, self.config, head=head, vp_stage=stage) for stage in stages]
+        self.modules = [gpt.build_model(self.spec, self.config, head=head, vp_stage=stage, groups=self.groups) for stage in stages]
         if random_init:
             for module in self.modules:
                 gpt.fill(module, self.spec, gpt.RandomSource(self.spec, head=head, seed=seed), head=head)
         else:
             load_weights(source, self.modules, head=head, seed=seed)
         self.chunks: list[torch.nn.Module] = list(self.modules)  # as the schedule runs them: a trainer wraps them
-        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.is_last_stage = self.groups.is_last_stage
         self.device = device.current().name
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -148,7 +158,8 @@ class Model(state.HasGroups):
 
     def _schedule(self, micro_batches: list[MicroBatch], step: Callable, *, forward_only: bool, collect: bool = False) -> list:
         iterators = [iter(micro_batches) for _ in self.chunks]
-        return get_forward_backward_func()(
+        pp = self.collection.pp
+        return get_forward_backward_func(pp.size(), self.config.virtual_pipeline_model_parallel_size)(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
@@ -157,9 +168,10 @@ class Model(state.HasGroups):
             micro_batch_size=micro_batches[0].tokens_BT.size(0),
             forward_only=forward_only,
             collect_non_loss_data=collect,
+            p2p_communicator=P2PCommunicator(pp, self.config),
+            pg_collection=self.collection,
         )
 
-    @state.in_own_groups
     @torch.no_grad()
     def forward(
         self, micro_batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *, channels: int
@@ -169,22 +181,18 @@ class Model(state.HasGroups):
         Under context parallelism `fn` sees this rank's tokens; what comes back is whole.
         """
         self._train(False)
+        cp, pp = self.collection.cp, self.collection.pp
 
         def step(iterator, model):
-            batch = _local_part(next(iterator).to(self.device))
-            return gpt.run(model, batch), lambda output, non_loss_data=False: gather_tokens(fn(output, batch))
+            batch = _local_part(next(iterator).to(self.device), cp)
+            return gpt.run(model, batch), lambda output, non_loss_data=False: gather_tokens(fn(output, batch), cp)
 
         outputs = self._schedule(micro_batches, step, forward_only=True, collect=True)
         self._train(True)
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            if not self.is_last_stage:
-                outputs = [torch.empty(channels, *b.tokens_BT.shape, device=self.device) for b in micro_batches]
-            for output in outputs:
-                dist.broadcast(
-                    output,
-                    src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                    group=parallel_state.get_pipeline_model_parallel_group(),
-                )
+        if not self.is_last_stage:
+            outputs = [torch.empty(channels, *b.tokens_BT.shape, device=self.device) for b in micro_batches]
+        for output in outputs if pp.size() > 1 else ():
+            dist.broadcast(output, group=pp, group_src=pp.size() - 1)
         return outputs
 
     def _train(self, on: bool) -> None:
@@ -196,7 +204,7 @@ class Model(state.HasGroups):
     ) -> Callable:
         def step(iterator, model):
             whole = next(iterator).to(self.device)
-            batch = _local_part(whole)
+            batch = _local_part(whole, self.collection.cp)
 
             def loss(output):
                 total, count, partials = loss_fn(output, batch)
@@ -210,11 +218,9 @@ class Model(state.HasGroups):
 
     def _reduce(self, results: list[Partials]) -> Partials:
         """Partials of this step over micro-batches, data- and context-parallel ranks, on every rank."""
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        partials = metrics.all_reduce(metrics.merge(results), group) if self.is_last_stage else {}
-        return state.from_last_stage({k: v.cpu() for k, v in partials.items()})
+        partials = metrics.all_reduce(metrics.merge(results), self.collection.dp_cp) if self.is_last_stage else {}
+        return state.from_last_stage({k: v.cpu() for k, v in partials.items()}, self.collection.pp)
 
-    @state.in_own_groups
     @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> Partials:
         """The loss function without gradient; partials as of one step."""
@@ -241,12 +247,13 @@ class Trainer(Model):
         on_nonfinite: str = "stop",
         neftune_alpha: float = 0.0,
         balance: Balance | None = None,
+        groups: state.Groups | None = None,
     ) -> None:
         self.on_nonfinite, self.skipped_in_a_row = on_nonfinite, 0
         self.neftune_alpha, self.seed, self.steps_done = neftune_alpha, seed, 0
-        super().__init__(source, parallel, head=head, dtype=dtype, seed=seed, random_init=random_init)
+        super().__init__(source, parallel, head=head, dtype=dtype, seed=seed, random_init=random_init, groups=groups)
         self.balance = self._balancers(balance) if balance is not None else None
-        self.adam = adam.install()
+        self.adam = megatron.install_adam(FusedAdam)
         reduces, gathers = self._overlaps(parallel, optim)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=optim.use_distributed_optimizer,
@@ -254,7 +261,7 @@ class Trainer(Model):
             overlap_grad_reduce=reduces or gathers,
             overlap_param_gather=gathers,
         )
-        self.chunks = [DistributedDataParallel(self.config, ddp, module) for module in self.modules]
+        self.chunks = [DistributedDataParallel(self.config, ddp, module, pg_collection=self.collection) for module in self.modules]
         self._gathers, self._to_gather = gathers, False
         if reduces or gathers:
             waits = [chunk.no_sync for chunk in self.chunks]
@@ -277,19 +284,19 @@ class Trainer(Model):
                 params_dtype=DTYPES[dtype],
             ),
             self.chunks,
+            use_gloo_process_groups=False,
+            pg_collection=self.collection,
         )
         self.scheduler = make_scheduler(self.optimizer, optim, total_steps=total_steps)
 
-    @staticmethod
-    def _overlaps(parallel: ParallelConfig, optim: OptimConfig) -> tuple[bool, bool]:
+    def _overlaps(self, parallel: ParallelConfig, optim: OptimConfig) -> tuple[bool, bool]:
         """(reduce gradients in backward, gather parameters in forward). The second needs Megatron's first."""
-        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
+        if self.collection.dp_cp.size() == 1:
             return False, False
         wanted = (device.current().is_cuda if x is None else x for x in (parallel.overlap_grad_reduce, parallel.overlap_param_gather))
         reduces, gathers = wanted
         return reduces, gathers and optim.use_distributed_optimizer
 
-    @state.in_own_groups
     def _settle(self) -> None:
         """Whole new parameters, where the next forward pass would have gathered them. Collective."""
         if self._to_gather:
@@ -313,9 +320,8 @@ class Trainer(Model):
         for router in (m for module in self.modules for m in module.modules() if isinstance(m, Router)):
             router.balancer = Balancer(balance)
             found.append(router.balancer)
-        return StepBalance(balance, found, layers=sum(layer.moe for layer in self.spec.layers))
+        return StepBalance(balance, found, layers=sum(layer.moe for layer in self.spec.layers), dp_cp=self.collection.dp_cp)
 
-    @state.in_own_groups
     def step(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
         """One optimizer step. Returns the reduced metrics with `loss`, `grad_norm` (before clipping) and `lr`; `skipped` under on_nonfinite skip,
         `moe_aux_loss` and `moe_z_loss` with auxiliary losses of the routers, which `loss` does not contain.
@@ -328,7 +334,7 @@ class Trainer(Model):
         self.optimizer.zero_grad()
         noise = self._noise if self.neftune_alpha else None
         if self.balance is not None:
-            self.balance.begin(_local_part(b.to(self.device)) for b in micro_batches)
+            self.balance.begin(_local_part(b.to(self.device), self.collection.cp) for b in micro_batches)
         self._count.zero_()
         results = self._schedule(micro_batches, self._loss_step(self._counted(loss_fn), noise, self.balance), forward_only=False)
         self._last = (micro_batches, results)
@@ -351,7 +357,6 @@ class Trainer(Model):
             found["skipped"] = float(self.skipped_in_a_row > 0)
         return found
 
-    @state.in_own_groups
     def micro_batch_losses(self) -> list[tuple[float, tuple[int, ...]]]:
         """(mean loss, its samples) of every micro-batch of the last step on all ranks, the highest first. Collective; the same on all ranks."""
         batches, results = self._last
@@ -420,9 +425,8 @@ class Trainer(Model):
 
     def part(self, name: str = "", *, with_optimizer: bool = True) -> Part:
         self._settle()
-        return Part(name, self.modules, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir, self.groups)
+        return Part(name, self.modules, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir)
 
-    @state.in_own_groups
     def resume(self, directory: Any, steps_done: int, scheduled: int) -> None:
         """Weights, optimizer state and schedule as after `steps_done` steps of this trainer; `scheduled`: where its schedule stood."""
         load_optimizer(directory, self.modules, self.optimizer)

@@ -22,13 +22,9 @@ def main() -> None:
     from mrlhf.data.loader import Loader
     from mrlhf.dpo import preference_loss, reference_logps
     from mrlhf.parallel import state
-    from mrlhf.training.trainer import Trainer
-
-    # isort: split
-    from megatron.core import parallel_state
-
     from mrlhf.rm import reward_loss
     from mrlhf.sft import language_model_loss
+    from mrlhf.training.trainer import Trainer
 
     world, steps, results = Path(sys.argv[1]), int(sys.argv[2]), {}
 
@@ -82,7 +78,7 @@ def main() -> None:
         done = [trainer.step(batches, loss) for _ in range(steps)]
         # ranks that share parameters hold the same ones, also where the next forward pass would have gathered them
         mine = {name: float(p.double().sum()) for name, p in trainer.parameters().items() if ".experts." not in name}
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group = trainer.collection.dp_cp
         shares: list[Any] = [None] * group.size()
         dist.all_gather_object(shares, mine, group=group)
         assert all(share == mine for share in shares)

@@ -16,7 +16,6 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
 from mrlhf.parallel.context import heads_to_tokens, tokens_to_heads
@@ -139,7 +138,8 @@ class CoreAttention(MegatronModule):
         super().__init__(config)
         assert (config.attention_dropout if attention_dropout is None else attention_dropout) == 0, "no attention dropout in RLHF"
         self.scale, self.window, self.softcap = softmax_scale, window, softcap
-        self.context_group = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.tp_group = pg_collection.tp  # sharded_state_dict would take it from Megatron's globals
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         """`attention_mask` [b, 1, s, s], True = may not look (Megatron's sense), or None for plain causal."""

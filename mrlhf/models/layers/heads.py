@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
@@ -14,15 +15,15 @@ class ValueHead(torch.nn.Linear):
     each has the gradient of its tokens; the mark makes `finalize_model_grads` sum them.
     """
 
-    def __init__(self, config) -> None:
+    def __init__(self, config, group: dist.ProcessGroup) -> None:
         super().__init__(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
-        self.sequence_parallel = config.sequence_parallel
+        self.sequence_parallel, self.group = config.sequence_parallel, group
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_SBH, weight=None, runtime_gather_output=None):
         values_SB1 = F.linear(hidden_SBH, self.weight).float()
         if self.sequence_parallel:
-            values_SB1 = gather_from_sequence_parallel_region(values_SB1, tensor_parallel_output_grad=False)
+            values_SB1 = gather_from_sequence_parallel_region(values_SB1, False, self.group)  # its gradient is whole on each rank
         return values_SB1, None
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -8,9 +8,9 @@ Megatron's `WrappedTorchNorm` refuses sequence parallelism. What it takes is the
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.distributed.nn.functional as collective
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
@@ -61,9 +61,9 @@ class WholeQKNorm(torch.nn.Module):
     `heads` is the number on all ranks.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float, *, heads: int) -> None:
+    def __init__(self, config, hidden_size: int, eps: float, *, heads: int, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.group, self.width, self.eps = parallel_state.get_tensor_model_parallel_group(), heads * hidden_size, eps
+        self.group, self.width, self.eps = group, heads * hidden_size, eps
         self.weight = torch.nn.Parameter(torch.ones(self.width // self.group.size(), dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
@@ -75,7 +75,8 @@ class WholeQKNorm(torch.nn.Module):
         return (x * torch.rsqrt(squares / self.width + self.eps) * self.weight.float()).to(x_SBND.dtype).view_as(x_SBND)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        return make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets)
+        tensors, groups = self.state_dict(prefix="", keep_vars=True), {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(tensors, prefix, {"weight": 0}, sharded_offsets, **groups)
 
 
 class ResidualAdd(torch.nn.Module):

@@ -6,7 +6,6 @@ Legend: T tokens, E experts, K chosen ones, G groups.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -60,16 +59,12 @@ class Router(TopKRouter):
         return weights_TE, torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
 
 
-# it knows classes by name, and gives this one what it gives to those: nothing
-logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(lambda record: "Unknown MLP type" not in record.getMessage())
-
-
 class MoE(MoELayer):
     """`padding_mask`, which Megatron hands down to this layer through pipeline and recomputation, is each token's sample here: [B, T]."""
 
     def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
         samples_BT = padding_mask
-        if samples_BT is not None and samples_BT.size(1) != hidden_states.size(0):  # Megatron cuts it on the first stage alone
+        if samples_BT is not None and self.config.sequence_parallel:
             samples_BT = samples_BT.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
         self.router.sample_T = None if samples_BT is None else samples_BT.t().reshape(-1)
         return super().forward(hidden_states, intermediate_tensors)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from mrlhf.config.options import LossConfig, ModelConfig
 from mrlhf.data.loader import MicroBatch
@@ -139,8 +138,8 @@ class Balancer:
 class StepBalance:
     """All routers of this rank, over one optimizer step."""
 
-    def __init__(self, balance: Balance, balancers: Iterable[Balancer], *, layers: int) -> None:
-        self.balance, self.balancers, self.layers = balance, list(balancers), layers
+    def __init__(self, balance: Balance, balancers: Iterable[Balancer], *, layers: int, dp_cp: dist.ProcessGroup) -> None:
+        self.balance, self.balancers, self.layers, self.dp_cp = balance, list(balancers), layers, dp_cp
         self._tokens = self._count = 0.0
 
     def begin(self, parts: Iterable[MicroBatch]) -> None:
@@ -151,7 +150,7 @@ class StepBalance:
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in parts:
             totals += torch.stack([(samples_of(batch) >= 0).sum().double().cpu(), self.balance.count(batch).double().cpu()])
-        totals = _summed(totals, parallel_state.get_data_parallel_group(with_context_parallel=True))
+        totals = _summed(totals, self.dp_cp)
         self._tokens, self._count = float(totals[0]), float(totals[1])
         for balancer in self.balancers:
             balancer.scale = self._count / max(1.0, self._tokens)
