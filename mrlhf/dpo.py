@@ -16,7 +16,7 @@ from mrlhf.config.options import DPOStage
 from mrlhf.data.blend import sources_of
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import dpo_loss
-from mrlhf.models.layers.router_losses import pairs
+from mrlhf.models.layers.router_losses import trained_pairs
 from mrlhf.parallel import state
 from mrlhf.training import run as supervised
 from mrlhf.training.reference_cache import fingerprint, stored
@@ -116,4 +116,4 @@ def main(config: DPOStage) -> int:
         for batch, logps_N in zip(batches, _logps_of(frozen[0], batches), strict=True):
             references[loader.dataset.prefix][batch.index_N] = logps_N
 
-    return supervised.train("dpo", config, head="lm", make_loss=make_loss, count=pairs, before_step=before_step if online else None)
+    return supervised.train("dpo", config, head="lm", make_loss=make_loss, count=trained_pairs, before_step=before_step if online else None)

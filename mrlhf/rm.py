@@ -15,7 +15,7 @@ from mrlhf.checkpoint.manifest import write_text
 from mrlhf.config.options import RMStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import accuracy_by_margin, pairwise_loss
-from mrlhf.models.layers.router_losses import pairs
+from mrlhf.models.layers.router_losses import trained_pairs
 from mrlhf.parallel import state
 from mrlhf.training import run as supervised
 from mrlhf.training.scoring import score_micro_batches
@@ -85,4 +85,4 @@ def main(config: RMStage) -> int:
             write_text(Path(config.train.output_dir) / "rewards.json", json.dumps(score_histogram(scores)) + "\n")
         return score_statistics(scores)
 
-    return supervised.train("rm", config, head="value", make_loss=make_loss, count=pairs, make_eval_loss=make_eval_loss, finish=finish)
+    return supervised.train("rm", config, head="value", make_loss=make_loss, count=trained_pairs, make_eval_loss=make_eval_loss, finish=finish)

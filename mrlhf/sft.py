@@ -12,7 +12,7 @@ import torch
 from mrlhf.config.options import SFTStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import masked_cross_entropy, reduce_loss, sum_and_count
-from mrlhf.models.layers.router_losses import of_aggregation
+from mrlhf.models.layers.router_losses import count_for
 from mrlhf.training import run as supervised
 from mrlhf.training.trainer import LossFn, Trainer
 
@@ -52,4 +52,4 @@ def main(config: SFTStage) -> int:
     def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
         return language_model_loss(trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)
 
-    return supervised.train("sft", config, head="lm", make_loss=make_loss, count=of_aggregation(config.loss))
+    return supervised.train("sft", config, head="lm", make_loss=make_loss, count=count_for(config.loss))

@@ -12,7 +12,7 @@ import pytest
 from conftest import TESTS, python
 
 from mrlhf.config.options import OptimConfig
-from mrlhf.training.trainer import make_scheduler
+from mrlhf.training.optimizer import make_scheduler
 
 
 def rates(total: int, **options: object) -> list[float]:

@@ -1,7 +1,6 @@
 """ModelSpec -> megatron-core GPTModel, and its weights from HF files or from a seed.
 
-The model is built empty and then filled block by block through the weight map, so that neither the initial
-values nor anything read depends on TP, PP or DP.
+The model is built empty. `fill` then sets its parameters slice by slice through the weight map, so the values depend on no parallel layout.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ from mrlhf.models.layers.heads import ValueHead
 from mrlhf.models.layers.latent import LatentAttention
 from mrlhf.models.layers.logprobs import Head
 from mrlhf.models.layers.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
-from mrlhf.models.layers.rope import Attention, Rotary
+from mrlhf.models.layers.rotary_attention import RotaryAttention, RotaryTable
 from mrlhf.models.layers.router import MoE, Router
 from mrlhf.parallel import device, megatron, state
 from mrlhf.parallel.context import ContextParams
@@ -62,7 +61,7 @@ _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F
 
 
 def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torch.dtype) -> TransformerConfig:
-    """Fusions that need TE, apex or a compiler are off; the loss is summed, Megatron divides by the step's count."""
+    """Fusions that need TE, apex or a compiler are off. Losses are sums, and Megatron divides gradients by the step's count."""
     ep = parallel.expert_model_parallel_size
     return TransformerConfig(
         num_layers=spec.num_layers,
@@ -78,7 +77,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         activation_func=_ACTIVATIONS[spec.activation],
         add_bias_linear=spec.mlp_bias,
         add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm == "head",  # Megatron then sums the gradients of norms that every rank has whole
+        qk_layernorm=spec.qk_norm == "head",  # Megatron sums these norms' gradients over TP
         softmax_scale=spec.attention_scale,
         rotary_interleaved=any(rope.interleaved for rope in spec.ropes),
         hidden_dropout=0.0,
@@ -88,7 +87,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        # batched messages cross where a rank's next and previous neighbour are one and the same (PP 2)
+        # batched messages cross if a rank's next and previous stage are the same rank (PP 2)
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         context_parallel_size=parallel.context_parallel_size,
@@ -97,7 +96,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         recompute_num_layers=1 if parallel.recompute == "full" else None,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths even for dense models
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=not device.current().is_cuda,
@@ -122,7 +121,7 @@ def _expert_config(spec: ModelSpec, ep: int, etp: int) -> dict[str, Any]:
         "moe_ffn_hidden_size": spec.experts.ffn_hidden_size,
         "moe_router_topk": spec.experts.top_k,
         "moe_shared_expert_intermediate_size": spec.experts.shared_ffn_hidden_size or None,
-        "moe_router_pre_softmax": True,  # as Megatron wants for one expert a token; our router (router.py) does not ask it
+        "moe_router_pre_softmax": True,  # Megatron insists for top-1; layers/router.py does not read it
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_layer_freq": 1 if kinds == {True} else [int(layer.moe) for layer in spec.layers],
@@ -132,7 +131,7 @@ def _expert_config(spec: ModelSpec, ep: int, etp: int) -> dict[str, Any]:
 
 
 class _RowWithBias(RowParallelLinear):
-    """Attention's output projection where its bias and those of the MLP are not both there."""
+    """These three fix the bias of attention's projections, which Megatron ties to the MLP's."""
 
     def __init__(self, *args, bias, **kwargs) -> None:
         super().__init__(*args, bias=True, **kwargs)
@@ -157,14 +156,15 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer, collec
     def residual_add() -> Any:
         if not spec.post_norm and spec.residual_scale == 1.0:
             return get_bias_dropout_add
-        return ModuleSpec(module=ResidualAdd, params={"config": config, "normed": spec.post_norm, "scale": spec.residual_scale})
+        params = {"config": config, "normed": spec.post_norm, "scale": spec.residual_scale}
+        return ModuleSpec(module=ResidualAdd, params=params)
 
     def attention() -> ModuleSpec:
         params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal, "rope": layer.rope}
         if spec.latent is None:
-            return ModuleSpec(module=Attention, params=params, submodules=submodules)
+            return ModuleSpec(module=RotaryAttention, params=params, submodules=submodules)
         rope = spec.ropes[layer.rope or 0]
-        assert spec.attention_scale is not None and spec.norm == "rms" and not spec.output_bias, "no family has another latent attention"
+        assert spec.attention_scale is not None and spec.norm == "rms" and not spec.output_bias, "no family has this"
         params |= {**asdict(spec.latent), "key_scale": rope.qk_scale, "scale": spec.attention_scale}
         return ModuleSpec(module=LatentAttention, params=params, submodules=submodules)
 
@@ -266,47 +266,45 @@ def build_model(
     )
     if spec.ropes:
         frequencies = torch.stack([inverse_frequencies(rope, spec.rope_dim) for rope in spec.ropes])
-        model.rotary_pos_emb = Rotary(frequencies.to(device.current().name), interleaved=spec.ropes[0].interleaved)
+        model.rotary_pos_emb = RotaryTable(frequencies.to(device.current().name), interleaved=spec.ropes[0].interleaved)
     if is_last and head == "value":
         model.output_layer = ValueHead(config, collection.tp)
     elif is_last:
         megatron.replace_output(model, functools.partial(_whole_hidden_states, config=config, tp=collection.tp))
-    _add_scale(model, spec)
+    _add_embedding_scale(model, spec)
     _mark_sharded(model)
     if spec.learned_positions and hasattr(model, "embedding"):
         model.embedding.position_embeddings.to(config.params_dtype)  # Megatron makes it in fp32
     return model.to(device.current().name)
 
 
-def _add_scale(model: GPTModel, spec: ModelSpec) -> None:
-    """The embedding's multiplier, for which Megatron has no place."""
+def _add_embedding_scale(model: GPTModel, spec: ModelSpec) -> None:
+    """Multiplies the embedding's output; Megatron has no option for it."""
+
+    def scale(module, args, out: torch.Tensor) -> torch.Tensor:
+        # the factor is rounded to the dtype, as in transformers
+        return out * torch.tensor(spec.embedding_scale, dtype=out.dtype, device=out.device)
+
     if model.pre_process and spec.embedding_scale != 1.0:
-
-        def scale(module, args, out: torch.Tensor) -> torch.Tensor:
-            return out * torch.tensor(
-                spec.embedding_scale, dtype=out.dtype, device=out.device
-            )  # rounded to the dtype, as transformers does
-
         model.embedding.register_forward_hook(scale)
 
 
 def _mark_sharded(model: GPTModel) -> None:
-    """Megatron sets these attributes while it initialises values, which we skip; the gradient norm counts by them."""
+    """Sets attributes that the gradient norm reads. Megatron sets them while it initialises values, which is skipped here."""
     for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            sharded = {0: [module.weight, module.bias if isinstance(module, ColumnParallelLinear) else None]}
-        elif isinstance(module, RowParallelLinear):
-            sharded = {1: [module.weight]}
+        if isinstance(module, ColumnParallelLinear):
+            dim, parameters = 0, [module.weight, module.bias]
+        elif isinstance(module, (VocabParallelEmbedding, RowParallelLinear)):
+            dim, parameters = int(isinstance(module, RowParallelLinear)), [module.weight]
         else:
             continue
-        for dim, parameters in sharded.items():
-            for parameter in parameters:
-                if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
-                    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+        for parameter in parameters:
+            if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-class Source(Protocol):
-    """Where values come from, in HF's names and shapes."""
+class WeightSource(Protocol):
+    """Gives the values of slices of HF tensors."""
 
     def read(self, block: Block) -> torch.Tensor: ...
 
@@ -314,7 +312,7 @@ class Source(Protocol):
 class RandomSource:
     """New weights: N(0, std), std / sqrt(2 layers) for projections into the residual, neutral norms, zeros for biases.
 
-    Each HF tensor has a generator of its own, from the seed and its name: the same values under any layout.
+    Each HF tensor has a generator of its own, seeded by the seed and its name, so every layout gets the same values.
     The value head is N(0, 1 / (h + 1)).
     """
 
@@ -330,9 +328,8 @@ class RandomSource:
             elif tensor.kind == "norm":
                 value = torch.full(tensor.shape, 0.0 if self.spec.norm == "rms_plus_one" else 1.0)
             else:
-                generator = torch.Generator().manual_seed(
-                    int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7], "big")
-                )
+                digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
                 std = self.spec.init_std
                 if tensor.kind == "score":
                     std = 1 / math.sqrt(self.spec.hidden_size + 1)
@@ -346,25 +343,21 @@ class RandomSource:
         return self._tensor(block.hf).narrow(block.dim, block.start, block.length)
 
 
-def _first_layer(model: GPTModel) -> int:
-    return model.decoder.layers[0].layer_number - 1
-
-
 def local_parameters(model: GPTModel) -> Iterable[tuple[str, torch.nn.Parameter]]:
     """(name with the global indices of layer and expert, parameter) of this rank."""
-    first_layer, experts = _first_layer(model), re.compile(r"\.local_experts\.(\d+)\.")
+    first_layer, experts = model.decoder.layers[0].layer_number - 1, re.compile(r"\.local_experts\.(\d+)\.")
     ep = model.pg_collection.ep
     first_expert = ep.rank() * (model.config.num_moe_experts or 0) // ep.size()
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name[len("decoder.layers.") :].split(".", 1)
-            rest = experts.sub(lambda found: f".local_experts.{int(found[1]) + first_expert}.", rest)
+            rest = experts.sub(lambda match: f".local_experts.{int(match[1]) + first_expert}.", rest)
             name = f"decoder.layers.{int(index) + first_layer}.{rest}"
         yield name, parameter
 
 
 def local_blocks(model: GPTModel, spec: ModelSpec, *, head: str) -> Iterable[tuple[str, torch.nn.Parameter, list[Block]]]:
-    """(name, parameter, its blocks of HF tensors) of this rank."""
+    """(name, parameter, its slices of HF tensors) of this rank."""
     tp, ep = model.pg_collection.tp, model.pg_collection.ep
     blocks = megatron_map(spec, head=head, tp=tp.size(), rank=tp.rank(), ep=ep.size(), ep_rank=ep.rank())
     for name, parameter in local_parameters(model):
@@ -372,8 +365,8 @@ def local_blocks(model: GPTModel, spec: ModelSpec, *, head: str) -> Iterable[tup
 
 
 @torch.no_grad()
-def fill(model: GPTModel, spec: ModelSpec, source: Source, *, head: str, only: str = "") -> None:
-    """Every parameter (or those whose name starts with `only`) from `source`; padding rows of the vocabulary become 0."""
+def fill(model: GPTModel, spec: ModelSpec, source: WeightSource, *, head: str, only: str = "") -> None:
+    """Sets every parameter (or those whose name starts with `only`) from `source`; padding rows of the vocabulary become 0."""
     for name, parameter, blocks in local_blocks(model, spec, head=head):
         if name.startswith(only):
             parameter.zero_()
@@ -382,30 +375,30 @@ def fill(model: GPTModel, spec: ModelSpec, source: Source, *, head: str, only: s
 
 
 def _positions(batch: MicroBatch) -> torch.Tensor:
-    """Place of each token in its sample, [B, T]: for learned positions; rotary ones need only differences."""
+    """Place of each token in its sample, [B, T]; learned positions need it, rotary ones only differences."""
     b, t = batch.tokens_BT.shape
     at_T = torch.arange(batch.first, batch.first + t, device=batch.tokens_BT.device)
     if batch.cu_seqlens is not None:
         segment_T = torch.searchsorted(batch.cu_seqlens, at_T, right=True) - 1
         return (at_T - batch.cu_seqlens[segment_T])[None]
-    if batch.attention_mask is not None:  # left padding: as many as may be looked at, without itself
+    if batch.attention_mask is not None:  # left padding: the number of visible tokens without itself
         return ((~batch.attention_mask[:, 0]).sum(-1) - 1)[:, batch.first : batch.first + t]
     return at_T.expand(b, t)
 
 
-def run(
+def forward(
     model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.Tensor] | None = None, samples_BT: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its slice) elsewhere.
 
     noise: gives what is added to the embeddings, [B, T, H] of the whole rows where context parallelism cuts them.
-    samples_BT: each token's sample, for the auxiliary losses of routers (balance.py); None: without them.
+    samples_BT: each token's sample, for the routers' auxiliary losses (layers/router_losses.py); None: without these losses.
     """
-    positions_BT, packed, cu = _positions(batch), None, batch.cu_seqlens
+    tokens_BT, positions_BT, packed, cu = batch.tokens_BT, _positions(batch), None, batch.cu_seqlens
     lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
+    mine = slice(batch.first, batch.first + tokens_BT.size(1))  # this rank's tokens of the rows
     if batch.over_ranks is not None:
-        t = batch.tokens_BT.size(1)
-        in_row_T = torch.arange(batch.first, batch.first + t, device=batch.tokens_BT.device)
+        in_row_T = torch.arange(mine.start, mine.stop, device=tokens_BT.device)
         packed = ContextParams(**lengths, positions_s=in_row_T if cu is None else positions_BT[0])
     elif cu is not None:
         packed = PackedSeqParams(qkv_format="thd", **lengths)
@@ -413,12 +406,11 @@ def run(
     inner = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
     if inner.pre_process:
         # Called here, so that noise can be added, and because GPTModel would cut `padding_mask` by the groups of Megatron's globals.
-        embedded = inner.embedding(input_ids=batch.tokens_BT, position_ids=positions_BT)
-    if noise is not None and inner.pre_process:
-        added = noise()[:, batch.first : batch.first + batch.tokens_BT.size(1)].transpose(0, 1)
-        if inner.config.sequence_parallel:
-            added = added.chunk(inner.tp_group.size())[inner.tp_group.rank()]
-        embedded = embedded + added.to(embedded.dtype)
-    return model(
-        batch.tokens_BT, positions_BT, batch.attention_mask, decoder_input=embedded, packed_seq_params=packed, padding_mask=samples_BT
-    )
+        embedded = inner.embedding(input_ids=tokens_BT, position_ids=positions_BT)
+        if noise is not None:
+            added = noise()[:, mine].transpose(0, 1)
+            if inner.config.sequence_parallel:
+                added = added.chunk(inner.tp_group.size())[inner.tp_group.rank()]
+            embedded = embedded + added.to(embedded.dtype)
+    options = {"decoder_input": embedded, "packed_seq_params": packed, "padding_mask": samples_BT}
+    return model(tokens_BT, positions_BT, batch.attention_mask, **options)

@@ -26,7 +26,7 @@ from mrlhf.data.tokenizers.hf import load, stop_ids
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
 from mrlhf.memory.tracker import Memory
 from mrlhf.models.families.spec import check_layout
-from mrlhf.models.layers.router_losses import make_balance, of_aggregation, trained_tokens
+from mrlhf.models.layers.router_losses import count_for, make_balance, trained_tokens
 from mrlhf.observe import heartbeat
 from mrlhf.parallel import device, reshard, state
 from mrlhf.parallel.split import Bridge, split
@@ -68,7 +68,7 @@ class PPO:
         updates = self.prompts.total_steps * self.updates_per_rollout
         dtype = config.model.dtype
         common: dict[str, Any] = {"dtype": dtype, "seed": seed, "total_steps": updates}
-        balance = make_balance(config.model, of_aggregation(config.loss))
+        balance = make_balance(config.model, count_for(config.loss))
         self.actor = Trainer(run.source, config.parallel, config.optim, head="lm", balance=balance, **common)
         self.critic: Trainer | None = None
         if ppo.estimator == "gae":

@@ -149,7 +149,7 @@ def check_run(
     parts = [*sources_of(train), *(sources_of(evaluation) if evaluation is not None else [])]
     notes = [p.note for p in parts if isinstance(p, MegatronText)]
     if source.spec.experts is not None:
-        notes.append(router_losses.describe(config.model))
+        notes.append(router_losses.balance_summary(config.model))
     return Run(source, train, evaluation, tuple(notes))
 
 
