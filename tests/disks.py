@@ -43,6 +43,7 @@ def _names(directory: Path) -> list[str]:
 
 def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
     """The disk is filled before or after the check of free space: before the first file, amid the tensors, before the index, before `latest`."""
+    from mrlhf.checkpoint import manager
     from mrlhf.checkpoint import save as saving
     from mrlhf.checkpoint.manager import Saver
     from mrlhf.config.options import CheckpointConfig
@@ -72,8 +73,9 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
         return filling
 
     def one(name: str, calls: int, *, background: bool, policy: Any) -> dict[str, Any]:
-        saver, error, call = Saver(run, CheckpointConfig(async_save=background, on_save_error=policy)), "none", getattr(saving, name)
-        setattr(saving, name, full_at(name, calls, call))
+        module = manager if name == "retain" else saving  # where it is called
+        saver, error, call = Saver(run, CheckpointConfig(async_save=background, on_save_error=policy)), "none", getattr(module, name)
+        setattr(module, name, full_at(name, calls, call))
         try:
             saver.save(2, [trainer.part()], content)
             if background and saver._under_way is not None:
@@ -82,7 +84,7 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
         except CheckpointError as caught:
             error = str(caught)
         finally:
-            setattr(saving, name, call)
+            setattr(module, name, call)
         found = {"error": error, "left": _names(run / "checkpoints"), "last step": saver.last_step}
         empty(disk)
         Saver(run, CheckpointConfig())  # the next start

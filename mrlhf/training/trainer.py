@@ -44,7 +44,6 @@ from mrlhf.parallel.context import gather_tokens, sum_over_ranks
 from mrlhf.training.optimizer import FusedAdam, make_optimizer, make_scheduler
 
 log = logging.getLogger(__name__)
-
 Partials = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, Partials]]
 MAX_SKIPPED = 10  # steps in a row; by then single samples are not the cause

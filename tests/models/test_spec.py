@@ -57,6 +57,7 @@ def test_memory_of_latent_attention() -> None:
 
 
 def test_experts_are_named_at_the_start() -> None:
+    from mrlhf.models.layers.router_losses import balance_summary
 
     assert DENSE.describe() == f"llama, {DENSE.num_parameters:,} parameters"
     assert MOE.describe().endswith("2 of 8 experts)")
