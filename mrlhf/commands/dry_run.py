@@ -40,12 +40,12 @@ def _sources(data: Dataset, order: Order) -> list[str]:
 
 
 def _training(stage: str, config: TrainingConfig) -> None:
-    one = Layout.of(config.parallel, 1)
+    one = Layout.from_config(config.parallel, 1)
     smallest, generators = math.lcm(one.tp * one.cp, one.ep) * one.pp, 0
     if isinstance(config, PPOStage):
         generators = config.rollout.num_ranks or 0
         rollout_tp = 1 if generators else config.rollout.tensor_parallel_size
-        smallest = math.lcm(smallest, rollout_tp, Layout.of(config.critic_parallel, 1).smallest)
+        smallest = math.lcm(smallest, rollout_tp, Layout.from_config(config.critic_parallel, 1).ranks_per_replica)
     smallest += generators
     world = int(os.environ.get("WORLD_SIZE", smallest))
     others = {}
@@ -64,9 +64,9 @@ def _training(stage: str, config: TrainingConfig) -> None:
     check_resume(config, Path(config.train.output_dir))
     spec, train = run.source.spec, config.train
     world -= generators
-    layout = Layout.of(config.parallel, world)
+    layout = Layout.from_config(config.parallel, world)
     print(f"model    {run.source.path}: {spec.describe()}, {config.model.dtype}")
-    print(f"batch    {layout.describe(train)}")
+    print(f"batch    {layout.batch_summary(train)}")
     data = run.train
     for note in run.notes:
         print(note)
@@ -92,7 +92,7 @@ def _training(stage: str, config: TrainingConfig) -> None:
     if isinstance(config, PPOStage):
         tp, node = config.rollout.tensor_parallel_size, state.ranks_of_a_node()
         planner = make_planner(spec, layout, rollout_tp=tp, node=node, generators=generators)
-        for line in reshard.describe(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
+        for line in reshard.traffic_summary(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
             print(line)
     print("first sample, [[trained]]:")
     print(_first_sample(data, load(run.source.hf_dir)))
@@ -102,11 +102,11 @@ def main(stage: str, config: StageConfig) -> None:
     if isinstance(config, ScoreStage):
         from mrlhf.commands.score import check as check_score
 
-        check_score(config, int(os.environ.get("WORLD_SIZE", Layout.of(config.parallel, 1).smallest)))
+        check_score(config, int(os.environ.get("WORLD_SIZE", Layout.from_config(config.parallel, 1).ranks_per_replica)))
     elif isinstance(config, ServeRewardStage):
         from mrlhf.commands.serve_reward import check as check_server
 
-        check_server(config, int(os.environ.get("WORLD_SIZE", Layout.of(config.parallel, 1).smallest)))
+        check_server(config, int(os.environ.get("WORLD_SIZE", Layout.from_config(config.parallel, 1).ranks_per_replica)))
     elif isinstance(config, GenerateStage):
         from mrlhf.commands.generate import check as check_generate
         from mrlhf.commands.generate import read_prompts

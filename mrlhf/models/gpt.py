@@ -1,6 +1,7 @@
 """ModelSpec -> megatron-core GPTModel, and its weights from HF files or from a seed.
 
-The model is built empty. `fill` then sets its parameters slice by slice through the weight map, so the values depend on no parallel layout.
+The model is built empty. `fill` then sets its parameters slice by slice through the weight map, so the values depend on
+no parallel layout.
 """
 
 from __future__ import annotations
@@ -10,16 +11,14 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -27,17 +26,9 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset as layer_offset
 from megatron.core.transformer.utils import make_tp_sharded_tensor_for_checkpoint
 from megatron.core.utils import get_attr_wrapped_model
 
@@ -46,22 +37,20 @@ from mrlhf.data.loader import MicroBatch
 from mrlhf.models.families import hf_tensors, megatron_map
 from mrlhf.models.families.blocks import Block
 from mrlhf.models.families.rope_frequencies import inverse_frequencies
-from mrlhf.models.families.spec import Layer, ModelSpec
-from mrlhf.models.layers.attention import CoreAttention
+from mrlhf.models.families.spec import ModelSpec
+from mrlhf.models.layer_spec import layer_spec
 from mrlhf.models.layers.heads import ValueHead
-from mrlhf.models.layers.latent import LatentAttention
 from mrlhf.models.layers.logprobs import Head
-from mrlhf.models.layers.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
-from mrlhf.models.layers.rotary_attention import RotaryAttention, RotaryTable
-from mrlhf.models.layers.router import MoE, Router
+from mrlhf.models.layers.norms import Norm
+from mrlhf.models.layers.rotary_attention import RotaryTable
 from mrlhf.parallel import device, megatron, state
-from mrlhf.parallel.context import ContextParams
+from mrlhf.parallel.context import ContextParams, sum_over_ranks
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torch.dtype) -> TransformerConfig:
-    """Fusions that need TE, apex or a compiler are off. Losses are sums, and Megatron divides gradients by the step's count."""
+    """Fusions that need TE, apex or a compiler are off; losses are sums, which Megatron divides by the step's count."""
     ep = parallel.expert_model_parallel_size
     return TransformerConfig(
         num_layers=spec.num_layers,
@@ -130,98 +119,23 @@ def _expert_config(spec: ModelSpec, ep: int, etp: int) -> dict[str, Any]:
     }
 
 
-class _RowWithBias(RowParallelLinear):
-    """These three fix the bias of attention's projections, which Megatron ties to the MLP's."""
-
-    def __init__(self, *args, bias, **kwargs) -> None:
-        super().__init__(*args, bias=True, **kwargs)
-
-
-class _RowWithoutBias(RowParallelLinear):
-    def __init__(self, *args, bias, **kwargs) -> None:
-        super().__init__(*args, bias=False, **kwargs)
-
-
-class _ColumnWithoutBias(ColumnParallelLinear):
-    def __init__(self, *args, bias, **kwargs) -> None:
-        super().__init__(*args, bias=False, **kwargs)
-
-
-def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer, collection: ProcessGroupCollection) -> ModuleSpec:
-    def qk_norm(heads: int) -> ModuleSpec | type:
-        if spec.qk_norm == "all":
-            return ModuleSpec(module=WholeQKNorm, params={"heads": heads, "group": collection.tp})
-        return QKNorm if spec.qk_norm == "head" else IdentityOp
-
-    def residual_add() -> Any:
-        if not spec.post_norm and spec.residual_scale == 1.0:
-            return get_bias_dropout_add
-        params = {"config": config, "normed": spec.post_norm, "scale": spec.residual_scale}
-        return ModuleSpec(module=ResidualAdd, params=params)
-
-    def attention() -> ModuleSpec:
-        params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal, "rope": layer.rope}
-        if spec.latent is None:
-            return ModuleSpec(module=RotaryAttention, params=params, submodules=submodules)
-        rope = spec.ropes[layer.rope or 0]
-        assert spec.attention_scale is not None and spec.norm == "rms" and not spec.output_bias, "no family has this"
-        params |= {**asdict(spec.latent), "key_scale": rope.qk_scale, "scale": spec.attention_scale}
-        return ModuleSpec(module=LatentAttention, params=params, submodules=submodules)
-
-    submodules = SelfAttentionSubmodules(
-        linear_qkv=_ColumnWithoutBias if spec.mlp_bias and not spec.qkv_bias else ColumnParallelLinear,
-        core_attention=ModuleSpec(module=CoreAttention, params={"window": layer.window, "softcap": spec.attention_softcap}),
-        linear_proj=_RowWithBias if spec.output_bias else _RowWithoutBias,
-        q_layernorm=qk_norm(spec.num_attention_heads),
-        k_layernorm=qk_norm(spec.num_query_groups),
-    )
-    norm = Norm if spec.pre_norm else IdentityOp
-
-    def mlp() -> ModuleSpec:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        if not layer.moe:
-            return ModuleSpec(module=MLP, submodules=linears)
-        assert spec.experts is not None
-        parts = MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=linears),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
-            router=functools.partial(Router, experts=spec.experts),
-        )
-        return ModuleSpec(module=MoE, params={"pg_collection": collection}, submodules=parts)
-
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=attention(),
-            self_attn_bda=residual_add(),
-            pre_mlp_layernorm=norm,
-            mlp=mlp(),
-            mlp_bda=residual_add(),
-        ),
-    )
-
-
 class GPT(GPTModel):
-    """Megatron's GPTModel. With an LM head its last stage returns hidden states [B, T, H], whole on every tensor-parallel rank.
+    """Megatron's GPTModel. With an LM head its last stage returns hidden states [B, T, H], whole on every
+    tensor-parallel rank.
 
     The loss applies the head itself, in chunks (models/layers/logprobs.py), so logits [T, V] are never whole.
     """
 
     def tie_embeddings_and_output_weights_state_dict(
-        self, sharded_state_dict: dict[str, Any], output_layer_weight_key: str, first_stage_word_emb_key: str, metadata: dict[str, Any]
+        self, state_dict: dict[str, Any], output_layer_weight_key: str, first_stage_word_emb_key: str, metadata: dict
     ) -> None:
-        """As GPTModel's, which takes the data-parallel rank from Megatron's globals: a copy of the first stage's embedding."""
+        """As GPTModel's, which takes the data-parallel rank of the copy from Megatron's globals."""
         if self.post_process and not self.pre_process:
             dp_cp = metadata["dp_cp_group"]
-            del sharded_state_dict[output_layer_weight_key]  # its successor comes last, as with GPTModel
-            sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
-                self.shared_embedding_or_output_weight(),
-                first_stage_word_emb_key,
-                replica_id=(1, 0, dp_cp.rank()),
-                allow_shape_mismatch=True,
-                tp_group=self.tp_group,
-                dp_cp_group=dp_cp,
+            del state_dict[output_layer_weight_key]  # its successor comes last, as with GPTModel
+            state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+                self.shared_embedding_or_output_weight(), first_stage_word_emb_key, replica_id=(1, 0, dp_cp.rank()),
+                allow_shape_mismatch=True, tp_group=self.tp_group, dp_cp_group=dp_cp,
             )
 
 
@@ -239,7 +153,12 @@ def lm_head(model: GPTModel, spec: ModelSpec) -> Head:
 
 
 def build_model(
-    spec: ModelSpec, config: TransformerConfig, *, head: str, vp_stage: int | None = None, groups: state.Groups | None = None
+    spec: ModelSpec,
+    config: TransformerConfig,
+    *,
+    head: str,
+    vp_stage: int | None = None,
+    groups: state.Groups | None = None,
 ) -> GPTModel:
     """This rank's part of the model, or its part number `vp_stage` in an interleaved pipeline, not yet filled.
 
@@ -247,22 +166,15 @@ def build_model(
     """
     collection = (groups or state.groups()).collection
     stage, last_piece = collection.pp.rank(), (config.virtual_pipeline_model_parallel_size or 1) - 1
-    offset, count = get_transformer_layer_offset(config, vp_stage, stage), get_num_layers_to_build(config, vp_stage, stage)
+    offset, count = layer_offset(config, vp_stage, stage), get_num_layers_to_build(config, vp_stage, stage)
+    layers = [layer_spec(spec, config, layer, collection) for layer in spec.layers[offset : offset + count]]
     is_last = stage == collection.pp.size() - 1 and vp_stage in (None, last_piece)
     model = GPT(
-        config,
-        TransformerBlockSubmodules(
-            layer_specs=[_layer_spec(spec, config, layer, collection) for layer in spec.layers[offset : offset + count]], layer_norm=Norm
-        ),
-        vocab_size=spec.padded_vocab_size,
-        max_sequence_length=spec.max_position_embeddings,
-        pre_process=stage == 0 and not vp_stage,
-        post_process=is_last,
-        parallel_output=True,
-        share_embeddings_and_output_weights=spec.tied and head == "lm",
+        config, TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm), vocab_size=spec.padded_vocab_size,
+        max_sequence_length=spec.max_position_embeddings, pre_process=stage == 0 and not vp_stage, post_process=is_last,
+        parallel_output=True, share_embeddings_and_output_weights=spec.tied and head == "lm",
         position_embedding_type="learned_absolute" if spec.learned_positions else "rope" if spec.ropes else "none",
-        pg_collection=collection,
-        vp_stage=vp_stage,
+        pg_collection=collection, vp_stage=vp_stage,
     )
     if spec.ropes:
         frequencies = torch.stack([inverse_frequencies(rope, spec.rope_dim) for rope in spec.ropes])
@@ -290,7 +202,7 @@ def _add_embedding_scale(model: GPTModel, spec: ModelSpec) -> None:
 
 
 def _mark_sharded(model: GPTModel) -> None:
-    """Sets attributes that the gradient norm reads. Megatron sets them while it initialises values, which is skipped here."""
+    """Sets attributes that the gradient norm reads; Megatron sets them only when it initialises values."""
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear):
             dim, parameters = 0, [module.weight, module.bias]
@@ -356,7 +268,9 @@ def local_parameters(model: GPTModel) -> Iterable[tuple[str, torch.nn.Parameter]
         yield name, parameter
 
 
-def local_blocks(model: GPTModel, spec: ModelSpec, *, head: str) -> Iterable[tuple[str, torch.nn.Parameter, list[Block]]]:
+def local_blocks(
+    model: GPTModel, spec: ModelSpec, *, head: str
+) -> Iterable[tuple[str, torch.nn.Parameter, list[Block]]]:
     """(name, parameter, its slices of HF tensors) of this rank."""
     tp, ep = model.pg_collection.tp, model.pg_collection.ep
     blocks = megatron_map(spec, head=head, tp=tp.size(), rank=tp.rank(), ep=ep.size(), ep_rank=ep.rank())
@@ -366,7 +280,7 @@ def local_blocks(model: GPTModel, spec: ModelSpec, *, head: str) -> Iterable[tup
 
 @torch.no_grad()
 def fill(model: GPTModel, spec: ModelSpec, source: WeightSource, *, head: str, only: str = "") -> None:
-    """Sets every parameter (or those whose name starts with `only`) from `source`; padding rows of the vocabulary become 0."""
+    """Sets parameters (those whose name starts with `only`) from `source`; vocabulary padding becomes 0."""
     for name, parameter, blocks in local_blocks(model, spec, head=head):
         if name.startswith(only):
             parameter.zero_()
@@ -386,16 +300,41 @@ def _positions(batch: MicroBatch) -> torch.Tensor:
     return at_T.expand(b, t)
 
 
+def local_part(batch: MicroBatch, cp: dist.ProcessGroup) -> MicroBatch:
+    """This context-parallel rank's tokens of a micro-batch; the batch itself without context parallelism."""
+    size, rank = cp.size(), cp.rank()
+    if size == 1:
+        return batch
+    width = batch.tokens_BT.size(1)
+    assert width % size == 0, (width, size)
+    part = width // size
+    first = rank * part
+    row_N, place_N = batch.last_N // width, batch.last_N % width - first
+    per_token = {name: x for name, x in vars(batch).items() if name.endswith("_BT") and x is not None}
+    return replace(
+        batch, **{name: x_BT[:, first : first + part].contiguous() for name, x_BT in per_token.items()},
+        last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1), first=first,
+        over_ranks=functools.partial(sum_over_ranks, group=cp),
+    )
+
+
 def forward(
-    model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.Tensor] | None = None, samples_BT: torch.Tensor | None = None
+    model: torch.nn.Module,
+    batch: MicroBatch,
+    *,
+    noise: Callable[[], torch.Tensor] | None = None,
+    samples_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its slice) elsewhere.
+    """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its
+    slice) elsewhere.
 
     noise: gives what is added to the embeddings, [B, T, H] of the whole rows where context parallelism cuts them.
-    samples_BT: each token's sample, for the routers' auxiliary losses (layers/router_losses.py); None: without these losses.
+    samples_BT: each token's sample, for the routers' auxiliary losses (layers/router_losses.py); None: without these
+    losses.
     """
     tokens_BT, positions_BT, packed, cu = batch.tokens_BT, _positions(batch), None, batch.cu_seqlens
-    lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
+    longest = batch.max_seqlen
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": longest, "max_seqlen_kv": longest}
     mine = slice(batch.first, batch.first + tokens_BT.size(1))  # this rank's tokens of the rows
     if batch.over_ranks is not None:
         in_row_T = torch.arange(mine.start, mine.stop, device=tokens_BT.device)
@@ -405,7 +344,7 @@ def forward(
     embedded = None
     inner = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
     if inner.pre_process:
-        # Called here, so that noise can be added, and because GPTModel would cut `padding_mask` by the groups of Megatron's globals.
+        # Called here because of the noise, and because GPTModel would cut `padding_mask` by Megatron's globals.
         embedded = inner.embedding(input_ids=tokens_BT, position_ids=positions_BT)
         if noise is not None:
             added = noise()[:, mine].transpose(0, 1)

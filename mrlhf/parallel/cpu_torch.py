@@ -1,12 +1,13 @@
 """The `torch` that megatron-core sees on a machine without GPU.
 
-Megatron-core has no CPU path: it writes `torch.cuda.current_device()` or `device="cuda"` in about 150 places. `install` puts a finder on
-`sys.meta_path`: each `megatron.core.*` module executes as usual, then its global name `torch` is bound to a facade. The facade is torch
-in everything but
+Megatron-core has no CPU path: it writes `torch.cuda.current_device()` or `device="cuda"` in about 150 places. `install`
+puts a finder on `sys.meta_path`: each `megatron.core.*` module executes as usual, then its global name `torch` is bound
+to a facade. The facade is torch in everything but
   * tensor factories, which map device "cuda" to "cpu" and drop pin_memory,
   * `torch.cuda`, a namespace of no-op streams and events and of the CPU's random state.
-Torch itself changes in one respect: `Tensor.type()` and `Tensor.cuda()` look at their caller and answer differently inside megatron.core.
-vLLM, transformers and user code see stock torch, on which `torch.cuda.is_available()` is False. The facade costs nothing per operation.
+Torch itself changes in one respect: `Tensor.type()` and `Tensor.cuda()` look at their caller and answer differently
+inside megatron.core. vLLM, transformers and user code see stock torch, on which `torch.cuda.is_available()` is False.
+The facade costs nothing per operation.
 """
 
 from __future__ import annotations
@@ -48,10 +49,6 @@ class _NoStream:
         return 0.0
 
 
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(int(seed))
-
-
 class _Cuda(types.ModuleType):
     """`torch.cuda` on CPU; names not listed here are the real ones."""
 
@@ -70,8 +67,7 @@ class _Cuda(types.ModuleType):
             is_current_stream_capturing=lambda: False,
             Stream=_NoStream,
             Event=_NoStream,
-            manual_seed=_seed,
-            manual_seed_all=_seed,
+            manual_seed=lambda seed: torch.default_generator.manual_seed(int(seed)),
             get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
             set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
             memory_stats=lambda *args: {},
@@ -121,8 +117,9 @@ def _patch_tensor_methods() -> None:
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = real_type(self, *args, **kwargs)  # type: ignore[arg-type]
-        # optimizer.py and clip_grads.py compare with 'torch.cuda.FloatTensor'
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) and _called_by_megatron() else answer
+        if isinstance(answer, str) and _called_by_megatron():
+            return answer.replace("torch.", "torch.cuda.", 1)  # optimizer.py and clip_grads.py compare it
+        return answer
 
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self if _called_by_megatron() else real_cuda(self, *args, **kwargs)
@@ -131,23 +128,6 @@ def _patch_tensor_methods() -> None:
 
 
 AfterImport = Callable[[types.ModuleType, Facade], None]  # called with each module once it has executed
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, inner: Any, facade: Facade, after_import: AfterImport) -> None:
-        self.inner, self.facade, self.after_import = inner, facade, after_import
-
-    def create_module(self, spec: Any) -> Any:
-        return self.inner.create_module(spec)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        self.inner.exec_module(module)
-        if vars(module).get("torch") is torch:
-            module.torch = self.facade  # type: ignore[attr-defined]
-        self.after_import(module, self.facade)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -159,7 +139,15 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.facade, self.after_import)
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                if vars(module).get("torch") is torch:
+                    module.torch = self.facade  # type: ignore[attr-defined]
+                self.after_import(module, self.facade)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

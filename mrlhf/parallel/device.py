@@ -25,8 +25,10 @@ class Device:
 
     def summary(self) -> str:
         """One line for the start of a run."""
-        what = f"{torch.cuda.get_device_name()} (NCCL)" if self.is_cuda else f"CPU, {torch.get_num_threads()} threads a rank (gloo)"
-        return f"{what}, torch {torch.__version__}, megatron-core {version('megatron-core')}"
+        versions = f"torch {torch.__version__}, megatron-core {version('megatron-core')}"
+        if self.is_cuda:
+            return f"{torch.cuda.get_device_name()} (NCCL), {versions}"
+        return f"CPU, {torch.get_num_threads()} threads a rank (gloo), {versions}"
 
 
 @functools.lru_cache(maxsize=1)

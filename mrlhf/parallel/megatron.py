@@ -1,12 +1,15 @@
-"""Every private name of megatron-core that mrlhf uses and every change it makes to Megatron's modules, each with its reason.
+"""Private names of megatron-core, and changes to its modules, each with its reason. No other file of mrlhf has any.
 
-Read in megatron-core 0.16.1. A port to another version reads this file against the new sources, then cpu_torch.py; the rest of mrlhf uses
-public names only (tests/parallel/test_megatron.py holds it to that).
+Read in megatron-core 0.16.1. A port to another version reads this file against the new sources, then cpu_torch.py
+(tests/parallel/test_megatron.py holds the other files to public names).
 
-Process groups are passed, as `ProcessGroupCollection` (parallel/state.py). Megatron's own globals, `megatron.core.parallel_state`, are
-never initialised: whatever still reads them fails at once instead of taking another model's groups. Two readers were on our way and are
-answered elsewhere: the replica of a tied head in a checkpoint (`GPT.tie_embeddings_and_output_weights_state_dict`, models/gpt.py), and
-`MoELayer`, which Megatron's layer gives no groups when it is a subclass (models/gpt.py passes them in the layer's spec).
+Process groups are passed as `ProcessGroupCollection` (parallel/state.py). Megatron's globals, parallel_state, are never
+initialised: what still reads them fails at once instead of taking another model's groups. Readers on our way, and how
+each is avoided:
+  GPTModel.tie_embeddings_and_output_weights_state_dict   overridden (models/gpt.py `GPT`)
+  GPTModel._preprocess, where it cuts `padding_mask`      not reached: models/gpt.py `forward` embeds by itself
+  MoELayer, as TransformerLayer makes a subclass of it    gets its groups in its spec (models/layer_spec.py)
+  MegatronModule.sharded_state_dict without `tp_group`    CoreAttention has one (models/layers/attention.py)
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ def adapt() -> None:
     parallel_state._set_global_memory_buffer()
     # Our saves need no process-safe queue. Megatron would spawn a Manager process for it, 4-10 s in each run.
     filesystem_async._results_queue = queue.Queue()
-    # The layer knows MLP classes by name. Our MoE is a subclass and gets its groups in its spec, so the warning says nothing.
+    # The layer knows MLP classes by name, and our MoE, a subclass, gets its groups in its spec.
     _drop_log_lines("megatron.core.transformer.transformer_layer", "Unknown MLP type")
 
 
@@ -84,7 +87,8 @@ def _patch_on_cpu(module: types.ModuleType, facade: cpu_torch.Facade) -> None:
 
         def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
             """all_to_all_single wants numbers as sizes; Megatron converts only tensors of a GPU."""
-            return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else move(tensor, as_numpy, record_stream)
+            is_cpu_tensor = isinstance(tensor, torch.Tensor)
+            return tensor.numpy() if as_numpy and is_cpu_tensor else move(tensor, as_numpy, record_stream)
 
         # Without Transformer Engine the module never defines te_general_gemm, and the router reads it.
         patched.update(maybe_move_tensor_to_cpu=maybe_move_tensor_to_cpu, te_general_gemm=None)
@@ -99,8 +103,8 @@ def _patch_on_cpu(module: types.ModuleType, facade: cpu_torch.Facade) -> None:
 def install_adam(fused: type[torch.optim.Optimizer]) -> str:
     """Puts `fused` where Megatron would take torch's AdamW, and returns the name of the Adam in use.
 
-    Without TE and apex Megatron's distributed optimizer can save with torch's AdamW but not load: it wants one `step` a group, torch keeps
-    one a parameter. The flags say that an Adam with apex's contract is there.
+    Without TE and apex Megatron's distributed optimizer can save with torch's AdamW but not load: it wants one `step` a
+    group, torch keeps one a parameter. The flags say that an Adam with apex's contract is there.
     """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
@@ -113,12 +117,12 @@ def install_adam(fused: type[torch.optim.Optimizer]) -> str:
 
 
 def replace_output(model: Any, output: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """A GPTModel's last stage returns `output(hidden states [s, b, h])`; its own `_postprocess` would make whole logits."""
+    """A last stage returns `output(hidden states [s, b, h])`; its own `_postprocess` would make logits."""
     model._postprocess = lambda hidden_states, **_: output(hidden_states)
 
 
 def with_checkpoint_names(tensors: dict[str, Any]) -> dict[str, Any]:
-    """{name in the state dict: sharded tensor} -> {name in the checkpoint: ...}; Megatron's save strategy begins with the same call."""
+    """Names of a state dict -> names in the checkpoint; Megatron's save strategy begins with this call."""
     from megatron.core.dist_checkpointing.strategies.torch import _replace_state_dict_keys_with_sharded_keys
 
     return _replace_state_dict_keys_with_sharded_keys(tensors, True)[0]

@@ -17,7 +17,7 @@ from mrlhf.config.options import OptimConfig
 
 
 def make_optimizer(
-    chunks: list[Any], optim: OptimConfig, collection: ProcessGroupCollection, *, dtype: torch.dtype, overlap_param_gather: bool
+    chunks: list[Any], optim: OptimConfig, groups: ProcessGroupCollection, *, dtype: torch.dtype, overlap_gather: bool
 ) -> MegatronOptimizer:
     """chunks: the model's parts, each in Megatron's DistributedDataParallel."""
     config = OptimizerConfig(
@@ -30,36 +30,29 @@ def make_optimizer(
         adam_eps=optim.adam_eps,
         clip_grad=optim.clip_grad,
         use_distributed_optimizer=optim.use_distributed_optimizer,
-        overlap_param_gather=overlap_param_gather,
+        overlap_param_gather=overlap_gather,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=collection)
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
 
 
 def make_scheduler(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:
-    """Megatron's schedule, advanced by 1 before each step: step k of N runs at lr(k). min_lr would come at N + 1: no step is spent at 0."""
+    """Advanced by 1 before each step: step k of N has lr(k). min_lr would come at N + 1, so no step has lr 0."""
     return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=optim.lr,
-        min_lr=optim.min_lr,
-        lr_warmup_steps=min(optim.lr_warmup_steps, total_steps),
-        lr_decay_steps=total_steps + 1,
-        lr_decay_style=optim.lr_decay_style,
-        start_wd=optim.weight_decay,
-        end_wd=optim.weight_decay,
-        wd_incr_steps=total_steps + 1,
-        wd_incr_style="constant",
-        wsd_decay_steps=min(optim.lr_wsd_decay_steps, total_steps) or None,
-        lr_wsd_decay_style="linear",
+        optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr,
+        lr_warmup_steps=min(optim.lr_warmup_steps, total_steps), lr_decay_steps=total_steps + 1,
+        lr_decay_style=optim.lr_decay_style, start_wd=optim.weight_decay, end_wd=optim.weight_decay,
+        wd_incr_steps=total_steps + 1, wd_incr_style="constant",
+        wsd_decay_steps=min(optim.lr_wsd_decay_steps, total_steps) or None, lr_wsd_decay_style="linear",
     )
 
 
 class FusedAdam(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) with the contract of TE's and apex's FusedAdam, on torch's fused kernel.
 
-    `step` lives in the parameter group; a parameter's state is exp_avg and exp_avg_sq. parallel/megatron.py says why Megatron needs it.
+    `step` lives in the parameter group; a parameter's state is exp_avg and exp_avg_sq. parallel/megatron.py says why
+    Megatron needs it.
     """
 
     def __init__(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,7 +39,7 @@ from mrlhf.models.layers.router import Router
 from mrlhf.models.layers.router_losses import Balance, Balancer, StepBalance, token_samples
 from mrlhf.observe import metrics
 from mrlhf.parallel import device, megatron, state
-from mrlhf.parallel.context import gather_tokens, sum_over_ranks
+from mrlhf.parallel.context import gather_tokens
 from mrlhf.training.optimizer import FusedAdam, make_optimizer, make_scheduler
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def _sample_indices(micro_batches: list[MicroBatch]) -> list[int]:
     """Indices in the data set of all samples, without fillers."""
-    return [i for b in micro_batches for i, weight in zip(b.index_N.tolist(), b.weights_N.tolist(), strict=True) if weight]
+    return [index for b in micro_batches for index in b.index_N[b.weights_N != 0].tolist()]
 
 
 def _shortened(indices: list[int], most: int = 20) -> str:
@@ -60,42 +59,16 @@ def _shortened(indices: list[int], most: int = 20) -> str:
     return ", ".join(map(str, unique[:most])) + (f" and {len(unique) - most} more" if len(unique) > most else "")
 
 
-def _local_part(batch: MicroBatch, cp: dist.ProcessGroup) -> MicroBatch:
-    """This context-parallel rank's tokens of a micro-batch; the batch itself without context parallelism."""
-    size, rank = cp.size(), cp.rank()
-    if size == 1:
-        return batch
-    width = batch.tokens_BT.size(1)
-    assert width % size == 0, (width, size)
-    part = width // size
-    first = rank * part
-    row_N, place_N = batch.last_N // width, batch.last_N % width - first
-    per_token = {name: x for name, x in vars(batch).items() if name.endswith("_BT") and x is not None}
-    return replace(
-        batch,
-        **{name: x_BT[:, first : first + part].contiguous() for name, x_BT in per_token.items()},
-        last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1),
-        first=first,
-        over_ranks=partial(sum_over_ranks, group=cp),
-    )
-
-
 class Model:
-    """This rank's part of a GPT model (its virtual stages, in an interleaved pipeline), for forward passes: reference, reward model, scoring.
+    """This rank's part of a GPT model (its virtual stages, in an interleaved pipeline), for forward passes: reference,
+    reward model, scoring.
 
     groups: the process groups of `parallel`, by default those of the run.
     """
 
     def __init__(
-        self,
-        source: ModelSource,
-        parallel: ParallelConfig,
-        *,
-        head: str,
-        dtype: str,
-        seed: int,
-        random_init: bool = False,
-        groups: state.Groups | None = None,
+        self, source: ModelSource, parallel: ParallelConfig, *, head: str, dtype: str, seed: int,
+        random_init: bool = False, groups: state.Groups | None = None,
     ) -> None:
         self.source, self.spec, self.head, self.dtype = source, source.spec, head, dtype
         self.groups = groups or state.groups()
@@ -125,34 +98,26 @@ class Model:
         return [p.data for module in self.modules for p in (*module.parameters(), *module.buffers())]
 
     def logprobs(
-        self,
-        hidden_BTH: torch.Tensor,
-        batch: MicroBatch,
-        *,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
+        self, hidden_BTH: torch.Tensor, batch: MicroBatch, *, temperature: float = 1.0, with_entropy: bool = False,
         keep_BT: torch.Tensor | None = None,
     ) -> TargetLogProbs:
         """Log-probs of the batch's targets from an LM's output, fields [B, T]; see `head_logprobs`."""
-        head = self._head()
-        return head_logprobs(hidden_BTH, batch.targets_BT, head, temperature=temperature, with_entropy=with_entropy, keep=keep_BT)
+        compute = partial(head_logprobs, temperature=temperature, with_entropy=with_entropy, keep=keep_BT)
+        return compute(hidden_BTH, batch.targets_BT, self._head())
 
     def _head(self) -> Head:
         return gpt.lm_head(self.modules[-1], self.spec)
 
-    def _schedule(self, micro_batches: list[MicroBatch], step: Callable, *, forward_only: bool, collect: bool = False) -> list:
+    def _schedule(
+        self, micro_batches: list[MicroBatch], step: Callable, *, forward_only: bool, collect: bool = False
+    ) -> list:
         iterators = [iter(micro_batches) for _ in self.chunks]
         pp = self.collection.pp
         return get_forward_backward_func(pp.size(), self.config.virtual_pipeline_model_parallel_size)(
-            forward_step_func=step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].tokens_BT.size(1),
-            micro_batch_size=micro_batches[0].tokens_BT.size(0),
-            forward_only=forward_only,
-            collect_non_loss_data=collect,
-            p2p_communicator=P2PCommunicator(pp, self.config),
+            forward_step_func=step, data_iterator=iterators if len(iterators) > 1 else iterators[0], model=self.chunks,
+            num_microbatches=len(micro_batches), seq_length=micro_batches[0].tokens_BT.size(1),
+            micro_batch_size=micro_batches[0].tokens_BT.size(0), forward_only=forward_only,
+            collect_non_loss_data=collect, p2p_communicator=P2PCommunicator(pp, self.config),
             pg_collection=self.collection,
         )
 
@@ -168,7 +133,7 @@ class Model:
         cp, pp = self.collection.cp, self.collection.pp
 
         def step(iterator, model):
-            batch = _local_part(next(iterator).to(self.device), cp)
+            batch = gpt.local_part(next(iterator).to(self.device), cp)
             return gpt.forward(model, batch), lambda output, non_loss_data=False: gather_tokens(fn(output, batch), cp)
 
         outputs = self._schedule(micro_batches, step, forward_only=True, collect=True)
@@ -184,13 +149,14 @@ class Model:
             chunk.train(on)
 
     def _loss_step(
-        self, loss_fn: LossFn, noise: Callable[[MicroBatch], torch.Tensor] | None = None, balance: StepBalance | None = None
+        self, loss_fn: LossFn, noise: Callable[[MicroBatch], torch.Tensor] | None = None,
+        balance: StepBalance | None = None,
     ) -> Callable:
         """The schedule's forward step. noise: embedding noise of a whole micro-batch."""
 
         def step(iterator, model):
             whole = next(iterator).to(self.device)
-            batch = _local_part(whole, self.collection.cp)
+            batch = gpt.local_part(whole, self.collection.cp)
 
             def loss(output):
                 total, count, partials = loss_fn(output, batch)
@@ -222,20 +188,9 @@ class Trainer(Model):
     """A model with gradients, optimizer and learning-rate schedule."""
 
     def __init__(
-        self,
-        source: ModelSource,
-        parallel: ParallelConfig,
-        optim: OptimConfig,
-        *,
-        head: str,
-        dtype: str,
-        seed: int,
-        total_steps: int,
-        random_init: bool = False,
-        on_nonfinite: str = "stop",
-        neftune_alpha: float = 0.0,
-        balance: Balance | None = None,
-        groups: state.Groups | None = None,
+        self, source: ModelSource, parallel: ParallelConfig, optim: OptimConfig, *, head: str, dtype: str, seed: int,
+        total_steps: int, random_init: bool = False, on_nonfinite: str = "stop", neftune_alpha: float = 0.0,
+        balance: Balance | None = None, groups: state.Groups | None = None,
     ) -> None:
         self.on_nonfinite, self.skipped_in_a_row = on_nonfinite, 0
         self.neftune_alpha, self.seed, self.steps_done = neftune_alpha, seed, 0
@@ -244,19 +199,19 @@ class Trainer(Model):
         self.adam = megatron.install_adam(FusedAdam)
         reduces, gathers = self._overlaps(parallel, optim)
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=optim.use_distributed_optimizer,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=reduces or gathers,
-            overlap_param_gather=gathers,
+            use_distributed_optimizer=optim.use_distributed_optimizer, grad_reduce_in_fp32=True,
+            overlap_grad_reduce=reduces or gathers, overlap_param_gather=gathers,
         )
-        self.chunks = [DistributedDataParallel(self.config, ddp, module, pg_collection=self.collection) for module in self.modules]
+        wrap = partial(DistributedDataParallel, self.config, ddp, pg_collection=self.collection)
+        self.chunks = [wrap(module) for module in self.modules]
         self._overlaps_gather, self._gather_pending = gathers, False
         if reduces or gathers:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.config.finalize_model_grads_func = self._finalize_grads
         self._count = torch.zeros((), dtype=torch.float64, device=self.device)  # this rank's, over the step
-        self.optimizer = make_optimizer(self.chunks, optim, self.collection, dtype=DTYPES[dtype], overlap_param_gather=gathers)
+        options = {"dtype": DTYPES[dtype], "overlap_gather": gathers}
+        self.optimizer = make_optimizer(self.chunks, optim, self.collection, **options)
         self.scheduler = make_scheduler(self.optimizer, optim, total_steps=total_steps)
 
     def _overlaps(self, parallel: ParallelConfig, optim: OptimConfig) -> tuple[bool, bool]:
@@ -294,18 +249,20 @@ class Trainer(Model):
         return StepBalance(balance, balancers, layers=layers, dp_cp=self.collection.dp_cp)
 
     def step(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
-        """Collective. One optimizer step. Returns the reduced metrics with `loss`, `grad_norm` (before clipping) and `lr`; with on_nonfinite
-        "skip" also `skipped`; with auxiliary losses of routers `moe_aux_loss` and `moe_z_loss`, which `loss` does not contain.
+        """Collective. One optimizer step. Returns the reduced metrics with `loss`, `grad_norm` (before clipping) and
+        `lr`; with on_nonfinite "skip" also `skipped`; with auxiliary losses of routers `moe_aux_loss` and `moe_z_loss`,
+        which `loss` does not contain.
 
-        A loss or gradient norm that is not finite on any rank leaves parameters and optimizer state of all ranks as they were.
-        Raises FloatingPointError then, naming the samples; with "skip" only for the last of MAX_SKIPPED steps in a row.
+        A loss or gradient norm that is not finite on any rank leaves parameters and optimizer state of all ranks as
+        they were. Raises FloatingPointError then, naming the samples; with "skip" only for the last of MAX_SKIPPED
+        steps in a row.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         noise = self._noise if self.neftune_alpha else None
         if self.balance is not None:
-            self.balance.start_step(_local_part(b.to(self.device), self.collection.cp) for b in micro_batches)
+            self.balance.start_step(gpt.local_part(b.to(self.device), self.collection.cp) for b in micro_batches)
         self._count.zero_()
         forward_step = self._loss_step(self._counting(loss_fn), noise, self.balance)
         results = self._schedule(micro_batches, forward_step, forward_only=False)
@@ -329,10 +286,12 @@ class Trainer(Model):
         return values
 
     def micro_batch_losses(self) -> list[tuple[float, tuple[int, ...]]]:
-        """Collective. (mean loss, its samples) of every micro-batch of the last step on all ranks, the highest first."""
+        """Collective. (mean loss, its samples) of every micro-batch of the last step on all ranks, the highest first.
+        """
         mine = [(tuple(sorted(_sample_indices([b]))), *r["loss"].tolist()) for b, r in zip(*self._last, strict=False)]
         sums: dict[tuple[int, ...], tuple[float, float]] = {}
-        for samples, total, count in state.from_all_ranks(mine):  # a part from each context-parallel rank, equal ones from tensor-parallel ranks
+        # a part from each context-parallel rank, equal ones from tensor-parallel ranks
+        for samples, total, count in state.from_all_ranks(mine):
             before = sums.get(samples, (0.0, 0.0))
             sums[samples] = (before[0] + total, before[1] + count)
         return sorted(((total / count, samples) for samples, (total, count) in sums.items() if count), reverse=True)
@@ -355,7 +314,8 @@ class Trainer(Model):
         if kind != "optimizer":
             return super().tensors(kind)
         weights = {t.untyped_storage()._cdata for t in super().tensors("weights")}
-        held = [part.optimizer for part in self.optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
+        parts = self.optimizer.chained_optimizers
+        held = [part.optimizer for part in parts if not getattr(part, "is_stub_optimizer", False)]
         states = [x for o in held for s in o.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
         # in fp32 the optimizer's parameters are views of the weights themselves
         masters = [p.data for o in held for group in o.param_groups for p in group["params"]]
@@ -375,7 +335,7 @@ class Trainer(Model):
         self._gather_pending = self._overlaps_gather
 
     def _reject_step(self, micro_batches: list[MicroBatch], results: list[Partials], values: dict[str, float]) -> None:
-        """Collective. Stops, or counts a skipped step. Names the samples whose loss is not finite, or all where only the gradient is not."""
+        """Collective. Stops, or counts a skipped step. Names the samples at fault, or all if no loss is."""
         mine = [b for b, r in zip(micro_batches, results, strict=False) if not bool(torch.isfinite(r["loss"]).all())]
         if culprits := state.from_all_ranks(_sample_indices(mine)):
             where = f"in the loss of sample(s) {_shortened(culprits)}"
@@ -385,9 +345,11 @@ class Trainer(Model):
         what = f"not finite {where}; loss {values['loss']}, gradient norm {values['grad_norm']}"
         self.skipped_in_a_row += 1
         if self.on_nonfinite == "stop":
-            raise FloatingPointError(f"{what}: stopped, parameters untouched; the last checkpoint is whole (train.on_nonfinite)")
+            consequence = "stopped, parameters untouched; the last checkpoint is whole (train.on_nonfinite)"
+            raise FloatingPointError(f"{what}: {consequence}")
         if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise FloatingPointError(f"{what}: the {MAX_SKIPPED}th step in a row to be skipped; the last checkpoint is whole")
+            consequence = f"the {MAX_SKIPPED}th step in a row to be skipped; the last checkpoint is whole"
+            raise FloatingPointError(f"{what}: {consequence}")
         log.info(f"step skipped: {what}")
 
     @property
@@ -400,7 +362,7 @@ class Trainer(Model):
         return Part(name, self.modules, self.optimizer if with_optimizer else None, self.head, self.source.hf_dir)
 
     def resume(self, directory: Any, steps_done: int, scheduled: int) -> None:
-        """Collective. Loads weights and optimizer state as after `steps_done` steps. scheduled: steps of the learning-rate schedule."""
+        """Collective. Loads the state after `steps_done` steps. scheduled: steps of the learning-rate schedule."""
         load_optimizer(directory, self.modules, self.optimizer)
         self.scheduler.step(increment=scheduled)
         self.steps_done = steps_done

@@ -1,4 +1,6 @@
-"""The auxiliary losses of routers are the papers' formulae, of every sample by itself; test_training.py trains with them."""
+"""The auxiliary losses of routers are the papers' formulae, of every sample by itself; test_training.py trains with
+them.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_z_loss() -> None:
 
 
 def test_padding_and_fillers_belong_to_no_sample() -> None:
-    rows = [Sample(torch.arange(n).numpy(), torch.ones(n).numpy(), i, weight=float(i != 1)) for i, n in enumerate((3, 2, 1))]
+    rows = [
+        Sample(torch.arange(n).numpy(), torch.ones(n).numpy(), i, weight=float(i != 1)) for i, n in enumerate((3, 2, 1))
+    ]
     assert token_samples(collate(rows, packing=True, pad_multiple=4)).tolist() == [[0, 0, 0, -1, -1, 2, -1, -1]]
     assert token_samples(collate(rows, packing=False)).tolist() == [[0, 0, 0], [-1, -1, -1], [2, -1, -1]]
 

@@ -1,4 +1,4 @@
-"""Megatron sees a torch that works on CPU, nobody else does; what is patched must exist in the installed megatron-core."""
+"""Only Megatron sees a torch that works on CPU; what is patched must exist in the installed megatron-core."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def test_only_megatron_sees_another_torch() -> None:
 @no_gpu
 def test_megatron_imported_too_early_is_an_error() -> None:
     done = run(
-        sys.executable, "-c", "import sys, types; sys.modules['megatron.core'] = types.ModuleType('m'); import mrlhf.parallel", check=False
+        sys.executable,
+        "-c",
+        "import sys, types; sys.modules['megatron.core'] = types.ModuleType('m'); import mrlhf.parallel",
+        check=False,
     )
     assert done.returncode and "megatron.core was imported before mrlhf.parallel" in done.stderr
 
@@ -68,7 +71,10 @@ def test_what_is_patched_exists(file: str, pattern: str) -> None:
 
 def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.17.0")
-    with pytest.raises(EnvironmentProblem, match=r"megatron-core 0\.17\.0 is installed; mrlhf is made for 0\.16\.1\n(.*\n)*.*pip install"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"megatron-core 0\.17\.0 is installed; mrlhf is made for 0\.16\.1\n(.*\n)*.*pip install",
+    ):
         megatron.check_version()
 
     def missing(name: str) -> str:

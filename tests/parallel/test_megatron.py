@@ -39,7 +39,9 @@ def root_name(node: ast.expr) -> str:
 
 def assigned(node: ast.AST) -> list[ast.expr]:
     if isinstance(node, ast.Assign):
-        return [part for target in node.targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
+        return [
+            part for target in node.targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])
+        ]
     return [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else []
 
 
@@ -47,7 +49,11 @@ def violations(source: str) -> list[str]:
     tree = ast.parse(source)
     imports = list(megatron_names(tree))
     local = {name for name, _, _ in imports}
-    problems = [f"imports {module}.{name}" for _, module, name in imports if is_private(name) or any(map(is_private, module.split(".")))]
+    problems = [
+        f"imports {module}.{name}"
+        for _, module, name in imports
+        if is_private(name) or any(map(is_private, module.split(".")))
+    ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and root_name(node) in local:
             problems.append(f"{node.lineno}: reads {ast.unparse(node)}")
@@ -56,8 +62,14 @@ def violations(source: str) -> list[str]:
             for target in assigned(node)
             if isinstance(target, ast.Attribute) and root_name(target) in local
         ]
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr", "vars"):
-            problems += [f"{node.lineno}: {ast.unparse(node)}" for argument in node.args[:1] if root_name(argument) in local]
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("setattr", "delattr", "vars")
+        ):
+            problems += [
+                f"{node.lineno}: {ast.unparse(node)}" for argument in node.args[:1] if root_name(argument) in local
+            ]
         if isinstance(node, ast.ClassDef):
             problems += [f"{node.name} overrides {name}" for name in overridden(node, imports)]
     return problems
@@ -98,6 +110,8 @@ def test_the_rule_sees_each_way(line: str) -> None:
 
 
 def test_megatrons_globals_stay_empty() -> None:
-    """Models take their groups as an argument (parallel/state.py): what reads the globals must fail, not take another model's groups."""
+    """Models take their groups as an argument (parallel/state.py): what reads the globals must fail, not take another
+    model's groups.
+    """
     for file in ROOT.glob("mrlhf/**/*.py"):
         assert "parallel_state." not in file.read_text() or file == OWNER, file

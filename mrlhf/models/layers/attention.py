@@ -3,11 +3,11 @@
 Shapes: s tokens, b rows, t packed tokens, n query heads and g key/value heads on this rank, d head size.
   dense   query [s, b, n, d], key/value [s, b, g, d] -> [s, b, n*d]
   packed  query [t, n, d],    key/value [t, g, d]    -> [t, n, d]; sample i is cu_seqlens[i]:cu_seqlens[i+1]
-The head size of values may differ from that of queries and keys (latent attention); the output has the values' head size.
-With a `window` a token sees itself and window - 1 tokens before it. A `softcap` turns every score into cap * tanh(score / cap);
-no kernel of torch has it, so the scores are then built whole, s x s for each head.
-Packed attention on CUDA in half precision uses torch's varlen kernel. On CPU, in fp32 and with a softcap, samples of similar length share
-a call. (One block mask over the whole pack costs 1.5 to 4 times as much as one call a sample.)
+The head size of values may differ from that of queries and keys (latent attention); the output has the values' head
+size. With a `window` a token sees itself and window - 1 tokens before it. A `softcap` turns every score into cap *
+tanh(score / cap); no kernel of torch has it, so the scores are then built whole, s x s for each head. Packed attention
+on CUDA in half precision uses torch's varlen kernel. On CPU, in fp32 and with a softcap, samples of similar length
+share a call. (One block mask over the whole pack costs 1.5 to 4 times as much as one call a sample.)
 """
 
 from __future__ import annotations
@@ -98,10 +98,11 @@ def packed_attention(
 
 @functools.lru_cache(maxsize=16)
 def _by_length(cu: tuple[int, ...], device: torch.device) -> tuple[list[tuple[torch.Tensor, int, int]], torch.Tensor]:
-    """Samples whose lengths round up to one power of two share a call, padded on the right: log2(longest) calls instead of one a sample.
+    """Samples whose lengths round up to one power of two share a call, padded on the right: log2(longest) calls instead
+    of one a sample.
 
-    Returns [(token of each padded place, samples, padded length)] and the place of each token among all padded places. Padding repeats a
-    sample's last token: causal attention hides it, and no output is read from its places.
+    Returns [(token of each padded place, samples, padded length)] and the place of each token among all padded places.
+    Padding repeats a sample's last token: causal attention hides it, and no output is read from its places.
     """
     by_length: dict[int, list[tuple[int, int]]] = {}
     for start, end in zip(cu[:-1], cu[1:], strict=True):
@@ -123,26 +124,17 @@ class CoreAttention(MegatronModule):
     """Replaces Megatron's DotProductAttention, which materialises s x s scores and refuses packed input."""
 
     def __init__(
-        self,
-        config,
-        layer_number,
-        attn_mask_type,
-        attention_type,
-        attention_dropout=None,
-        softmax_scale=None,
-        cp_comm_type=None,
-        pg_collection=None,
-        window: int | None = None,
-        softcap: float | None = None,
-        **_,
+        self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
+        cp_comm_type=None, pg_collection=None, window: int | None = None, softcap: float | None = None, **_,
     ):
         super().__init__(config)
-        assert (config.attention_dropout if attention_dropout is None else attention_dropout) == 0, "no attention dropout in RLHF"
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        assert dropout == 0, "no attention dropout in RLHF"
         self.scale, self.window, self.softcap = softmax_scale, window, softcap
         self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.tp_group = pg_collection.tp  # sharded_state_dict would take it from Megatron's globals
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, packed_seq_params=None, **_):
         """attention_mask: [b, 1, s, s], True where a query may not see a key (Megatron's sense); None: plain causal."""
         if self.context_group is not None:
             assert packed_seq_params is not None, "context parallelism needs the whole rows' ContextParams"

@@ -9,10 +9,11 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 
 class ValueHead(torch.nn.Linear):
-    """Hidden states [s, b, h] (a slice of s under sequence parallelism) -> values [s, b, 1] in fp32, whole on every rank.
+    """Hidden states [s, b, h] (a slice of s under sequence parallelism) -> values [s, b, 1] in fp32, whole on every
+    rank.
 
-    group: tensor-parallel. Without sequence parallelism all its ranks have the same input and gradient. With it each rank has the gradient
-    of its own tokens, and the mark on the weight makes `finalize_model_grads` sum them.
+    group: tensor-parallel. Without sequence parallelism all its ranks have the same input and gradient. With it each
+    rank has the gradient of its own tokens, and the mark on the weight makes `finalize_model_grads` sum them.
     """
 
     def __init__(self, config, group: dist.ProcessGroup) -> None:
@@ -23,7 +24,8 @@ class ValueHead(torch.nn.Linear):
     def forward(self, hidden_SBH, weight=None, runtime_gather_output=None):
         values_SB1 = F.linear(hidden_SBH, self.weight).float()
         if self.sequence_parallel:
-            values_SB1 = gather_from_sequence_parallel_region(values_SB1, tensor_parallel_output_grad=False, group=self.group)
+            options = {"tensor_parallel_output_grad": False, "group": self.group}
+            values_SB1 = gather_from_sequence_parallel_region(values_SB1, **options)
         return values_SB1, None
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

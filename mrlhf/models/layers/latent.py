@@ -1,9 +1,10 @@
 """Multi-head latent attention under tensor and sequence parallelism.
 
-Megatron's MLASelfAttention (0.16.1) cannot be constructed without Transformer Engine: it asks whether its layers are of a mocked class.
-With that mended it shards the projections to the latent vectors over the ranks, gathers after each, and loses part of a gradient: all
-heads share a part of the keys, and the other ranks' heads do not reach it. Under TP 2, with and without sequence parallelism, the
-gradient of its linear_kv_down_proj was off by 1.2 of at most 3.2. Here every rank holds these small projections whole.
+Megatron's MLASelfAttention (0.16.1) cannot be constructed without Transformer Engine: it asks whether its layers are of
+a mocked class. With that mended it shards the projections to the latent vectors over the ranks, gathers after each, and
+loses part of a gradient: all heads share a part of the keys, and the other ranks' heads do not reach it. Under TP 2,
+with and without sequence parallelism, the gradient of its linear_kv_down_proj was off by 1.2 of at most 3.2. Here every
+rank holds these small projections whole.
 """
 
 from __future__ import annotations
@@ -36,22 +37,16 @@ class _SumGradient(torch.autograd.Function):
 
 
 class LatentAttention(LayerRope, Attention):
-    """Queries and keys [s, b, n, rope + nope], values [s, b, n, v] of this rank's n heads; the rotated dimensions come first.
+    """Queries and keys [s, b, n, rope + nope], values [s, b, n, v] of this rank's n heads; the rotated dimensions come
+    first.
 
-    nope_dim, rope_dim, kv_rank, q_rank: see models/families/spec.py `Latent`. key_scale multiplies the rotated part of the keys (yarn).
+    nope_dim, rope_dim, kv_rank, q_rank: see models/families/spec.py `Latent`. key_scale multiplies the rotated part of
+    the keys (yarn).
     """
 
     def __init__(
-        self,
-        config: Any,
-        *args: Any,
-        nope_dim: int,
-        rope_dim: int,
-        kv_rank: int,
-        q_rank: int | None,
-        key_scale: float,
-        scale: float,
-        **kwargs: Any,
+        self, config: Any, *args: Any, nope_dim: int, rope_dim: int, kv_rank: int, q_rank: int | None, key_scale: float,
+        scale: float, **kwargs: Any,
     ) -> None:
         super().__init__(config, *args, attention_type="self", **kwargs)
         self.nope_dim, self.rope_dim, self.kv_rank, self.key_scale = nope_dim, rope_dim, kv_rank, key_scale
@@ -73,7 +68,8 @@ class LatentAttention(LayerRope, Attention):
             self.linear_q_down, self.q_layernorm = down(q_rank), Norm(config, q_rank, config.layernorm_epsilon)
         self.linear_q_up = up(h if q_rank is None else q_rank, heads * (nope_dim + rope_dim))
         self.k_layernorm = None  # Megatron reads it
-        self.linear_kv_down, self.kv_layernorm = down(kv_rank + rope_dim), Norm(config, kv_rank, config.layernorm_epsilon)
+        self.linear_kv_down = down(kv_rank + rope_dim)
+        self.kv_layernorm = Norm(config, kv_rank, config.layernorm_epsilon)
         self.linear_kv_up = up(kv_rank, heads * (nope_dim + v_dim))
 
     def get_query_key_value_tensors(self, hidden_states, key_value_states=None, **_):

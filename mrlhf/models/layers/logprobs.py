@@ -1,10 +1,10 @@
 """Log-probabilities and entropy straight from hidden states, through a vocabulary-parallel LM head, in fp32.
 
-Legend: N tokens (all leading dimensions), H hidden size, V vocabulary, W = V / TP rows of the head on this rank, R real rows of W.
-[N, V] logits are never whole: both passes go through the tokens in chunks. Forward keeps two numbers a token. Backward multiplies by the
-head once more (4 matrix products instead of 3) and accumulates both gradients, so the memory beyond them is two buffers of chunk x W
-floats. If one chunk holds all tokens, its logits are kept for backward, which saves the fourth product. Forward has two collectives and
-backward one, whatever N is.
+Legend: N tokens (all leading dimensions), H hidden size, V vocabulary, W = V / TP rows of the head on this rank, R real
+rows of W. [N, V] logits are never whole: both passes go through the tokens in chunks. Forward keeps two numbers a
+token. Backward multiplies by the head once more (4 matrix products instead of 3) and accumulates both gradients, so the
+memory beyond them is two buffers of chunk x W floats. If one chunk holds all tokens, its logits are kept for backward,
+which saves the fourth product. Forward has two collectives and backward one, whatever N is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 @dataclass(frozen=True)
 class Head:
-    """How hidden states become logits: softcap * tanh(scale * h @ weight.T / softcap), or scale * h @ weight.T without a softcap."""
+    """Logits are softcap * tanh(scale * h @ weight.T / softcap), without a softcap scale * h @ weight.T."""
 
     weight_WH: torch.Tensor  # this rank's rows; those beyond vocab_size are padding, with probability 0
     vocab_size: int
@@ -45,7 +45,7 @@ class TargetLogProbs(NamedTuple):
 
 
 class _Chunks:
-    """z = logits / temperature of a chunk of tokens, in a buffer that all chunks share (fresh memory costs page faults on CPU)."""
+    """z = logits / temperature of a chunk of tokens, in one buffer (fresh memory costs page faults on CPU)."""
 
     def __init__(self, hidden_NH: torch.Tensor, weight_RH: torch.Tensor, head: Head, temperature: float) -> None:
         self.hidden_NH, self.weight_RH = hidden_NH, weight_RH
@@ -53,9 +53,8 @@ class _Chunks:
         n, r = hidden_NH.size(0), weight_RH.size(0)
         size = max(1, min(n, CHUNK_BYTES[hidden_NH.device.type] // (4 * max(1, r))))
         self.slices = [slice(i, min(i + size, n)) for i in range(0, n, size)] if r else []
-        self.z_CR, self.other_CR = (torch.empty(size, r, dtype=torch.float32, device=hidden_NH.device) for _ in range(2))
-        half = hidden_NH.dtype != torch.float32
-        self.product_CR = torch.empty(size, r, dtype=hidden_NH.dtype, device=hidden_NH.device) if half else self.z_CR
+        self.z_CR, self.other_CR = (hidden_NH.new_empty(size, r, dtype=torch.float32) for _ in range(2))
+        self.product_CR = self.z_CR if hidden_NH.dtype == torch.float32 else hidden_NH.new_empty(size, r)
 
     def z(self, c: slice) -> torch.Tensor:
         """[chunk, R], a view of the shared buffer; the caller may edit it in place."""
@@ -92,7 +91,7 @@ class _HeadLogProbs(torch.autograd.Function):
         mine_N = (local_N >= 0) & (local_N < real)
         local_N = local_N.clamp(0, max(real - 1, 0))
         chunks = _Chunks(hidden_NH, weight_WH[:real], head, temperature)
-        # Over this rank's rows, with z = logit / temperature - its own maximum: sum exp(z) and sum exp(z) z; then the target's
+        # Sums over this rank's rows, with z = logit / temperature - its own maximum: exp(z), exp(z) z; and the target's
         # logit / temperature.
         max_N = own_N = torch.full((n,), float("-inf"), device=hidden_NH.device)
         sums_3N = torch.zeros(3, n, dtype=torch.float32, device=hidden_NH.device)
@@ -163,12 +162,7 @@ class _HeadLogProbs(torch.autograd.Function):
 
 
 def head_logprobs(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    head: Head,
-    *,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, temperature: float = 1.0, with_entropy: bool = False,
     keep: torch.Tensor | None = None,
 ) -> TargetLogProbs:
     """Log-probs under softmax(logits / temperature) at every target.

@@ -1,7 +1,7 @@
 """NEFTune (arXiv 2310.05914): uniform noise on the embeddings while training.
 
-A token's noise depends on the run's seed, the step, its sample and its place in the sample alone. So packing, the parallel layout and a
-resume do not change it.
+A token's noise depends on the run's seed, the step, its sample and its place in the sample alone. So packing, the
+parallel layout and a resume do not change it.
 """
 
 from __future__ import annotations

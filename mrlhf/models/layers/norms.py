@@ -1,7 +1,9 @@
-"""Norms for Megatron layers that need neither Transformer Engine nor apex and support sequence parallelism; the residual's addition.
+"""Norms for Megatron layers that need neither Transformer Engine nor apex and support sequence parallelism; the
+residual's addition.
 
-Megatron's `WrappedTorchNorm` refuses sequence parallelism. All that is missing there is the mark `param.sequence_parallel`: each rank has
-the gradient of its own tokens, and `finalize_model_grads` sums the gradients of marked parameters over the tensor-parallel group.
+Megatron's `WrappedTorchNorm` refuses sequence parallelism. All that is missing there is the mark
+`param.sequence_parallel`: each rank has the gradient of its own tokens, and `finalize_model_grads` sums the gradients
+of marked parameters over the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class QKNorm:
 
 
 class WholeQKNorm(torch.nn.Module):
-    """RMSNorm of queries (or keys) over all heads of all tensor-parallel ranks together: [s, b, n, d], n heads of this rank.
+    """RMSNorm of queries (or keys) over all heads of all tensor-parallel ranks together: [s, b, n, d], n heads of this
+    rank.
 
     Each rank has the weight of its own heads; the sum of squares is reduced over `group`, in forward and backward.
     heads: on all ranks together.
@@ -74,7 +77,8 @@ class WholeQKNorm(torch.nn.Module):
         return (x * torch.rsqrt(squares / self.width + self.eps) * self.weight.float()).to(x_SBND.dtype).view_as(x_SBND)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        tensors, groups = self.state_dict(prefix="", keep_vars=True), {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
+        groups = {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
+        tensors = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(tensors, prefix, {"weight": 0}, sharded_offsets, **groups)
 
 

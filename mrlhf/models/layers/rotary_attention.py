@@ -1,8 +1,8 @@
 """Self-attention whose rotary positions differ from layer to layer, for Megatron's GPTModel.
 
-Megatron computes one table of angles a forward pass and hands it to all layers. Here the table holds the angles of every kind of rotary
-positions in the model, [s, kinds, 1, d], and each layer's attention takes its own kind, or none. Kinds and their frequencies:
-models/families/rope_frequencies.py.
+Megatron computes one table of angles a forward pass and hands it to all layers. Here the table holds the angles of
+every kind of rotary positions in the model, [s, kinds, 1, d], and each layer's attention takes its own kind, or none.
+Kinds and their frequencies: models/families/rope_frequencies.py.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class RotaryTable(RotaryEmbedding):
         """Angles [s, kinds, 1, rotated dimensions]."""
         position_S = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=torch.float32) + offset
         angles_SKF = position_S[:, None, None] * self.inv_freq
-        table = angles_SKF.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles_SKF, angles_SKF), dim=-1)
-        return table[:, :, None]
+        angles_SK1F = angles_SKF[:, :, None]
+        return angles_SK1F.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles_SK1F,) * 2, dim=-1)
 
 
 class LayerRope:
-    """Mixin before one of Megatron's attention classes. rope: index of the layer's kind of rotary positions; None: no positions."""
+    """Mixin for Megatron's attention classes. rope: the layer's kind of rotary positions; None: none."""
 
     def __init__(self, *args, rope: int | None, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -1,7 +1,7 @@
 """The router: which experts a token goes to, and with which weights.
 
-It replaces Megatron's router, which lacks some variants of the same parts (groups chosen by their best expert, for one).
-Legend: T tokens, E experts, K chosen ones, G groups.
+It replaces Megatron's router, which lacks some variants of the same parts (groups chosen by their best expert, for
+one). Legend: T tokens, E experts, K chosen ones, G groups.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def expert_scores(logits_TE: torch.Tensor, experts: Experts) -> torch.Tensor:
     return torch.softmax(logits_TE.float(), -1) if experts.score == "softmax" else torch.sigmoid(logits_TE.float())
 
 
-def choose_experts(scores_TE: torch.Tensor, experts: Experts, bias_E: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_experts(
+    scores_TE: torch.Tensor, experts: Experts, bias_E: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(indices of the chosen experts [T, K], their weights [T, K]). bias_E changes the choice, not the weights."""
     by_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if experts.groups > 1:
@@ -48,7 +50,7 @@ class Router(TopKRouter):
         if experts.selection_bias:
             self.expert_bias = torch.nn.Parameter(torch.zeros(experts.num, dtype=torch.float32), requires_grad=False)
 
-    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing(self, logits: torch.Tensor, padding_mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """logits [s, b, E] -> (weights, chosen or not), [s b, E] each."""
         logits_TE = logits.flatten(0, 1)
         scores_TE = expert_scores(logits_TE, self.experts)
@@ -61,7 +63,7 @@ class Router(TopKRouter):
 
 
 class MoE(MoELayer):
-    """Megatron passes `padding_mask` down to this layer, through recomputation too; here it carries each token's sample, [B, T]."""
+    """`padding_mask`, which Megatron passes through recomputation too, carries each token's sample: [B, T]."""
 
     def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
         samples_BT = padding_mask

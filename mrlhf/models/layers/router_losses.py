@@ -3,12 +3,14 @@
 Every layer with experts adds to a stage's loss:
 
   aux_coeff x the mean over the step's tokens of  E sum_e f_e p_e
-              f_e: share of the K choices of the token's *sample* that fell on e;  p_e: the token's score for e, normalised to sum 1
+              f_e: share of the K choices of the token's *sample* that fell on e;  p_e: the token's score for e,
+              normalised to sum 1
   z_coeff   x the mean over the step's tokens of  log(sum_e exp(logit_e))^2
 
-The first is eq. 4 with one sample as the papers' "batch", averaged over samples by length. For K = 1 it is 1 if the experts are chosen
-equally often and E if one is always chosen. Over a whole batch of tokens the number would depend on how micro-batches and ranks cut it;
-a sample is never cut, so neither loss depends on micro-batches, packing or ranks. Padding does not count; prompt tokens do.
+The first is eq. 4 with one sample as the papers' "batch", averaged over samples by length. For K = 1 it is 1 if the
+experts are chosen equally often and E if one is always chosen. Over a whole batch of tokens the number would depend on
+how micro-batches and ranks cut it; a sample is never cut, so neither loss depends on micro-batches, packing or ranks.
+Padding does not count; prompt tokens do.
 
 Legend: T tokens, E experts, K choices a token, S samples.
 """
@@ -78,8 +80,10 @@ def token_samples(batch: MicroBatch) -> torch.Tensor:
     return torch.where(_weights_BT(batch) > 0, batch.segments_BT, -1)
 
 
-def balancing_sum(scores_TE: torch.Tensor, chosen_TK: torch.Tensor, sample_T: torch.Tensor, *, group: Any = None) -> torch.Tensor:
-    """Sum over this rank's tokens of E sum_e f_e p_e; its gradient goes through p. group: the ranks that share a sample's tokens."""
+def balancing_sum(
+    scores_TE: torch.Tensor, chosen_TK: torch.Tensor, sample_T: torch.Tensor, *, group: Any = None
+) -> torch.Tensor:
+    """Sum over this rank's tokens of E sum_e f_e p_e. group: the ranks that share a sample's tokens."""
     tokens, experts = scores_TE.shape
     real_T, samples = sample_T >= 0, sample_T.max() + 1
     ranks = 1 if group is None else group.size()
@@ -114,20 +118,15 @@ class _Attach(torch.autograd.Function):
 
 
 class Balancer:
-    """The losses of one router: `attach` adds them to the backward pass through the router's weights and sums them for the log."""
+    """The losses of one router: `attach` adds them to its backward pass and sums them for the log."""
 
     def __init__(self, balance: Balance) -> None:
         self.balance, self.scale = balance, 0.0
         self.sums = torch.zeros(2, dtype=torch.float64, device=device.current().name)
 
     def attach(
-        self,
-        weights: torch.Tensor,
-        logits_TE: torch.Tensor,
-        scores_TE: torch.Tensor,
-        chosen_TK: torch.Tensor,
-        sample_T: torch.Tensor,
-        group: Any,
+        self, weights: torch.Tensor, logits_TE: torch.Tensor, scores_TE: torch.Tensor, chosen_TK: torch.Tensor,
+        sample_T: torch.Tensor, group: Any,
     ) -> torch.Tensor:
         aux, z = balancing_sum(scores_TE, chosen_TK, sample_T, group=group), z_sum(logits_TE, sample_T)
         self.sums += torch.stack([aux, z]).detach()
@@ -137,14 +136,15 @@ class Balancer:
 class StepBalance:
     """The losses of all routers of this rank over one optimizer step."""
 
-    def __init__(self, balance: Balance, balancers: Iterable[Balancer], *, layers: int, dp_cp: dist.ProcessGroup) -> None:
-        self.balance, self.balancers, self.layers, self.dp_cp = balance, list(balancers), layers, dp_cp
+    def __init__(self, balance: Balance, balancers: list[Balancer], *, layers: int, dp_cp: dist.ProcessGroup) -> None:
+        self.balance, self.balancers, self.layers, self.dp_cp = balance, balancers, layers, dp_cp
         self._tokens = self._count = 0.0
 
     def start_step(self, parts: Iterable[MicroBatch]) -> None:
         """Collective. parts: this rank's parts of the step's micro-batches.
 
-        The schedule sums gradients and divides them by the stage's count; these losses are means over tokens, so they are scaled here.
+        The schedule sums gradients and divides them by the stage's count; these losses are means over tokens, so they
+        are scaled here.
         """
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in parts:
