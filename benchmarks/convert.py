@@ -31,7 +31,7 @@ def make(directory: Path, layers: int) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from mrlhf.models.families import hf_shapes, spec_from_hf
+    from mrlhf.models.families import hf_tensors, spec_from_hf
 
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FFN,
@@ -40,7 +40,7 @@ def make(directory: Path, layers: int) -> int:
     }  # fmt: skip
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = list(hf_shapes(spec_from_hf(config), head="lm").items())
+    shapes = [(name, tensor.shape) for name, tensor in hf_tensors(spec_from_hf(config), head="lm").items()]
     total, weight_map = 0, {}
     for i, part in enumerate((shapes[::2], shapes[1::2])):
         tensors = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in part}
@@ -67,7 +67,7 @@ def worker(arm: str, source: Path, target: Path) -> None:
     from mrlhf.convert import hf
     from mrlhf.parallel import state
 
-    hf.start()
+    hf.initialize_groups()
     for file in (f for f in source.rglob("*") if f.is_file()):  # every arm reads from the page cache
         with file.open("rb", buffering=0) as f:
             while f.read(1 << 24):

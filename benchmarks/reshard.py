@@ -38,7 +38,7 @@ def worker(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     import mrlhf.parallel  # noqa: F401  (adapts megatron.core)
-    from mrlhf.models.families import hf_shapes, spec_from_hf, vllm_map
+    from mrlhf.models.families import hf_tensors, spec_from_hf, vllm_map
     from mrlhf.models.reshard_plan import make_weight_update, trainer_shard
     from mrlhf.parallel.state import Layout
 
@@ -49,7 +49,8 @@ def worker(args: argparse.Namespace) -> None:
         "num_hidden_layers": args.layers, "num_attention_heads": args.hidden // 64, "num_key_value_heads": args.hidden // 128, "vocab_size": 32000,
         "rms_norm_eps": 1e-5,
     })  # fmt: skip
-    layout, shapes = Layout(world, args.tp, args.pp), hf_shapes(spec, head="lm")
+    layout = Layout(world, args.tp, args.pp)
+    shapes = {name: tensor.shape for name, tensor in hf_tensors(spec, head="lm").items()}
     tp, dp, pp = layout.coordinates(rank)
     shards = [trainer_shard(spec, layout, r) for r in range(world)]
     wanted = vllm_map(spec, tp=args.rollout_tp, rank=rank % args.rollout_tp)

@@ -1,4 +1,6 @@
-"""One conversion that kills its own process after so many parameters. usage: convert_kill_program.py {import,export} FROM TO COUNT
+"""A conversion that kills its own process after COUNT parameters.
+
+usage: convert_kill_program.py {import,export} FROM TO COUNT
 
 COUNT 0: not at all. Prints how many parameters this process wrote.
 """

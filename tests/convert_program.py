@@ -24,7 +24,7 @@ def main() -> None:
     from mrlhf.checkpoint.tensor_file import Skeleton
     from mrlhf.config.options import ParallelConfig
     from mrlhf.convert import hf
-    from mrlhf.convert.verify import verify
+    from mrlhf.convert.verify import compare_models
     from mrlhf.errors import MrlhfError
     from mrlhf.models.families import hf_tensors
     from mrlhf.parallel import state
@@ -34,7 +34,7 @@ def main() -> None:
     for kind in sorted(p.name for p in zoo.iterdir() if p.is_dir()):
         made = hf.hf_to_megatron(str(zoo / kind), work / f"{kind}.mrlhf")
         hf.megatron_to_hf(str(made.path), work / f"{kind}.hf")
-        result[kind] = [made.manifest["dtype"], made.head, verify(made, str(zoo / kind)).max_abs]
+        result[kind] = [made.manifest["dtype"], made.head, compare_models(made, str(zoo / kind)).max_abs]
         if made.manifest["dtype"] == "float32" and kind in KINDS:
             for source, name in ((zoo / kind, f"{kind}.bf16.hf"), (work / f"{kind}.bf16.hf", f"{kind}.bf16.again")):
                 half = hf.hf_to_megatron(str(source), work / (name + ".mrlhf"), dtype="bfloat16")
@@ -42,24 +42,26 @@ def main() -> None:
 
     # a reward model: fresh head on an LM, statistics as rm.py writes them, out to transformers and in again
     value = hf.hf_to_megatron(str(zoo / "qwen2"), work / "value.mrlhf", head="value", seed=7)
-    result["value beside its LM"] = verify(value, str(zoo / "qwen2")).max_abs
+    result["value beside its LM"] = compare_models(value, str(zoo / "qwen2")).max_abs
     model = Model(value, ParallelConfig(), head="value", dtype="float32", seed=1)
     part = Part("", model.modules, None, "value", value.hf_dir)
-    save(work / "rm.mrlhf", [part], {"stage": "rm", "step": 3, "dtype": "float32", "reward_mean": 1.5, "reward_std": 0.5})
+    statistics = {"reward_mean": 1.5, "reward_std": 0.5}
+    save(work / "rm.mrlhf", [part], {"stage": "rm", "step": 3, "dtype": "float32", **statistics})
     export = hf.megatron_to_hf(str(work / "rm.mrlhf"), work / "rm.hf")
     result["value notes"] = export.notes
-    result["value"] = verify(export.source, str(export.path)).max_abs
+    result["value"] = compare_models(export.source, str(export.path)).max_abs
     back = hf.hf_to_megatron(str(work / "rm.hf"), work / "rm2.mrlhf")
     hf.megatron_to_hf(str(back.path), work / "rm2.hf")
-    result["value head"] = [back.head, verify(back, str(work / "rm2.hf")).max_abs]
+    result["value head"] = [back.head, compare_models(back, str(work / "rm2.hf")).max_abs]
 
     # a run's directory with a critic beside the actor, as ppo.py saves it
     actor = Model(open_source(str(zoo / "qwen2")), ParallelConfig(), head="lm", dtype="bfloat16", seed=1)
-    parts = [Part("", actor.modules, None, "lm", zoo / "qwen2"), dataclasses.replace(part, name="critic")]
+    actor_part = Part("", actor.modules, None, "lm", zoo / "qwen2")
+    parts = [actor_part, dataclasses.replace(part, name="critic")]
     save(work / "run/checkpoints/step_5", parts, {"stage": "ppo", "step": 5, "dtype": "float32"})
     save(work / "half.mrlhf", parts[:1], {"stage": "sft", "step": 5, "dtype": "bfloat16"})
     (work / "run/config.yaml").write_text(f"model: {{path: {zoo / 'qwen2'}}}\ndata: {{train: data/prompts}}\n")
-    rows = [{"step": 4, "critic/score/mean": 0.5}, {"step": 5, "critic/score/mean": 0.75}, {"step": 6, "critic/score/mean": 9.0}]
+    rows = [{"step": step, "critic/score/mean": score} for step, score in ((4, 0.5), (5, 0.75), (6, 9.0))]
     (work / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     hf.megatron_to_hf(str(work / "run"), work / "actor.hf")
     hf.megatron_to_hf(str(work / "run"), work / "critic.hf", part="critic")
@@ -67,9 +69,9 @@ def main() -> None:
 
     for dtype in ("float16", "bfloat16", "float32"):
         made_hf = hf.megatron_to_hf(str(work / "qwen2.mrlhf"), work / f"{dtype}.hf", dtype=dtype)
-        result[f"as {dtype}"] = verify(made_hf.source, str(made_hf.path)).max_abs
+        result[f"as {dtype}"] = compare_models(made_hf.source, str(made_hf.path)).max_abs
     narrow = hf.hf_to_megatron(str(zoo / "qwen2"), work / "narrow.mrlhf", dtype="bfloat16")
-    result["narrow"] = [narrow.manifest["dtype"], verify(narrow, str(zoo / "qwen2")).max_abs]
+    result["narrow"] = [narrow.manifest["dtype"], compare_models(narrow, str(zoo / "qwen2")).max_abs]
 
     # a wrong mapping must show: rows of two heads swapped in the exported file
     from safetensors.torch import load_file, save_file
@@ -79,7 +81,7 @@ def main() -> None:
     q = tensors["model.layers.1.self_attn.q_proj.weight"]
     q[:64] = q[:64].roll(32, 0).clone()
     save_file(tensors, wrong, metadata={"format": "pt"})
-    result["swapped heads"] = verify(open_source(str(work / "qwen2.mrlhf")), str(work / "float32.hf")).ok
+    result["swapped heads"] = compare_models(open_source(str(work / "qwen2.mrlhf")), str(work / "float32.hf")).ok
 
     def refusal(call) -> str:
         try:
@@ -100,7 +102,7 @@ def main() -> None:
     data = bytearray(part_file.read_bytes())
     data[len(data) // 2] ^= 0x40
     part_file.write_bytes(data)
-    result["dry run"] = hf.plan_import(str(zoo / "phi3")).describe() + hf.plan_export(str(flipped), work / "x").describe()
+    result["dry run"] = hf.plan_import(str(zoo / "phi3")).summary() + hf.plan_export(str(flipped), work / "x").summary()
     granite = hf.hf_to_megatron(str(zoo / "granite"), work / "granite.value", head="value")
     skeleton = Skeleton(value.spec, ParallelConfig(), head="lm", dtype=torch.float32)
     tensors = hf_tensors(value.spec, head="lm")
@@ -120,10 +122,11 @@ def main() -> None:
         "value as lm": refusal(lambda: hf.hf_to_megatron(str(work / "rm.hf"), work / "x", head="lm")),
         "no classifier": refusal(lambda: hf.megatron_to_hf(str(granite.path), work / "x")),
         "flipped": refusal(lambda: hf.megatron_to_hf(str(flipped), work / "x")),
-        "maps": refusal(lambda: hf.check_maps(skeleton, lacking, value.spec)),
-        "other model": refusal(lambda: verify(open_source(str(work / "qwen2.mrlhf")), str(zoo / "qwen3"))),
+        "maps": refusal(lambda: hf.check_weight_map(skeleton, lacking, value.spec)),
+        "other model": refusal(lambda: compare_models(open_source(str(work / "qwen2.mrlhf")), str(zoo / "qwen3"))),
     }
-    result["nothing left"] = sorted(p.name for p in work.iterdir() if p.name == "x" or p.name.endswith(".tmp") or p.name == "large.hf")
+    names = [p.name for p in work.iterdir()]
+    result["nothing left"] = sorted(n for n in names if n in ("x", "large.hf") or n.endswith(".tmp"))
     print("RESULT " + json.dumps(result))
     state.shutdown()
 

@@ -1,7 +1,9 @@
-"""Under torchrun with two ranks: models of the zoo there and back by both, and their checkpoints loaded under other layouts.
+"""Under torchrun with two ranks: both convert models of the zoo in both directions; other layouts load the checkpoints.
 
-usage: convert_ranks_program.py ZOO_DIR WORK_DIR KIND ...      Writes WORK/KIND.mrlhf and WORK/KIND.hf; rank 0 prints JSON. A KIND may be the path of
-another model, which is only converted.
+usage: convert_ranks_program.py ZOO_DIR WORK_DIR KIND ...
+
+Writes WORK/KIND.mrlhf and WORK/KIND.hf; rank 0 prints JSON. A KIND may be the path of another model, which is only
+converted.
 """
 
 from __future__ import annotations
@@ -41,14 +43,15 @@ def main() -> None:
         state.initialize(layout, seed=1)
         for kind in kinds:
             source = open_source(str(work / f"{kind}.mrlhf"))
-            if (layout.expert_model_parallel_size > 1 and source.spec.experts is None) or not (zoo / f"{kind}.pt").is_file():
+            is_dense = source.spec.experts is None
+            if (layout.expert_model_parallel_size > 1 and is_dense) or not (zoo / f"{kind}.pt").is_file():
                 continue
             model = Model(source, layout, head="lm", dtype="float32", seed=1)
             batch = collate(rows, packing=True, pad_multiple=2)
 
             def logits(out_BTH: torch.Tensor, batch: object, model: Model = model) -> torch.Tensor:
-                logits_BTW = gpt.lm_head(model.modules[-1], model.spec).logits(out_BTH)
-                whole_BTV = gather_from_tensor_model_parallel_region(logits_BTW, model.collection.tp)
+                logits_BTV = gpt.lm_head(model.modules[-1], model.spec).logits(out_BTH)
+                whole_BTV = gather_from_tensor_model_parallel_region(logits_BTV, model.collection.tp)
                 return whole_BTV[..., :VOCAB].float().permute(2, 0, 1).contiguous()
 
             per_channel = [batch.split(x) for x in model.forward([batch], logits, channels=VOCAB)[0]]

@@ -31,11 +31,13 @@ def test_a_killed_conversion_goes_on_where_it_stood(zoo: Path, tmp_path: Path) -
 
     whole = start("import", zoo / "qwen2", "whole", 0)
     assert whole.stdout.split()[-1] == str(PARAMETERS)
-    for direction, source, expected in (("import", zoo / "qwen2", "whole"), ("export", tmp_path / "whole", zoo / "qwen2")):
+    cases = (("import", zoo / "qwen2", "whole"), ("export", tmp_path / "whole", zoo / "qwen2"))
+    for direction, source, expected in cases:
         killed = start(direction, source, direction, 4)
-        assert killed.returncode == -9 and not (tmp_path / direction).exists() and (tmp_path / f"{direction}.tmp").is_dir()
+        assert killed.returncode == -9
+        assert not (tmp_path / direction).exists() and (tmp_path / f"{direction}.tmp").is_dir()
         last = start(direction, source, direction, 0)
-        assert last.stdout.split()[-1] == str(PARAMETERS - 4) and "going on with" in last.stderr
+        assert last.stdout.split()[-1] == str(PARAMETERS - 4) and "continuing the conversion in" in last.stderr
         assert not (tmp_path / f"{direction}.tmp").exists() and not list((tmp_path / direction).rglob("progress*"))
         assert files(tmp_path / direction) == files(tmp_path / expected)
 
@@ -45,7 +47,7 @@ def test_what_was_begun_from_other_inputs_begins_anew(zoo: Path, tmp_path: Path)
     assert python(KILL, "import", source, tmp_path / "out", 5, check=False).returncode == -9
     os.utime(source / "model.safetensors", (1, 1))
     last = python(KILL, "import", source, tmp_path / "out", 0)
-    assert last.stdout.split()[-1] == str(PARAMETERS) and "going on with" not in last.stderr
+    assert last.stdout.split()[-1] == str(PARAMETERS) and "continuing the conversion in" not in last.stderr
 
 
 def test_several_ranks_share_the_work(zoo: Path, tmp_path: Path) -> None:
@@ -54,19 +56,20 @@ def test_several_ranks_share_the_work(zoo: Path, tmp_path: Path) -> None:
     make_hf_model(odd, "llama", vocab_size=323, num_hidden_layers=3)
     done = python(TESTS / "convert_ranks_program.py", zoo, tmp_path, *RANKS, odd, ranks=2)
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
-    assert set(found) == {*(f"{kind} tp 2 ep 1" for kind in RANKS), *(f"{kind} tp 1 ep 2" for kind in RANKS if kind in MOE)}
+    expert_parallel = {f"{kind} tp 1 ep 2" for kind in RANKS if kind in MOE}
+    assert set(found) == {f"{kind} tp 2 ep 1" for kind in RANKS} | expert_parallel
     assert files(tmp_path / "odd.hf") == files(odd)
     assert max(found.values()) < 1e-5
     for kind in RANKS:
         assert len(list((tmp_path / f"{kind}.mrlhf/dist").glob("*.distcp"))) == 2
         assert files(tmp_path / f"{kind}.hf") == files(zoo / kind)
-    alone = run("env", "WORLD_SIZE=3", sys.executable, "tools/convert/hf_to_megatron.py", "--hf", zoo / "gpt2", "--output", tmp_path / "x",
-                check=False)  # fmt: skip
+    tool = (sys.executable, "tools/convert/hf_to_megatron.py")
+    alone = run("env", "WORLD_SIZE=3", *tool, "--hf", zoo / "gpt2", "--output", tmp_path / "x", check=False)
     assert alone.returncode == 2 and "3 ranks cannot share 2 layers" in alone.stderr
 
 
 def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path: Path) -> None:
-    """Two of the largest tensor are held (`Skeleton.ahead`), and what threads and allocator have at a moment: the bound is four.
+    """Two copies of the largest tensor (`Skeleton.ahead`) plus the threads' and the allocator's: at most four.
 
     The model has more than twenty of them, so one copy of it, or of half its layers, would be far over.
     """
@@ -153,14 +156,14 @@ def damage(directory: Path, how: str) -> None:
 def test_damaged_hf_files_name_file_and_tensor(sharded: Path, how: str, names: list[str]) -> None:
     from mrlhf.checkpoint.source import open_source
     from mrlhf.errors import CheckpointError
-    from mrlhf.models.families.blocks import Block
+    from mrlhf.models.families.slices import TensorSlice
     from mrlhf.models.hf_files import HFReader
 
     def read_all() -> None:
         source = open_source(str(sharded))
         reader = HFReader(source.path, source.spec, head="lm")
         for name, tensor in reader.tensors.items():
-            reader.read(Block(name, 0, 0, tensor.shape[0], 0))
+            reader.read(TensorSlice(name, 0, 0, tensor.shape[0], 0))
         reader.close()
 
     read_all()

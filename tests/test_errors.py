@@ -147,7 +147,7 @@ def test_everything_at_once_and_once_under_torchrun(world: Path, other_tokenizer
     assert done.returncode == 1 and "exitcode: 2" in done.stderr  # torchrun's own status, and ours in its report
     for text in (
         "ConfigError: parallel.tensor_model_parallel_size: parallel.tensor_model_parallel_size = 3 does not divide the model's num_attention_heads = 4",
-        "ConfigError: parallel: 2 ranks cannot be cut into tensor 3 x pipeline 1",
+        "ConfigError: parallel: 2 ranks cannot be divided into tensor 3 x pipeline 1",
         f"DataError: data.train = {world / 'pref'}: the data was made with --task preference",
         f"DataError: data.train = {world / 'pref'}: the data's tokenizer ({world / 'qwen2'}, ",
         f"DataError: {world / 'nowhere'}.json: no such dataset",
@@ -247,7 +247,7 @@ def test_context_parallel_sizes(problems: Callable[..., list[MrlhfError]]) -> No
 
 def test_ranks_that_do_not_divide(problems: Callable[..., list[MrlhfError]]) -> None:
     (error,) = problems("sft", ranks=3, parallel__tensor_model_parallel_size=2)
-    assert error.what == "3 ranks cannot be cut into tensor 2 x pipeline 1" and error.expected == "a multiple of 2 ranks"
+    assert error.what == "3 ranks cannot be divided into tensor 2 x pipeline 1" and error.expected == "a multiple of 2 ranks"
 
 
 def test_best_metric_that_the_stage_does_not_measure(problems: Callable[..., list[MrlhfError]], world: Path) -> None:

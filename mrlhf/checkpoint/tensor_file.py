@@ -49,7 +49,7 @@ from mrlhf.checkpoint.source import CONTENT, sharding_metadata
 from mrlhf.config.options import ParallelConfig
 from mrlhf.errors import CheckpointError
 from mrlhf.models import gpt
-from mrlhf.models.families.blocks import Block
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.hf_files import to_disk, write_from
 
@@ -78,7 +78,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    blocks: tuple[Block, ...]
+    blocks: tuple[TensorSlice, ...]
     pieces: tuple[Piece, ...]
 
     @property

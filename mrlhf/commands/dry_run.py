@@ -62,7 +62,7 @@ def _show_training(stage: str, config: TrainingConfig) -> None:
     check_resume(config, Path(config.train.output_dir))
     world -= generators
     spec, data = run.source.spec, run.train
-    print(f"model    {run.source.path}: {spec.describe()}, {config.model.dtype}")
+    print(f"model    {run.source.path}: {spec.summary()}, {config.model.dtype}")
     print(f"batch    {Layout.from_config(config.parallel, world).batch_summary(config.train)}")
     for note in run.notes:
         print(note)
@@ -117,11 +117,11 @@ def _show_blend(data: Dataset, order: Order) -> None:
 def _show_memory(
     stage: str, config: TrainingConfig, spec: ModelSpec, data: Dataset, *, world: int, others: dict[str, ModelSpec]
 ) -> None:
-    table = memory_table(stage, config, spec, world=world, others=others)
+    table = memory_table(config, spec, world=world, others=others)
     together = sum(size for _, size in table)
     print("memory   a rank, without activations: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in table))
     print(f"         together {together / GIB:.2f} GiB")
-    update = update_activations(stage, config, spec, data, world=world, critic=others.get("critic"))
+    update = update_activations(config, spec, data, world=world, critic=others.get("critic"))
     print(
         f"         an update on a GPU, estimated: activations {update.kept / GIB:.2f} GiB, "
         f"a layer recomputed {update.again / GIB:.2f} GiB, log-prob buffers {update.head / GIB:.2f} GiB; "

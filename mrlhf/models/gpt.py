@@ -35,8 +35,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from mrlhf.config.options import ParallelConfig
 from mrlhf.data.loader import MicroBatch
 from mrlhf.models.families import hf_tensors, megatron_map
-from mrlhf.models.families.blocks import Block
 from mrlhf.models.families.rope_frequencies import inverse_frequencies
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.layer_spec import layer_spec
 from mrlhf.models.layers.heads import ValueHead
@@ -218,7 +218,7 @@ def _mark_sharded(model: GPTModel) -> None:
 class WeightSource(Protocol):
     """Gives the values of slices of HF tensors."""
 
-    def read(self, block: Block) -> torch.Tensor: ...
+    def read(self, block: TensorSlice) -> torch.Tensor: ...
 
 
 class RandomSource:
@@ -251,7 +251,7 @@ class RandomSource:
             self._last = (name, value)
         return self._last[1]
 
-    def read(self, block: Block) -> torch.Tensor:
+    def read(self, block: TensorSlice) -> torch.Tensor:
         return self._tensor(block.hf).narrow(block.dim, block.start, block.length)
 
 
@@ -270,7 +270,7 @@ def local_parameters(model: GPTModel) -> Iterable[tuple[str, torch.nn.Parameter]
 
 def local_blocks(
     model: GPTModel, spec: ModelSpec, *, head: str
-) -> Iterable[tuple[str, torch.nn.Parameter, list[Block]]]:
+) -> Iterable[tuple[str, torch.nn.Parameter, list[TensorSlice]]]:
     """(name, parameter, its slices of HF tensors) of this rank."""
     tp, ep = model.pg_collection.tp, model.pg_collection.ep
     blocks = megatron_map(spec, head=head, tp=tp.size(), rank=tp.rank(), ep=ep.size(), ep_rank=ep.rank())

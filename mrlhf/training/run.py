@@ -205,7 +205,7 @@ class SupervisedRun(Run):
         self.spikes = SpikeDetector(config.train.loss_spike_threshold, losses)
         with self.phase("build"):
             self.trainer = self._make_trainer(head, count)
-        log.info(f"model: {inputs.source.spec.describe()}, {config.model.dtype}, Adam: {self.trainer.adam}")
+        log.info(f"model: {inputs.source.spec.summary()}, {config.model.dtype}, Adam: {self.trainer.adam}")
 
     def _make_trainer(self, head: str, count: Count) -> Trainer:
         config = self.config

@@ -1,5 +1,6 @@
-"""Bytes that autograd keeps of one forward pass, loss included, beside what mrlhf/memory/activations.py says: alone, or on 2 ranks (TP 2 with
-sequence parallelism). Prints JSON.
+"""Bytes that autograd keeps of one forward pass with its loss, beside the estimate of mrlhf/memory/activations.py.
+
+Alone or on 2 ranks (TP 2 with sequence parallelism). Prints JSON.
 
 usage: activations_program.py ZOO_DIR KIND,KIND ...
 
@@ -25,7 +26,7 @@ class Held:
 
 
 def kept_bytes(run: Callable[[], Any], parameters: Any) -> int:
-    """What the graph still holds when the pass is over: Megatron's residual additions build one inside of recomputed layers too, and drop it."""
+    """Bytes that the graph holds after the pass; graphs that Megatron drops in recomputed layers do not count."""
     import torch
 
     own, held = {p.untyped_storage().data_ptr() for p in parameters}, weakref.WeakSet()
@@ -48,7 +49,7 @@ def main() -> None:
     from mrlhf.checkpoint.source import open_source
     from mrlhf.config.options import ParallelConfig
     from mrlhf.data.loader import Sample, collate
-    from mrlhf.memory.activations import Rows, activations
+    from mrlhf.memory.activations import MicroBatchShape, estimate_activations
     from mrlhf.models import gpt
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
@@ -69,9 +70,10 @@ def main() -> None:
                 for count, length, packing in ((2, 64, True), (3, 64, False), (1, 192, True)):
                     samples = [Sample(draw.integers(1, 300, length), np.ones(length, int), i) for i in range(count)]
                     batch = collate(samples, packing=packing)
-                    rows = Rows(count * length, length, 1 if packing else count, packing)
-                    measured = kept_bytes(lambda: loss(gpt.forward(model.chunks[0], batch), batch), model.modules[0].parameters())  # noqa: B023
-                    formula = activations(model.spec, parallel, rows, dtype=dtype, cuda=False).kept
+                    rows = MicroBatchShape(count * length, length, 1 if packing else count, packing)
+                    forward = lambda: loss(gpt.forward(model.chunks[0], batch), batch)  # noqa: B023, E731
+                    measured = kept_bytes(forward, model.modules[0].parameters())
+                    formula = estimate_activations(model.spec, parallel, rows, dtype=dtype, cuda=False).kept
                     found.append((kind, dtype, recompute, count, length, packing, measured, formula))
     if state.is_main():
         print("RESULT " + json.dumps(found))

@@ -85,7 +85,7 @@ def gathered(shapes: Mapping[str, tuple[int, ...]], shard: Shard, tensors: Mappi
 
 def main() -> None:
     from mrlhf.config.options import ParallelConfig
-    from mrlhf.models.families import hf_shapes, vllm_map
+    from mrlhf.models.families import hf_tensors, vllm_map
     from mrlhf.models.families.spec import Experts, Layer, ModelSpec, Rope
     from mrlhf.models.reshard_plan import make_weight_update, trainer_shard
     from mrlhf.parallel import state
@@ -119,7 +119,8 @@ def main() -> None:
             case.get("cp", 1),
             case.get("ep", 1),
         )
-        layout, shapes = state.Layout.from_config(parallel, world), hf_shapes(spec, head="lm")
+        layout = state.Layout.from_config(parallel, world)
+        shapes = {name: tensor.shape for name, tensor in hf_tensors(spec, head="lm").items()}
         shard, wanted = trainer_shard(spec, layout, rank), vllm_map(spec, tp=case["to"], rank=rank % case["to"])
         generator = torch.Generator().manual_seed(7)
         held = shard_tensors(shard, {hf: torch.randn(shape, generator=generator) for hf, shape in shapes.items()})

@@ -14,7 +14,7 @@ KINDS = {1: "llama,gpt2,gemma2,olmo2,mixtral,deepseek_v3", 2: "llama,gpt2,mixtra
 
 @pytest.mark.parametrize(("ranks", "tolerance"), [(1, 0.02), (2, 0.08)])
 def test_the_formula_is_what_autograd_keeps(zoo: Path, ranks: int, tolerance: float) -> None:
-    """Llama, GPT-2, a softcap, norms after the branches, experts, latent attention; fp32 and bf16, packed and padded, every recomputation."""
+    """Six kinds of layers, in fp32 and bf16, packed and padded, under every recomputation."""
     program = (TESTS / "models/activations_program.py", zoo, KINDS[ranks])
     done = run(sys.executable, *program) if ranks == 1 else torchrun(ranks, *program)
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])

@@ -12,10 +12,9 @@ from conftest import TESTS, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reshard_program import CASES, minimum, shard_tensors
-from test_weight_maps import specs
+from test_weight_maps import hf_shapes, specs
 
-from mrlhf.models.families import hf_shapes
-from mrlhf.models.families.blocks import Block
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.reshard_plan import make_planner
 from mrlhf.parallel.reshard import Planner, Reshard
 from mrlhf.parallel.state import Layout
@@ -100,7 +99,7 @@ def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[L
         assert all(sum(b.length for b in planner.targets[rank][n]) == planner.shape(n)[planner.targets[rank][n][0].dim] for n in made)
 
 
-def sources_of(spec, layout: Layout) -> list[dict[str, list[Block]]]:
+def sources_of(spec, layout: Layout) -> list[dict[str, list[TensorSlice]]]:
     from mrlhf.models.reshard_plan import trainer_shard
 
     return [trainer_shard(spec, layout, r) for r in range(layout.world)]
@@ -108,7 +107,7 @@ def sources_of(spec, layout: Layout) -> list[dict[str, list[Block]]]:
 
 def test_every_holder_is_asked_alike_and_the_own_machine_first() -> None:
     """Four replicas of a tensor, two ranks without it: the near ones answer, and not all the same one."""
-    block = Block("w", 0, 0, 8, 0)
+    block = TensorSlice("w", 0, 0, 8, 0)
     shards = [{"w": [block]}, {}, {"w": [block]}, {}]
     planner = Planner(shards, [{"v": [block]}] * 4, shapes={"w": (8, 4)}, distance=lambda src, dst: (src // 2 != dst // 2, (src - dst) % 4))
     assert Counter((p.src, p.dst) for r in range(4) for p in planner.incoming(r)) == Counter([(0, 0), (0, 1), (2, 2), (2, 3)])
@@ -117,8 +116,8 @@ def test_every_holder_is_asked_alike_and_the_own_machine_first() -> None:
 
 def test_buckets_are_bounded() -> None:
     """Of any size: large tensors are cut by rows and columns, small ones share a message."""
-    rows, columns = [Block("a", 0, 0, 64, 0)], [Block("b", 1, 0, 64, 0)]
-    small = {f"s{i}": [Block(f"s{i}", 0, 0, 1, 0)] for i in range(20)}
+    rows, columns = [TensorSlice("a", 0, 0, 64, 0)], [TensorSlice("b", 1, 0, 64, 0)]
+    small = {f"s{i}": [TensorSlice(f"s{i}", 0, 0, 1, 0)] for i in range(20)}
     shapes = {"a": (64, 16), "b": (16, 64)} | dict.fromkeys(small, (1,))
     source = {"a": rows, "b": columns, **small}
     planner = Planner([source, {}], [{}, source], shapes=shapes, distance=lambda src, dst: (0,))
@@ -132,7 +131,7 @@ def test_buckets_are_bounded() -> None:
 def test_numbers_that_stay_in_fp32_travel_so() -> None:
     """A bias that chooses experts beside bf16 weights: rank 0 sends, rank 1 receives what was sent, whether packed or straight."""
     shapes = {"w": (4, 6), "c": (4, 3), "bias": (5,), "other": (3,)}
-    shard = {hf: [Block(hf, 1 if hf == "c" else 0, 0, shape[1] if hf == "c" else shape[0], 0)] for hf, shape in shapes.items()}
+    shard = {hf: [TensorSlice(hf, 1 if hf == "c" else 0, 0, shape[1] if hf == "c" else shape[0], 0)] for hf, shape in shapes.items()}
     source = {hf: torch.randn(shape).to(torch.float32 if hf in ("bias", "other") else torch.bfloat16) for hf, shape in shapes.items()}
     target = {hf: torch.zeros_like(x) for hf, x in source.items()}
     planner = Planner([shard, {}], [{}, shard], shapes=shapes, distance=lambda src, dst: (0,), wide=("bias", "other"))

@@ -11,11 +11,12 @@ from mrlhf.memory.estimate import model_bytes
 from mrlhf.models.families.spec import Experts, Latent, Layer, ModelSpec, check_layout
 
 DENSE = ModelSpec("llama", 4, 64, 128, 8, 4, 8, 256, 128, 1e-6, tied=False, layers=(Layer(),) * 4)
-MOE = ModelSpec("mixtral", 4, 64, 128, 8, 4, 8, 256, 128, 1e-6, tied=False, layers=(Layer(moe=True),) * 4, experts=Experts(8, 2, 96))
+MOE = replace(DENSE, family="mixtral", layers=(Layer(moe=True),) * 4, experts=Experts(8, 2, 96))
 
 
 def refusals(spec: ModelSpec, world: int, *, trained: bool = True, **sizes: int | bool) -> list[str]:
-    names = {"tp": "tensor_model_parallel_size", "ep": "expert_model_parallel_size", "pp": "pipeline_model_parallel_size"}
+    names = {"tp": "tensor", "ep": "expert", "pp": "pipeline"}
+    names = {short: f"{name}_model_parallel_size" for short, name in names.items()}
     parallel = ParallelConfig(**{names.get(k, k): v for k, v in sizes.items()})  # type: ignore[arg-type]
     return [str(error) for error in check_layout(parallel, spec, world, trained=trained)]
 
@@ -24,7 +25,8 @@ def test_experts_and_ranks() -> None:
     assert refusals(MOE, 4, tp=2, ep=4, sequence_parallel=True) == []
     assert refusals(MOE, 8, tp=2, pp=2, ep=4, sequence_parallel=True) == []
     (wrong,) = refusals(MOE, 4, ep=3)
-    assert "3 does not divide the model's 8 experts and the 4 ranks of a pipeline stage" in wrong and "expected: 1, 2, 4" in wrong
+    assert "3 does not divide the model's 8 experts and the 4 ranks of a pipeline stage" in wrong
+    assert "expected: 1, 2, 4" in wrong
     (wrong,) = refusals(MOE, 2, ep=8)
     assert "expected: 1, 2\n" in wrong and "--parallel.expert_model_parallel_size 2" in wrong
     (wrong,) = refusals(DENSE, 2, ep=2)
@@ -49,7 +51,7 @@ def test_memory_of_experts(tp: int, ep: int, dp: int) -> None:
 
 def test_memory_of_latent_attention() -> None:
     """Every tensor-parallel rank has the projections down to the latent vectors whole."""
-    spec = replace(MOE, family="deepseek_v3", num_query_groups=8, latent=Latent(16, 24, 8, 4), layers=(Layer(),) * 4, experts=None)
+    spec = replace(DENSE, family="deepseek_v3", num_query_groups=8, latent=Latent(16, 24, 8, 4))
     down = 4 * 64 * (24 + 16 + 4)
     cut = {"dtype": "float32", "pp": 1, "dp": 1, "trained": False, "distributed_optimizer": False}
     assert model_bytes(spec, tp=1, **cut) == 4 * spec.num_parameters - 4 * 64  # the padded vocabulary is the vocabulary
@@ -59,7 +61,7 @@ def test_memory_of_latent_attention() -> None:
 def test_experts_are_named_at_the_start() -> None:
     from mrlhf.models.layers.router_losses import balance_summary
 
-    assert DENSE.describe() == f"llama, {DENSE.num_parameters:,} parameters"
-    assert MOE.describe().endswith("2 of 8 experts)")
+    assert DENSE.summary() == f"llama, {DENSE.num_parameters:,} parameters"
+    assert MOE.summary().endswith("2 of 8 experts)")
     assert balance_summary(ModelConfig(".")) == "experts: trained without a load-balancing loss (model.moe_aux_loss_coeff)"
     assert balance_summary(ModelConfig(".", moe_z_loss_coeff=0.1)) == "experts: load-balancing loss x 0, router z-loss x 0.1"

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.models.families import FAMILIES, hf_shapes, megatron_map, vllm_map
-from mrlhf.models.families.blocks import Block
+from mrlhf.models.families import FAMILIES, hf_tensors, megatron_map, vllm_map
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import VOCAB_MULTIPLE, Experts, Latent, Layer, ModelSpec
 from mrlhf.models.reshard_plan import trainer_shard
 from mrlhf.parallel.state import Layout
@@ -23,7 +23,8 @@ def specs(draw: st.DrawFn, *, splits: int = 1, layers: int = 1) -> ModelSpec:
     """Any model whose heads and sizes `splits` divides; `layers` divides the number of layers."""
     family = draw(st.sampled_from(sorted(FAMILIES)))
     is_latent = family in ("deepseek_v2", "deepseek_v3")
-    groups, n, is_moe = splits * draw(st.integers(1, 2)), layers * draw(st.integers(1, 2)), is_latent or family in ("mixtral", "qwen3_moe")
+    groups, n = splits * draw(st.integers(1, 2)), layers * draw(st.integers(1, 2))
+    is_moe = is_latent or family in ("mixtral", "qwen3_moe")
     plain, post_norm = family in ("gpt2", "starcoder2"), family in ("gemma2", "gemma3_text", "olmo2", "glm4")
     return ModelSpec(
         family=family,
@@ -56,8 +57,15 @@ def specs(draw: st.DrawFn, *, splits: int = 1, layers: int = 1) -> ModelSpec:
         )
         if is_moe
         else None,
-        latent=Latent(draw(st.integers(1, 3)), draw(st.none() | st.integers(1, 3)), draw(st.integers(1, 3)), 2) if is_latent else None,
+        latent=Latent(draw(st.integers(1, 3)), draw(st.none() | st.integers(1, 3)), draw(st.integers(1, 3)), 2)
+        if is_latent
+        else None,
     )
+
+
+def hf_shapes(spec: ModelSpec, *, head: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the HF checkpoint and its shape as [out, in]."""
+    return {name: tensor.shape for name, tensor in hf_tensors(spec, head=head).items()}
 
 
 def copied(spec: ModelSpec, hf: str) -> bool:
@@ -67,8 +75,10 @@ def copied(spec: ModelSpec, hf: str) -> bool:
     return bool(re.search(r"norm|\.ln_|(o_proj|c_proj|down_proj)\.bias|(mlp|moe)\.gate\.weight|wpe|score|_a_proj", hf))
 
 
-def coverage(shapes: dict[str, tuple[int, ...]], shards: list[dict[str, list[Block]]]) -> dict[tuple[str, str], list[int]]:
-    """(parameter, HF tensor) -> how often each row (or column) is held over all ranks; also no two blocks of a shard overlap."""
+def coverage(
+    shapes: dict[str, tuple[int, ...]], shards: list[dict[str, list[TensorSlice]]]
+) -> dict[tuple[str, str], list[int]]:
+    """(parameter, HF tensor) -> how many ranks hold each row (or column). Also: no two slices of a shard overlap."""
     found: dict[tuple[str, str], list[int]] = {}
     for shard in shards:
         for name, blocks in shard.items():
@@ -93,7 +103,8 @@ def test_megatron_map_holds_every_row_once(head: str, data: st.DataObject, tp: i
     for (name, hf), rows in found.items():
         assert set(rows) == {tp if copied(spec, hf) else 1}, (name, hf)
     holders = Counter(hf for _, hf in found)
-    assert {hf: n for hf, n in holders.items() if n > 1} == ({next(iter(shapes)): 2} if spec.tied and head == "lm" else {})
+    shared = {next(iter(shapes)): 2} if spec.tied and head == "lm" else {}
+    assert {hf: n for hf, n in holders.items() if n > 1} == shared
 
 
 @given(data=st.data(), tp=st.sampled_from([1, 2, 4, 8]), replicated=st.booleans())
@@ -115,7 +126,8 @@ def test_vllm_map_holds_every_row_once(data: st.DataObject, tp: int, replicated:
 
 
 def test_trainer_stages_hold_the_whole_model_once() -> None:
-    spec = ModelSpec("qwen2", 4, 8, 16, 4, 2, 4, VOCAB_MULTIPLE + 3, 64, 1e-6, tied=True, layers=(Layer(),) * 4, qkv_bias=True)
+    sizes = (4, 8, 16, 4, 2, 4, VOCAB_MULTIPLE + 3, 64)
+    spec = ModelSpec("qwen2", *sizes, 1e-6, tied=True, layers=(Layer(),) * 4, qkv_bias=True)
     layout = Layout(8, 2, 2)
     held = [set(trainer_shard(spec, layout, r)) for r in range(layout.world)]
     first, last = held[0], held[7]
@@ -127,9 +139,10 @@ def test_trainer_stages_hold_the_whole_model_once() -> None:
 @pytest.mark.parametrize(
     ("layers", "options"),
     [(8, {"pp": 4}), (8, {"pp": 2, "virtual_stages": 2}), (12, {"pp": 3, "virtual_stages": 2}), (7, {"pp": 3, "first_layers": 1}),
-     (9, {"pp": 3, "last_layers": 1}), (9, {"pp": 3, "first_layers": 2, "last_layers": 3}), (5, {"pp": 2, "first_layers": 2, "last_layers": 3}),
+     (9, {"pp": 3, "last_layers": 1}), (9, {"pp": 3, "first_layers": 2, "last_layers": 3}),
+     (5, {"pp": 2, "first_layers": 2, "last_layers": 3}),
      (10, {"pp": 3, "virtual_stages": 2, "first_layers": 2, "last_layers": 4})],
-)  # fmt: skip
+)
 def test_stages_are_those_that_megatron_builds(layers: int, options: dict[str, int]) -> None:
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -137,10 +150,11 @@ def test_stages_are_those_that_megatron_builds(layers: int, options: dict[str, i
 
     pieces = options.get("virtual_stages")
     config = TransformerConfig(
-        num_layers=layers, hidden_size=8, num_attention_heads=2, pipeline_model_parallel_size=options["pp"], pipeline_dtype=torch.float32,
+        num_layers=layers, hidden_size=8, num_attention_heads=2, pipeline_model_parallel_size=options["pp"],
+        pipeline_dtype=torch.float32,
         virtual_pipeline_model_parallel_size=pieces, num_layers_in_first_pipeline_stage=options.get("first_layers"),
         num_layers_in_last_pipeline_stage=options.get("last_layers"),
-    )  # fmt: skip
+    )
     expected = [-1] * layers
     for rank in range(options["pp"]):
         for piece in [None] if pieces is None else range(pieces):
@@ -153,15 +167,17 @@ def test_stages_are_those_that_megatron_builds(layers: int, options: dict[str, i
 def test_experts_over_ranks_are_whole_and_each_once() -> None:
     """EP over TP x DP ranks of a stage; what is no expert is split by TP as without EP."""
     experts = Experts(8, 2, 6)
-    spec = ModelSpec("mixtral", 2, 8, 16, 4, 2, 4, 70, 64, 1e-6, tied=False, layers=(Layer(moe=True),) * 2, experts=experts)
+    layers = (Layer(moe=True),) * 2
+    spec = ModelSpec("mixtral", 2, 8, 16, 4, 2, 4, 70, 64, 1e-6, tied=False, layers=layers, experts=experts)
     layout = Layout(8, 2, 2, ep=4)
     held = [trainer_shard(spec, layout, r) for r in range(layout.world)]
     count = Counter(name for shard in held for name in shard if "local_experts" in name)
     assert len(count) == 2 * 8 * 2 and set(count.values()) == {1}
     assert {layout.expert_rank(r) for r in range(4)} == {0, 1, 2, 3}
     for shard in held:
-        assert all(b.length == (8 if b.dim == 0 and b.hf.endswith("gate.weight") else 6) for name, blocks in shard.items()
-                   if "experts" in name for b in blocks)  # fmt: skip
+        assert all(b.length == (8 if b.dim == 0 and b.hf.endswith("gate.weight") else 6)
+                   for name, blocks in shard.items()
+                   if "experts" in name for b in blocks)
 
 
 @pytest.mark.parametrize("kind", ["lm", "value"])
@@ -169,14 +185,19 @@ def test_parameters_are_counted_right(kind: str) -> None:
     for family in FAMILIES:
         for tied in (False, True):
             plain = family in ("gpt2", "starcoder2")
-            latent = Latent(3, 5, 2, 4) if family == "deepseek_v2" else Latent(3, None, 2, 4) if family == "deepseek_v3" else None
+            latents = {"deepseek_v2": Latent(3, 5, 2, 4), "deepseek_v3": Latent(3, None, 2, 4)}
+            latent = latents.get(family)
             moe = family in ("mixtral", "qwen3_moe") or latent is not None
-            experts = Experts(8, 2, 6, selection_bias=family == "deepseek_v3", shared_ffn_hidden_size=4 if latent else 0)
+            shared = 4 if latent else 0
+            experts = Experts(8, 2, 6, selection_bias=family == "deepseek_v3", shared_ffn_hidden_size=shared)
             spec = ModelSpec(
-                family, 3, 8, 16, 4, 4 if latent else 2, 4, 70, 64, 1e-6, tied=tied, layers=(Layer(), Layer(moe=moe), Layer(moe=moe)),
-                norm="layer" if plain else "rms", qk_norm="none" if latent else "all", qkv_bias=True, output_bias=latent is None, mlp_bias=not moe,
-                gated=not plain, pre_norm=family != "olmo2", post_norm=family in ("gemma2", "gemma3_text", "olmo2", "glm4"),
+                family, 3, 8, 16, 4, 4 if latent else 2, 4, 70, 64, 1e-6, tied=tied,
+                layers=(Layer(), Layer(moe=moe), Layer(moe=moe)), norm="layer" if plain else "rms",
+                qk_norm="none" if latent else "all", qkv_bias=True, output_bias=latent is None, mlp_bias=not moe,
+                gated=not plain, pre_norm=family != "olmo2",
+                post_norm=family in ("gemma2", "gemma3_text", "olmo2", "glm4"),
                 learned_positions=family == "gpt2", experts=experts if moe else None, latent=latent,
-            )  # fmt: skip
+            )
             total = sum(math.prod(shape) for shape in hf_shapes(spec, head=kind).values())
-            assert total == spec.num_parameters + (spec.hidden_size - (0 if tied else 70 * 8) if kind == "value" else 0), family
+            head = spec.hidden_size - (0 if tied else 70 * 8) if kind == "value" else 0
+            assert total == spec.num_parameters + head, family

@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama's block with biases of q, k and v, and one of the output projection where the config says so."""
+"""Seed-OSS: Llama's block with biases for q, k and v and, if the config says so, for the output projection."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ def spec(f: Fields) -> ModelSpec:
     f.only("pretraining_tp", 1)
     f.need("num_key_value_heads", "head_dim")
     return ModelSpec(
-        **f.common(),
-        ropes=(f.rope(),),
-        qkv_bias=bool(f.get("attention_bias", True)),
-        output_bias=bool(f.get("attention_out_bias", False)),
-        mlp_bias=bool(f.get("mlp_bias", False)),
+        **f.common(), ropes=(f.rope(),), qkv_bias=bool(f.get("attention_bias", True)),
+        output_bias=bool(f.get("attention_out_bias", False)), mlp_bias=bool(f.get("mlp_bias", False)),
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mrlhf.errors import ConfigError, EnvironmentProblem
-from mrlhf.models.families.blocks import Block
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.parallel import device
 
@@ -80,7 +80,7 @@ class Weights:
         ]
         self._packed_heads = heads if packed else []
 
-    def misfits(self, expected: dict[str, list[Block]]) -> list[str]:
+    def misfits(self, expected: dict[str, list[TensorSlice]]) -> list[str]:
         """Names of parameters that are not those of vLLM's map, or not of its shapes."""
         found = sorted((set(self.parameters) | set(self.made)) ^ set(expected))
         for name, blocks in expected.items():
