@@ -38,11 +38,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
@@ -52,21 +48,20 @@ from mrlhf.checkpoint.source import CONTENT, sharded, sharding_metadata
 from mrlhf.checkpoint.tensor_file import own_storage, save_tensor, write_metadata
 from mrlhf.errors import CheckpointError
 from mrlhf.models.hf_files import copy_side_files, write_from
-from mrlhf.parallel import state
+from mrlhf.parallel import megatron, state
 
 _SPARE_BYTES = 4 << 20  # index, manifest, random states: what is not counted before a save
 
 
 @dataclass(frozen=True)
 class Part:
-    """One model of a checkpoint (this rank's parts of it, in its `groups`): `name` is "" for the main one, or the sub-directory."""
+    """One model of a checkpoint (this rank's parts of it): `name` is "" for the main one, or the sub-directory."""
 
     name: str
     models: list[Any]
     optimizer: Any | None
     head: str
     hf_dir: Path
-    groups: state.Groups
 
 
 @dataclass(frozen=True)
@@ -200,20 +195,19 @@ class _Plan:
 
 def _make_plan(part: Part, root: Path, *, copy: bool) -> _Plan:
     """Collective. Which tensors of a part this rank writes; with `copy` they are its own from now on."""
-    with part.groups.in_force():
-        state_dict = sharded(part.models)
-        weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
-        if part.optimizer is not None:
-            for one in (
-                part.optimizer.chained_optimizers
-            ):  # one that has not stepped yet (an actor while its critic warms up) has no state to save
-                one.init_state_fn(one.optimizer, one.config)
-            state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=sharding_metadata())
+    state_dict = sharded(part.models)
+    weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
+    if part.optimizer is not None:
+        for one in (
+            part.optimizer.chained_optimizers
+        ):  # one that has not stepped yet (an actor while its critic warms up) has no state to save
+            one.init_state_fn(one.optimizer, one.config)
+        state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=sharding_metadata(part.models[0]))
     state_dict["content_metadata"] = dict(CONTENT)
     tensors, common = save_preprocess(state_dict, True)
     common_bytes = io.BytesIO()
     torch.save(common, common_bytes)
-    tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, True)
+    tensors = megatron.with_checkpoint_names(tensors)
     writer = FileSystemWriterAsync(str(root / part.name / "dist"), thread_count=1)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(tensors, False), writer, None, 0, planner=planner)

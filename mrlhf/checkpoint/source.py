@@ -70,19 +70,14 @@ def open_source(path: str, *, verify: str = "size") -> ModelSource:
     return ModelSource(directory, directory, spec_from_hf(config, where=str(directory / "config.json")), head, {})
 
 
-def sharding_metadata() -> dict[str, Any]:
-    from megatron.core import parallel_state
-
-    return {
-        "distrib_optim_sharding_type": _OPTIMIZER_FORMAT,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+def sharding_metadata(model: Any) -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "dp_cp_group": model.pg_collection.dp_cp}
 
 
 def sharded(models: list[Any]) -> dict[str, Any]:
     """State of this rank's parts of the model; on disk names have no part in them, so any number of parts reads any other's."""
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
-    return {name: model.sharded_state_dict(metadata=sharding_metadata()) for name, model in zip(names, models, strict=True)}
+    return {name: model.sharded_state_dict(metadata=sharding_metadata(model)) for name, model in zip(names, models, strict=True)}
 
 
 def _dist_load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -160,7 +155,7 @@ def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
     check_optimizer_names(read_metadata(directory / "dist").state_dict_metadata, spread=spread, where=str(directory))
     state = sharded(models)
     parts, weights = list(state), state["model"] if len(models) == 1 else dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata())
+    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata(models[0]))
     with torch.no_grad():
         loaded = _dist_load(state, directory / "dist")
         for part, model in zip(parts, models, strict=True):

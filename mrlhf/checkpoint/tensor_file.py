@@ -92,7 +92,7 @@ class Skeleton:
     def __init__(self, spec: ModelSpec, parallel: ParallelConfig, *, head: str, dtype: torch.dtype) -> None:
         model = gpt.build_model(spec, gpt.transformer_config(spec, parallel, dtype=dtype), head=head)  # torch.empty: no page is touched
         self.dtype = dtype
-        state = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
+        state = {"model": model.sharded_state_dict(metadata=sharding_metadata(model))}
         apply_factories(state)
         pieces: dict[int, list[Piece]] = {}
         self.objects: list[tuple[str, Any]] = []

@@ -30,11 +30,11 @@ def main(config: StageConfig) -> None:
     if isinstance(config, ScoreStage):
         from mrlhf.commands.score import check_score
 
-        check_score(config, _num_ranks(Layout.of(config.parallel, 1).smallest))
+        check_score(config, _num_ranks(Layout.from_config(config.parallel, 1).ranks_per_replica))
     elif isinstance(config, ServeRewardStage):
         from mrlhf.commands.serve_reward import check_server
 
-        check_server(config, _num_ranks(Layout.of(config.parallel, 1).smallest))
+        check_server(config, _num_ranks(Layout.from_config(config.parallel, 1).ranks_per_replica))
     elif isinstance(config, GenerateStage):
         from mrlhf.commands.generate import check_generate, read_prompts
 
@@ -51,19 +51,19 @@ def _num_ranks(smallest: int) -> int:
 
 
 def _show_training(config: TrainingConfig) -> None:
-    one = Layout.of(config.parallel, 1)
+    one = Layout.from_config(config.parallel, 1)
     smallest, generators = math.lcm(one.tp * one.cp, one.ep) * one.pp, 0
     if isinstance(config, PPOStage):
         generators = config.rollout.num_ranks or 0
         rollout_tp = 1 if generators else config.rollout.tensor_parallel_size
-        smallest = math.lcm(smallest, rollout_tp, Layout.of(config.critic_parallel, 1).smallest)
+        smallest = math.lcm(smallest, rollout_tp, Layout.from_config(config.critic_parallel, 1).ranks_per_replica)
     world = _num_ranks(smallest + generators)
     run, others = _check_training(config, world)
     check_resume(config, Path(config.train.output_dir))
     world -= generators
     spec, data = run.source.spec, run.train
     print(f"model    {run.source.path}: {spec.summary()}, {config.model.dtype}")
-    print(f"batch    {Layout.of(config.parallel, world).describe(config.train)}")
+    print(f"batch    {Layout.from_config(config.parallel, world).batch_summary(config.train)}")
     for note in run.notes:
         print(note)
     _show_steps(config, data)
@@ -131,8 +131,8 @@ def _show_memory(
 
 def _show_reshard(config: PPOStage, spec: ModelSpec, *, world: int, generators: int) -> None:
     planner = make_planner(
-        spec, Layout.of(config.parallel, world), rollout_tp=config.rollout.tensor_parallel_size,
+        spec, Layout.from_config(config.parallel, world), rollout_tp=config.rollout.tensor_parallel_size,
         node=state.ranks_of_a_node(), generators=generators,
     )
-    for line in reshard.describe(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
+    for line in reshard.traffic_summary(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
         print(line)

@@ -100,7 +100,7 @@ def main(config: GenerateStage) -> None:
     rows = read_prompts(config, tokenizer, limit)
     layout = state.initialize(parallel, seed=config.seed)
     rank, tp = dist.get_rank(), config.tensor_parallel_size
-    log.info(f"device: {device.current().describe()}")
+    log.info(f"device: {device.current().summary()}")
     model = Model(source, parallel, head="lm", dtype=config.dtype, seed=config.seed)
     engine = VLLMEngine(
         source.spec, source.hf_dir, dtype=config.dtype, tp=tp,

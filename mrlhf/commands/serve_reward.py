@@ -190,7 +190,7 @@ def main(config: ServeRewardStage) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: scorer.stop())
     server.start()
-    log.info(f"device: {device.current().describe()}")
+    log.info(f"device: {device.current().summary()}")
     log.info(f"serving {source.path} at {server.url}{'' if token is None else ', token needed'}")
     scorer.serve_requests()
     server.stop()

@@ -54,7 +54,7 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
         raise ConfigError(
             f"rollout.num_ranks = {generators} of {world} ranks leave none to train",
             where="rollout.num_ranks",
-            expected=f"torchrun with {generators + state.Layout.of(config.parallel, 1).smallest} ranks or more",
+            expected=f"torchrun with {generators + state.Layout.from_config(config.parallel, 1).ranks_per_replica} ranks or more",
         )
     trainers = world - generators
     opened = preflight.open_run(config, world=trainers)
