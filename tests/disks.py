@@ -43,6 +43,7 @@ def _names(directory: Path) -> list[str]:
 
 def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
     """The disk is filled before or after the check of free space: before the first file, amid the tensors, before the index, before `latest`."""
+    from mrlhf.checkpoint import manager
     from mrlhf.checkpoint import save as saving
     from mrlhf.checkpoint.manager import Saver
     from mrlhf.config.options import CheckpointConfig
@@ -53,10 +54,10 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
     first = run / "checkpoints/step_1"
     bytes_of_first = {p: entry(p) for p in first.rglob("*") if p.is_file()}
     moments = {
-        "side files": ("copy_side_files", 1),
-        "tensors": ("save_tensor", 5),
-        "index": ("write_metadata", 1),
-        "pointer": ("retain", 1),
+        "side files": (saving, "copy_side_files", 1),
+        "tensors": (saving, "save_tensor", 5),
+        "index": (saving, "write_metadata", 1),
+        "pointer": (manager, "retain", 1),
     }
 
     def full_at(name: str, calls: int, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,9 +72,9 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
 
         return filling
 
-    def one(name: str, calls: int, *, background: bool, policy: Any) -> dict[str, Any]:
-        saver, error, call = Saver(run, CheckpointConfig(async_save=background, on_save_error=policy)), "none", getattr(saving, name)
-        setattr(saving, name, full_at(name, calls, call))
+    def one(module: Any, name: str, calls: int, *, background: bool, policy: Any) -> dict[str, Any]:
+        saver, error, call = Saver(run, CheckpointConfig(async_save=background, on_save_error=policy)), "none", getattr(module, name)
+        setattr(module, name, full_at(name, calls, call))
         try:
             saver.save(2, [trainer.part()], content)
             if background and saver._under_way is not None:
@@ -82,7 +83,7 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
         except CheckpointError as caught:
             error = str(caught)
         finally:
-            setattr(saving, name, call)
+            setattr(module, name, call)
         found = {"error": error, "left": _names(run / "checkpoints"), "last step": saver.last_step}
         empty(disk)
         Saver(run, CheckpointConfig())  # the next start

@@ -70,6 +70,15 @@ def test_saved_by_an_interleaved_pipeline_and_gone_on_with_by_one_process(found:
         assert ours["lr"] == unbroken["lr"]
 
 
+def test_a_checkpoint_of_format_2_is_read_resumed_and_exported(found: dict[str, Any], work: Path, tmp_path: Path) -> None:
+    assert found["format 2"] == [2, True], "equal tensors"
+    assert found["after format 2"] == found["1 float32"]
+    for name in ("float32/checkpoints/step_2", "format_2"):
+        python("-m", "mrlhf.export", work / name, tmp_path / name)
+    new, old = (tmp_path / name / "model.safetensors" for name in ("float32/checkpoints/step_2", "format_2"))
+    assert new.read_bytes() == old.read_bytes()
+
+
 def test_failed_save_leaves_the_last_one(found: dict[str, Any]) -> None:
     assert found["after_failure"] == ["latest", "step_1", "step_2.tmp"]
     assert found["latest_after_failure"] == 1

@@ -19,7 +19,8 @@ from typing import Any
 import mrlhf
 from mrlhf.errors import CheckpointError
 
-MANIFEST, FORMAT = "mrlhf.json", 2
+MANIFEST, FORMAT = "mrlhf.json", 3
+_READABLE = (2, FORMAT)  # 2: `.metadata` is a pickle of protocol 4 instead of 2
 _EARLIER = "take an earlier checkpoint, or copy this one again"
 Entry = dict[str, Any]  # {"size": bytes, "sha256": hex} of one file
 
@@ -124,8 +125,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST} is missing: the checkpoint was not finished, or is damaged", where=str(directory)) from error
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
         raise CheckpointError(f"not JSON: {error}", where=str(path), fix=_EARLIER) from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"format {manifest.get('format')!r}", where=str(path), expected=str(FORMAT))
+    if manifest.get("format") not in _READABLE:
+        raise CheckpointError(f"format {manifest.get('format')!r}", where=str(path), expected=" or ".join(map(str, _READABLE)))
     for name in manifest.get("files", {}):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(f"it names a file outside of the checkpoint: {name}", where=str(path))

@@ -246,8 +246,8 @@ class DistWriter:
 
 
 def write_metadata(directory: Path, metadata: Metadata) -> None:
-    """The index of a distributed checkpoint, as torch wants it."""
-    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    """The index of a distributed checkpoint, as torch reads it, in the protocol that the weights-only unpickler reads too."""
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata, protocol=2))
 
 
 class _Pickler(pickle.Pickler):
