@@ -8,7 +8,6 @@ reference then), and kept beside the data (references.py); `dpo.reference: onlin
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -18,8 +17,8 @@ from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import dpo_loss
 from mrlhf.models.layers.router_losses import pairs
 from mrlhf.parallel import state
-from mrlhf.training import run as supervised
 from mrlhf.training.reference_cache import fingerprint, stored
+from mrlhf.training.run import SupervisedRun
 from mrlhf.training.trainer import LossFn, Model, Trainer
 
 
@@ -43,13 +42,13 @@ def _logps_of(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
 
 def reference_logps(model: Model, loader: Loader) -> torch.Tensor:
     """[samples of the dataset]: each answer's summed log-prob under the model as it is. Collective; the same on all ranks."""
-    found = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
+    logps = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
     for rows in loader.in_order():
         batches = loader.micro_batches(rows)
         for batch, logps_N in zip(batches, _logps_of(model, batches), strict=True):
             real = batch.weights_N > 0
-            found[batch.index_N[real]] = logps_N[real].double()
-    return state.sum_over_data_parallel(found).float()
+            logps[batch.index_N[real]] = logps_N[real].double()
+    return state.sum_over_data_parallel(logps).float()
 
 
 def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, reference: torch.Tensor) -> LossFn:
@@ -85,35 +84,63 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
     return loss
 
 
-def main(config: DPOStage) -> int:
-    online = config.dpo.reference == "online"
-    fingerprints: list[str] = []
-    references: dict[str, torch.Tensor] = {}
-    frozen: list[Model] = []
+class Reference:
+    """Summed log-probs of every answer under the reference, by sample index of a data set.
 
-    def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
-        if online:
-            if not frozen:
-                frozen.append(Model(trainer.source, config.parallel, head="lm", dtype=config.model.dtype, seed=config.train.seed))
-            references[loader.dataset.prefix] = torch.zeros(loader.dataset.num_samples)
+    precompute: computed once by the policy while it still has the starting weights, and kept beside the data. online: by a second model,
+    step by step (`update`).
+    """
+
+    def __init__(self, run: SupervisedRun, config: DPOStage) -> None:
+        self.run, source, dtype = run, run.trainer.source, config.model.dtype
+        self.model: Model | None = None
+        self.fingerprint = ""
+        if config.dpo.reference == "online":
+            self.model = Model(source, config.parallel, head="lm", dtype=dtype, seed=config.train.seed)
         else:
-            if not fingerprints:
-                fingerprints.append(fingerprint(trainer.source, dtype=config.model.dtype))
-            parts = [
+            self.fingerprint = fingerprint(source, dtype=dtype)
+
+    def logps(self, loader: Loader) -> torch.Tensor:
+        """[samples of the loader's data set]; online: zeros until `update` fills them in."""
+        if self.model is not None:
+            return torch.zeros(loader.dataset.num_samples)
+        trainer, run_dir = self.run.trainer, self.run.output_dir
+        return torch.cat(
+            [
                 stored(
                     data,
-                    reference=fingerprints[0],
-                    run_dir=Path(config.train.output_dir),
-                    compute=partial(reference_logps, trainer, loader.of(data)),
-                    say=supervised.say,
+                    reference=self.fingerprint,
+                    run_dir=run_dir,
+                    compute=partial(reference_logps, trainer, Loader(data, loader.plan)),
                 )
                 for data in sources_of(loader.dataset)
             ]
-            references[loader.dataset.prefix] = torch.cat(parts)
-        return preference_loss(config, trainer, loader, references[loader.dataset.prefix])
+        )
 
-    def before_step(loader: Loader, batches: list[MicroBatch]) -> None:
-        for batch, logps_N in zip(batches, _logps_of(frozen[0], batches), strict=True):
-            references[loader.dataset.prefix][batch.index_N] = logps_N
+    def update(self, logps: torch.Tensor, batches: list[MicroBatch]) -> None:
+        """online: fill in the log-probs of these micro-batches' answers."""
+        if self.model is not None:
+            for batch, logps_N in zip(batches, _logps_of(self.model, batches), strict=True):
+                logps[batch.index_N] = logps_N
 
-    return supervised.train("dpo", config, head="lm", make_loss=make_loss, count=pairs, before_step=before_step if online else None)
+
+def main(config: DPOStage) -> int:
+    run = SupervisedRun(config, head="lm", count=pairs)
+    if run.finished:
+        return run.close()
+    with run.phase("prepare"):
+        reference = Reference(run, config)
+        logps = reference.logps(run.loader)
+        eval_logps = logps if run.eval_loader is None else reference.logps(run.eval_loader)
+    loss_fn = preference_loss(config, run.trainer, run.loader, logps)
+    eval_loss_fn = preference_loss(config, run.trainer, run.eval_loader or run.loader, eval_logps)
+    for step, batches in run.batches():
+        with run.phase("step", step):
+            reference.update(logps, batches)
+            metrics = run.trainer.step(batches, loss_fn)
+        run.log_step(step, metrics)
+        if run.due_evaluation(step):
+            run.evaluate(step, eval_loss_fn, partial(reference.update, eval_logps))
+        if run.due_save(step):
+            run.save(step)
+    return run.close()

@@ -17,7 +17,7 @@ from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import accuracy_by_margin, pairwise_loss
 from mrlhf.models.layers.router_losses import pairs
 from mrlhf.parallel import state
-from mrlhf.training import run as supervised
+from mrlhf.training.run import SupervisedRun
 from mrlhf.training.scoring import score_micro_batches
 from mrlhf.training.trainer import LossFn, Trainer
 
@@ -47,13 +47,13 @@ def reward_loss(trainer: Trainer, loader: Loader, *, kind: str, by_margin: bool 
 
 def all_scores(trainer: Trainer, loader: Loader) -> torch.Tensor:
     """float64 [samples] of a preference set: chosen, rejected, chosen, ... Collective; the same on all ranks."""
-    found = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
+    scores = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
     for rows in loader.in_order():
         batches = loader.micro_batches(rows)
         for batch, scores_N in zip(batches, score_micro_batches(trainer, batches), strict=True):
             real = batch.weights_N > 0
-            found[batch.index_N[real]] = scores_N[real].double()
-    return state.sum_over_data_parallel(found)
+            scores[batch.index_N[real]] = scores_N[real].double()
+    return state.sum_over_data_parallel(scores)
 
 
 def score_statistics(scores: torch.Tensor) -> dict[str, float]:
@@ -72,17 +72,29 @@ def score_histogram(scores: torch.Tensor, *, bins: int = 30) -> dict[str, list[f
     return {"edges": edges.tolist(), **counts}
 
 
+def write_histogram(output_dir: Path, scores: torch.Tensor) -> None:
+    """rewards.json of the run, for the report; on rank 0."""
+    if state.is_main():
+        write_text(output_dir / "rewards.json", json.dumps(score_histogram(scores)) + "\n")
+
+
 def main(config: RMStage) -> int:
-    def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
-        return reward_loss(trainer, loader, kind=config.rm.loss)
-
-    def make_eval_loss(trainer: Trainer, loader: Loader) -> LossFn:
-        return reward_loss(trainer, loader, kind=config.rm.loss, by_margin=True)
-
-    def finish(trainer: Trainer, loader: Loader) -> dict[str, float]:
-        scores = all_scores(trainer, loader)
-        if state.is_main():
-            write_text(Path(config.train.output_dir) / "rewards.json", json.dumps(score_histogram(scores)) + "\n")
-        return score_statistics(scores)
-
-    return supervised.train("rm", config, head="value", make_loss=make_loss, count=pairs, make_eval_loss=make_eval_loss, finish=finish)
+    run = SupervisedRun(config, head="value", count=pairs)
+    if run.finished:
+        return run.close()
+    loss_fn = reward_loss(run.trainer, run.loader, kind=config.rm.loss)
+    measured = run.loader if run.eval_loader is None else run.eval_loader
+    eval_loss_fn = reward_loss(run.trainer, measured, kind=config.rm.loss, by_margin=True)
+    for step, batches in run.batches():
+        with run.phase("step", step):
+            metrics = run.trainer.step(batches, loss_fn)
+        run.log_step(step, metrics)
+        if run.due_evaluation(step):
+            run.evaluate(step, eval_loss_fn)
+        if step == run.total_steps:  # the statistics by which others normalize the model's scores
+            scores = all_scores(run.trainer, measured)
+            write_histogram(run.output_dir, scores)
+            run.save(step, score_statistics(scores))
+        elif run.due_save(step):
+            run.save(step)
+    return run.close()

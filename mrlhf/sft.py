@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from mrlhf.config.options import SFTStage
-from mrlhf.data.loader import Loader, MicroBatch
+from mrlhf.config.options import PretrainStage, SFTStage
+from mrlhf.data.loader import MicroBatch
 from mrlhf.losses import masked_cross_entropy, reduce_loss, sum_and_count
 from mrlhf.models.layers.router_losses import of_aggregation
-from mrlhf.training import run as supervised
+from mrlhf.training.run import SupervisedRun
 from mrlhf.training.trainer import LossFn, Trainer
 
 
@@ -49,7 +49,21 @@ def language_model_loss(trainer: Trainer, *, aggregation: str, z_loss: float = 0
 
 
 def main(config: SFTStage) -> int:
-    def make_loss(trainer: Trainer, loader: Loader) -> LossFn:
-        return language_model_loss(trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)
+    return train(config)
 
-    return supervised.train("sft", config, head="lm", make_loss=make_loss, count=of_aggregation(config.loss))
+
+def train(config: SFTStage | PretrainStage) -> int:
+    """The loop of sft and pretrain; returns the exit status."""
+    run = SupervisedRun(config, head="lm", count=of_aggregation(config.loss))
+    if run.finished:
+        return run.close()
+    loss_fn = language_model_loss(run.trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)
+    for step, batches in run.batches():
+        with run.phase("step", step):
+            metrics = run.trainer.step(batches, loss_fn)
+        run.log_step(step, metrics)
+        if run.due_evaluation(step):
+            run.evaluate(step, loss_fn)
+        if run.due_save(step):
+            run.save(step)
+    return run.close()

@@ -37,6 +37,7 @@ def save(trainer: Any, target: Path, *, dtype: str, step: int, keep_last: int | 
 def steps(trainer: Any, prefix: str, n: int) -> list[dict[str, float]]:
     import torch.distributed as dist
 
+    from mrlhf.data.batching import BatchPlan
     from mrlhf.data.indexed import PackedDataset
     from mrlhf.data.loader import Loader
     from mrlhf.parallel import state
@@ -51,7 +52,8 @@ def steps(trainer: Any, prefix: str, n: int) -> list[dict[str, float]]:
     )
     _, dp, _ = layout.coordinates(dist.get_rank())
     loader = Loader(
-        PackedDataset.open(prefix), packing=True, micro_batch_size=1, dp_rank=dp, dp_size=layout.dp, pad_multiple=2, slice_multiple=2
+        PackedDataset.open(prefix),
+        BatchPlan(packing=True, dp_rank=dp, dp_size=layout.dp, pad_multiple=2, micro_batch_multiple=2),
     )
     batches = [b for rows in loader.in_order() for b in loader.micro_batches(rows)]
     loss = language_model_loss(trainer, aggregation="token")

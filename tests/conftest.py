@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from launch import launch
 
+from mrlhf.observe import log
+
+log.set_up()  # as the command line does
 FEW = 18
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"

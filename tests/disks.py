@@ -54,10 +54,10 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
     first = run / "checkpoints/step_1"
     bytes_of_first = {p: entry(p) for p in first.rglob("*") if p.is_file()}
     moments = {
-        "side files": (saving, "copy_side_files", 1),
-        "tensors": (saving, "save_tensor", 5),
-        "index": (saving, "write_metadata", 1),
-        "pointer": (manager, "retain", 1),
+        "side files": ("copy_side_files", 1),
+        "tensors": ("save_tensor", 5),
+        "index": ("write_metadata", 1),
+        "pointer": ("retain", 1),
     }
 
     def full_at(name: str, calls: int, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +72,8 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
 
         return filling
 
-    def one(module: Any, name: str, calls: int, *, background: bool, policy: Any) -> dict[str, Any]:
+    def one(name: str, calls: int, *, background: bool, policy: Any) -> dict[str, Any]:
+        module = manager if name == "retain" else saving  # where it is called
         saver, error, call = Saver(run, CheckpointConfig(async_save=background, on_save_error=policy)), "none", getattr(module, name)
         setattr(module, name, full_at(name, calls, call))
         try:

@@ -108,7 +108,10 @@ def serve(imports: list[str]) -> dict[str, Any] | None:
 
 
 def execute(command: list[str]) -> None:
-    """What `python COMMAND` does."""
+    """What `python COMMAND` does; with the log on the console, as the command line has it."""
+    from mrlhf.observe import log
+
+    log.set_up()
     module, sys.argv = command[0] == "-m", command[command[0] == "-m" :]
     sys.path[0] = str(ROOT if module else Path(command[0]).resolve().parent)
     if module:

@@ -18,6 +18,7 @@ def main() -> None:
 
     from mrlhf.checkpoint.source import open_source
     from mrlhf.config.options import OptimConfig, ParallelConfig
+    from mrlhf.data.batching import BatchPlan
     from mrlhf.data.indexed import PackedDataset
     from mrlhf.data.loader import Loader
     from mrlhf.parallel import state
@@ -34,7 +35,7 @@ def main() -> None:
         layout = state.initialize(parallel, seed=1)
         rank = dist.get_rank()
         _, dp, _ = layout.coordinates(rank)
-        loader = Loader(PackedDataset.open(sys.argv[2]), packing=False, micro_batch_size=2, dp_rank=dp, dp_size=layout.dp)
+        loader = Loader(PackedDataset.open(sys.argv[2]), BatchPlan(packing=False, micro_batch_size=2, dp_rank=dp, dp_size=layout.dp))
         optim = OptimConfig(lr=1e-3, adam_beta2=0.999)
         batches = loader.micro_batches(list(range(4, 12)))
 

@@ -64,7 +64,7 @@ def problems(world: Path) -> Callable[..., list[MrlhfError]]:
             if stage == "ppo":
                 ppo.check(config, ranks)
             else:
-                preflight.check_run(stage, config, world=ranks)
+                preflight.check_run(config, world=ranks)
         except SeveralErrors as several:
             return several.errors
         except MrlhfError as error:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mrlhf.data.batching import BatchPlan
 from mrlhf.data.blend import Blend, rows_of
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset
 from mrlhf.data.loader import Loader, MicroBatch, Sample, collate
@@ -122,15 +123,15 @@ def test_per_sample_views(packing: bool, side: str) -> None:
 
 
 def test_fillers_are_read_and_count_nowhere(numbered: PackedDataset) -> None:
-    loader = Loader(numbered, packing=True, micro_batch_size=2, dp_rank=0, dp_size=1)
+    loader = Loader(numbered, BatchPlan(packing=True, micro_batch_size=2, dp_rank=0, dp_size=1))
     (batch,) = loader.micro_batches([3, -1])
     assert batch.weights_N.tolist() == [1, 0]
     assert batch.sum_N(batch.mask_BT)[1] == 0 < batch.sum_N(batch.mask_BT)[0]
 
 
 def test_pairs_packed_and_padded(pairs: PackedDataset) -> None:
-    packed = Loader(pairs, packing=True, micro_batch_size=2, dp_rank=0, dp_size=1)
-    padded = Loader(pairs, packing=False, micro_batch_size=3, dp_rank=0, dp_size=1)
+    packed = Loader(pairs, BatchPlan(packing=True, micro_batch_size=2, dp_rank=0, dp_size=1))
+    padded = Loader(pairs, BatchPlan(packing=False, micro_batch_size=3, dp_rank=0, dp_size=1))
     assert (packed.num_rows, padded.num_rows) == (2, 3)
     (row,), (rows,) = packed.micro_batches([0, 1]), padded.micro_batches([0, 1, 2])
     assert row.tokens_BT.shape[0] == 1 and rows.tokens_BT.shape == (6, 5)
@@ -145,7 +146,7 @@ def test_pairs_packed_and_padded(pairs: PackedDataset) -> None:
 
 def test_whole_set_in_order(numbered: PackedDataset) -> None:
     for dp in (1, 2, 4):
-        loaders = [Loader(numbered, packing=False, micro_batch_size=3, dp_rank=r, dp_size=dp) for r in range(dp)]
+        loaders = [Loader(numbered, BatchPlan(packing=False, micro_batch_size=3, dp_rank=r, dp_size=dp)) for r in range(dp)]
         seen = [
             i for rows in loaders[0].in_order() for loader in loaders for b in loader.micro_batches(rows)
             for i, w in zip(b.index_N.tolist(), b.weights_N.tolist(), strict=True) if w
@@ -157,10 +158,10 @@ def test_whole_set_in_order(numbered: PackedDataset) -> None:
 @pytest.mark.parametrize("micro", [1, 2])
 def test_the_ranks_share_a_step_whatever_their_number(numbered: PackedDataset, packing: bool, micro: int) -> None:
     def step(dp: int, rows: list[int]) -> Counter[int]:
-        loaders = [Loader(numbered, packing=packing, micro_batch_size=micro, dp_rank=r, dp_size=dp) for r in range(dp)]
+        loaders = [Loader(numbered, BatchPlan(packing=packing, micro_batch_size=micro, dp_rank=r, dp_size=dp)) for r in range(dp)]
         return Counter(i for loader in loaders for batch in loader.micro_batches(rows) for i in batch.index_N.tolist())
 
-    num_rows = Loader(numbered, packing=packing, micro_batch_size=1, dp_rank=0, dp_size=1).num_rows
+    num_rows = Loader(numbered, BatchPlan(packing=packing, micro_batch_size=1, dp_rank=0, dp_size=1)).num_rows
     order = Order(Mix.single(num_rows), global_batch_size=8, num_epochs=2, max_steps=None, seed=3, shuffle=True)
     for k in range(1, order.total_steps + 1):
         alone = step(1, order.rows(k))
@@ -178,7 +179,7 @@ def test_the_ranks_share_a_step_of_a_blend(numbered: PackedDataset, tmp_path: Pa
     for k in range(1, order.total_steps + 1):
         found = []
         for dp in (1, 2, 4):
-            loaders = [Loader(blend, packing=packing, micro_batch_size=1, dp_rank=r, dp_size=dp) for r in range(dp)]
+            loaders = [Loader(blend, BatchPlan(packing=packing, micro_batch_size=1, dp_rank=r, dp_size=dp)) for r in range(dp)]
             batches = [batch for loader in loaders for batch in loader.micro_batches(order.rows(k))]
             found.append(Counter((i, int(t[0])) for b in batches if b.weights_N.all() for i, t in zip(b.index_N.tolist(), b.split(b.tokens_BT), strict=True)))
         assert found[0] == found[1] == found[2]

@@ -72,7 +72,7 @@ def test_the_phase_and_its_peaks_are_in_the_error() -> None:
         torch.empty(1 << 50, dtype=torch.uint8)
     text = str(found.value)
     assert (
-        text.startswith("rank 3 (CPU) is out of memory in 'step of step 7': ")
+        text.startswith("rank 3 (CPU) is out of memory in 'step 7': ")
         and "  fix:      --train.micro_batch_size 2 (now 4)\n" in text
     )
     assert set(memory.peaks) == {"build", "step"} and memory.reserved >= max(memory.peaks.values()) > held.nbytes / 2**30

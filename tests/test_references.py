@@ -36,10 +36,10 @@ def test_what_was_written_is_read_and_nothing_else(tmp_path: Path) -> None:
     assert str(read(path, facts=FACTS, samples=3)).startswith("cannot be read (")
 
 
-def test_where_the_data_cannot_be_written_the_run_keeps_it(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_where_the_data_cannot_be_written_the_run_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [Path("/proc/pref_reference_0.safetensors"), tmp_path / "run/pref_reference_0_d.safetensors"]
-    assert keep(paths, LOGPS, facts=FACTS, say=said.append) == paths[1]
+    assert keep(paths, LOGPS, facts=FACTS) == paths[1]
+    said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and said[0].startswith("/proc cannot be written (") and str(paths[1]) in said[0]
     found = read(paths[1], facts=FACTS, samples=3)
     assert isinstance(found, torch.Tensor) and torch.equal(found, LOGPS)

@@ -150,8 +150,7 @@ class Rows:
 def test_a_position_that_cannot_be_right_is_refused() -> None:
     from mrlhf.config.load import load_config
     from mrlhf.config.options import SFTStage
-    from mrlhf.training.resume import data_position, go_on
-    from mrlhf.training.run import make_order
+    from mrlhf.training.row_order import data_position, make_order, restore_position
 
     flags = [
         "--model.path",
@@ -170,16 +169,16 @@ def test_a_position_that_cannot_be_right_is_refused() -> None:
     manifest = {"step": 3, **data_position(order, data, order.consumed(3))}
     assert manifest["data"] == [{"prefix": "data/x", "identity": "x" * 64, "rows": 30, "consumed": 12}]
     resumed = make_order(config, data)
-    go_on(resumed, data, manifest, where="c")
+    restore_position(resumed, data, manifest, where="c")
     assert resumed.rows(4) == order.rows(4)
-    go_on(make_order(config, data), data, {"step": 3}, where="c")  # a checkpoint of an earlier version
+    restore_position(make_order(config, data), data, {"step": 3}, where="c")  # a checkpoint of an earlier version
     with pytest.raises(CheckpointError, match="its data position cannot be right"):
-        go_on(make_order(config, data), data, {**manifest, "step": 2}, where="c")
+        restore_position(make_order(config, data), data, {**manifest, "step": 2}, where="c")
     for other in (Rows(31), Rows(30, identity="y" * 64)):
         with pytest.raises(CheckpointError, match="the data at data/x was changed"):
-            go_on(make_order(config, other), other, manifest, where="c")
+            restore_position(make_order(config, other), other, manifest, where="c")
         changed = make_order(config, other)
-        go_on(changed, other, manifest, where="c", allowed=("data",))
+        restore_position(changed, other, manifest, where="c", allowed=("data",))
         assert changed.rows(4) == make_order(config, other).rows(4)
 
 
@@ -189,17 +188,16 @@ def test_another_tokenizer_is_refused_and_another_batch_goes_on_where_it_stood(w
     from mrlhf.config.load import load_config
     from mrlhf.config.options import SFTStage
     from mrlhf.data.tokenizers.hf import fingerprint
-    from mrlhf.training.resume import data_position, go_on
-    from mrlhf.training.run import make_order
+    from mrlhf.training.row_order import data_position, make_order, restore_position
 
     flags = ["--model.path", "m", "--data.train", "x", "--train.output_dir", "o", "--data.packing", "false", "--train.num_epochs", "2"]
     small, large = (make_order(load_config(SFTStage, None, [*flags, "--train.global_batch_size", n]), Rows(30)) for n in ("4", "10"))
     manifest = {"step": 3, "tokenizer": fingerprint(world / "qwen2"), **data_position(small, Rows(30), small.consumed(3))}
     make_tokenizer(tmp_path, ["quite", "another"])
     with pytest.raises(CheckpointError, match="the tokenizer of .* is not the checkpoint's"):
-        go_on(small, Rows(30), manifest, where="c", hf_dir=tmp_path)
-    go_on(small, Rows(30), manifest, where="c", hf_dir=tmp_path, allowed=("tokenizer",))
-    go_on(large, Rows(30), manifest, where="c", hf_dir=world / "qwen2", allowed=("train.global_batch_size",))
+        restore_position(small, Rows(30), manifest, where="c", hf_dir=tmp_path)
+    restore_position(small, Rows(30), manifest, where="c", hf_dir=tmp_path, allowed=("tokenizer",))
+    restore_position(large, Rows(30), manifest, where="c", hf_dir=world / "qwen2", allowed=("train.global_batch_size",))
     assert large.total_steps == 3 + 5 and small.total_steps == 15
     rest = [row for step in range(4, 9) for row in large.rows(step)]
     assert rest[:48] == [row for step in range(4, 16) for row in small.rows(step)] and rest[48:] == [-1, -1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import torch.distributed as dist
 from mrlhf.checkpoint.save import Best, Keep, Part, Save, begin, clear_unfinished, on_main, retain
 from mrlhf.config.options import CheckpointConfig
 from mrlhf.errors import CheckpointError
-from mrlhf.observe import heartbeat
-from mrlhf.parallel import device, state, watch
+from mrlhf.parallel import device, state
 
+log = logging.getLogger(__name__)
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
 
 
@@ -52,9 +53,7 @@ class Saver:
         Raises CheckpointError where it, or the one before it, cannot be written and checkpoint.on_save_error is stop; the last always.
         """
         start = time.perf_counter()
-        watch.phase(f"save of step {step}")
-        with heartbeat.phase("save", step):
-            self._save(step, parts, content, last, files)
+        self._save(step, parts, content, last, files)
         self._waited += time.perf_counter() - start
 
     def _save(self, step: int, parts: list[Part], content: dict[str, Any], last: bool, files: Mapping[str, bytes] | None) -> None:
@@ -111,7 +110,7 @@ class Saver:
         if last or self.config.on_save_error == "stop":
             raise error
         if state.is_main():
-            print(f"warning: {error}\n  the run goes on without it (checkpoint.on_save_error)", file=sys.stderr, flush=True)
+            log.warning(f"{error}\n  the run goes on without it (checkpoint.on_save_error)")
 
     def _export(self, checkpoint: Path) -> None:
         """On rank 0, in a process of its own: a conversion has another layout than the run. A failure is a warning, the checkpoint is there."""
@@ -127,6 +126,6 @@ class Saver:
             check=False,
         )
         if done.returncode:
-            print(f"warning: no HF export of {checkpoint}: {done.stderr.strip()[-2000:]}", file=sys.stderr, flush=True)
+            log.warning(f"no HF export of {checkpoint}: {done.stderr.strip()[-2000:]}")
         else:
-            print(f"HF export: {target}", flush=True)
+            log.info(f"HF export: {target}")

@@ -22,7 +22,7 @@ from mrlhf.parallel import reshard, state
 from mrlhf.parallel.state import Layout
 from mrlhf.training import preflight
 from mrlhf.training.resume import check_resume
-from mrlhf.training.run import make_order
+from mrlhf.training.row_order import make_order
 
 
 def _first_sample(data: Dataset, tokenizer: Any) -> str:
@@ -51,16 +51,16 @@ def _training(stage: str, config: TrainingConfig) -> None:
     others = {}
     if isinstance(config, PPOStage):
         from mrlhf.checkpoint.source import open_source
-        from mrlhf.rl.ppo import check
+        from mrlhf.rl.ppo_checks import check_ppo
         from mrlhf.rl.rewards.sources import critic_source, model_sources
         from mrlhf.rl.rollout.prompts import make_prompt_order
 
-        run = check(config, world)
+        run = check_ppo(config, world)
         if config.ppo.estimator == "gae":
             others["critic"] = critic_source(config, run.source).spec
         others |= {f"reward {path}": open_source(path).spec for path in model_sources(config.reward)}
     else:
-        run = preflight.check_run(stage, config, world=world)
+        run = preflight.check_run(config, world=world)
     check_resume(config, Path(config.train.output_dir))
     spec, train = run.source.spec, config.train
     world -= generators

@@ -6,6 +6,7 @@ With reward sources they are scored, with an environment they are conversations;
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ from mrlhf.rl.rewards.sources import Rewards
 from mrlhf.rl.rollout.environments import check_environment, make_environments
 from mrlhf.rl.rollout.tables import Rollout, generate, micro_batches
 from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine, check_rollout
-from mrlhf.training.run import say
+from mrlhf.training.batch_plan import make_batch_plan
 from mrlhf.training.trainer import DTYPES, Model
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def main(config: GenerateStage) -> None:
     asked = read_prompts(config, tokenizer, limit)
     layout = state.initialize(parallel, seed=config.seed)
     rank, tp = dist.get_rank(), config.tensor_parallel_size
-    say(f"device: {device.current().describe()}")
+    log.info(f"device: {device.current().describe()}")
     model = Model(source, parallel, head="lm", dtype=config.dtype, seed=config.seed)
     engine = VLLMEngine(
         source.spec,
@@ -130,7 +133,7 @@ def main(config: GenerateStage) -> None:
     )
     scores = score(config, source, parallel, layout, tokenizer, rollout)
     if state.is_main():
-        say(write(config, tokenizer, asked, rollout, scores))
+        print(write(config, tokenizer, asked, rollout, scores))
     engine.shutdown()
     state.shutdown()
 
@@ -143,20 +146,9 @@ def score(
         return None
     environment = config.environment is not None
     rewards = Rewards(config.reward, source, tokenizer, parallel=parallel, dtype=config.dtype, seed=config.seed, environment=environment)
-    _, dp_rank, _ = layout.coordinates(dist.get_rank())
-    unit = config.micro_batch_size * layout.dp
-    batches = micro_batches(
-        rollout,
-        [*range(rollout.size), *[-1] * (-rollout.size % unit)],
-        micro_batch_size=config.micro_batch_size,
-        max_tokens=None,
-        dp_rank=dp_rank,
-        dp_size=layout.dp,
-        packing=True,
-        pad_multiple=state.pad_multiple(parallel),
-        slice_multiple=1,
-    )
-    scores_B, _ = rewards.score(rollout, batches)
+    plan = make_batch_plan(state.groups(), packing=True, micro_batch_size=config.micro_batch_size)
+    rows = [*range(rollout.size), *[-1] * (-rollout.size % plan.rows_per_slice)]
+    scores_B, _ = rewards.score(rollout, micro_batches(rollout, rows, plan))
     rewards.close()
     return scores_B.tolist()
 

@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first import, which comes next)
 
@@ -25,6 +24,7 @@ from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.errors import CheckpointError, ConfigError, Problems
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import device, state
+from mrlhf.training.batch_plan import make_batch_plan
 from mrlhf.training.preflight import open_data
 from mrlhf.training.scoring import score_micro_batches
 from mrlhf.training.trainer import Model
@@ -115,19 +115,12 @@ def _write(file: BinaryIO, model: Model, data: Dataset, found: Found) -> None:
 
 def main(config: ScoreStage) -> None:
     source, data = check(config, state.world_size())
-    layout = state.initialize(config.parallel, seed=1)
-    _, dp, _ = layout.coordinates(dist.get_rank())
+    state.initialize(config.parallel, seed=1)
     model = Model(source, config.parallel, head=source.head, dtype=config.dtype, seed=1)
-    loader = Loader(
-        data,
-        packing=config.packing,
-        micro_batch_size=config.micro_batch_size,
-        dp_rank=dp,
-        dp_size=layout.dp,
-        pad_multiple=state.pad_multiple(config.parallel),
-        slice_multiple=state.slice_multiple(config.parallel),
-        padding_side=config.padding_side,
+    plan = make_batch_plan(
+        state.groups(), packing=config.packing, micro_batch_size=config.micro_batch_size, padding_side=config.padding_side
     )
+    loader = Loader(data, plan)
     output = Path(config.output)
     temporary = output.with_name(output.name + ".tmp")
     if state.is_main():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from mrlhf.errors import DataError
 
@@ -39,63 +40,75 @@ def largest_differencing(costs: Sequence[int], parts: int) -> list[list[int]]:
         groups = sorted([*a[:free], *joined, *b[: len(b) - met]], key=lambda group: (-group[0], group[1]))
         heapq.heappush(solutions, (-spread(groups), number, groups))
         number += 1
-    found = [indices for _, indices in solutions[0][2]] if solutions else []
-    return found + [[] for _ in range(parts - len(found))]
+    filled = [indices for _, indices in solutions[0][2]] if solutions else []
+    return filled + [[] for _ in range(parts - len(filled))]
 
 
-def plan(
-    rows: Sequence[Sequence[int]], *, max_tokens: int, packing: bool, ranks: int, pad_multiple: int = 1, multiple: int = 1
-) -> list[list[list[int]]]:
-    """Micro-batches of every rank, each a list of places in `rows`; every rank has equally many, a multiple of `multiple`.
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a data-parallel rank turns rows into micro-batches. Made once for a layout (training/batch_plan.py), then passed around.
+
+    packing: a micro-batch is one row of whole samples; otherwise a row per sample, padded on `padding_side` to the longest.
+    micro_batch_size: rows of a micro-batch. max_tokens: tokens of a micro-batch with its padding, instead of micro_batch_size.
+    pad_multiple: T is a multiple of it (context and sequence parallelism cut rows).
+    micro_batch_multiple: the number of micro-batches of a forward pass is a multiple of it (interleaved pipelines).
+    """
+
+    packing: bool
+    micro_batch_size: int = 1
+    max_tokens: int | None = None
+    dp_rank: int = 0
+    dp_size: int = 1
+    pad_multiple: int = 1
+    micro_batch_multiple: int = 1
+    padding_side: str = "right"
+
+    @property
+    def rows_per_slice(self) -> int:
+        """The smallest number of rows that gives every rank equally many whole micro-batches."""
+        rows = self.micro_batch_size if self.max_tokens is None else 1
+        return rows * self.dp_size * self.micro_batch_multiple
+
+    def split(self, rows: Sequence[int], lengths_of: Callable[[int], Sequence[int]]) -> list[list[int]]:
+        """The rows of every micro-batch of this rank, -1 for a filler.
+
+        With `max_tokens` by `split_by_tokens`, without the fillers among `rows`; else `micro_batch_size` rows each, in the order of `rows`,
+        whose number is then a multiple of micro_batch_size x dp_size. lengths_of(row): token lengths of the row's samples.
+        """
+        if self.max_tokens is not None:
+            real = [row for row in rows if row >= 0]
+            groups = split_by_tokens([lengths_of(row) for row in real], self, max_tokens=self.max_tokens)
+            return [[real[i] for i in group] or [-1] for group in groups[self.dp_rank]]
+        size = self.micro_batch_size
+        assert len(rows) % (size * self.dp_size) == 0, (len(rows), size, self.dp_size)
+        starts = range(self.dp_rank * size, len(rows), size * self.dp_size)
+        return [list(rows[start : start + size]) for start in starts]
+
+
+def split_by_tokens(rows: Sequence[Sequence[int]], plan: BatchPlan, *, max_tokens: int) -> list[list[list[int]]]:
+    """Micro-batches of every rank, each a list of indices into `rows`; all ranks get equally many, a multiple of `micro_batch_multiple`.
 
     rows: token lengths of each row's samples. A micro-batch has at most `max_tokens` tokens with its padding: packed the sum of its
     lengths, padded the number of its samples x the longest, either rounded up to `pad_multiple`. A rank that runs out of rows gets
-    micro-batches without any: the caller fills them with something of weight 0.
+    micro-batches without any: the caller fills them with rows of weight 0.
     Raises DataError where a row alone has more tokens.
     """
-    costs = [_cost(row, packing, pad_multiple) for row in rows]
-    for place, cost in enumerate(costs):
+    costs = [_cost(row, plan.packing, plan.pad_multiple) for row in rows]
+    for row, cost in zip(rows, costs, strict=True):
         if cost > max_tokens:
             raise DataError(
-                f"a row of {cost:,} tokens does not fit in a micro-batch of {max_tokens:,} (samples of {', '.join(map(str, rows[place]))} tokens)",
+                f"a row of {cost:,} tokens does not fit in a micro-batch of {max_tokens:,} (samples of {', '.join(map(str, row))} tokens)",
                 where="train.max_tokens_per_micro_batch",
                 expected=f"{cost} or more",
             )
-    shares = largest_differencing(costs, ranks)
-    if packing:
-        # what rounds up to max_tokens or less is what is below its last multiple
-        found = [_packed([sum(rows[i]) for i in share], share, max_tokens // pad_multiple * pad_multiple) for share in shares]
+    shares = largest_differencing(costs, plan.dp_size)
+    if plan.packing:  # the capacity is the last multiple of pad_multiple below max_tokens
+        capacity = max_tokens // plan.pad_multiple * plan.pad_multiple
+        ranks = [_packed([sum(rows[i]) for i in share], share, capacity) for share in shares]
     else:
-        found = [_padded([(len(rows[i]), costs[i] // len(rows[i])) for i in share], share, max_tokens) for share in shares]
-    count = -(-max(map(len, found)) // multiple) * multiple
-    return [[sorted(group) for group in _widen(groups, count, costs)] for groups in found]
-
-
-def share(
-    rows: Sequence[int],
-    lengths_of: Callable[[int], Sequence[int]],
-    *,
-    micro_batch_size: int,
-    max_tokens: int | None,
-    packing: bool,
-    rank: int,
-    ranks: int,
-    pad_multiple: int,
-    multiple: int,
-) -> list[list[int]]:
-    """The rows of every micro-batch of one data-parallel rank, -1 for a filler.
-
-    With `max_tokens` by `plan`, fillers among `rows` left out; else `micro_batch_size` rows each, in the order of `rows`.
-    """
-    if max_tokens is not None:
-        real = [row for row in rows if row >= 0]
-        lengths = [lengths_of(row) for row in real]
-        groups = plan(lengths, max_tokens=max_tokens, packing=packing, ranks=ranks, pad_multiple=pad_multiple, multiple=multiple)
-        return [[real[i] for i in group] or [-1] for group in groups[rank]]
-    unit = micro_batch_size * ranks
-    assert len(rows) % unit == 0, (len(rows), unit)
-    starts = [at + rank * micro_batch_size for at in range(0, len(rows), unit)]
-    return [list(rows[start : start + micro_batch_size]) for start in starts]
+        ranks = [_padded([(len(rows[i]), costs[i] // len(rows[i])) for i in share], share, max_tokens) for share in shares]
+    count = -(-max(map(len, ranks)) // plan.micro_batch_multiple) * plan.micro_batch_multiple
+    return [[sorted(group) for group in _widen(groups, count, costs)] for groups in ranks]
 
 
 def _cost(row: Sequence[int], packing: bool, pad_multiple: int) -> int:

@@ -8,14 +8,13 @@ so that a loss is written once for both.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from mrlhf.data.batching import share
+from mrlhf.data.batching import BatchPlan
 from mrlhf.data.blend import Blend, Dataset, rows_of
 
 
@@ -131,71 +130,41 @@ def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padd
 
 
 class Loader:
-    """Micro-batches of this data-parallel rank. A row is a pack, or a sample (a pair for preference data)."""
+    """Micro-batches of this data-parallel rank, by a BatchPlan. A row is a pack, or a sample (a pair for preference data)."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        packing: bool,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        pad_multiple: int = 1,
-        padding_side: str = "right",
-        slice_multiple: int = 1,
-        max_tokens: int | None = None,
-    ) -> None:
-        """max_tokens: of a micro-batch, in the place of micro_batch_size (balance.py). slice_multiple: what micro-batches come in."""
-        self.slice_multiple, self.max_tokens = slice_multiple, max_tokens
-        self.dataset, self.packing, self.micro_batch_size = dataset, packing, micro_batch_size
-        self.dp_rank, self.dp_size, self.pad_multiple, self.padding_side = dp_rank, dp_size, pad_multiple, padding_side
+    def __init__(self, dataset: Dataset, plan: BatchPlan) -> None:
+        self.dataset, self.plan = dataset, plan
         self.group = 2 if dataset.task == "preference" else 1
-
-    def of(self, dataset: Dataset) -> Loader:
-        """The same loader of another data set of its kind."""
-        other = copy.copy(self)
-        other.dataset = dataset
-        return other
 
     @property
     def num_rows(self) -> int:
-        return rows_of(self.dataset, packing=self.packing)
+        return rows_of(self.dataset, packing=self.plan.packing)
 
     def samples(self, row: int) -> list[Sample]:
         """Of one row; row -1 is a filler: the first row with weight 0. Prompts have no mask: nothing is trained."""
         is_real, row = row >= 0, max(row, 0)
         d, first = self.dataset, row * self.group
-        found = d.pack(row) if self.packing else [d.sample(i) for i in range(first, first + self.group)]
+        found = d.pack(row) if self.plan.packing else [d.sample(i) for i in range(first, first + self.group)]
         return [Sample(tokens, mask, i, self._weight(i) if is_real else 0.0) for i, tokens, mask in found]
 
     def _weight(self, i: int) -> float:
         return self.dataset.loss_weight(i) if isinstance(self.dataset, Blend) else 1.0
 
     def micro_batches(self, rows: list[int]) -> list[MicroBatch]:
-        """This rank's share of a global batch; without max_tokens len(rows) is a multiple of micro_batch_size x dp_size."""
-        parts = share(
-            rows,
-            lambda row: self.dataset.row_lengths(row, packing=self.packing),
-            micro_batch_size=self.micro_batch_size,
-            max_tokens=self.max_tokens,
-            packing=self.packing,
-            rank=self.dp_rank,
-            ranks=self.dp_size,
-            pad_multiple=self.pad_multiple,
-            multiple=self.slice_multiple,
-        )
+        """This rank's share of a global batch."""
+        parts = self.plan.split(rows, lambda row: self.dataset.row_lengths(row, packing=self.plan.packing))
         return [self._collate([s for row in part for s in self.samples(row)]) for part in parts]
 
     def _collate(self, samples: list[Sample]) -> MicroBatch:
-        if self.group == 2 and not self.packing:  # cat(chosen, rejected) -> [2B, T]
+        plan = self.plan
+        if self.group == 2 and not plan.packing:  # cat(chosen, rejected) -> [2B, T]
             samples = samples[0::2] + samples[1::2]
-        return collate(samples, packing=self.packing, pad_multiple=self.pad_multiple, padding_side=self.padding_side)
+        return collate(samples, packing=plan.packing, pad_multiple=plan.pad_multiple, padding_side=plan.padding_side)
 
     def pairs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices [P] into the samples of a preference micro-batch: the chosen, the rejected."""
         n = torch.arange(batch.num_samples)
-        return (n[0::2], n[1::2]) if self.packing else (n[: len(n) // 2], n[len(n) // 2 :])
+        return (n[0::2], n[1::2]) if self.plan.packing else (n[: len(n) // 2], n[len(n) // 2 :])
 
     def margins(self, batch: MicroBatch) -> torch.Tensor | None:
         """[P] of a preference micro-batch, or None where the data has none."""
@@ -205,11 +174,9 @@ class Loader:
 
     def in_order(self) -> Iterator[list[int]]:
         """Rows of the whole set once, for evaluation and scoring, in slices every rank takes part in."""
-        unit = self.dp_size * self.slice_multiple
-        if self.max_tokens is None:
-            unit *= self.micro_batch_size
-        else:  # a few micro-batches' worth, so that rows of like length can meet
-            unit *= max(1, 4 * self.max_tokens * self.num_rows // self.dataset.num_tokens)
+        unit = self.plan.rows_per_slice
+        if self.plan.max_tokens is not None:  # a few micro-batches at a time, so that rows of similar length meet
+            unit *= max(1, 4 * self.plan.max_tokens * self.num_rows // self.dataset.num_tokens)
         for at in range(0, self.num_rows, unit):
             rows = list(range(at, min(at + unit, self.num_rows)))
             yield rows + [-1] * (unit - len(rows))

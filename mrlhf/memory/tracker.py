@@ -85,6 +85,11 @@ def _place(error: BaseException) -> str:
     return f"{Path(lines[-1].filename).relative_to(_PACKAGE.parent)}:{lines[-1].lineno}"
 
 
+def phase_label(name: str, step: int | None) -> str:
+    """What messages call a phase: "build", "step 3", "save of step 3"."""
+    return name if step is None else f"step {step}" if name == "step" else f"{name} of step {step}"
+
+
 class Memory:
     """`with memory("step", 3): ...` around everything of a run that needs memory. config: of a training stage; world: its ranks."""
 
@@ -114,9 +119,8 @@ class Memory:
     def _error(self, error: BaseException, phase: str, step: int | None) -> OutOfMemory:
         here = device.current()
         name = f"cuda:{torch.cuda.current_device()}" if here.is_cuda else "CPU"
-        when = phase if step is None else f"{phase} of step {step}"
         return OutOfMemory(
-            f"rank {self.rank} ({name}) is out of memory in '{when}': {what_was_asked(str(error))} (at {_place(error)})",
+            f"rank {self.rank} ({name}) is out of memory in '{phase_label(phase, step)}': {what_was_asked(str(error))} (at {_place(error)})",
             peaks=self.peaks,
             remedies=remedies(self.config, phase, spec=self.spec, world=self.world, cuda=here.is_cuda),
         )

@@ -20,6 +20,7 @@ from mrlhf.parallel import state
 from mrlhf.rl.kl import kl_estimate
 from mrlhf.rl.policy_loss import policy_loss, value_loss
 from mrlhf.rl.rollout.tables import Rollout, spread
+from mrlhf.training.batch_plan import make_batch_plan
 from mrlhf.training.trainer import LossFn, Model, Partials
 
 
@@ -93,17 +94,10 @@ class Pretraining:
     the NLL's sum is scaled by that count over its own tokens, both of the whole update.
     """
 
-    def __init__(self, config: PPOStage, data: Any, *, dp_rank: int, dp_size: int) -> None:
-        self.config, self.dp_size = config, dp_size
-        self.loader = Loader(
-            data,
-            packing=config.data.packing,
-            micro_batch_size=config.ptx.micro_batch_size,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-            pad_multiple=state.pad_multiple(config.parallel),
-            slice_multiple=state.slice_multiple(config.parallel),
-        )
+    def __init__(self, config: PPOStage, data: Any, groups: state.Groups) -> None:
+        self.config = config
+        plan = make_batch_plan(groups, packing=config.data.packing, micro_batch_size=config.ptx.micro_batch_size)
+        self.loader = Loader(data, plan)
         self.order = Order(
             Mix.single(self.loader.num_rows),
             global_batch_size=config.ptx.batch_size,

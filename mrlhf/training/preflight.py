@@ -1,12 +1,13 @@
-"""Everything that can be wrong with a run, found before it starts and shown at once.
+"""Opens model and data of a run and finds every problem before it starts.
 
-Used by every stage and by `--dry-run`; opens files, builds nothing.
+Every stage and `--dry-run` use it. It opens files and builds nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mrlhf.checkpoint.source import ModelSource, open_source
 from mrlhf.config.options import DataSource, PPOStage, TrainingConfig
@@ -23,13 +24,39 @@ TASKS = {"pretrain": "pretrain", "sft": "sft", "rm": "preference", "dpo": "prefe
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a stage starts from."""
+class RunInputs:
+    """Model and data of a run, opened and checked."""
 
     source: ModelSource
     train: Dataset
     eval: Dataset | None
-    notes: tuple[str, ...] = ()  # to be shown before the run
+    notes: tuple[str, ...] = ()  # lines to show before the run
+
+
+@dataclass
+class Opened:
+    """What could be opened of a run's inputs, and every problem so far. A stage adds its own, then asks for `inputs`."""
+
+    config: TrainingConfig
+    problems: Problems
+    source: ModelSource | None = None
+    train: Dataset | None = None
+    eval: Dataset | None = None
+
+    def datasets(self) -> list[tuple[str, Dataset]]:
+        """(configuration key, data) of those that could be opened."""
+        both = (("data.train", self.train), ("data.eval", self.eval))
+        return [(key, data) for key, data in both if data is not None]
+
+    def inputs(self) -> RunInputs:
+        """Raises every problem, together."""
+        self.problems.raise_if_any()
+        assert self.source is not None and self.train is not None
+        parts = [part for _, data in self.datasets() for part in sources_of(data)]
+        notes = [part.note for part in parts if isinstance(part, MegatronText)]
+        if self.source.spec.experts is not None:
+            notes.append(router_losses.describe(self.config.model))
+        return RunInputs(self.source, self.train, self.eval, tuple(notes))
 
 
 def open_train(
@@ -106,64 +133,55 @@ def open_data(
     return data, found
 
 
-def check_run(
-    stage: str,
-    config: TrainingConfig,
-    *,
-    world: int,
-    more: Callable[[ModelSource, list[tuple[str, Dataset]]], list[MrlhfError]] | None = None,
-) -> Run:
-    """Opens model and data of a training stage. Raises every problem found, together.
-
-    `more(source, [(key, dataset)])`: what else a stage checks of the model and of the data that could be opened.
-    """
-    problems = Problems()
-    source = train = evaluation = None
+def open_run(config: TrainingConfig, *, world: int) -> Opened:
+    """Open model and data of a training stage and check what all stages have in common. world: the ranks that train."""
+    opened = Opened(config, problems := Problems())
     try:
-        source = open_source(config.model.path)
+        source: ModelSource | None = open_source(config.model.path)
     except CheckpointError as error:
-        problems.add(
-            CheckpointError(error.what, where=f"model.path: {error.where or config.model.path}", expected=error.expected, fix=error.fix)
-        )
+        source, where = None, f"model.path: {error.where or config.model.path}"
+        problems.add(CheckpointError(error.what, where=where, expected=error.expected, fix=error.fix))
     if source is not None:
         problems.extend(check_layout(config.parallel, source.spec, world))
-        problems.extend(_check_experts(stage, config, source))
-        if stage != "rm" and source.head == "value":
-            problems.add(
-                ConfigError(f"model.path = {config.model.path} holds a value model", where="model.path", expected="an LM checkpoint")
-            )
+        problems.extend(_check_model(config, source))
+    opened.source = source
     problems.extend(state.check_batch(config.train, config.parallel, world))
-    task = TASKS[stage]
-    train, found = open_train(config.data.train, task=task, source=source, seq_length=config.data.seq_length)
+    how: dict[str, Any] = {"task": TASKS[config.stage], "source": source, "seq_length": config.data.seq_length}
+    opened.train, errors = open_train(config.data.train, **how)
+    problems.extend(errors)
     if config.data.eval is not None:
-        evaluation, others = open_data(config.data.eval, key="data.eval", task=task, source=source, seq_length=config.data.seq_length)
-        found += others
-    problems.extend(found)
-    for key, data in (("data.train", train), ("data.eval", evaluation)):
-        if data is not None and (stage != "ppo" or data.task == "prompts"):
+        opened.eval, errors = open_data(config.data.eval, key="data.eval", **how)
+        problems.extend(errors)
+    for key, data in opened.datasets():
+        if config.stage != "ppo" or data.task == "prompts":
             problems.extend(check_micro_batches(config, data, key=key))
-    if more is not None and source is not None:
-        problems.extend(more(source, [(k, d) for k, d in (("data.train", train), ("data.eval", evaluation)) if d is not None]))
-    problems.raise_if_any()
-    assert source is not None and train is not None
-    parts = [*sources_of(train), *(sources_of(evaluation) if evaluation is not None else [])]
-    notes = [p.note for p in parts if isinstance(p, MegatronText)]
-    if source.spec.experts is not None:
-        notes.append(router_losses.describe(config.model))
-    return Run(source, train, evaluation, tuple(notes))
+    return opened
 
 
-def _check_experts(stage: str, config: TrainingConfig, source: ModelSource) -> list[ConfigError]:
-    experts, found = source.spec.experts, []
+def check_run(config: TrainingConfig, *, world: int) -> RunInputs:
+    """Inputs of a supervised stage. Raises every problem, together."""
+    return open_run(config, world=world).inputs()
+
+
+def _check_model(config: TrainingConfig, source: ModelSource) -> list[ConfigError]:
+    experts, problems = source.spec.experts, []
+    if config.stage != "rm" and source.head == "value":
+        what = f"model.path = {config.model.path} holds a value model"
+        problems.append(ConfigError(what, where="model.path", expected="an LM checkpoint"))
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
         key = f"model.{name}"
         if getattr(config.model, name) and experts is None:
-            found.append(ConfigError(f"{key} is set, and {source.path} has no experts", where=key, expected="0", fix=f"--{key} 0"))
+            what = f"{key} is set, and {source.path} has no experts"
+            problems.append(ConfigError(what, where=key, expected="0", fix=f"--{key} 0"))
     is_cut = config.parallel.pipeline_model_parallel_size > 1 and config.model.dtype != "float32"
-    if stage == "ppo" and experts is not None and experts.selection_bias and is_cut:
-        what = f"the bias for the choice of experts of {source.spec.family} would reach vLLM from another pipeline stage rounded to {config.model.dtype}"
-        found.append(ConfigError(what, where="parallel.pipeline_model_parallel_size", expected="1, or model.dtype float32"))
-    return found
+    if config.stage == "ppo" and experts is not None and experts.selection_bias and is_cut:
+        what = (
+            f"the router's selection bias of {source.spec.family} would reach vLLM from another pipeline stage "
+            f"rounded to {config.model.dtype}"
+        )
+        expected = "1, or model.dtype float32"
+        problems.append(ConfigError(what, where="parallel.pipeline_model_parallel_size", expected=expected))
+    return problems
 
 
 def check_micro_batches(config: TrainingConfig, data: Dataset, *, key: str) -> list[MrlhfError]:

@@ -8,10 +8,10 @@ A blend has a file beside each of its sources.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from mrlhf.checkpoint.manifest import entry, fsync
 from mrlhf.checkpoint.source import ModelSource
 from mrlhf.data.blend import Dataset
 from mrlhf.parallel import state
+
+log = logging.getLogger(__name__)
 
 
 def fingerprint(source: ModelSource, *, dtype: str) -> str:
@@ -83,7 +85,7 @@ def places(data: Dataset, run_dir: Path, reference: str) -> list[Path]:
     return [beside, run_dir / f"{beside.stem}_{data.identity[:16]}.safetensors"]
 
 
-def stored(data: Dataset, *, reference: str, run_dir: Path, compute: Callable[[], torch.Tensor], say: Callable[[str], Any]) -> torch.Tensor:
+def stored(data: Dataset, *, reference: str, run_dir: Path, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
     """[samples] of one data set, on every rank: read where they are whole, else computed and written. Collective, as `compute` is."""
     facts = {"data": data.identity, "reference": reference}
     box: list[torch.Tensor | None] = [None]
@@ -91,29 +93,29 @@ def stored(data: Dataset, *, reference: str, run_dir: Path, compute: Callable[[]
         for path in places(data, run_dir, reference):
             found = read(path, facts=facts, samples=data.num_samples)
             if isinstance(found, torch.Tensor):
-                say(f"reference log-probs: {path}")
+                log.info(f"reference log-probs: {path}")
                 box = [found]
                 break
             if found is not None:
-                say(f"reference log-probs: {path} {found}; computed anew")
+                log.info(f"reference log-probs: {path} {found}; computed anew")
     dist.broadcast_object_list(box, src=0)
     if box[0] is not None:
         return box[0]
-    say(f"reference log-probs of {data.num_samples:,} answers of {data.prefix}")
+    log.info(f"reference log-probs of {data.num_samples:,} answers of {data.prefix}")
     logps = compute()
     if state.is_main():
-        keep(places(data, run_dir, reference), logps, facts=facts, say=say)
+        keep(places(data, run_dir, reference), logps, facts=facts)
     return logps
 
 
-def keep(paths: list[Path], logps: torch.Tensor, *, facts: dict[str, str], say: Callable[[str], Any]) -> Path:
+def keep(paths: list[Path], logps: torch.Tensor, *, facts: dict[str, str]) -> Path:
     """Writes to the first of `paths` that can be written; says so where it is not the first."""
     first, last = paths
     try:
         write(first, logps, facts=facts)
         return first
     except OSError as error:
-        say(f"{first.parent} cannot be written ({error.strerror}): reference log-probs are kept in {last}, for this run alone")
+        log.info(f"{first.parent} cannot be written ({error.strerror}): reference log-probs are kept in {last}, for this run alone")
     last.parent.mkdir(parents=True, exist_ok=True)
     write(last, logps, facts=facts)
     return last

@@ -1,11 +1,30 @@
-"""The loop that pretrain, sft, rm and dpo share: data -> step -> log -> evaluate -> save. A stage brings its loss."""
+"""A run: what a training stage opens once, and what it does at every step around its own computation.
+
+A stage is a loop over `steps()`, or over `batches()` of a `SupervisedRun`:
+
+    run = SupervisedRun(config, head="lm", count=...)
+    if run.finished:
+        return run.close()
+    for step, batches in run.batches():
+        with run.phase("step", step):
+            metrics = run.trainer.step(batches, loss_fn)
+        run.log_step(step, metrics)
+        if run.due_evaluation(step):
+            run.evaluate(step, loss_fn)
+        if run.due_save(step):
+            run.save(step)
+    return run.close()
+
+All methods are collective: every rank calls them in the same order.
+"""
 
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,270 +32,272 @@ import torch
 import torch.distributed as dist
 
 from mrlhf.checkpoint.manager import Saver, best_of
+from mrlhf.checkpoint.save import Part
 from mrlhf.checkpoint.source import restore_randomness, to_resume
 from mrlhf.config.load import dump_yaml
 from mrlhf.config.options import SFTStage, TrainingConfig
-from mrlhf.data.blend import Dataset, describe_samples, names_of, rows_of, sources_of
+from mrlhf.data.blend import Dataset, describe_samples
 from mrlhf.data.loader import Loader, MicroBatch
-from mrlhf.data.order import Mix, Order
 from mrlhf.memory.tracker import Memory
 from mrlhf.models.layers.router_losses import Count, make_balance
 from mrlhf.observe import heartbeat, metrics
 from mrlhf.observe.loss_spikes import SpikeDetector
 from mrlhf.observe.tracker import Tracker
 from mrlhf.parallel import device, state, watch
-from mrlhf.training import preflight
-from mrlhf.training.resume import check_resume, data_position, describe_run, go_on
+from mrlhf.training.batch_plan import training_batch_plan
+from mrlhf.training.phases import Phases
+from mrlhf.training.preflight import RunInputs, check_run
+from mrlhf.training.resume import check_resume, run_manifest
+from mrlhf.training.row_order import data_position, make_order, restore_position, source_epochs
 from mrlhf.training.stopping import EXIT_STOPPED, Stopper
 from mrlhf.training.trainer import LossFn, Trainer
 
-
-def make_order(config: TrainingConfig, data: Dataset) -> Order:
-    """Rows of every step; what the checkpoint arithmetic and the dry run count with too."""
-    rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
-    mix = Mix.of(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
-    return Order(
-        mix,
-        global_batch_size=config.train.global_batch_size,
-        num_epochs=config.train.num_epochs,
-        max_steps=config.train.max_steps,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
+log = logging.getLogger(__name__)
+_H100_BF16_TFLOPS = 989.0  # dense, SXM
 
 
-def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str, float]:
-    """data/<source>/epoch of a blend: passes over each source after so many of its rows."""
-    parts = sources_of(data)
-    if len(parts) == 1:
-        return {}
-    counts = zip(names_of([p.prefix for p in parts]), consumed, order.mix.rows, strict=True)
-    return {f"data/{name}/epoch": n / rows for name, n, rows in counts}
+class Run:
+    """The parts that every training stage has: directory, stopper, checkpoints, tracker, phases, the range of steps.
+
+    Started again with the same configuration it continues after its newest checkpoint (`resumed`, `done`); `finished`: nothing is left
+    to do, and the run only has to be closed.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        inputs: RunInputs,
+        layout: state.Layout,
+        *,
+        total_steps: int,
+        began: float,
+        store: dist.Store | None = None,
+    ) -> None:
+        """After torch.distributed was started. began: time.monotonic() of the process's start. store: see Stopper."""
+        self.config, self.inputs, self.layout, self.total_steps = config, inputs, layout, total_steps
+        self.output_dir = Path(config.train.output_dir)
+        watch.log_to(self.output_dir / "logs")
+        heartbeat.start(self.output_dir, rank=dist.get_rank())
+        self.stopper = Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store)
+        for line in (f"device: {device.current().describe()}", layout.describe(config.train), *inputs.notes):
+            log.info(line)
+        self.saver = Saver(self.output_dir, config.checkpoint)
+        self.resumed = to_resume(self.output_dir, total_steps=total_steps, verify=config.checkpoint.verify)
+        self.done = 0 if self.resumed is None else int(self.resumed.manifest["step"])
+        self.finished = self.done >= total_steps
+        self.status, self.last_words = 0, f"{'already ' if self.finished else ''}finished: {self.output_dir / 'checkpoints'}"
+        self.phase = Phases(Memory(config, spec=inputs.source.spec, rank=dist.get_rank(), world=layout.world))
+        self.tracker: Tracker | None = None
+        self._evaluation: tuple[int, dict[str, float]] = 0, {}
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left. Saves and ends early where the run is to stop."""
+        if self.finished:
+            return
+        self.tracker = self._make_tracker()
+        # Objects of the start-up live as long as the run: collections, a full one in each of Megatron's saves, skip them (0.2 s).
+        gc.collect()
+        gc.freeze()
+        for step in range(self.done + 1, self.total_steps + 1):
+            self.phase.start_step(step)
+            yield step
+            if self.status:
+                return
+            if step < self.total_steps and self.stopper.agreed(next_s=self.phase.step_seconds() + self.saver.seconds):
+                self._evaluation = 0, {}
+                self.stop_after(step)
+                return
+
+    def stop_after(self, step: int) -> None:
+        """Save `step` unless it is saved, and let `steps()` end."""
+        if step not in (self.done, self.saver.last_step):
+            self.save(step)
+        self.status, self.last_words = EXIT_STOPPED, self.stopper.describe(step)
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl; completes a background save that all ranks have written."""
+        assert self.tracker is not None
+        self.tracker.log(step, {**values, **self.saver.waited()})
+        self.saver.poll()
+
+    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """eval/* of a step; a checkpoint of the same step keeps them."""
+        assert self.tracker is not None
+        self.tracker.log(step, values)
+        self._evaluation = step, {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no nan
+
+    def due_evaluation(self, step: int) -> bool:
+        if self.inputs.eval is None:
+            return False
+        interval, best = self.config.train.eval_interval, best_of(self.config.checkpoint)
+        return step == self.total_steps or _due(step, interval) or (best is not None and self.due_save(step))
+
+    def due_save(self, step: int) -> bool:
+        return step == self.total_steps or _due(step, self.config.checkpoint.save_interval)
+
+    def save(self, step: int) -> None:
+        """The checkpoint of a step: a stage says by `write_checkpoint` what is in it."""
+        raise NotImplementedError
+
+    def with_optimizer(self, step: int) -> bool:
+        return step < self.total_steps or self.config.checkpoint.save_optimizer
+
+    def write_checkpoint(
+        self, step: int, parts: list[Part], content: dict[str, Any], *, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """content: what the manifest says beyond `run_manifest`; files: further files of the checkpoint by name."""
+        manifest = run_manifest(self.config, self.layout, self.inputs.source.hf_dir) | content
+        if self._evaluation[0] == step:
+            manifest["eval"] = self._evaluation[1]
+        self.saver.save(step, parts, manifest, last=step == self.total_steps, files=files)
+
+    def close(self) -> int:
+        """The end of a run, complete or stopped; returns the exit status."""
+        self.saver.finish()
+        if self.tracker is not None:
+            self.tracker.close()
+        heartbeat.stop()
+        log.info(self.last_words)
+        state.shutdown()
+        return self.status
+
+    def _make_tracker(self) -> Tracker:
+        options = self.config.logging
+        return Tracker(
+            self.output_dir,
+            config_yaml=dump_yaml(self.config),
+            env={"device": device.current().describe(), "world_size": state.world_size()},
+            is_main=state.is_main(),
+            stage=self.config.stage,
+            total_steps=self.total_steps,
+            start_step=self.done,
+            log_interval=options.log_interval,
+            tensorboard=options.tensorboard,
+            wandb_project=options.wandb_project,
+            mlflow_experiment=options.mlflow_experiment,
+        )
+
+
+class SupervisedRun(Run):
+    """A run over a data set in order, with one model: pretrain, sft, rm, dpo."""
+
+    def __init__(self, config: TrainingConfig, *, head: str, count: Count) -> None:
+        """head: "lm" or "value". count: what a sample counts in the routers' losses (models/layers/router_losses.py).
+
+        Raises ConfigError, DataError and CheckpointError, all problems together.
+        """
+        began = time.monotonic()
+        inputs = check_run(config, world=state.world_size())
+        check_resume(config, Path(config.train.output_dir))
+        layout = state.initialize(config.parallel, seed=config.train.seed)
+        self.order = make_order(config, inputs.train)
+        super().__init__(config, inputs, layout, total_steps=self.order.total_steps, began=began)
+        if self.finished:
+            return
+        if self.resumed is not None:
+            allowed, hf_dir = config.train.allow_changes, inputs.source.hf_dir
+            manifest, where = self.resumed.manifest, str(self.resumed.path)
+            restore_position(self.order, inputs.train, manifest, where=where, hf_dir=hf_dir, allowed=allowed)
+        plan = training_batch_plan(config, state.groups())
+        self.loader = Loader(inputs.train, plan)
+        self.eval_loader = None if inputs.eval is None else Loader(inputs.eval, plan)
+        losses = [] if self.resumed is None else self.resumed.manifest.get("recent_losses", [])
+        self.spikes = SpikeDetector(config.train.loss_spike_threshold, losses)
+        with self.phase("build"):
+            self.trainer = self._make_trainer(head, count)
+        log.info(f"model: {inputs.source.spec.describe()}, {config.model.dtype}, Adam: {self.trainer.adam}")
+
+    def _make_trainer(self, head: str, count: Count) -> Trainer:
+        config = self.config
+        return Trainer(
+            self.inputs.source,
+            config.parallel,
+            config.optim,
+            head=head,
+            dtype=config.model.dtype,
+            seed=config.train.seed,
+            total_steps=self.total_steps,
+            random_init=config.model.init == "random",
+            on_nonfinite=config.train.on_nonfinite,
+            neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
+            balance=make_balance(config.model, count),
+        )
+
+    def batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """(step, this rank's micro-batches) of the steps that are left.
+
+        A resumed run loads its checkpoint here: until the first batch the trainer has the starting weights (DPO's reference).
+        """
+        if self.resumed is not None:
+            with self.phase("build"):
+                self.trainer.resume(self.resumed.path, self.done, self.resumed.manifest["scheduler"])
+            restore_randomness(self.resumed)
+            log.info(f"resumed from {self.resumed.path}")
+        for step in self.steps():
+            batches = self.loader.micro_batches(self.order.rows(step))
+            self._lengths = [n for batch in batches for n in batch.lengths]
+            self._data_seconds = self.phase.step_seconds()
+            yield step, batches
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """train/* of what the optimizer step returned, with loss spikes, epochs, throughput and memory."""
+        if self.config.train.loss_spike_threshold:
+            values |= report_spike(self.spikes, values["loss"], step=step, trainer=self.trainer, data=self.inputs.train)
+        logged = {f"train/{name}": value for name, value in values.items()}
+        logged |= {"train/epoch": self.order.epoch(step), "time/data_s": self._data_seconds}
+        logged |= source_epochs(self.order, self.inputs.train, self.order.consumed(step))
+        self.log_metrics(step, logged | self._performance(self.phase.step_seconds()))
+
+    def _performance(self, seconds: float) -> dict[str, float]:
+        """perf/*, time/step_s and memory/*. This rank's tokens stand for those of the others."""
+        tokens, world = sum(self._lengths) * self.layout.dp, self.layout.world
+        flops = self.trainer.spec.flops_per_token(sum(self._lengths) / len(self._lengths))
+        tflops = flops * tokens / seconds / world / 1e12
+        values = {
+            "time/step_s": seconds,
+            "perf/tokens_per_s_per_gpu": tokens / seconds / world,
+            "perf/tflops": tflops,
+            "memory/max_reserved_gib": self.phase.memory.reserved,
+        }
+        if device.current().is_cuda and "H100" in torch.cuda.get_device_name():
+            values["perf/mfu"] = tflops / _H100_BF16_TFLOPS
+        return values
+
+    def evaluate(self, step: int, loss_fn: LossFn, prepare: Callable[[list[MicroBatch]], None] | None = None) -> None:
+        """Every row of the evaluation set once; logs eval/*. prepare: called with each slice's micro-batches before they run."""
+        assert self.eval_loader is not None
+        results = []
+        with self.phase("evaluate", step):
+            for rows in self.eval_loader.in_order():
+                batches = self.eval_loader.micro_batches(rows)
+                if prepare is not None:
+                    prepare(batches)
+                results.append(self.trainer.evaluate(batches, loss_fn))
+        self.log_evaluation(step, {f"eval/{k}": v for k, v in metrics.finalize(metrics.merge(results)).items()})
+
+    def save(self, step: int, extra: Mapping[str, Any] | None = None) -> None:
+        """extra: what the stage adds to the manifest."""
+        content = {
+            "scheduler": self.trainer.scheduler.num_steps,
+            **data_position(self.order, self.inputs.train, self.order.consumed(step)),
+            **(extra or {}),
+            "recent_losses": self.spikes.recent,
+        }
+        with self.phase("save", step):
+            self.write_checkpoint(step, [self.trainer.part(with_optimizer=self.with_optimizer(step))], content)
 
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def say(text: str) -> None:
-    """One line on rank 0."""
-    if state.is_main():
-        print(text, flush=True)
-
-
-def guard(config: TrainingConfig, *, began: float, store: dist.Store | None = None, rank: int | None = None) -> Stopper:
-    """Signals, the wall-clock budget (from `began`, time.monotonic()), the heartbeat of a run and where its ranks' stacks go when one hangs;
-    after torch.distributed was started. store, rank: see Stopper."""
-    output_dir = Path(config.train.output_dir)
-    watch.log_to(output_dir / "logs")
-    heartbeat.start(output_dir, rank=dist.get_rank() if rank is None else rank)
-    return Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store, rank=rank)
-
-
-def all_is_built() -> None:
-    """Before the first step: what is there stays as long as the run. Garbage collections, a full one in each of Megatron's saves, pass over it (0.2 s)."""
-    gc.collect()
-    gc.freeze()
-
-
-def leave(tracker: Tracker, saver: Saver, text: str, *, status: int = 0) -> int:
-    """Collective. The end of a run, complete or stopped; returns the exit status."""
-    saver.finish()
-    tracker.close()
-    heartbeat.stop()
-    say(text)
-    state.shutdown()
-    return status
-
-
-def make_tracker(stage: str, config: TrainingConfig, *, total_steps: int, done: int) -> Tracker:
-    """The run directory's writer; `done` finished steps."""
-    return Tracker(
-        config.train.output_dir,
-        config_yaml=dump_yaml(config),
-        env={"device": device.current().describe(), "world_size": state.world_size()},
-        is_main=state.is_main(),
-        stage=stage,
-        total_steps=total_steps,
-        start_step=done,
-        log_interval=config.logging.log_interval,
-        tensorboard=config.logging.tensorboard,
-        wandb_project=config.logging.wandb_project,
-        mlflow_experiment=config.logging.mlflow_experiment,
-    )
-
-
-def performance(trainer: Trainer, memory: Memory, *, tokens: int, mean_length: float, seconds: float, world: int) -> dict[str, float]:
-    """perf/*, time/step_s and memory/*; `tokens` read by all ranks in `seconds`."""
-    tflops = trainer.spec.flops_per_token(mean_length) * tokens / seconds / world / 1e12
-    found = {
-        "time/step_s": seconds,
-        "perf/tokens_per_s_per_gpu": tokens / seconds / world,
-        "perf/tflops": tflops,
-        "memory/max_reserved_gib": memory.reserved,
-    }
-    if device.current().is_cuda and "H100" in torch.cuda.get_device_name():
-        found["perf/mfu"] = tflops / 989.0  # dense bf16 of an H100 SXM
-    return found
-
-
 def report_spike(detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer, data: Dataset) -> dict[str, float]:
     """train/loss_spike of one step; for a spike also a line with the samples of the worst micro-batches. Collective."""
-    wrong = detector.meet(loss)
-    is_spike = state.on_any_rank(wrong is not None)  # tensor-parallel ranks may have computed losses that differ in the last bit
+    spike = detector.meet(loss)
+    is_spike = state.on_any_rank(spike is not None)  # losses of tensor-parallel ranks may differ in the last bit
     if is_spike:
         losses = trainer.micro_batch_losses()
-        high = [found for found in losses if found[0] > loss / 2] or losses  # often it is one among many
+        high = [entry for entry in losses if entry[0] > loss / 2] or losses  # often one micro-batch among many
         worst = "; ".join(f"{mean:.4f} with {describe_samples(data, samples)}" for mean, samples in high[:3])
-        say(f"loss spike at step {step}: {wrong or f'{loss:.4f}'}; micro-batches: {worst}")
+        log.info(f"loss spike at step {step}: {spike or f'{loss:.4f}'}; micro-batches: {worst}")
     return {"loss_spike": float(is_spike)}
-
-
-def evaluate(trainer: Trainer, loader: Loader, loss_fn: LossFn, before: Callable | None = None) -> dict[str, float]:
-    """Every row of the set once."""
-    found = []
-    for rows in loader.in_order():
-        batches = loader.micro_batches(rows)
-        if before:
-            before(loader, batches)
-        found.append(trainer.evaluate(batches, loss_fn))
-    partials = metrics.merge(found)
-    return {f"eval/{k}": v for k, v in metrics.finalize(partials).items()}
-
-
-def train(
-    stage: str,
-    config: TrainingConfig,
-    *,
-    head: str,
-    make_loss: Callable[[Trainer, Loader], LossFn],
-    count: Count,
-    make_eval_loss: Callable[[Trainer, Loader], LossFn] | None = None,
-    before_step: Callable[[Loader, list[MicroBatch]], None] | None = None,
-    finish: Callable[[Trainer, Loader], dict[str, Any]] | None = None,
-) -> int:
-    """Run a supervised stage from its configuration to its last checkpoint; returns the exit status (EXIT_STOPPED where it was stopped).
-
-    `make_loss(trainer, loader)` gives the loss function (called before the first step, with the starting weights), `count` what it counts,
-    `make_eval_loss` the loss function of the evaluation where it measures more;
-    `before_step(loader, batches)` may prepare it for a step; `finish(trainer, eval_loader)` gives what goes into
-    the last checkpoint's metadata. Started again with the same configuration it goes on from the newest checkpoint.
-    """
-    began = time.monotonic()
-    run = preflight.check_run(stage, config, world=state.world_size())
-    output_dir = Path(config.train.output_dir)
-    check_resume(config, output_dir)
-    layout = state.initialize(config.parallel, seed=config.train.seed)
-    stopper = guard(config, began=began)
-    _, dp, _ = layout.coordinates(dist.get_rank())
-    say(f"device: {device.current().describe()}")
-    say(layout.describe(config.train))
-
-    for note in run.notes:
-        say(note)
-
-    def make_loader(data: Dataset) -> Loader:
-        return Loader(
-            data,
-            packing=config.data.packing,
-            micro_batch_size=config.train.micro_batch_size,
-            dp_rank=dp,
-            dp_size=layout.dp,
-            pad_multiple=state.pad_multiple(config.parallel),
-            slice_multiple=state.slice_multiple(config.parallel),
-            padding_side=config.data.padding_side,
-            max_tokens=config.train.max_tokens_per_micro_batch,
-        )
-
-    loader = make_loader(run.train)
-    eval_loader = make_loader(run.eval) if run.eval is not None else None
-    order = make_order(config, run.train)
-    saver = Saver(output_dir, config.checkpoint)
-    resumed = to_resume(output_dir, total_steps=order.total_steps, verify=config.checkpoint.verify)
-    done = 0 if resumed is None else int(resumed.manifest["step"])
-    if done >= order.total_steps:
-        heartbeat.stop()
-        say(f"already finished: {output_dir / 'checkpoints'}")
-        state.shutdown()
-        return 0
-    if resumed is not None:
-        where, allowed = str(resumed.path), config.train.allow_changes
-        go_on(order, run.train, resumed.manifest, where=where, hf_dir=run.source.hf_dir, allowed=allowed)
-    random_init = config.model.init == "random"
-    memory = Memory(config, spec=run.source.spec, rank=dist.get_rank(), world=layout.world)
-    with memory("build"):
-        trainer = Trainer(
-            run.source,
-            config.parallel,
-            config.optim,
-            head=head,
-            dtype=config.model.dtype,
-            seed=config.train.seed,
-            total_steps=order.total_steps,
-            random_init=random_init,
-            on_nonfinite=config.train.on_nonfinite,
-            neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
-            balance=make_balance(config.model, count),
-        )
-    say(f"model: {run.source.spec.describe()}, {config.model.dtype}, Adam: {trainer.adam}")
-    with memory("prepare"):
-        loss_fn = make_loss(trainer, loader)
-        eval_loss_fn = (make_eval_loss or make_loss)(trainer, eval_loader) if eval_loader is not None else None
-
-    if resumed is not None:
-        with memory("build"):
-            trainer.resume(resumed.path, done, resumed.manifest["scheduler"])
-        restore_randomness(resumed)
-        say(f"resumed from {resumed.path}")
-    tracker = make_tracker(stage, config, total_steps=order.total_steps, done=done)
-
-    best, described = best_of(config.checkpoint), describe_run(stage, config, layout, run.source.hf_dir)
-
-    spikes = SpikeDetector(config.train.loss_spike_threshold, resumed.manifest.get("recent_losses", []) if resumed is not None else [])
-
-    def save(step: int, extra: dict[str, Any]) -> None:
-        last = step == order.total_steps
-        part = trainer.part(with_optimizer=not last or config.checkpoint.save_optimizer)
-        content = {**described, "scheduler": trainer.scheduler.num_steps, **data_position(order, run.train, order.consumed(step)), **extra}
-        content["recent_losses"] = spikes.recent
-        with memory("save", step):
-            saver.save(step, [part], content, last=last)
-
-    all_is_built()
-    for step in range(done + 1, order.total_steps + 1):
-        watch.phase(f"step {step}")
-        start = time.perf_counter()
-        batches = loader.micro_batches(order.rows(step))
-        waited = time.perf_counter() - start
-        with heartbeat.phase("step", step), memory("step", step):
-            if before_step:
-                before_step(loader, batches)
-            found = trainer.step(batches, loss_fn)
-        if config.train.loss_spike_threshold:
-            found |= report_spike(spikes, found["loss"], step=step, trainer=trainer, data=run.train)
-        seconds = time.perf_counter() - start
-        lengths = [n for b in batches for n in b.lengths]
-        log = {f"train/{k}": v for k, v in found.items()} | {"train/epoch": order.epoch(step), "time/data_s": waited}
-        log |= source_epochs(order, run.train, order.consumed(step))
-        # this rank's share stands for the others'
-        log |= performance(
-            trainer, memory, tokens=sum(lengths) * layout.dp, mean_length=sum(lengths) / len(lengths), seconds=seconds, world=layout.world
-        )
-        tracker.log(step, log | saver.waited())
-        saver.poll()
-        last = step == order.total_steps
-        to_save = last or _due(step, config.checkpoint.save_interval)
-        extra: dict[str, Any] = {}
-        if eval_loader is not None and eval_loss_fn is not None and (last or _due(step, config.train.eval_interval) or (best and to_save)):
-            watch.phase(f"evaluation after step {step}")
-            with heartbeat.phase("evaluate", step), memory("evaluate", step):
-                values = evaluate(trainer, eval_loader, eval_loss_fn, before_step)
-            tracker.log(step, values)
-            extra["eval"] = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no nan
-        if to_save:
-            save(step, extra | (finish(trainer, eval_loader or loader) if finish and last else {}))
-        if not last and stopper.agreed(next_s=time.perf_counter() - start + saver.seconds):
-            if saver.last_step != step:
-                save(step, {})
-            return leave(tracker, saver, stopper.describe(step), status=EXIT_STOPPED)
-    return leave(tracker, saver, f"finished: {output_dir / 'checkpoints'}")

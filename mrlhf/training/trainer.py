@@ -11,6 +11,7 @@ the micro-batch size nor the number of ranks changes a result.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,6 +44,7 @@ from mrlhf.parallel import device, state
 from mrlhf.parallel.context import gather_tokens, sum_over_ranks
 from mrlhf.training import adam
 
+log = logging.getLogger(__name__)
 Partials = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, Partials]]
 MAX_SKIPPED = 10  # steps in a row: by then it is not a matter of single samples
@@ -412,7 +414,7 @@ class Trainer(Model):
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(f"{what}: the {MAX_SKIPPED}th step in a row to be skipped; the last checkpoint is whole")
         if state.is_main():
-            print(f"step skipped: {what}", flush=True)
+            log.info(f"step skipped: {what}")
 
     @property
     def lr(self) -> float:

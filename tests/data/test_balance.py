@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.data.batching import largest_differencing, plan
+from mrlhf.data.batching import BatchPlan, largest_differencing, split_by_tokens
 from mrlhf.errors import DataError
 
 
@@ -57,7 +57,7 @@ def test_it_is_near_the_optimum() -> None:
 
 rows_of = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 cases = st.fixed_dictionaries(
-    {"packing": st.booleans(), "ranks": st.integers(1, 5), "pad_multiple": st.sampled_from([1, 2, 4]), "multiple": st.integers(1, 3)}
+    {"packing": st.booleans(), "dp_size": st.integers(1, 5), "pad_multiple": st.sampled_from([1, 2, 4]), "micro_batch_multiple": st.integers(1, 3)}
 )
 
 
@@ -70,28 +70,28 @@ def test_a_plan_keeps_its_promises(rows: list[list[int]], case: dict, more: int)
         return rounded(sum(lengths)) if case["packing"] else len(lengths) * rounded(max(lengths, default=0))
 
     budget = max(tokens([i]) for i in range(len(rows))) + more
-    found = plan(rows, max_tokens=budget, **case)
-    assert len(found) == case["ranks"] and len({len(groups) for groups in found}) == 1 and len(found[0]) % case["multiple"] == 0
+    found = split_by_tokens(rows, BatchPlan(**case), max_tokens=budget)
+    assert len(found) == case["dp_size"] and len({len(groups) for groups in found}) == 1 and len(found[0]) % case["micro_batch_multiple"] == 0
     assert sorted(i for groups in found for group in groups for i in group) == list(range(len(rows)))
     assert all(tokens(group) <= budget for groups in found for group in groups)
     shares = [sum(tokens([i]) for group in groups for i in group) for groups in found]
     assert max(shares) - min(shares) <= max(tokens([i]) for i in range(len(rows))), "no rank has more than one row above another"
-    if case["ranks"] == case["multiple"] == 1 and case["packing"]:
+    if case["dp_size"] == case["micro_batch_multiple"] == 1 and case["packing"]:
         usable = budget // case["pad_multiple"] * case["pad_multiple"]
         least = -(-sum(map(sum, rows)) // usable)
         assert len(found[0]) <= max(least, 2 * least - 1), "two half-empty micro-batches would be one"
-    assert found == plan(rows, max_tokens=budget, **case)
+    assert found == split_by_tokens(rows, BatchPlan(**case), max_tokens=budget)
 
 
 def test_padding_counts_and_rows_of_like_length_meet() -> None:
     rows = [[10], [2], [9], [3], [2], [2]]
-    ((long, short),) = plan(rows, max_tokens=20, packing=False, ranks=1)
+    ((long, short),) = split_by_tokens(rows, BatchPlan(packing=False, dp_size=1), max_tokens=20)
     assert (long, short) == ([0, 2], [1, 3, 4, 5])  # 2 x 10 and 4 x 3
-    assert [sorted(group) for group in plan(rows, max_tokens=28, packing=True, ranks=1)[0]] == [[0, 1, 2, 3, 4, 5]]
-    assert len(plan([[9, 2], [2, 2]], max_tokens=18, packing=False, ranks=1)[0]) == 2  # 4 x 9 is above 18: pairs part
+    assert [sorted(group) for group in split_by_tokens(rows, BatchPlan(packing=True, dp_size=1), max_tokens=28)[0]] == [[0, 1, 2, 3, 4, 5]]
+    assert len(split_by_tokens([[9, 2], [2, 2]], BatchPlan(packing=False, dp_size=1), max_tokens=18)[0]) == 2  # 4 x 9 is above 18: pairs part
 
 
 def test_a_row_above_the_budget_is_an_error() -> None:
-    assert plan([[5, 3]], max_tokens=10, packing=False, ranks=2) == [[[0]], [[]]]
+    assert split_by_tokens([[5, 3]], BatchPlan(packing=False, dp_size=2), max_tokens=10) == [[[0]], [[]]]
     with pytest.raises(DataError, match=r"a row of 12 tokens does not fit in a micro-batch of 10 \(samples of 5, 3 tokens\)"):
-        plan([[5, 3]], max_tokens=10, packing=False, ranks=1, pad_multiple=6)
+        split_by_tokens([[5, 3]], BatchPlan(packing=False, dp_size=1, pad_multiple=6), max_tokens=10)

@@ -86,7 +86,7 @@ def test_ppo_uses_every_prompt_once_and_gives_the_same_answers(world: Path, tmp_
     )
     assert "fix:      --rollout.kv_cache_mib 32 (now 64)" in log
     of_sft = (tmp_path / "sft.log").read_text()
-    check_out_of_memory(of_sft, "step of step 3", ["build", "prepare", "step", "save"])
+    check_out_of_memory(of_sft, "step 3", ["build", "step", "save"])
     assert "fix:      --train.micro_batch_size 8 (now 16)" in of_sft and "--offload" not in of_sft + log
     assert [line["step"] for line in metrics(tmp_path / "sft")] == [1, 2], "nothing of the third step is left"
     assert last(tmp_path / "sft").name == "step_2" and check_checkpoint(last(tmp_path / "sft"), verify="hash")

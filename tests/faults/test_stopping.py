@@ -56,7 +56,7 @@ def test_a_rank_that_stands_still_is_named(world: Path, tmp_path: Path) -> None:
     os.kill(stopped, signal.SIGKILL)  # torchrun would give it 30 s to answer SIGTERM
     assert run.wait(60) != 0 and "exitcode  : 70" in run.output()
     assert re.search(rf"rank 1 \(.*pid {stopped}\) has given no sign of life for \d+ s; it was in 'step \d+'", run.output())
-    assert "supervised.py" in (run.directory / "logs/stacks_rank_0.txt").read_text()
+    assert "training/run.py" in (run.directory / "logs/stacks_rank_0.txt").read_text()
 
 
 def test_torchrun_starts_the_ranks_again(world: Path, tmp_path: Path, whole: Path) -> None:

@@ -17,6 +17,7 @@ def main() -> None:
 
     from mrlhf.checkpoint.source import open_source
     from mrlhf.config.options import DataConfig, DPOConfig, DPOStage, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+    from mrlhf.data.batching import BatchPlan
     from mrlhf.data.blend import Blend, Dataset
     from mrlhf.data.indexed import PackedDataset
     from mrlhf.data.loader import Loader
@@ -49,14 +50,16 @@ def main() -> None:
             data = Blend([data, data], loss_weights=[0.3, 0.07])
         loader = Loader(
             data,
+            BatchPlan(
             packing=packing,
             micro_batch_size=micro,
             dp_rank=dp,
             dp_size=layout.dp,
             pad_multiple=state.pad_multiple(parallel),
             padding_side=side,
-            slice_multiple=state.slice_multiple(parallel),
+            micro_batch_multiple=state.slice_multiple(parallel),
             max_tokens=budget,
+            ),
         )
         trainer = Trainer(
             open_source(str(world / kind)),

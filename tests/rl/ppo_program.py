@@ -18,30 +18,28 @@ def main() -> None:
     from mrlhf.checkpoint.save import save
     from mrlhf.config.load import load_config
     from mrlhf.config.options import PPOStage
-    from mrlhf.memory.tracker import Memory
+    from mrlhf.observe import log
     from mrlhf.parallel import state
-    from mrlhf.rl.ppo import PPO, check, make_bridge
-    from mrlhf.rl.rollout.remote import begin, run_generator
+    from mrlhf.rl.ppo import PPO, make_bridge
+    from mrlhf.rl.ppo_checks import check_ppo
+    from mrlhf.rl.rollout.remote import run_generator
 
+    log.set_up()
     config = load_config(PPOStage, None, sys.argv[2:])
-    run = check(config, state.world_size())
+    inputs = check_ppo(config, state.world_size())
     bridge = make_bridge(config)
     if bridge is not None and not bridge.trains:
-        return run_generator(config, run, bridge, began=time.monotonic())
-    layout = state.initialize(config.parallel, seed=config.train.seed)
-    if bridge is not None:
-        begin(bridge)
-    ppo = PPO(config, run, layout, Memory(config, spec=run.source.spec, rank=dist.get_rank(), world=layout.world), bridge)
-    ppo.sync_weights()
+        return run_generator(config, inputs, bridge, began=time.monotonic())
+    ppo = PPO(config, inputs, bridge, began=time.monotonic())
     logs = [ppo.step(step)[0] for step in (1, 2)]
     with torch.no_grad():  # a sampler that is not the trained policy must show
-        ppo.sampler.write_weights({name: parameter * 1.2 for name, parameter in ppo.actor.parameters().items()})
+        ppo.sampler.write_weights({name: parameter * 1.2 for name, parameter in ppo.models.actor.parameters().items()})
     logs.append(ppo.step(3)[0])
     ppo.offload.park_all()
     parked = [kind for role in ppo.offload.parked.values() for parking, _, kind in role if parking.is_away]
-    rollout = ppo.generate(run.train, list(range(32)), step=0, n=1, sampling=replace(ppo.sampling, temperature=0.0))
+    rollout = ppo.generate(inputs.train, list(range(32)), step=0, n=1, sampling=replace(ppo.sampling, temperature=0.0))
     content = {"stage": "ppo", "step": 2, "dtype": config.model.dtype}
-    save(Path(config.train.output_dir), ppo.parts(with_optimizer=False), content)
+    save(Path(config.train.output_dir), ppo.models.parts(with_optimizer=False), content)
     if dist.get_rank() == 0:
         answers = [a.tokens for a in rollout.answers]
         Path(sys.argv[1]).write_text(

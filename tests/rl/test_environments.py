@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_tokenizer
 
+from mrlhf.data.batching import BatchPlan
 from mrlhf.errors import ConfigError, ToolError
 from mrlhf.rl.rollout.environments import Environments, check_environment, load_class
 from mrlhf.rl.rollout.tables import Rollout, micro_batches, spread, table
@@ -133,9 +134,7 @@ def test_turns_tokens_masks_and_rewards(file: Path, tokenizer: Any) -> None:
     assert [a.observed == () for a in answers] == [False, True, False]
 
     rollout = Rollout(prompts, answers, [None] * 3)
-    batch = micro_batches(
-        rollout, range(3), micro_batch_size=3, max_tokens=None, dp_rank=0, dp_size=1, packing=True, pad_multiple=1, slice_multiple=1
-    )[0]
+    batch = micro_batches(rollout, range(3), BatchPlan(packing=True, micro_batch_size=3))[0]
     assert rollout.lengths_B().tolist() == [len(a.logps) for a in answers] == batch.sum_N(batch.mask_BT).tolist()
     values_BA = torch.arange(3 * int(rollout.lengths_B().max())).view(3, -1).float() + 1
     placed = spread(batch, values_BA)

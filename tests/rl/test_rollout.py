@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mrlhf.data.batching import BatchPlan
 from mrlhf.data.loader import MicroBatch
 from mrlhf.rl.rollout.tables import Rollout, micro_batches, spread
 from mrlhf.rl.rollout.vllm_engine import Answer
@@ -25,9 +26,9 @@ def cut(rows: list[int], **changes: object) -> list[MicroBatch]:
         "dp_size": 1,
         "packing": True,
         "pad_multiple": 4,
-        "slice_multiple": 1,
+        "micro_batch_multiple": 1,
     }
-    return micro_batches(ROLLOUT, rows, **{**options, **changes})  # type: ignore[arg-type]
+    return micro_batches(ROLLOUT, rows, BatchPlan(**{**options, **changes}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("packing", [True, False])

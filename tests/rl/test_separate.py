@@ -82,15 +82,15 @@ def test_contradictions_are_refused() -> None:
 
 
 def test_sizes_that_do_not_fit_the_ranks_are_refused(world: Path) -> None:
-    from mrlhf.rl.ppo import check
+    from mrlhf.rl.ppo_checks import check_ppo
 
     given = {"model.path": world / "qwen2", "data.train": world / "prompts", "reward.sources": "examples/rewards/length_penalty.py:length_penalty",
              "rollout.placement": "separate"}  # fmt: skip
     with pytest.raises(ConfigError, match=r"rollout.num_ranks = 2 of 2 ranks leave none to train") as caught:
-        check(config(**given, **{"rollout.num_ranks": 2, "parallel.tensor_model_parallel_size": 2}), 2)
+        check_ppo(config(**given, **{"rollout.num_ranks": 2, "parallel.tensor_model_parallel_size": 2}), 2)
     assert caught.value.expected == "torchrun with 4 ranks or more"
     with pytest.raises(ConfigError, match="rollout.tensor_parallel_size = 2 does not divide the 3 ranks"):
-        check(config(**given, **{"rollout.num_ranks": 3, "rollout.tensor_parallel_size": 2}), 5)
+        check_ppo(config(**given, **{"rollout.num_ranks": 3, "rollout.tensor_parallel_size": 2}), 5)
     with pytest.raises(MrlhfError, match="3"):
-        check(config(**given, **{"rollout.num_ranks": 1, "parallel.tensor_model_parallel_size": 2}), 4)
-    assert check(config(**given, **{"rollout.num_ranks": 2, "rollout.tensor_parallel_size": 2}), 3).train.num_samples > 0
+        check_ppo(config(**given, **{"rollout.num_ranks": 1, "parallel.tensor_model_parallel_size": 2}), 4)
+    assert check_ppo(config(**given, **{"rollout.num_ranks": 2, "rollout.tensor_parallel_size": 2}), 3).train.num_samples > 0

@@ -24,7 +24,9 @@ def main() -> None:
     from mrlhf.config.load import load_config
     from mrlhf.config.options import PPOStage
     from mrlhf.parallel import state
-    from mrlhf.rl.ppo import PPO, open_ptx
+    from mrlhf.rl.ppo import PPO
+    from mrlhf.rl.ppo_checks import open_ptx
+    from mrlhf.rl.ppo_models import PPOModels
     from mrlhf.rl.rollout.tables import Rollout
     from mrlhf.rl.rollout.vllm_engine import Answer
     from mrlhf.rl.updates import Pretraining, actor_loss
@@ -61,13 +63,14 @@ def main() -> None:
             source = open_source(config.model.path)
             trainer = Trainer(source, config.parallel, config.optim, head="lm", dtype="float32", seed=1, total_steps=1)
             ppo = object.__new__(PPO)  # its updates alone: no vLLM, no other models
-            ppo.config, ppo.layout, ppo.dp_rank, ppo.updates_per_rollout = config, layout, layout.coordinates(dist.get_rank())[1], 1
-            old_BA = ppo.logprobs(trainer, rollout)[0]
+            ppo.models = object.__new__(PPOModels)
+            ppo.config, ppo.models.config, ppo.updates_per_rollout = config, config, 1
+            old_BA = ppo.models.logprobs(trainer, rollout)[0]
             loss = actor_loss(
                 trainer, config, beta=0.3, old_BA=old_BA, ref_BA=old_BA + 0.3 * noise[0], advantages_BA=noise[1],
                 rollout_BA=old_BA + 0.5 * noise[2],
             )  # fmt: skip
-            ptx = Pretraining(config, open_ptx(config, source)[0], dp_rank=ppo.dp_rank, dp_size=layout.dp) if config.ptx.coef else None
+            ptx = Pretraining(config, open_ptx(config, source)[0], state.groups()) if config.ptx.coef else None
             before = torch.cat([p.flatten().clone() for p in trainer.parameters().values()])
             log = ppo.update(trainer, rollout, loss, step=1, ptx=ptx)
             after = torch.cat([p.flatten() for p in trainer.parameters().values()])

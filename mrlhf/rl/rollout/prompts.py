@@ -10,16 +10,15 @@ from typing import Any
 from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.order import Order
-from mrlhf.training import run as supervised
-from mrlhf.training.resume import data_position, go_on
+from mrlhf.training.row_order import data_position, make_order, restore_position, source_epochs
 
 
 def make_prompt_order(config: PPOStage, data: Dataset) -> Order:
     """Prompts of rollout 1, 2, ...: whole rollouts only, the last one goes on into a new epoch, no prompt is dropped."""
     train = replace(config.train, global_batch_size=config.rollout.batch_size)
     prompts = replace(config, train=train, data=replace(config.data, packing=False))
-    rollouts = supervised.make_order(prompts, data).total_steps
-    return supervised.make_order(replace(prompts, train=replace(train, max_steps=rollouts)), data)
+    rollouts = make_order(prompts, data).total_steps
+    return make_order(replace(prompts, train=replace(train, max_steps=rollouts)), data)
 
 
 class Prompts:
@@ -46,13 +45,13 @@ class Prompts:
 
     def metrics(self) -> dict[str, float]:
         consumed = self.order.taken_at(self.drawn)
-        return {"train/epoch": self.drawn / self.order.mix.pass_rows, **supervised.source_epochs(self.order, self.data, consumed)}
+        return {"train/epoch": self.drawn / self.order.mix.pass_rows, **source_epochs(self.order, self.data, consumed)}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint's manifest."""
         return {"prompts_drawn": self.drawn, **data_position(self.order, self.data, self.order.taken_at(self.drawn))}
 
-    def go_on(self, manifest: dict[str, Any], *, where: str, hf_dir: Path | None = None, allowed: Collection[str] = ()) -> None:
+    def restore(self, manifest: dict[str, Any], *, where: str, hf_dir: Path | None = None, allowed: Collection[str] = ()) -> None:
         """Raises CheckpointError where the data is not what the checkpoint was trained on."""
         self.drawn = manifest.get("prompts_drawn", self.order.position(manifest["step"]))
-        go_on(self.order, self.data, manifest, where=where, position=self.drawn, hf_dir=hf_dir, allowed=allowed)
+        restore_position(self.order, self.data, manifest, where=where, position=self.drawn, hf_dir=hf_dir, allowed=allowed)

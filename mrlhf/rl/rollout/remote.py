@@ -67,7 +67,7 @@ class RemoteSampler:
 
     sleeps = False
 
-    def __init__(self, config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: Bridge) -> None:
+    def __init__(self, config: PPOStage, run: preflight.RunInputs, layout: state.Layout, bridge: Bridge) -> None:
         """Waits until vLLM stands on the other ranks. Collective, as everything here."""
         self.bridge, self.max_staleness = bridge, config.rollout.max_staleness
         self.reshard = plan_of(config, run, layout, bridge)
@@ -233,7 +233,7 @@ def serve(sampler: Sampler, bridge: Bridge) -> None:
                 wait_for(bridge.send(found, 0))
 
 
-def run_generator(config: PPOStage, run: preflight.Run, bridge: Bridge, *, began: float) -> None:
+def run_generator(config: PPOStage, run: preflight.RunInputs, bridge: Bridge, *, began: float) -> None:
     """What a rank does that only generates, from the trainer's first word to its last."""
     output_dir = Path(config.train.output_dir)
     watch.log_to(output_dir / "logs")

@@ -22,7 +22,7 @@ from mrlhf.training import preflight
 from mrlhf.training.trainer import DTYPES
 
 
-def plan_of(config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: Bridge | None, made: Collection[str] = ()) -> WeightUpdate:
+def plan_of(config: PPOStage, run: preflight.RunInputs, layout: state.Layout, bridge: Bridge | None, made: Collection[str] = ()) -> WeightUpdate:
     """What this rank does when weights go to vLLM. layout: the trainer's. made: vLLM's parameters that are not written in place."""
     return make_weight_update(
         run.source.spec,
@@ -40,7 +40,7 @@ def plan_of(config: PPOStage, run: preflight.Run, layout: state.Layout, bridge: 
 class Sampler:
     """On every rank of a world that has vLLM: the trainer's, or (with `bridge`) that of the ranks which only generate."""
 
-    def __init__(self, config: PPOStage, run: preflight.Run, tokenizer: Any, layout: state.Layout, bridge: Bridge | None = None) -> None:
+    def __init__(self, config: PPOStage, run: preflight.RunInputs, tokenizer: Any, layout: state.Layout, bridge: Bridge | None = None) -> None:
         """layout: the trainer's. Collective."""
         rollout, hf_dir, rank, world = config.rollout, run.source.hf_dir, dist.get_rank(), dist.get_world_size()
         self.seed, tp = config.train.seed, rollout.tensor_parallel_size

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mrlhf.data.batching import largest_differencing, share
+from mrlhf.data.batching import BatchPlan, largest_differencing
 from mrlhf.data.loader import MicroBatch, Sample, collate
 from mrlhf.errors import ToolError
 from mrlhf.parallel import state, watch
@@ -133,31 +133,11 @@ def generate(
     return Rollout([prompts[p] for p, _ in keys], [everything[k] for k in keys], [labels[p] for p, _ in keys])
 
 
-def micro_batches(
-    rollout: Rollout,
-    rows: Sequence[int],
-    *,
-    micro_batch_size: int,
-    max_tokens: int | None,
-    dp_rank: int,
-    dp_size: int,
-    packing: bool,
-    pad_multiple: int,
-    slice_multiple: int,
-) -> list[MicroBatch]:
-    """This rank's share of `rows`; see data/balance.py for `micro_batch_size` and `max_tokens`."""
-    parts = share(
-        rows,
-        lambda b: [rollout.length(b)],
-        micro_batch_size=micro_batch_size,
-        max_tokens=max_tokens,
-        packing=packing,
-        rank=dp_rank,
-        ranks=dp_size,
-        pad_multiple=pad_multiple,
-        multiple=slice_multiple,
-    )
-    batches = [collate([rollout.sample(b) for b in part], packing=packing, pad_multiple=pad_multiple) for part in parts]
+def micro_batches(rollout: Rollout, rows: Sequence[int], plan: BatchPlan) -> list[MicroBatch]:
+    """This rank's share of `rows`, -1 for a filler."""
+    parts = plan.split(rows, lambda b: [rollout.length(b)])
+    options: dict[str, Any] = {"packing": plan.packing, "pad_multiple": plan.pad_multiple}
+    batches = [collate([rollout.sample(b) for b in part], **options) for part in parts]
     return [replace(batch, place_BT=_places(batch)) for batch in batches]
 
 

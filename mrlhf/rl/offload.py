@@ -1,48 +1,16 @@
-"""The phases of a PPO step: how long each took, how much memory it had, and what the device need not hold meanwhile."""
+"""What the device need not hold in every phase of a PPO step."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-import torch.distributed as dist
 
 from mrlhf.config.options import OffloadConfig
-from mrlhf.memory.tracker import Memory
-from mrlhf.parallel import device, watch
+from mrlhf.parallel import device
 from mrlhf.parallel.offload import Parking
 from mrlhf.training.trainer import Model, Trainer
-
-
-class Phases:
-    """`with phases("gen"): ...`, alike on all ranks; a name may come several times."""
-
-    def __init__(self, step: int, memory: Memory) -> None:
-        self.step, self._memory, self.start = step, memory, time.perf_counter()
-        self.seconds: dict[str, float] = {}
-        self._peaks: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        watch.phase(f"{name} of step {self.step}")
-        start = time.perf_counter()
-        with self._memory(name, self.step):
-            yield
-        self.seconds[f"timing_s/{name}"] = self.seconds.get(f"timing_s/{name}", 0.0) + time.perf_counter() - start
-        self._peaks[name] = max(self._peaks.get(name, 0.0), self._memory.last)
-
-    def times(self) -> dict[str, float]:
-        return self.seconds | {"timing_s/step": time.perf_counter() - self.start}
-
-    def memory(self) -> dict[str, float]:
-        """memory/<phase>_gib of the fullest rank, and the largest of them. Collective."""
-        peaks = torch.tensor(list(self._peaks.values()), dtype=torch.float64, device=device.current().name)
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        return {f"memory/{name}_gib": float(x) for name, x in zip(self._peaks, peaks, strict=True)} | {
-            "memory/peak_gib": float(peaks.max())
-        }
 
 
 class Offload:

@@ -1,0 +1,76 @@
+"""What can be wrong with a PPO run, found before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mrlhf.checkpoint.source import ModelSource
+from mrlhf.config.options import PPOStage
+from mrlhf.data.tokenizers.hf import load
+from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
+from mrlhf.models.families.spec import check_layout
+from mrlhf.parallel import state
+from mrlhf.rl.rewards.sources import Rewards, critic_source
+from mrlhf.rl.rollout.environments import check_environment
+from mrlhf.rl.rollout.vllm_engine import check_rollout
+from mrlhf.rl.rollout.vllm_weights import check_weights
+from mrlhf.training import preflight
+
+
+def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfError]]:
+    """The data set of ptx.data: made for sft or for pretrain."""
+    assert config.ptx.data is not None
+    data, problems = preflight.open_data(config.ptx.data, key="ptx.data", task=None, source=source, seq_length=None)
+    if data is not None and data.task not in ("sft", "pretrain"):
+        where = f"ptx.data = {config.ptx.data}"
+        problems.append(DataError(f"the data was made with --task {data.task}", where=where, expected="--task sft or pretrain"))
+    return data, problems
+
+
+def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[MrlhfError]:
+    """The critic's layout against its model, and one of its own against the batch."""
+    parallel = config.critic_parallel
+    if config.ppo.estimator != "gae":
+        return []
+    try:
+        spec = critic_source(config, actor).spec
+    except CheckpointError:
+        return []  # Rewards.check has it
+
+    if parallel == config.parallel:
+        return [] if spec == actor.spec else [*check_layout(parallel, spec, world)]
+
+    def own(text: str | None) -> str | None:
+        return text and text.replace("parallel.", "ppo.critic_")
+
+    problems = [*check_layout(parallel, spec, world), *state.check_batch(config.train, parallel, world)]
+    return [ConfigError(f"critic: {own(e.what)}", where=own(e.where), expected=own(e.expected), fix=own(e.fix)) for e in problems]
+
+
+def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
+    """Opens model and data. world: all of torchrun's ranks. Raises every problem, together."""
+    generators = config.rollout.num_ranks or 0
+    if generators >= world:
+        raise ConfigError(
+            f"rollout.num_ranks = {generators} of {world} ranks leave none to train",
+            where="rollout.num_ranks",
+            expected=f"torchrun with {generators + state.Layout.of(config.parallel, 1).smallest} ranks or more",
+        )
+    trainers = world - generators
+    opened = preflight.open_run(config, world=trainers)
+    source, problems = opened.source, opened.problems
+    if source is not None:
+        tp = config.rollout.tensor_parallel_size
+        problems.extend(check_rollout(source.spec, tp=tp, world=generators or trainers, key="rollout.tensor_parallel_size"))
+        weights, placement = config.rollout.weights, config.rollout.placement
+        problems.extend(check_weights(source.spec, weights, dtype=config.model.dtype, placement=placement))
+        problems.extend(preflight.check_prompt_budget(config, source, opened.datasets()))
+        parallel, critic = config.parallel, config.ppo.critic
+        problems.extend(Rewards.check(config.reward, source, parallel=parallel, world=trainers, critic=critic))
+        problems.extend(_check_critic(config, source, trainers))
+        if config.ptx.coef > 0:
+            problems.extend(open_ptx(config, source)[1])
+        if opened.datasets():
+            _, data = opened.datasets()[0]
+            problems.extend(check_environment(config.rollout.environment, load(source.hf_dir), data.meta))
+    return opened.inputs()

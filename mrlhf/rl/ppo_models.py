@@ -1,0 +1,85 @@
+"""The Megatron models of a PPO run and their passes over a rollout.
+
+Legend: B answers of a rollout, A tokens of the longest answer, T tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrlhf.checkpoint.save import Part
+from mrlhf.config.options import PPOStage
+from mrlhf.data.loader import MicroBatch
+from mrlhf.models.layers.router_losses import make_balance, of_aggregation, trained_tokens
+from mrlhf.parallel import state
+from mrlhf.rl.rewards.sources import critic_source
+from mrlhf.rl.rollout.tables import Rollout, micro_batches, table
+from mrlhf.training.batch_plan import training_batch_plan
+from mrlhf.training.preflight import RunInputs
+from mrlhf.training.trainer import Model, Trainer
+
+
+class PPOModels:
+    """Actor and reference, and a critic where the estimator needs one. `critic` and `reference` are None where the run has none."""
+
+    def __init__(self, config: PPOStage, inputs: RunInputs, *, updates: int) -> None:
+        """updates: optimizer steps of the whole run, for the schedules. Collective."""
+        self.config, dtype, seed = config, config.model.dtype, config.train.seed
+        common: dict[str, Any] = {"dtype": dtype, "seed": seed, "total_steps": updates}
+        balance = make_balance(config.model, of_aggregation(config.loss))
+        self.actor = Trainer(inputs.source, config.parallel, config.optim, head="lm", balance=balance, **common)
+        self.critic: Trainer | None = None
+        if config.ppo.estimator == "gae":
+            lr = config.ppo.critic_lr
+            optim = replace(config.optim, lr=lr, min_lr=min(config.optim.min_lr, lr))
+            source = critic_source(config, inputs.source)
+            balance = make_balance(config.model, trained_tokens) if source.spec.experts is not None else None
+            with state.more_groups(config.critic_parallel).in_force():
+                self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, **common)
+        self.reference: Model | None = None
+        if config.kl.coef > 0:
+            self.reference = Model(inputs.source, config.parallel, head="lm", dtype=dtype, seed=seed)
+
+    def trainers(self) -> dict[str, Trainer]:
+        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
+
+    def parts(self, *, with_optimizer: bool) -> list[Part]:
+        """Of a checkpoint: the actor at its top, the critic in critic/."""
+        parts = [self.actor.part(with_optimizer=with_optimizer)]
+        return parts if self.critic is None else [*parts, self.critic.part("critic", with_optimizer=with_optimizer)]
+
+    def resume(self, path: Path, *, updates_done: int, scheduler: int) -> None:
+        self.actor.resume(path, updates_done, scheduler)
+        if self.critic is not None:
+            self.critic.resume(path / "critic", updates_done, scheduler)
+
+    def batches(self, model: Model, rollout: Rollout, rows: list[int] | range) -> list[MicroBatch]:
+        """This rank's share of the rows, by the groups of `model`."""
+        return micro_batches(rollout, rows, training_batch_plan(self.config, model.groups))
+
+    def logprobs(self, model: Model, rollout: Rollout, *, with_entropy: bool = False) -> list[torch.Tensor]:
+        """[B, A] log-probs of the answers under `model` at the rollout's temperature; with_entropy: then the entropies [B, A] too."""
+
+        def fn(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+            logps_BT, entropy_BT, *_ = model.logprobs(
+                hidden_BTH,
+                batch,
+                temperature=self.config.rollout.temperature,
+                with_entropy=with_entropy,
+                keep_BT=batch.mask_BT,
+            )
+            return torch.stack([logps_BT, entropy_BT]) if with_entropy else logps_BT[None]
+
+        shape = (rollout.size, int(rollout.lengths_B().max()))
+        batches = self.batches(model, rollout, range(rollout.size))
+        return table(model, batches, fn, shape=shape, channels=2 if with_entropy else 1)
+
+    def values(self, critic: Trainer, rollout: Rollout) -> torch.Tensor:
+        """[B, A]: the critic's value before each answer token, at the position that predicts it."""
+        shape = (rollout.size, int(rollout.lengths_B().max()))
+        batches = self.batches(critic, rollout, range(rollout.size))
+        return table(critic, batches, lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape)[0]

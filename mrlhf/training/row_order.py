@@ -1,0 +1,107 @@
+"""Which rows a run takes, in which order, and what a checkpoint keeps of that."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from mrlhf.config.options import TrainingConfig
+from mrlhf.data.blend import Dataset, names_of, rows_of, sources_of
+from mrlhf.data.order import Mix, Order
+from mrlhf.data.tokenizers.hf import fingerprint
+from mrlhf.errors import CheckpointError, DataError, Problems
+
+DATA, TOKENIZER = "data", "tokenizer"  # names in train.allow_changes beside configuration keys
+
+
+def make_order(config: TrainingConfig, data: Dataset) -> Order:
+    """Rows of every step. The dry run and the checkpoint arithmetic use it too."""
+    rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
+    mix = Mix.of(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
+    return Order(
+        mix,
+        global_batch_size=config.train.global_batch_size,
+        num_epochs=config.train.num_epochs,
+        max_steps=config.train.max_steps,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str, float]:
+    """data/<source>/epoch of a blend: passes over each source after `consumed` of its rows."""
+    parts = sources_of(data)
+    if len(parts) == 1:
+        return {}
+    counts = zip(names_of([p.prefix for p in parts]), consumed, order.mix.rows, strict=True)
+    return {f"data/{name}/epoch": n / rows for name, n, rows in counts}
+
+
+def tokenizer_fingerprint_or_none(hf_dir: Path) -> str | None:
+    """None without a tokenizer: pretraining on Megatron-LM's own data needs none."""
+    try:
+        return fingerprint(hf_dir)
+    except DataError:
+        return None
+
+
+def data_position(order: Order, data: Dataset, consumed: list[int]) -> dict[str, Any]:
+    """For the manifest: identity, number of rows and consumed rows of each source."""
+    parts = zip(sources_of(data), order.mix.rows, consumed, strict=True)
+    return {"data": [{"prefix": d.prefix, "identity": d.identity, "rows": rows, "consumed": n} for d, rows, n in parts]}
+
+
+def restore_position(
+    order: Order,
+    data: Dataset,
+    manifest: dict[str, Any],
+    *,
+    where: str,
+    position: int | None = None,
+    hf_dir: Path | None = None,
+    allowed: Collection[str] = (),
+) -> None:
+    """Move the order to a checkpoint's position (None: that of its step).
+
+    hf_dir: the model that the run starts from; its tokenizer must be the checkpoint's. allowed: train.allow_changes.
+    Raises CheckpointError, with all differences at once, if data or tokenizer changed since the checkpoint.
+    """
+    sources = manifest.get("data")
+    if sources is None:
+        return
+    problems = Problems()
+    if DATA not in allowed:
+        problems.extend(_changed_data(order, data, sources, where))
+    theirs, ours = manifest.get("tokenizer"), tokenizer_fingerprint_or_none(hf_dir) if hf_dir is not None else None
+    if theirs is not None and ours is not None and theirs != ours and TOKENIZER not in allowed:
+        what = f"the tokenizer of {hf_dir} is not the checkpoint's: {theirs[:12]} -> {ours[:12]}"
+        fix = f"bring that tokenizer back, or --train.allow_changes '[{TOKENIZER}]'"
+        problems.add(CheckpointError(what, where=where, fix=fix))
+    problems.raise_if_any()
+    consumed = [source["consumed"] for source in sources]
+    try:
+        if allowed:
+            order.rebase(manifest["step"], sum(consumed))
+        start = order.position(manifest["step"]) if position is None else position
+        order.go_on_at(start, None if DATA in allowed else consumed)
+    except ValueError as error:
+        what = f"its data position cannot be right: {error}"
+        raise CheckpointError(what, where=where, fix="take an earlier checkpoint") from error
+
+
+def _changed_data(order: Order, data: Dataset, sources: list[dict[str, Any]], where: str) -> list[CheckpointError]:
+    problems = []
+    for before, now, rows in zip(sources, sources_of(data), order.mix.rows, strict=True):
+        if (before["identity"], before["rows"]) != (now.identity, rows):
+            was = f"{before['prefix']} as it was ({before['rows']:,} rows, {before['identity'][:12]})"
+            problems.append(
+                CheckpointError(
+                    f"the data at {now.prefix} was changed since this checkpoint: the rows that are left would be others",
+                    where=where,
+                    expected=f"{was}, not {rows:,} rows, {now.identity[:12]}",
+                    fix=f"bring that data back, or --train.allow_changes '[{DATA}]', "
+                    "or start anew: --model.path with another --train.output_dir",
+                )
+            )
+    return problems
