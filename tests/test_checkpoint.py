@@ -17,8 +17,17 @@ from disks import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.checkpoint.manifest import HashBehind, _seal, await_files, entry, newest_whole, read_manifest, steps_in, write_manifest
-from mrlhf.checkpoint.manifest import check as manifest_check
+from mrlhf.checkpoint.manifest import (
+    HashBehind,
+    _seal,
+    await_files,
+    check_manifest,
+    file_entry,
+    newest_whole,
+    read_manifest,
+    steps_in,
+    write_manifest,
+)
 from mrlhf.checkpoint.save import Best, Keep, retain
 from mrlhf.checkpoint.source import open_source
 from mrlhf.errors import CheckpointError
@@ -283,14 +292,14 @@ def test_files_that_come_late_to_a_rank_are_waited_for(tmp_path: Path) -> None:
         threading.Timer(seconds, hidden.rename, [checkpoint / name]).start()
     await_files(checkpoint, patience_s=20)
     assert 0.4 <= time.monotonic() - start < 10
-    assert "dist/file" in manifest_check(checkpoint, verify="hash")["files"]
+    assert "dist/file" in check_manifest(checkpoint, verify="hash")["files"]
     (checkpoint / "dist/file").write_text("xx")
     await_files(checkpoint, patience_s=20)
     assert time.monotonic() - start < 10
     (checkpoint / "dist/file").unlink()
     await_files(checkpoint, patience_s=0.2)
     with pytest.raises(CheckpointError, match="dist/file is missing"):
-        manifest_check(checkpoint, verify="size")
+        check_manifest(checkpoint, verify="size")
 
 
 def test_other_things_are_refused(copied: Path, tmp_path: Path) -> None:
@@ -341,6 +350,6 @@ def test_hash_behind_the_writer(tmp_path: Path) -> None:
             file.seek(at)
             file.write(data[at : at + 3_000_000])
             behind.up_to(file.tell())
-        assert behind.entry(len(data)) == entry(path)
+        assert behind.entry(len(data)) == file_entry(path)
     with pytest.raises(OSError, match="shorter"):
         HashBehind(path).entry(len(data) + 1)

@@ -152,7 +152,7 @@ def _left(
     left = [p for p in skeleton.parameters if p.name not in done]
     off = dist.get_rank() != 0 or not sys.stderr.isatty()
     with tqdm(total=sum(p.nbytes for p in left), unit="B", unit_scale=True, unit_divisor=1024, desc=label, disable=off) as bar:
-        for p, value in skeleton.ahead(left, read):
+        for p, value in skeleton.read_ahead(left, read):
             yield p, value
             bar.update(p.nbytes)
 
