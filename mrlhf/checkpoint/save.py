@@ -143,10 +143,8 @@ class _Writer(threading.Thread):
         self.files: dict[str, manifest.FileEntry] = {}
         self.places: list[dict[Any, Any]] = []
         self.error: str | None = None
-        self.seconds = 0.0
 
     def run(self) -> None:
-        start = time.perf_counter()
         try:
             for plan in self.plans:
                 self.places.append(self._write_tensors(plan))
@@ -158,7 +156,6 @@ class _Writer(threading.Thread):
             self.error = f"{type(error).__name__}: {error}"
         finally:
             self.plans, self.blobs = [], {}  # frees the copies
-            self.seconds = time.perf_counter() - start
 
     def _write(self, name: str, items: Iterable[tuple[Any, Any]]) -> dict[Any, tuple[int, int]]:
         """Writes (index, tensor or bytes) one after the other and hashes the file. Returns (start, length) by index."""
@@ -209,7 +206,7 @@ def _plan_writes(part: Part, root: Path, *, copy: bool) -> _WritePlan:
         state_dict = sharded_state(part.models)
         weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
         if part.optimizer is not None:
-            # an optimizer that has not stepped yet (an actor while its critic warms up) has no state to save
+            # one that has not stepped yet (an actor while its critic warms up) makes its state here
             for one in part.optimizer.chained_optimizers:
                 one.init_state_fn(one.optimizer, one.config)
             state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=sharding_metadata())
