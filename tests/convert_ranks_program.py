@@ -47,7 +47,8 @@ def main() -> None:
             batch = collate(rows, packing=True, pad_multiple=2)
 
             def logits(out_BTH: torch.Tensor, batch: object, model: Model = model) -> torch.Tensor:
-                whole_BTV = gather_from_tensor_model_parallel_region(gpt.lm_head(model.modules[-1], model.spec).logits(out_BTH))
+                logits_BTW = gpt.lm_head(model.modules[-1], model.spec).logits(out_BTH)
+                whole_BTV = gather_from_tensor_model_parallel_region(logits_BTW, model.collection.tp)
                 return whole_BTV[..., :VOCAB].float().permute(2, 0, 1).contiguous()
 
             per_channel = [batch.split(x) for x in model.forward([batch], logits, channels=VOCAB)[0]]

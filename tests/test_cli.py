@@ -12,8 +12,9 @@ import pytest
 
 import mrlhf
 from mrlhf import cli
+from mrlhf.commands import tool
 from mrlhf.config.options import GenerateStage, SFTStage
-from mrlhf.errors import ConfigError, DataError
+from mrlhf.errors import ConfigError, DataError, MrlhfError
 
 ROOT = Path(__file__).resolve().parent.parent
 BAR = "=" * 100
@@ -148,8 +149,8 @@ def test_user_errors_of_a_stage_are_framed_and_others_keep_their_traceback(monke
 
 def test_another_rank_waits_and_then_says_who_it_is(monkeypatch, capsys):
     waited = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
-    monkeypatch.setattr(cli.signal, "signal", lambda *a: None)
+    monkeypatch.setattr(tool.time, "sleep", waited.append)
+    monkeypatch.setattr(tool.signal, "signal", lambda *a: None)
     os.environ["RANK"] = "3"
     assert cli.main(["sft", "--x"]) == 2
     assert waited == [15.0]
@@ -160,8 +161,8 @@ def test_another_rank_waits_and_then_says_who_it_is(monkeypatch, capsys):
 def test_after_an_error_no_process_group_is_torn_down(monkeypatch, capsys):
     """`os._exit` because a destructor would wait for ranks that hang in a collective."""
     left = []
-    monkeypatch.setattr(cli, "_distributed", lambda: True)
-    monkeypatch.setattr(cli.os, "_exit", left.append)
+    monkeypatch.setattr(tool, "_is_distributed", lambda: True)
+    monkeypatch.setattr(tool.os, "_exit", left.append)
     cli.main(["sft", "--x"])
     assert left == [2] and "ConfigError" in capsys.readouterr().err
 
@@ -196,4 +197,4 @@ def test_report_command(tmp_path, capsys):
 
 
 def test_error_classes_are_user_errors():
-    assert issubclass(ConfigError, cli.MrlhfError) and issubclass(DataError, cli.MrlhfError)
+    assert issubclass(ConfigError, MrlhfError) and issubclass(DataError, MrlhfError)

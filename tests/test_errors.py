@@ -55,14 +55,14 @@ def options(world: Path, stage: str, **changes: object) -> list[str]:
 @pytest.fixture
 def problems(world: Path) -> Callable[..., list[MrlhfError]]:
     """Every error of a configuration: those of its text, or else those of its files."""
-    from mrlhf.rl import ppo
+    from mrlhf.rl.ppo_checks import check_ppo
     from mrlhf.training import preflight
 
     def find(stage: str, *, ranks: int = 1, **changes: object) -> list[MrlhfError]:
         try:
             config = load_config(STAGES[stage], None, options(world, stage, **{k.replace("__", "."): v for k, v in changes.items()}))
             if stage == "ppo":
-                ppo.check(config, ranks)
+                check_ppo(config, ranks)
             else:
                 preflight.check_run(config, world=ranks)
         except SeveralErrors as several:

@@ -111,6 +111,8 @@ def test_no_cycles() -> None:
         ("wandb", "mrlhf/observe/tracker.py"),
         ("mlflow", "mrlhf/observe/tracker.py"),
         ("httpx", "mrlhf/rl/rewards/http.py"),
+        ("starlette", "mrlhf/rl/rewards/server.py"),
+        ("uvicorn", "mrlhf/rl/rewards/server.py"),
     ],
 )
 def test_one_adapter_imports_it(package: str, files: str) -> None:

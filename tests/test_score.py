@@ -112,7 +112,7 @@ def test_every_problem_at_once(world: Path, tmp_path: Path) -> None:
 
     from conftest import make_tokenizer
 
-    from mrlhf.commands.score import check
+    from mrlhf.commands.score import check_score
     from mrlhf.config.options import ParallelConfig, ScoreStage
     from mrlhf.errors import SeveralErrors
 
@@ -127,7 +127,7 @@ def test_every_problem_at_once(world: Path, tmp_path: Path) -> None:
         parallel=ParallelConfig(tensor_model_parallel_size=3),
     )
     with pytest.raises(SeveralErrors) as caught:
-        check(stage, 3)
+        check_score(stage, 3)
     text = str(caught.value)
     for part in (
         "tensor_model_parallel_size = 3",
@@ -139,5 +139,5 @@ def test_every_problem_at_once(world: Path, tmp_path: Path) -> None:
     ):
         assert part in text, part
     with pytest.raises(SeveralErrors) as caught:
-        check(ScoreStage(checkpoint=str(tmp_path / "no"), data=str(tmp_path / "no"), output=str(tmp_path / "x")), 1)
+        check_score(ScoreStage(checkpoint=str(tmp_path / "no"), data=str(tmp_path / "no"), output=str(tmp_path / "x")), 1)
     assert "no such directory" in str(caught.value) and "no such dataset" in str(caught.value)

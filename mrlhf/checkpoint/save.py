@@ -37,9 +37,9 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
@@ -49,21 +49,20 @@ from mrlhf.checkpoint.source import CONTENT, sharded_state, sharding_metadata
 from mrlhf.checkpoint.tensor_archive import own_storage, save_tensor
 from mrlhf.errors import CheckpointError
 from mrlhf.models.hf_files import copy_side_files, write_from
-from mrlhf.parallel import state
+from mrlhf.parallel import megatron, state
 
 _SPARE_BYTES = 4 << 20  # index, manifest, random states: not counted before a save
 
 
 @dataclass(frozen=True)
 class Part:
-    """One model of a checkpoint, as this rank holds it in its `groups`. name: "" for the main one, or its folder."""
+    """One model of a checkpoint, as this rank holds it. name: "" for the main one, or its folder."""
 
     name: str
     models: list[Any]
     optimizer: Any | None
     head: str
     hf_dir: Path
-    groups: state.Groups
 
 
 @dataclass(frozen=True)
@@ -202,22 +201,22 @@ class _WritePlan:
 
 def _plan_writes(part: Part, root: Path, *, copy: bool) -> _WritePlan:
     """Collective. Plans which tensors of a part this rank writes. copy: copies them, so that the model may change."""
-    with part.groups.in_force():
-        state_dict = sharded_state(part.models)
-        weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
-        if part.optimizer is not None:
-            # one that has not stepped yet (an actor while its critic warms up) makes its state here
-            for one in part.optimizer.chained_optimizers:
-                one.init_state_fn(one.optimizer, one.config)
-            state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=sharding_metadata())
+    state_dict = sharded_state(part.models)
+    weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
+    if part.optimizer is not None:
+        # one that has not stepped yet (an actor while its critic warms up) makes its state here
+        for one in part.optimizer.chained_optimizers:
+            one.init_state_fn(one.optimizer, one.config)
+        metadata = sharding_metadata(part.models[0])
+        state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=metadata)
     state_dict["content_metadata"] = dict(CONTENT)
     tensors, common = save_preprocess(state_dict, True)
     common_bytes = io.BytesIO()
     torch.save(common, common_bytes)
-    tensors, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(tensors, True)
+    tensors = megatron.with_checkpoint_names(tensors)
     writer = FileSystemWriterAsync(str(root / part.name / "dist"), thread_count=1)
-    planner = torch_strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    pyt_state = torch_strategy.mcore_to_pyt_state_dict(tensors, False)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    pyt_state = mcore_to_pyt_state_dict(tensors, False)
     (_, metadata, *_), *_ = save_state_dict_async_plan(pyt_state, writer, None, 0, planner=planner)
 
     def on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -73,13 +73,8 @@ def open_source(path: str, *, verify: str = "size") -> ModelSource:
     return ModelSource(directory, directory, spec, "value" if is_value else "lm", {})
 
 
-def sharding_metadata() -> dict[str, Any]:
-    from megatron.core import parallel_state
-
-    return {
-        "distrib_optim_sharding_type": _OPTIMIZER_FORMAT,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+def sharding_metadata(model: Any) -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "dp_cp_group": model.pg_collection.dp_cp}
 
 
 def sharded_state(models: list[Any]) -> dict[str, Any]:
@@ -88,8 +83,8 @@ def sharded_state(models: list[Any]) -> dict[str, Any]:
     The names on disk do not contain the chunk's name, so a model with any number of chunks can load the state.
     """
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
-    metadata = sharding_metadata()
-    return {name: model.sharded_state_dict(metadata=metadata) for name, model in zip(names, models, strict=True)}
+    named = zip(names, models, strict=True)
+    return {name: model.sharded_state_dict(metadata=sharding_metadata(model)) for name, model in named}
 
 
 def _dist_load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -170,7 +165,8 @@ def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
     check_optimizer_names(read_metadata(directory / "dist").state_dict_metadata, spread=spread, where=str(directory))
     state = sharded_state(models)
     chunks, weights = list(state), state["model"] if len(models) == 1 else dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata())
+    metadata = sharding_metadata(models[0])
+    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
     with torch.no_grad():
         loaded = _dist_load(state, directory / "dist")
         for chunk, model in zip(chunks, models, strict=True):

@@ -91,7 +91,7 @@ class Skeleton:
         # torch.empty: no page is touched
         model = gpt.build_model(spec, gpt.transformer_config(spec, parallel, dtype=dtype), head=head)
         self.dtype = dtype
-        state = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
+        state = {"model": model.sharded_state_dict(metadata=sharding_metadata(model))}
         apply_factories(state)
         pieces: dict[int, list[Piece]] = {}
         self.objects: list[tuple[str, Any]] = []

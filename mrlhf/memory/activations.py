@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from mrlhf.config.options import ParallelConfig
 from mrlhf.models.families.spec import Layer, ModelSpec
 from mrlhf.models.layers.logprobs import CHUNK_BYTES
-from mrlhf.parallel.context import repeats
+from mrlhf.parallel.context import head_repeats
 from mrlhf.parallel.state import Layout, expert_tensor_parallel_size
 
 _PER_TOKEN = 38  # of the loss: targets, masks, log-probs, what the aggregation keeps
@@ -140,7 +140,7 @@ class _Counter:
         """A token's part of what attention keeps, and of the input of its output projection."""
         e, length = self.e, self.rows.longest
         if self.cp > 1:  # heads in the place of tokens: few keys are repeated
-            g *= repeats(int(g), self.cp)
+            g *= head_repeats(int(g), self.cp)
         out = n * v * e
         window = length * length * e / self.tokens if layer.window is not None and layer.window < length else 0.0
         if not self._flash(n, g, qk, v):
@@ -197,8 +197,8 @@ def activations(
 ) -> Activations:
     """Of one rank in one update. micro_batches: of a rank in a step, where a pipeline may have fewer than it can have in flight."""
     counter = _Counter(spec, parallel, rows, element=4 if dtype == "float32" else 2, cuda=cuda)
-    layout = Layout.of(parallel, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    stages = layout.stages(spec.num_layers)
+    layout = Layout.from_config(parallel, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    stages = layout.stage_of_layers(spec.num_layers)
     full = parallel.recompute == "full"
     found = []
     for stage in range(layout.pp):
@@ -208,7 +208,7 @@ def activations(
         last = stage == layout.pp - 1
         # each piece's output waits for its gradient too
         flight = _in_flight(stage, layout, micro_batches)
-        kept = flight * (kept + (0 if layout.pp == 1 else layout.pieces * counter.layer_input()))
+        kept = flight * (kept + (0 if layout.pp == 1 else layout.virtual_stages * counter.layer_input()))
         ends = counter.end(head) if last else 0.0
         buffers = counter.head_buffers() if last and head == "lm" else 0.0
         found.append(Activations(round(kept + ends), round(again), round(buffers)))
@@ -217,7 +217,7 @@ def activations(
 
 def _in_flight(stage: int, layout: Layout, micro_batches: int | None) -> float:
     """Micro-batches of which a stage holds all its layers' tensors, at most: 1F1B, or interleaved in pieces."""
-    pp, pieces = layout.pp, layout.pieces
+    pp, pieces = layout.pp, layout.virtual_stages
     if pp == 1:
         return 1.0
     most = pp - stage if pieces == 1 else 2 * (pp - stage - 1) + (pieces - 1) * pp + 1

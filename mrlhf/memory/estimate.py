@@ -37,7 +37,7 @@ def memory_table(stage: str, config: TrainingConfig, spec: ModelSpec, *, world: 
     """[(what, bytes a rank)]; `others`: further models of ppo by role (critic, reward)."""
 
     def cut(parallel: ParallelConfig) -> dict[str, Any]:
-        layout = Layout.of(parallel, world)
+        layout = Layout.from_config(parallel, world)
         return {
             "dtype": config.model.dtype,
             "tp": layout.tp,
@@ -87,7 +87,7 @@ def update_activations(stage: str, config: TrainingConfig, spec: ModelSpec, data
     def of(model: ModelSpec, parallel: ParallelConfig, head: str) -> Activations:
         count = None
         if train.max_tokens_per_micro_batch is None:
-            count = max(1, train.global_batch_size // (train.micro_batch_size * max(1, Layout.of(parallel, world).dp)))
+            count = max(1, train.global_batch_size // (train.micro_batch_size * max(1, Layout.from_config(parallel, world).dp)))
         return activations(model, parallel, rows, dtype=config.model.dtype, head=head, micro_batches=count)
 
     found = [of(spec, config.parallel, "value" if stage == "rm" else "lm")]

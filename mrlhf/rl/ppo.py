@@ -22,7 +22,7 @@ from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.tokenizers.hf import load, stop_ids
 from mrlhf.parallel import device, reshard, state
-from mrlhf.parallel.split import Bridge, split
+from mrlhf.parallel.split import Bridge, split_world
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from mrlhf.rl.offload import Offload
@@ -83,7 +83,7 @@ def make_bridge(config: PPOStage) -> Bridge | None:
     if config.rollout.num_ranks is None:
         return None
     parallel = config.parallel
-    return split(config.rollout.num_ranks, timeout_minutes=parallel.timeout_minutes, silence_s=parallel.silence_seconds)
+    return split_world(config.rollout.num_ranks, timeout_minutes=parallel.timeout_minutes, silence_s=parallel.silence_seconds)
 
 
 class PPO(Run):
@@ -106,7 +106,7 @@ class PPO(Run):
         tp, ranks = config.rollout.tensor_parallel_size, config.rollout.num_ranks
         where = "" if ranks is None else f" on {ranks} ranks of their own"
         log.info(f"vLLM: {(ranks or layout.world) // tp} replica(s) of tensor parallel {tp}{where}; {self.sampler.memory}")
-        for line in reshard.describe(self.sampler.bytes_of_ranks()):
+        for line in reshard.traffic_summary(self.sampler.bytes_of_ranks()):
             log.info(line)
         if self.resumed is not None:
             with self.phase("build"):

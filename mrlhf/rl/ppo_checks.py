@@ -10,7 +10,7 @@ from mrlhf.data.tokenizers.hf import load
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import state
-from mrlhf.rl.rewards.sources import Rewards, critic_source
+from mrlhf.rl.rewards.sources import check_reward_sources, critic_source
 from mrlhf.rl.rollout.environments import check_environment
 from mrlhf.rl.rollout.vllm_engine import check_rollout
 from mrlhf.rl.rollout.vllm_weights import check_weights
@@ -35,7 +35,7 @@ def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[Mrlh
     try:
         spec = critic_source(config, actor).spec
     except CheckpointError:
-        return []  # Rewards.check has it
+        return []  # check_reward_sources has it
 
     if parallel == config.parallel:
         return [] if spec == actor.spec else [*check_layout(parallel, spec, world)]
@@ -54,7 +54,7 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
         raise ConfigError(
             f"rollout.num_ranks = {generators} of {world} ranks leave none to train",
             where="rollout.num_ranks",
-            expected=f"torchrun with {generators + state.Layout.of(config.parallel, 1).smallest} ranks or more",
+            expected=f"torchrun with {generators + state.Layout.from_config(config.parallel, 1).ranks_per_replica} ranks or more",
         )
     trainers = world - generators
     opened = preflight.open_run(config, world=trainers)
@@ -66,7 +66,7 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
         problems.extend(check_weights(source.spec, weights, dtype=config.model.dtype, placement=placement))
         problems.extend(preflight.check_prompt_budget(config, source, opened.datasets()))
         parallel, critic = config.parallel, config.ppo.critic
-        problems.extend(Rewards.check(config.reward, source, parallel=parallel, world=trainers, critic=critic))
+        problems.extend(check_reward_sources(config.reward, source, parallel=parallel, world=trainers, critic=critic))
         problems.extend(_check_critic(config, source, trainers))
         if config.ptx.coef > 0:
             problems.extend(open_ptx(config, source)[1])

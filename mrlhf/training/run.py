@@ -79,7 +79,7 @@ class Run:
         watch.log_to(self.output_dir / "logs")
         heartbeat.start(self.output_dir, rank=dist.get_rank())
         self.stopper = Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store)
-        for line in (f"device: {device.current().describe()}", layout.describe(config.train), *inputs.notes):
+        for line in (f"device: {device.current().summary()}", layout.batch_summary(config.train), *inputs.notes):
             log.info(line)
         self.saver = Saver(self.output_dir, config.checkpoint)
         self.resumed = to_resume(self.output_dir, total_steps=total_steps, verify=config.checkpoint.verify)
@@ -166,7 +166,7 @@ class Run:
         return Tracker(
             self.output_dir,
             config_yaml=dump_yaml(self.config),
-            env={"device": device.current().describe(), "world_size": state.world_size()},
+            env={"device": device.current().summary(), "world_size": state.world_size()},
             is_main=state.is_main(),
             stage=self.config.stage,
             total_steps=self.total_steps,

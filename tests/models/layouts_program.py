@@ -25,7 +25,6 @@ def main() -> None:
 
     # isort: split
     from groups import leave_layout
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     zoo = Path(sys.argv[1])
@@ -45,16 +44,16 @@ def main() -> None:
         def fn(out_BTX, batch):
             whole = out_BTX
             if model.head == "lm":
-                whole = gather_from_tensor_model_parallel_region(gpt.lm_head(model.modules[-1], model.spec).logits(out_BTX))
+                whole = gather_from_tensor_model_parallel_region(gpt.lm_head(model.modules[-1], model.spec).logits(out_BTX), model.collection.tp)
             return whole[..., :channels].float().permute(2, 0, 1).contiguous()
 
-        batch = collate(rows, packing=packing, pad_multiple=parallel_state.get_tensor_model_parallel_world_size())
+        batch = collate(rows, packing=packing, pad_multiple=model.collection.tp.size())
         per_channel = [batch.split(x) for x in model.forward([batch], fn, channels=channels)[0]]
         return [torch.stack(of_sample, -1) for of_sample in zip(*per_channel)]
 
     def logprobs_error() -> dict[str, float]:
         """Against torch on the whole logits: values, entropy, and the gradients of hidden states and head; with a softcap on top."""
-        group, generator = parallel_state.get_tensor_model_parallel_group(), torch.Generator().manual_seed(0)
+        group, generator = model.collection.tp, torch.Generator().manual_seed(0)
         real, padded, tp, rank = 150, 256, group.size(), group.rank()
         hidden, weight = torch.randn(3, 9, 8, generator=generator), torch.randn(padded, 8, generator=generator)
         targets, weights = torch.randint(0, real, (3, 9), generator=generator), torch.randn(2, 3, 9, generator=generator)

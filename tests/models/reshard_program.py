@@ -119,7 +119,7 @@ def main() -> None:
             case.get("cp", 1),
             case.get("ep", 1),
         )
-        layout, shapes = state.Layout.of(parallel, world), hf_shapes(spec, head="lm")
+        layout, shapes = state.Layout.from_config(parallel, world), hf_shapes(spec, head="lm")
         shard, wanted = trainer_shard(spec, layout, rank), vllm_map(spec, tp=case["to"], rank=rank % case["to"])
         generator = torch.Generator().manual_seed(7)
         held = shard_tensors(shard, {hf: torch.randn(shape, generator=generator) for hf, shape in shapes.items()})

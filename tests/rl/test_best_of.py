@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-from mrlhf.commands.best_of import Choice, choose, pair_row, sft_row
+from mrlhf.commands.best_of import Choice, choose_best_and_worst, pair_row, sft_row
 from mrlhf.data.prepare.formats import Columns, normalise
 
 PROMPT = [{"role": "user", "content": "q"}]
 
 
 def test_choose() -> None:
-    assert choose(["a", "b", "c"], [1.0, 3.0, 0.0], [True] * 3) == Choice(1, 2)
-    assert choose(["a", "b", "c"], [1.0, 3.0, 0.0], [True, False, True]) == Choice(0, 2), "a cut answer is not the best"
-    assert choose(["a", "b", "c"], [1.0, 3.0, 0.0], [True, True, False]) == Choice(1, 2), "but may be the worst"
-    assert choose(["a", "b", "a"], [2.0, 2.0, 2.0], [True] * 3) == Choice(0, None), "equal scores are no preference"
-    assert choose(["a", "a"], [2.0, 1.0], [True] * 2) == Choice(0, None), "nor are equal texts"
-    assert choose(["a", " "], [2.0, 1.0], [True] * 2) == Choice(0, None), "nor is an empty text an answer"
-    assert choose(["a", ""], [1.0, 3.0], [False, True]) is None
+    assert choose_best_and_worst(["a", "b", "c"], [1.0, 3.0, 0.0], [True] * 3) == Choice(1, 2)
+    assert choose_best_and_worst(["a", "b", "c"], [1.0, 3.0, 0.0], [True, False, True]) == Choice(0, 2), "a cut answer is not the best"
+    assert choose_best_and_worst(["a", "b", "c"], [1.0, 3.0, 0.0], [True, True, False]) == Choice(1, 2), "but may be the worst"
+    assert choose_best_and_worst(["a", "b", "a"], [2.0, 2.0, 2.0], [True] * 3) == Choice(0, None), "equal scores are no preference"
+    assert choose_best_and_worst(["a", "a"], [2.0, 1.0], [True] * 2) == Choice(0, None), "nor are equal texts"
+    assert choose_best_and_worst(["a", " "], [2.0, 1.0], [True] * 2) == Choice(0, None), "nor is an empty text an answer"
+    assert choose_best_and_worst(["a", ""], [1.0, 3.0], [False, True]) is None
 
 
 def test_rows_are_what_preprocessing_takes() -> None:

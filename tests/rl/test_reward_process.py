@@ -96,8 +96,8 @@ def test_scores_and_columns_cross_and_one_process_serves_all_calls(file: Path) -
     ("name", "message"),
     [
         ("bomb", "raised MemoryError"),
-        ("leaves", "it ended its process with exit status 0"),
-        ("exits", "it ended its process with exit status 1"),
+        ("leaves", "its process exited with status 0"),
+        ("exits", "its process exited with status 1"),
         ("crashes", "its process was killed by SIGSEGV"),
         ("raises", "raised ZeroDivisionError: division by zero"),
         ("too_few", "1 scores for the 2 completions"),
@@ -147,7 +147,7 @@ def test_what_cannot_be_loaded_is_a_config_error(file: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="could not be loaded: it did not answer within 1 s"):
         start(tmp_path / "slow.py", "f", timeout_s=1)
     (tmp_path / "exit.py").write_text(EXIT_AT_START)
-    with pytest.raises(ConfigError, match="could not be loaded: it ended its process with exit status 3"):
+    with pytest.raises(ConfigError, match="could not be loaded: its process exited with status 3"):
         start(tmp_path / "exit.py", "f")
 
 

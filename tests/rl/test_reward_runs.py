@@ -119,13 +119,13 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(
 
 
 def test_other_machines_need_a_token(reward_model: Path, world: Path) -> None:
-    from mrlhf.commands.serve_reward import check
+    from mrlhf.commands.serve_reward import check_server
     from mrlhf.config.options import ServeRewardStage
     from mrlhf.errors import MrlhfError
 
     for host in ("0.0.0.0", "::", "10.0.0.1"):
         with pytest.raises(MrlhfError, match="there is no token"):
-            check(ServeRewardStage(str(reward_model), host=host), 1)
-    check(ServeRewardStage(str(reward_model)), 1)
+            check_server(ServeRewardStage(str(reward_model), host=host), 1)
+    check_server(ServeRewardStage(str(reward_model)), 1)
     with pytest.raises(MrlhfError, match=r"gives no score[^$]*ABSENT"):
-        check(ServeRewardStage(str(world / "qwen2"), token_env="ABSENT"), 1)
+        check_server(ServeRewardStage(str(world / "qwen2"), token_env="ABSENT"), 1)

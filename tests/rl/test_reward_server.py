@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from mrlhf.config.options import ServeRewardStage
 from mrlhf.rl.rewards import server as reward_server
 from mrlhf.rl.rewards.http import HttpReward
 from mrlhf.rl.rewards.server import RewardServer, is_loopback
@@ -28,25 +29,29 @@ class Tokenizer:
         return {"input_ids": [list(text.encode()) for text in texts]}
 
 
+def sums(sequences: list[list[int]]) -> Future[list[float]]:
+    future: Future[list[float]] = Future()
+    future.set_result([float(sum(s)) for s in sequences])
+    return future
+
+
 @contextmanager
-def serving() -> Iterator[RewardServer]:
+def serving(submit=sums, timeout_s: float = 20.0) -> Iterator[RewardServer]:
     made = RewardServer(
-        ("127.0.0.1", 0), score=lambda sequences: [float(sum(s)) for s in sequences], tokenizer=Tokenizer(), fingerprint="print", vocab_size=200,
-        max_length=20, max_request_bytes=100_000, max_batch_size=8, token=TOKEN,
-    )  # fmt: skip
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
+        ("127.0.0.1", 0), submit=submit, timeout_s=timeout_s, tokenizer=Tokenizer(), fingerprint="print",
+        vocab_size=200, max_length=20, max_request_bytes=100_000, max_batch_size=8, token=TOKEN,
+    )
+    made.start()
     try:
         yield made
     finally:
-        made.shutdown()
-        made.server_close()
-        thread.join()
+        made.stop()
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServer]:
-    monkeypatch.setattr(reward_server._Handler, "timeout", 0.5)
+    monkeypatch.setattr(reward_server, "HEAD_S", 0.5)
+    monkeypatch.setattr(reward_server, "BODY_S", 0.5)
     with serving() as made:
         yield made
 
@@ -107,35 +112,63 @@ def test_wrong_requests_are_refused_with_the_reason(server: RewardServer, change
     assert post(server, GOOD).status_code == 200
 
 
+def connect(server: RewardServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", httpx.URL(server.url).port))
+
+
 def raw(server: RewardServer, data: bytes, *, wait_s: float = 20.0) -> bytes:
-    with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+    with connect(server) as connection:
         connection.settimeout(wait_s)
         connection.sendall(data)
-        found = b""
+        answer = b""
         while part := connection.recv(1 << 16):
-            found += part
-        return found
+            answer += part
+        return answer
 
 
 def test_a_client_cannot_hold_or_fool_the_server(server: RewardServer) -> None:
     start = b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n"
     assert b" 413 " in raw(server, start + b"Content-Length: 99999999999\r\n\r\n"), "before a byte of the body has come"
-    assert b" 411 " in raw(server, start + b"Content-Length: -1\r\n\r\n")
+    assert b" 400 " in raw(server, start + b"Content-Length: -1\r\n\r\n")
+    assert b" 411 " in raw(server, start + b"\r\n")
     assert b" 411 " in raw(server, start + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n")
     assert b" 404 " in raw(server, start.replace(b"/score", b"/../x") + b"Content-Length: 0\r\n\r\n")
-    assert b" 501 " in raw(server, b"DELETE /score HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert raw(server, start + b"Content-Length: 50\r\n\r\n{") == b"", "silence ends the connection"
+    assert b" 405 " in raw(server, b"DELETE /score HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 408 " in raw(server, start + b"Content-Length: 50\r\n\r\n{"), "a body that does not come"
+    assert raw(server, b"") == raw(server, start) == b"", "nor does a head"
     smuggled = start + b"Content-Length: 99999999\r\n\r\n" + start + b"Content-Length: 0\r\n\r\n"
     assert raw(server, smuggled).count(b"HTTP/1.1") == 1, "what follows a refused request is not read as another"
 
 
+def test_a_head_that_comes_byte_by_byte_is_cut_off(server: RewardServer) -> None:
+    with connect(server) as connection, pytest.raises(ConnectionError):
+        for _ in range(200):
+            connection.sendall(b"x")
+            time.sleep(0.05)
+
+
+def test_a_slow_model_is_busy_and_its_work_is_cancelled() -> None:
+    future: Future[list[float]] = Future()
+    with serving(lambda sequences: future, timeout_s=0.1) as server:
+        answer = post(server, GOOD)
+    assert answer.status_code == 503 and answer.json() == {"error": "the model is busy"}
+    assert answer.headers["Retry-After"] == "1" and future.cancelled()
+
+
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    future: Future[list[float]] = Future()
+    future.set_result([float("nan")])
+    with serving(lambda sequences: future) as server:
+        assert post(server, GOOD).status_code == 500
+
+
 def test_connections_beyond_the_limit_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_server, "CONNECTIONS", 1)
-    with serving() as server, socket.create_connection(("127.0.0.1", server.server_port)) as holding:
-        assert b" 503 " in raw(server, b"GET /health HTTP/1.1\r\n\r\n"), "connections are taken in the order in which they were made"
+    with serving() as server, connect(server) as holding:
+        assert b" 503 " in raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"), "connections are taken in the order in which they were made"
         holding.close()
         deadline = time.monotonic() + 10
-        while b" 200 " not in raw(server, b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"):
+        while b" 200 " not in raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
             assert time.monotonic() < deadline, "a closed connection makes room"
             time.sleep(0.01)
 
@@ -158,3 +191,27 @@ def test_the_client_gets_through_it(server: RewardServer, monkeypatch: pytest.Mo
 )
 def test_is_loopback(host: str, local: bool) -> None:
     assert is_loopback(host) is local
+
+
+def test_requests_that_wait_go_through_the_model_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mrlhf.commands import serve_reward
+
+    monkeypatch.setattr(serve_reward, "Model", lambda *args, **options: None)
+    config, one_rank = ServeRewardStage("rm", max_batch_size=4, normalize=False), SimpleNamespace(world=1)
+    scorer = serve_reward.Scorer(config, source=None, layout=one_rank)
+    batches: list[int] = []
+
+    def score(sequences: list[list[int]]) -> list[float]:
+        batches.append(len(sequences))
+        return [float(sum(s)) for s in sequences]
+
+    monkeypatch.setattr(scorer, "score_sequences", score)
+    futures = [scorer.submit([[i]] * size) for i, size in enumerate((1, 2, 1, 3, 4, 1))]
+    assert futures[2].cancel(), "its client waits no longer"
+    scorer.stop()
+    late = scorer.submit([[9]])
+    scorer.serve_requests()
+    assert batches == [3, 3, 4, 1], "4 at most; the cancelled request is not scored"
+    assert [f.result() for f in futures if not f.cancelled()] == [[0.0], [1.0] * 2, [3.0] * 3, [4.0] * 4, [5.0]]
+    with pytest.raises(TimeoutError):
+        late.result(timeout=0)

@@ -240,7 +240,7 @@ def run_generator(config: PPOStage, run: preflight.RunInputs, bridge: Bridge, *,
     heartbeat.start(output_dir, rank=bridge.rank)
     stopper = Stopper(budget_minutes=None, began=began, store=bridge.store, rank=bridge.rank)
     if decode(bridge.receive(0))[0]["what"] == "begin":
-        layout = state.Layout.of(config.parallel, bridge.trainers)
+        layout = state.Layout.from_config(config.parallel, bridge.trainers)
         memory = Memory(config, spec=run.source.spec, rank=bridge.rank, world=bridge.trainers)
         with memory("build"):
             sampler = Sampler(config, run, load(run.source.hf_dir), layout, bridge)
