@@ -293,7 +293,7 @@ def _due(step: int, interval: int) -> bool:
 
 def report_spike(detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer, data: Dataset) -> dict[str, float]:
     """train/loss_spike of one step; for a spike also a line with the samples of the worst micro-batches. Collective."""
-    spike = detector.meet(loss)
+    spike = detector.check_loss(loss)
     is_spike = state.on_any_rank(spike is not None)  # losses of tensor-parallel ranks may differ in the last bit
     if is_spike:
         losses = trainer.micro_batch_losses()
