@@ -131,9 +131,10 @@ def mismatches(sources: Sequence[Dataset], *, key: str) -> list[DataError]:
     """Everything in which the sources of a blend differ from its first one and must not; both sides are named."""
     compared: tuple[tuple[str, Callable[[Dataset], Any], Callable[[Dataset], Any], str | None], ...] = (
         ("task", lambda d: d.task, lambda d: d.task, None),
-        ("seq_length", lambda d: d.meta["seq_length"], lambda d: d.meta["seq_length"], "one --seq-length for all of them"),
+        ("seq_length", lambda d: d.meta["seq_length"], lambda d: d.meta["seq_length"],
+         "one --seq-length for all of them"),
         ("tokenizer", lambda d: d.meta["tokenizer_fingerprint"], _tokenizer, "one --tokenizer for all of them"),
-        ("margins", _has_margins, _has_margins, "a margin in every source or in none"),
+        ("margins", _has_margins, _has_margins, "a margin in every source or in none")
     )
     first, found = sources[0], []
     for other in sources[1:]:

@@ -80,7 +80,9 @@ class IndexedReader:
         with open(idx_path, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or header[:9] != MAGIC:
-            raise DataError("not a Megatron index file", where=idx_path, expected="the magic bytes MMIDIDX", fix=_REMAKE)
+            raise DataError(
+                "not a Megatron index file", where=idx_path, expected="the magic bytes MMIDIDX", fix=_REMAKE
+            )
         _, version, code, sequences, indices = HEADER.unpack(header)
         if version != 1 or code not in _CODES or _CODES[code].name not in dtypes:
             raise DataError(
@@ -91,7 +93,8 @@ class IndexedReader:
             )
         size, expected = os.path.getsize(idx_path), HEADER.size + 12 * sequences + 8 * indices
         if size != expected:
-            raise DataError(f"index has {size:,} bytes, its header promises {expected:,}: truncated or damaged", where=idx_path, fix=_REMAKE)
+            raise DataError(f"index has {size:,} bytes, its header promises {expected:,}: truncated or damaged",
+                            where=idx_path, fix=_REMAKE)
         if not sequences or not indices:
             raise DataError("index of no sequences", where=idx_path, fix=_REMAKE)
         self.dtype = _CODES[code]
@@ -120,7 +123,8 @@ class IndexedReader:
         for at in range(0, len(self.doc_index) - 1, _CHUNK):
             sound &= np.diff(self.doc_index[at : at + _CHUNK + 1]).min() >= least
         if not sound:
-            raise DataError("lengths, byte offsets and document indices contradict each other: damaged", where=idx_path, fix=_REMAKE)
+            raise DataError("lengths, byte offsets and document indices contradict each other: damaged", where=idx_path,
+                            fix=_REMAKE)
         return end
 
     def __len__(self) -> int:
@@ -169,7 +173,8 @@ class PackedDataset:
     and indices stay on the disk until asked for.
     """
 
-    def __init__(self, prefix: str, meta: dict[str, Any], ids: IndexedReader, mask: IndexedReader | None, margin: IndexedReader | None):
+    def __init__(self, prefix: str, meta: dict[str, Any], ids: IndexedReader, mask: IndexedReader | None,
+                 margin: IndexedReader | None):
         self.prefix, self.meta = prefix, meta
         self.task: str = meta["task"]
         self._ids, self._mask, self._margin = ids, mask, margin
@@ -194,7 +199,8 @@ class PackedDataset:
         ids = IndexedReader(prefix, dtypes=_TOKENS)
         mask = IndexedReader(prefix + "_loss_mask", dtypes=_MASK) if "_loss_mask.bin" in files else None
         margin = IndexedReader(prefix + "_margin", dtypes=_MARGIN) if "_margin.bin" in files else None
-        whole = {"num_samples": meta["num_samples"] == len(ids), "num_packs": meta["num_packs"] == len(ids.doc_index) - 1}
+        whole = {"num_samples": meta["num_samples"] == len(ids),
+                 "num_packs": meta["num_packs"] == len(ids.doc_index) - 1}
         if mask is not None:
             whole["sample lengths"] = _agree(np.equal, ids.lengths, mask.lengths)
             whole["packs"] = _agree(np.equal, ids.doc_index, mask.doc_index)
@@ -256,7 +262,8 @@ class PackedDataset:
     def mask(self, i: int) -> np.ndarray:
         """Loss mask of sample i: uint8 [lengths[i]], 1 where that token is trained; a copy. DataError for prompts, which have none."""
         if self._mask is None:
-            raise DataError(f"{self.task} data has no loss mask", where=self.prefix, expected="pretrain, sft or preference data")
+            raise DataError(f"{self.task} data has no loss mask", where=self.prefix,
+                            expected="pretrain, sft or preference data")
         return np.array(self._mask[i])
 
     def margin(self, pair_index: int) -> float | None:
@@ -296,7 +303,8 @@ def file_problems(prefix: str, meta: dict[str, Any], *, verify: bool) -> Iterato
                 fix=f"copy it again, or {_REMAKE}",
             )
         elif verify and sha256_of(path) != digest["sha256"]:
-            yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path), fix=f"copy it again, or {_REMAKE}")
+            yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path),
+                            fix=f"copy it again, or {_REMAKE}")
 
 
 def read_meta(prefix: str) -> dict[str, Any]:
@@ -305,7 +313,8 @@ def read_meta(prefix: str) -> dict[str, Any]:
     if not path.is_file():
         for ending in (".bin", ".idx", ".json"):
             if prefix.endswith(ending) and Path(prefix.removesuffix(ending) + ".json").is_file():
-                raise DataError(f"{prefix} is a file of the set", where=prefix, expected="the prefix", fix=f"leave out {ending}")
+                raise DataError(f"{prefix} is a file of the set", where=prefix, expected="the prefix",
+                                fix=f"leave out {ending}")
         if Path(prefix + ".bin").exists():
             raise DataError(
                 "PREFIX.json is missing: the files were not made by, or not finished by, tools/preprocess_data.py",
@@ -313,12 +322,8 @@ def read_meta(prefix: str) -> dict[str, Any]:
                 expected="its output; plain text of Megatron-LM's own tool has no loss masks and serves the stage pretrain alone",
                 fix=_REMAKE,
             )
-        raise DataError(
-            "no such dataset",
-            where=str(path),
-            expected="a prefix written by tools/preprocess_data.py",
-            fix="--output-prefix of that command",
-        )
+        raise DataError("no such dataset", where=str(path), expected="a prefix written by tools/preprocess_data.py",
+                        fix="--output-prefix of that command")
     text = path.read_bytes()
     try:
         meta = msgspec.json.decode(text)
@@ -329,16 +334,14 @@ def read_meta(prefix: str) -> dict[str, Any]:
     if missing:
         raise DataError(f"not the metadata of a dataset: {', '.join(missing)} missing", where=str(path), fix=_REMAKE)
     if meta["format"] != FORMAT_VERSION:
-        raise DataError(
-            f"written in format {meta['format']} by {meta.get('version')}",
-            where=str(path),
-            expected=f"format {FORMAT_VERSION}",
-            fix=_REMAKE,
-        )
+        raise DataError(f"written in format {meta['format']} by {meta.get('version')}", where=str(path),
+                        expected=f"format {FORMAT_VERSION}", fix=_REMAKE)
     if "seal" not in meta:
-        raise DataError("it has no checksum of its own: written by an earlier version, or damaged", where=str(path), fix=_REMAKE)
+        raise DataError("it has no checksum of its own: written by an earlier version, or damaged", where=str(path),
+                        fix=_REMAKE)
     if not _is_sealed(text):
-        raise DataError("checksum differs from its own: the file is damaged or was edited", where=str(path), fix=f"copy it again, or {_REMAKE}")
+        raise DataError("checksum differs from its own: the file is damaged or was edited", where=str(path),
+                        fix=f"copy it again, or {_REMAKE}")
     del meta["seal"]
     return meta
 

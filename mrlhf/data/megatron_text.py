@@ -55,7 +55,8 @@ class MegatronText:
         self.max_length = min(longest, seq_length)
         self.num_documents = len(self._documents)
         self.num_samples = self.num_documents + self.num_packs - len(self._aligned)
-        self.meta: dict[str, Any] = {"task": "pretrain", "seq_length": seq_length, "tokenizer": None, "tokenizer_fingerprint": None}
+        self.meta: dict[str, Any] = {"task": "pretrain", "seq_length": seq_length, "tokenizer": None,
+                                     "tokenizer_fingerprint": None}
         for row in np.unique(np.linspace(0, self.num_packs - 1, _PROBES).astype(int)).tolist():
             self._read(row)
 
@@ -101,7 +102,9 @@ class MegatronText:
         return before + row - int(np.searchsorted(self._aligned, row))
 
     def _read(self, row: int) -> np.ndarray:
-        tokens = self._ids.span(row * self.seq_length, min((row + 1) * self.seq_length, self.num_tokens)).astype(np.int64)
+        tokens = self._ids.span(row * self.seq_length, min((row + 1) * self.seq_length, self.num_tokens)).astype(
+            np.int64
+        )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             raise DataError(
@@ -121,7 +124,8 @@ class MegatronText:
             cuts.append(start - begin)
             document += 1
         pieces = np.split(tokens, cuts)
-        return [(i, piece, (np.arange(len(piece)) > 0).astype(np.uint8)) for i, piece in enumerate(pieces, self._first_sample(row))]
+        return [(i, piece, (np.arange(len(piece)) > 0).astype(np.uint8))
+                for i, piece in enumerate(pieces, self._first_sample(row))]
 
     def sample(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
         """One sample by its number: O(log packs x log documents)."""

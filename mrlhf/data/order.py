@@ -54,7 +54,9 @@ class Mix:
             return cls(tuple(rows), counts, sum(counts))
         shares = [_exact(w) for w in weights]
         scale = math.lcm(*(s.denominator for s in shares))
-        limits = [n * _exact(e) * sum(shares) / s for n, e, s in zip(rows, epochs, shares, strict=True) if e is not None]
+        limits = [
+            n * _exact(e) * sum(shares) / s for n, e, s in zip(rows, epochs, shares, strict=True) if e is not None
+        ]
         total = math.floor(min(limits)) if limits else sum(rows)
         return cls(tuple(rows), tuple(int(s * scale) for s in shares), max(1, total))
 
@@ -163,7 +165,8 @@ class Order:
     epoch of every source has a permutation of its own (`shuffle`), or the source's own order.
     """
 
-    def __init__(self, mix: Mix, *, global_batch_size: int, num_epochs: float, max_steps: int | None, seed: int, shuffle: bool) -> None:
+    def __init__(self, mix: Mix, *, global_batch_size: int, num_epochs: float, max_steps: int | None, seed: int,
+                 shuffle: bool) -> None:
         self.mix, self.batch, self.seed, self.shuffle = mix, global_batch_size, seed, shuffle
         self.total_rows = max(1, round(mix.pass_rows * num_epochs))
         self.total_steps = math.ceil(self.total_rows / global_batch_size)

@@ -61,7 +61,8 @@ def describe(data: PackedDataset) -> list[str]:
     causes = ", ".join(f"{cause} {n:,}" for cause, n in meta.get("drops", {}).items())
     lines.append(f"  {'drops':<22} {causes or 'none'}")
     lines += [f"  {'source':<22} {_value(source)}" for source in meta.get("sources", [])]
-    lines += [f"  {'file':<22} {Path(data.prefix).name}{suffix}, {digest['bytes']:,} bytes" for suffix, digest in meta["files"].items()]
+    lines += [f"  {'file':<22} {Path(data.prefix).name}{suffix}, {digest['bytes']:,} bytes"
+              for suffix, digest in meta["files"].items()]
     return [*lines, "tokens a sample:", *histogram(data.lengths)]
 
 
@@ -93,7 +94,8 @@ def show_samples(data: PackedDataset, tokenizer: Any | None, count: int, marks: 
     step = 2 if data.task == "preference" else 1
     total = data.num_samples // step
     for unit in np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist():
-        for i, name in zip(range(unit * step, (unit + 1) * step), ("chosen", "rejected") if step == 2 else ("sample",), strict=True):
+        for i, name in zip(range(unit * step, (unit + 1) * step), ("chosen", "rejected") if step == 2 else ("sample",),
+                           strict=True):
             _, ids, mask = data.sample(i)
             margin = data.margin(unit) if step == 2 else None
             label = data.label(i) if data.task == "prompts" else None
@@ -114,9 +116,8 @@ def _tokenizer(data: PackedDataset, given: str | None) -> Any | None:
         return None
     if tokenizer_fingerprint(tokenizer) != data.meta.get("tokenizer_fingerprint"):
         if given:
-            raise DataError(
-                "this is not the tokenizer that the data was made with", where=str(path), expected=str(data.meta.get("tokenizer"))
-            )
+            raise DataError("this is not the tokenizer that the data was made with", where=str(path),
+                            expected=str(data.meta.get("tokenizer")))
         print(f"note: the tokenizer in {path} was changed since the data was made: token ids are shown")
         return None
     return tokenizer
@@ -149,7 +150,8 @@ def check_content(data: PackedDataset) -> list[DataError]:
         ends = np.cumsum(lengths, dtype=np.int64)
         starts = ends - lengths
         lowest, highest = np.minimum.reduceat(ids, starts), np.maximum.reduceat(ids, starts)
-        rule("sample", f"with ids outside the vocabulary of {meta['vocab_size']:,}", (lowest < 0) | (highest >= meta["vocab_size"]), first)
+        rule("sample", f"with ids outside the vocabulary of {meta['vocab_size']:,}",
+             (lowest < 0) | (highest >= meta["vocab_size"]), first)
         bounds = data.doc_index[first_pack : end_pack + 1] - first
         totals = np.diff(np.concatenate([[0], ends])[bounds])
         if packed:
@@ -168,12 +170,15 @@ def check_content(data: PackedDataset) -> list[DataError]:
             rule("sample", "with no trained token", sums == 0, first)
             rule("sample", "with an untrained last token", mask[ends - 1] == 0, first)
             if ends_on is not None:
-                rule("sample", f"with a last token that is not the end token {ends_on}", ids[ends - 1] != ends_on, first)
+                rule(
+                    "sample", f"with a last token that is not the end token {ends_on}", ids[ends - 1] != ends_on, first
+                )
     found = [
         DataError(f"{count:,} {unit}s {what}; the first is {unit} {first:,}", where=data.prefix)
         for (unit, what), (first, count) in broken_rules.items()
     ]
-    counted = {"num_tokens": data.num_tokens, "num_trained_tokens": trained, "num_samples": data.num_samples, "num_packs": data.num_packs}
+    counted = {"num_tokens": data.num_tokens, "num_trained_tokens": trained, "num_samples": data.num_samples,
+               "num_packs": data.num_packs}
     for key, value in counted.items():
         if meta.get(key, value) != value:
             found.append(DataError(f"{key} is {value:,}, {data.prefix}.json says {meta[key]:,}", where=data.prefix))
@@ -195,7 +200,8 @@ def check(prefix: str) -> list[MrlhfError]:
         return [error]
     found: list[MrlhfError] = list(file_problems(prefix, meta, verify=True))
     strange = [s for s in OutputSet.suffixes if s != ".json" and s not in meta["files"] and Path(prefix + s).exists()]
-    found += [DataError("file is not part of the set in PREFIX.json", where=prefix + s, fix="remove it") for s in strange]
+    found += [DataError("file is not part of the set in PREFIX.json", where=prefix + s, fix="remove it")
+              for s in strange]
     if found:
         return found
     try:
@@ -230,7 +236,8 @@ def _megatron(prefix: str, args: argparse.Namespace, marks: tuple[str, str]) -> 
             wrong = np.flatnonzero((ids < 0) | (ids >= most))
             if len(wrong):
                 expected = f"0 to {most - 1:,}" if tokenizer is not None else "0 or more"
-                raise DataError(f"id {ids[wrong[0]]} at token {at + int(wrong[0]):,}", where=f"{prefix}.bin", expected=expected)
+                raise DataError(f"id {ids[wrong[0]]} at token {at + int(wrong[0]):,}", where=f"{prefix}.bin",
+                                expected=expected)
         print("nothing wrong was found")
     for d in full[np.unique(np.linspace(0, len(full) - 1, min(args.samples, len(full))).astype(int))].tolist() if args.samples else []:
         ids = reader.span(int(starts[d]), int(starts[d + 1]))
@@ -244,10 +251,14 @@ def _megatron(prefix: str, args: argparse.Namespace, marks: tuple[str, str]) -> 
 def main(argv: list[str]) -> int:
     """Exit status 0, or a raised MrlhfError (2)."""
     parser = argparse.ArgumentParser(prog="mrlhf data", description="What a data set holds, and whether it is whole.")
-    parser.add_argument("prefix", metavar="PREFIX", help="as given to tools/preprocess_data.py, or a Megatron-LM ..._text_document")
-    parser.add_argument("--samples", type=int, default=0, metavar="N", help="show N samples (pairs, documents) spread over the set")
-    parser.add_argument("--check", action="store_true", help="read every byte: checksums, indices, masks, ids, counts; status 2 if wrong")
-    parser.add_argument("--tokenizer", metavar="DIR", help="decode with this tokenizer (default: the one that made the data)")
+    parser.add_argument("prefix", metavar="PREFIX",
+                        help="as given to tools/preprocess_data.py, or a Megatron-LM ..._text_document")
+    parser.add_argument("--samples", type=int, default=0, metavar="N",
+                        help="show N samples (pairs, documents) spread over the set")
+    parser.add_argument("--check", action="store_true",
+                        help="read every byte: checksums, indices, masks, ids, counts; status 2 if wrong")
+    parser.add_argument("--tokenizer", metavar="DIR",
+                        help="decode with this tokenizer (default: the one that made the data)")
     args = parser.parse_args(argv)
     if args.samples < 0:
         parser.error(f"--samples {args.samples}: 0 or more")

@@ -106,7 +106,8 @@ class OutputSet:
     `overwrite` is false.
     """
 
-    suffixes = (".bin", ".idx", "_loss_mask.bin", "_loss_mask.idx", "_margin.bin", "_margin.idx", "_labels.jsonl", ".json")
+    suffixes = (".bin", ".idx", "_loss_mask.bin", "_loss_mask.idx", "_margin.bin", "_margin.idx", "_labels.jsonl",
+                ".json")
 
     def __init__(self, prefix: str | Path, *, overwrite: bool = False, directory: Path | None = None):
         self.prefix = Path(prefix)
@@ -122,7 +123,8 @@ class OutputSet:
     def refuse_existing(cls, prefix: Path) -> None:
         taken = [f"{prefix.name}{s}" for s in cls.suffixes if Path(f"{prefix}{s}").exists()]
         if taken:
-            raise DataError(f"output exists already: {', '.join(taken)}", where=str(prefix), fix="another --output-prefix, or --overwrite")
+            raise DataError(f"output exists already: {', '.join(taken)}", where=str(prefix),
+                            fix="another --output-prefix, or --overwrite")
 
     def temporary(self, suffix: str) -> Path:
         """The path to write `suffix` to, from where a rename to its final place is atomic."""
@@ -165,7 +167,9 @@ class OutputSet:
     def __enter__(self) -> OutputSet:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for writer in self._writers.values():
             writer.abandon()
         for stream in self._streams.values():

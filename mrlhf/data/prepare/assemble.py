@@ -24,9 +24,8 @@ _SLICE = 1 << 20  # tokens gathered at once
 class Assembler:
     """One output set. `add` rows in order, then `finish`."""
 
-    def __init__(
-        self, output: OutputSet, *, task: str, seq_length: int, dtype: np.dtype, packed: bool, order: str, seed: int, margins: bool
-    ):
+    def __init__(self, output: OutputSet, *, task: str, seq_length: int, dtype: np.dtype, packed: bool, order: str,
+                 seed: int, margins: bool):
         """`order` of a window's documents: "shuffled" (by `seed`), "length" (packs as they were made, longest samples first) or "input"."""
         self.output, self.task, self.seq_length, self.packed, self.order, self.seed = output, task, seq_length, packed, order, seed
         self.each = 2 if task == "preference" else 1  # samples that must stay together
@@ -65,7 +64,9 @@ class Assembler:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        joined = {name: np.concatenate([part[name] for part in self._waiting]) for name in self._waiting[0] if name != "labels"}
+        joined = {name: np.concatenate([part[name] for part in self._waiting])
+                  for name in self._waiting[0]
+                  if name != "labels"}
         labels = list(chain.from_iterable(part.get("labels", ()) for part in self._waiting))
         self._waiting, self._tokens, self._samples = [], 0, 0
         lengths = joined["lengths"].astype(np.int64)

@@ -55,10 +55,11 @@ class Sample:
 def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> Sample:
     """The sample in `record`. `plain`: prompts and answers are strings (--input-template) rather than messages. Raises RowProblem."""
     if not isinstance(record, dict):
-        raise RowProblem(
-            "not_object", f"the row is {_kind(record)}, not a JSON object", expected="an object with named columns", fix="one object a row"
-        )
-    sample = {"pretrain": _pretrain, "sft": _sft, "preference": _preference, "prompts": _prompts}[task](record, columns, plain)
+        raise RowProblem("not_object", f"the row is {_kind(record)}, not a JSON object",
+                         expected="an object with named columns", fix="one object a row")
+    sample = {"pretrain": _pretrain, "sft": _sft, "preference": _preference, "prompts": _prompts}[task](
+        record, columns, plain
+    )
     tools = None if task == "pretrain" else _tools(record, columns)
     return replace(sample, tools=tools) if tools else sample
 
@@ -111,24 +112,19 @@ def _sft(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
         return Sample(conversations=(_conversation(record, input_key, plain, "--input-key"),))
     answer = _column(record, output_key, _suggest(record, "--output-key", (str, list), besides=input_key))
     if columns.input is None and isinstance(record.get("instruction"), str) and record["instruction"].strip():
-        raise RowProblem(
-            "instruction",
-            "column 'instruction' stands beside 'input' and would be ignored",
-            expected="instruction and input joined in one column",
-            fix="join them, then --input-key COLUMN (or --input-key instruction to use it alone)",
-        )
+        raise RowProblem("instruction", "column 'instruction' stands beside 'input' and would be ignored",
+                         expected="instruction and input joined in one column",
+                         fix="join them, then --input-key COLUMN (or --input-key instruction to use it alone)")
     if isinstance(given, str) and isinstance(answer, str):
         prompt: list[Message] | str = given
     elif isinstance(given, list) and isinstance(answer, list):
         prompt = _messages(given, input_key)
         answer = _one_answer(answer, output_key)
     else:
-        raise RowProblem(
-            "input_output_types",
-            f"column '{input_key}' is {_kind(given)} and column '{output_key}' is {_kind(answer)}",
-            expected="two strings, or a list of messages and a list with the final assistant message",
-            fix="--input-key COLUMN --output-key COLUMN",
-        )
+        raise RowProblem("input_output_types",
+                         f"column '{input_key}' is {_kind(given)} and column '{output_key}' is {_kind(answer)}",
+                         expected="two strings, or a list of messages and a list with the final assistant message",
+                         fix="--input-key COLUMN --output-key COLUMN")
     return Sample(conversations=(_join(prompt, answer, plain, input_key, output_key),))
 
 
@@ -149,12 +145,9 @@ def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> Sample
         conversations = {name: _conversation(record, keys[name], plain, f"--{name}-key") for name in keys}
         chosen, rejected = (_messages(answers[name], keys[name]) for name in keys)
         if chosen[:-1] != rejected[:-1]:
-            raise RowProblem(
-                "pair_prefix",
-                "chosen and rejected differ before their last message",
-                expected="two conversations that share everything but the final assistant message",
-                fix="cut both after the first message that differs",
-            )
+            raise RowProblem("pair_prefix", "chosen and rejected differ before their last message",
+                             expected="two conversations that share everything but the final assistant message",
+                             fix="cut both after the first message that differs")
         stated = prompt[-1].get("content") if isinstance(prompt, list) and _is_messages(prompt) and prompt else prompt
         if prompt is not None and stated not in (chosen[-2]["content"], chosen[0]["content"]):
             raise RowProblem(
@@ -166,12 +159,8 @@ def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> Sample
         pair = tuple(conversations.values())
     else:
         if prompt is None:
-            raise _missing(
-                record,
-                prompt_key,
-                _suggest(record, "--prompt-key", (str, list), besides=keys["chosen"]),
-                "a prompt, or whole conversations in both",
-            )
+            raise _missing(record, prompt_key, _suggest(record, "--prompt-key", (str, list), besides=keys["chosen"]),
+                           "a prompt, or whole conversations in both")
         if not isinstance(prompt, str):
             prompt = _messages(prompt, prompt_key)
         parts = []
@@ -196,31 +185,21 @@ def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
         return Sample(prompt=prompt if plain else [{"role": "user", "content": prompt}], label=label)
     messages = _messages(prompt, key)
     if messages[-1]["role"] == "assistant":
-        raise RowProblem(
-            "prompt_role",
-            f"column '{key}' ends with a turn of the assistant",
-            expected="a list of messages that ends with a user turn",
-            fix="remove the last message, or --prompt-key COLUMN",
-        )
+        raise RowProblem("prompt_role", f"column '{key}' ends with a turn of the assistant",
+                         expected="a list of messages that ends with a user turn",
+                         fix="remove the last message, or --prompt-key COLUMN")
     return Sample(prompt=_single_turn(messages, key) if plain else messages, label=label)
 
 
 def _conversation(record: dict[str, Any], key: str, plain: bool, flag: str) -> Conversation:
     messages = _messages(_column(record, key, _suggest(record, flag, list)), key)
     if messages[-1]["role"] != "assistant":
-        raise RowProblem(
-            "last_role",
-            f"column '{key}' ends with a turn of '{messages[-1]['role']}'",
-            expected="a conversation whose last message is the assistant's",
-            fix=f"remove what follows the last answer, or {flag} COLUMN",
-        )
+        raise RowProblem("last_role", f"column '{key}' ends with a turn of '{messages[-1]['role']}'",
+                         expected="a conversation whose last message is the assistant's",
+                         fix=f"remove what follows the last answer, or {flag} COLUMN")
     if len(messages) == 1:
-        raise RowProblem(
-            "no_prompt",
-            f"column '{key}' holds an answer and no prompt",
-            expected="at least one turn before the assistant's",
-            fix=f"{flag} COLUMN",
-        )
+        raise RowProblem("no_prompt", f"column '{key}' holds an answer and no prompt",
+                         expected="at least one turn before the assistant's", fix=f"{flag} COLUMN")
     return (_single_turn(messages[:-1], key), _string_content(messages[-1], key)) if plain else messages
 
 
@@ -233,21 +212,15 @@ def _messages(value: Any, key: str) -> list[Message]:
         raise _empty(f"column '{key}' has no messages")
     for i, message in enumerate(value):
         if not isinstance(message, dict):
-            raise RowProblem(
-                "message_type", f"message {i} of column '{key}' is {_kind(message)}", expected=expected, fix="--input-key COLUMN"
-            )
+            raise RowProblem("message_type", f"message {i} of column '{key}' is {_kind(message)}", expected=expected,
+                             fix="--input-key COLUMN")
         if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
-            raise RowProblem(
-                "message_keys",
-                f"message {i} of column '{key}' has the keys {sorted(message)}",
-                expected=expected,
-                fix="rename them to role and content (user, assistant, system)",
-            )
+            raise RowProblem("message_keys", f"message {i} of column '{key}' has the keys {sorted(message)}",
+                             expected=expected, fix="rename them to role and content (user, assistant, system)")
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list)):
-            raise RowProblem(
-                "content_type", f"content of message {i} of column '{key}' is {_kind(content)}", expected="a string", fix="mend the data"
-            )
+            raise RowProblem("content_type", f"content of message {i} of column '{key}' is {_kind(content)}",
+                             expected="a string", fix="mend the data")
         if not message.get("tool_calls") and (not content or (isinstance(content, str) and not content.strip())):
             raise _empty(f"message {i} of column '{key}' ({message['role']}) is empty")
     return value
@@ -256,24 +229,21 @@ def _messages(value: Any, key: str) -> list[Message]:
 def _one_answer(value: Any, key: str) -> Message:
     messages = _messages(value, key)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise RowProblem(
-            "answer_list",
-            f"column '{key}' holds the turns {[m['role'] for m in messages]}",
-            expected="a list holding one assistant message, or a string",
-            fix="--output-key COLUMN (sft), --chosen-key/--rejected-key COLUMN (preference)",
-        )
+        raise RowProblem("answer_list", f"column '{key}' holds the turns {[m['role'] for m in messages]}",
+                         expected="a list holding one assistant message, or a string",
+                         fix="--output-key COLUMN (sft), --chosen-key/--rejected-key COLUMN (preference)")
     return messages[0]
 
 
-def _join(prompt: list[Message] | str, answer: Message | str, plain: bool, prompt_key: str, answer_key: str) -> Conversation:
+def _join(
+    prompt: list[Message] | str, answer: Message | str, plain: bool, prompt_key: str, answer_key: str
+) -> Conversation:
     for key, value in ((prompt_key, prompt), (answer_key, answer)):
         if isinstance(value, str) and not value.strip():
             raise _empty(f"column '{key}' is empty")
     if plain:
-        return (
-            prompt if isinstance(prompt, str) else _single_turn(prompt, prompt_key),
-            answer if isinstance(answer, str) else _string_content(answer, answer_key),
-        )
+        return (prompt if isinstance(prompt, str) else _single_turn(prompt, prompt_key),
+                answer if isinstance(answer, str) else _string_content(answer, answer_key))
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [*before, {"role": "assistant", "content": answer} if isinstance(answer, str) else answer]
 
@@ -291,11 +261,8 @@ def _single_turn(messages: list[Message], key: str) -> str:
 
 def _string_content(message: Message, key: str) -> str:
     if not isinstance(message.get("content"), str):
-        raise RowProblem(
-            "plain_content",
-            f"column '{key}' has a message whose content is not a string",
-            fix="--chat-template FILE instead of --input-template",
-        )
+        raise RowProblem("plain_content", f"column '{key}' has a message whose content is not a string",
+                         fix="--chat-template FILE instead of --input-template")
     return message["content"]
 
 
@@ -303,12 +270,15 @@ def _column(record: dict[str, Any], key: str, fix: str) -> Any:
     if key not in record:
         raise _missing(record, key, fix, None)
     if record[key] is None:
-        raise RowProblem(f"null:{key}", f"column '{key}' is null", expected="a value in every row", fix=f"remove such rows, or {fix}")
+        raise RowProblem(f"null:{key}", f"column '{key}' is null", expected="a value in every row",
+                         fix=f"remove such rows, or {fix}")
     return record[key]
 
 
 def _missing(record: dict[str, Any], key: str, fix: str, expected: str | None) -> RowProblem:
-    return RowProblem(f"missing:{key}", f"column '{key}' is missing; found {sorted(record)}", expected=expected, fix=fix)
+    return RowProblem(
+        f"missing:{key}", f"column '{key}' is missing; found {sorted(record)}", expected=expected, fix=fix
+    )
 
 
 def _wrong_type(key: str, value: Any, expected: str, fix: str) -> RowProblem:
@@ -336,5 +306,6 @@ def _looks_like_messages(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number",
+             type(None): "null"}
     return names.get(type(value), type(value).__name__)

@@ -73,7 +73,9 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
     if metas is None:
         directory = Path(config.output_prefix).parent
         try:
-            with WorkDirectory(Path(config.output_prefix), job=job, resume=config.resume, discard=config.overwrite) as work:
+            with WorkDirectory(
+                Path(config.output_prefix), job=job, resume=config.resume, discard=config.overwrite
+            ) as work:
                 if config.resume and not config.overwrite and not work.shards_found:
                     for prefix in config.prefixes:
                         OutputSet.refuse_existing(Path(prefix))
@@ -83,7 +85,8 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
                 except (DataError, SeveralErrors):  # the data must be mended, which makes other blocks
                     work.finish()
                     raise
-                made = {"tokenizer_fingerprint": fingerprint, "tokenizer_backend": backend, "job": job, "sources": sources.describe()}
+                made = {"tokenizer_fingerprint": fingerprint, "tokenizer_backend": backend, "job": job,
+                        "sources": sources.describe()}
                 metas = _assemble(config, template, heads, work, made)
                 work.finish()
         except OSError as error:
@@ -91,8 +94,7 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
                 raise
             raise EnvironmentProblem(
                 f"the disk is full ({error.strerror}): the work directory and the output need about 12 bytes a token",
-                where=str(directory),
-                fix="make room, then the same command with --resume",
+                where=str(directory), fix="make room, then the same command with --resume"
             ) from error
     if report is not None:
         for prefix in metas:
@@ -103,20 +105,15 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
 def _template(config: PreprocessConfig) -> Template:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.task == "pretrain":
-        return Template(tokenizer, input_template="{}", append_eos=config.append_eos, parse_special=config.parse_special_in_text)
+        return Template(tokenizer, input_template="{}", append_eos=config.append_eos,
+                        parse_special=config.parse_special_in_text)
     chat_template = None
     if config.chat_template in TEMPLATE_NAMES:
         chat_template = ready_made(config.chat_template, tokenizer)
     elif config.chat_template is not None and Path(config.chat_template).is_file():
         chat_template = Path(config.chat_template).read_text(encoding="utf-8")
-    return Template(
-        tokenizer,
-        chat_template=chat_template,
-        input_template=config.input_template,
-        loss_on=config.loss_on,
-        append_eos=config.append_eos,
-        parse_special=config.parse_special_in_text,
-    )
+    return Template(tokenizer, chat_template=chat_template, input_template=config.input_template,
+                    loss_on=config.loss_on, append_eos=config.append_eos, parse_special=config.parse_special_in_text)
 
 
 def _job(config: PreprocessConfig, sources: Sources, template: Template, fingerprint: str) -> str:
@@ -138,19 +135,13 @@ def _finished(config: PreprocessConfig, job: str) -> dict[str, dict[str, Any]] |
     return metas if len(metas) == len(config.prefixes) and all(meta.get("job") == job for meta in metas.values()) else None
 
 
-def _tokenise(config: PreprocessConfig, sources: Sources, template: Template, directory: WorkDirectory) -> tuple[list[dict[str, Any]], str]:
+def _tokenise(
+    config: PreprocessConfig, sources: Sources, template: Template, directory: WorkDirectory
+) -> tuple[list[dict[str, Any]], str]:
     """(the heads of the shards of all blocks, in order, each with the lines of its file before it as `first_line`; the backend's note)."""
-    tokenise = Tokenise(
-        template,
-        task=config.task,
-        seq_length=config.seq_length,
-        truncate=config.how_to_truncate,
-        on_empty=config.on_empty,
-        columns=config.columns,
-        pair_in_one_pack=config.pack,
-        on_bad=config.on_bad_row,
-        identify=config.dedup or config.split is not None,
-    )
+    tokenise = Tokenise(template, task=config.task, seq_length=config.seq_length, truncate=config.how_to_truncate,
+                        on_empty=config.on_empty, columns=config.columns, pair_in_one_pack=config.pack,
+                        on_bad=config.on_bad_row, identify=config.dedup or config.split is not None)
     blocks = sources.blocks()
     first, note = _choose_backend(config, tokenise, blocks)
     work = Work(tokenise, directory, token_dtype(vocab_size(template.tokenizer)))
@@ -189,9 +180,8 @@ def _choose_backend(config: PreprocessConfig, tokenise: Tokenise, blocks: Iterat
             texts += found
             characters += sum(map(len, found))
     template = tokenise.template
-    template.encoder, note = choose_encoder(
-        template.tokenizer, config.tokenizer_backend, texts, verify=config.verify_tokens, masks=config.task != "pretrain"
-    )
+    template.encoder, note = choose_encoder(template.tokenizer, config.tokenizer_backend, texts,
+                                            verify=config.verify_tokens, masks=config.task != "pretrain")
     return read, note
 
 
@@ -216,7 +206,8 @@ def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> No
     with_margin = sum(head["with_margin"] for head in heads)
     if not problems.errors and config.task == "preference" and 0 < with_margin < kept:
         what = f"{with_margin:,} of {kept:,} pairs have a margin and the others have none"
-        problems.add(DataError(what, where=config.input[0], expected="a margin in every row or in none", fix="--margin-key COLUMN"))
+        problems.add(DataError(what, where=config.input[0], expected="a margin in every row or in none",
+                               fix="--margin-key COLUMN"))
     if not problems.errors and not kept:
         drops = merged([head["drops"] for head in heads])
         causes = ", ".join(f"{cause} {n:,}" for cause, n in drops.items()) or "no rows"
@@ -228,7 +219,9 @@ def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> No
 # ---- from shards to files ------------------------------------------------------------------------------------------------------
 
 
-def _select(config: PreprocessConfig, heads: list[dict[str, Any]], work: WorkDirectory) -> tuple[np.ndarray, Counter[str]]:
+def _select(
+    config: PreprocessConfig, heads: list[dict[str, Any]], work: WorkDirectory
+) -> tuple[np.ndarray, Counter[str]]:
     """(bool for every kept row of all shards, drops by cause) by --dedup, --limits and --weights."""
     kept = [head["kept"] for head in heads]
     keep, drops = np.ones(sum(kept), dtype=bool), Counter()  # type: tuple[np.ndarray, Counter[str]]
@@ -241,16 +234,16 @@ def _select(config: PreprocessConfig, heads: list[dict[str, Any]], work: WorkDir
     return keep, +drops
 
 
-def _assemble(
-    config: PreprocessConfig, template: Template, heads: list[dict[str, Any]], work: WorkDirectory, more: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def _assemble(config: PreprocessConfig, template: Template, heads: list[dict[str, Any]], work: WorkDirectory,
+              more: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Pack and write every split; {prefix: metadata}."""
     keep, drops = _select(config, heads, work)
     packed = config.pack and config.task != "prompts"
     order = config.pack_order if packed else "shuffled" if config.shuffle else "input"
     has_margins = any(head["with_margin"] for head in heads)
     with ExitStack() as stack:
-        outputs = [stack.enter_context(OutputSet(prefix, overwrite=True, directory=work.path)) for prefix in config.prefixes]
+        outputs = [stack.enter_context(OutputSet(prefix, overwrite=True, directory=work.path))
+                   for prefix in config.prefixes]
         assemblers = [
             Assembler(
                 output,
@@ -272,12 +265,13 @@ def _assemble(
             split = split_of(shard.split_keys, config.fractions) if len(assemblers) > 1 else None
             for i, assembler in enumerate(assemblers):
                 assembler.add(shard, rows if split is None else rows & (split == i))
-        empty = [prefix for prefix, assembler in zip(config.prefixes, assemblers, strict=True) if not assembler.num_rows]
+        empty = [
+            prefix for prefix, assembler in zip(config.prefixes, assemblers, strict=True) if not assembler.num_rows
+        ]
         if empty:
             raise DataError(
                 f"no row falls into {', '.join(empty)} ({len(keep):,} rows, {int(keep.sum()):,} of them selected)",
-                where=f"--split {config.split}",
-                fix="a larger fraction, or more data",
+                where=f"--split {config.split}", fix="a larger fraction, or more data"
             )
         quarantined = _write_quarantine(config, heads, work)
         common = _metadata(config, template, heads, drops) | more
@@ -299,11 +293,15 @@ def _write_quarantine(config: PreprocessConfig, heads: list[dict[str, Any]], wor
         for number, head in enumerate(heads):
             if any(cause.startswith("bad row") for cause in head["drops"]):
                 for row in load_shard(work.shard(number)).quarantine:
-                    file.write(msgspec.json.encode({"file": head["path"], **row, "line": row["line"] + head["first_line"]}) + b"\n")
+                    file.write(msgspec.json.encode({"file": head["path"], **row,
+                                                    "line": row["line"] + head["first_line"]})
+                               + b"\n")
     return path
 
 
-def _metadata(config: PreprocessConfig, template: Template, heads: list[dict[str, Any]], drops: Counter[str]) -> dict[str, Any]:
+def _metadata(
+    config: PreprocessConfig, template: Template, heads: list[dict[str, Any]], drops: Counter[str]
+) -> dict[str, Any]:
     """What all splits share."""
     tokenizer = template.tokenizer
     return {

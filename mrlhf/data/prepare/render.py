@@ -84,24 +84,21 @@ class ChatTemplate:
             with _Limits():
                 if self._compiled is None:
                     self._compiled = compile_template(self.source)
-                text = self._compiled.render(
-                    messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.variables
-                )
-        except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+                text = self._compiled.render(messages=messages, tools=tools, documents=None,
+                                             add_generation_prompt=add_generation_prompt, **self.variables)
+        except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, ArithmeticError,
+                RecursionError) as error:
             raise RowProblem(
-                "template",
-                f"the chat template refuses this conversation: {error}",
+                "template", f"the chat template refuses this conversation: {error}",
                 expected=f"roles and order the template knows; here {[m.get('role') for m in messages][:8]}",
-                fix="--chat-template FILE",
+                fix="--chat-template FILE"
             ) from error
         except (_TooLong, MemoryError) as error:
-            what = (
-                f"took more than {LIMIT_BYTES / 2**20:,.0f} MiB" if isinstance(error, MemoryError) else f"did not end within {LIMIT_S:g} s"
-            )
-            raise DataError(
-                f"its chat template {what} on {[m.get('role') for m in messages][:8]}",
-                where=self.where, expected="some microseconds and kilobytes: look at it before you use it", fix="--chat-template FILE",
-            ) from None  # fmt: skip
+            what = (f"took more than {LIMIT_BYTES / 2**20:,.0f} MiB"
+                    if isinstance(error, MemoryError) else f"did not end within {LIMIT_S:g} s")
+            raise DataError(f"its chat template {what} on {[m.get('role') for m in messages][:8]}", where=self.where,
+                            expected="some microseconds and kilobytes: look at it before you use it",
+                            fix="--chat-template FILE") from None
         return _take_out_marks(text) if self.marked else (text, [])
 
 
@@ -148,7 +145,8 @@ def compile_template(source: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+               sort_keys: bool = False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])

@@ -36,9 +36,8 @@ def first_of_each(read_keys: Callable[[], Iterable[np.ndarray]], rows: int) -> n
     return keep
 
 
-def within_limits(
-    keep: np.ndarray, sources: np.ndarray, *, limits: Sequence[int] | None, weights: Sequence[float] | None, seed: int
-) -> Counter[str]:
+def within_limits(keep: np.ndarray, sources: np.ndarray, *, limits: Sequence[int] | None,
+                  weights: Sequence[float] | None, seed: int) -> Counter[str]:
     """Clears `keep` [R] where a source has more rows than its limit, or than its weight allows; returns the drops by cause.
 
     sources  int [R], number of the source of each row

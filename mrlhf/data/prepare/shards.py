@@ -54,19 +54,14 @@ def write_shard(path: Path, head: dict[str, Any], batch: Batch, dtype: np.dtype)
 
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        np.savez(
-            file,
-            head=np.frombuffer(msgspec.json.encode(head), np.uint8),
-            ids=joined(batch.ids, dtype),
-            mask=joined(batch.masks, np.uint8),
-            lengths=np.asarray([len(ids) for ids in batch.ids], np.int32),
-            row_samples=np.asarray(batch.row_samples, np.int32),
-            keys=np.frombuffer(b"".join(batch.keys), np.uint64).reshape(-1, 2),
-            split_keys=np.frombuffer(b"".join(batch.split_keys), np.uint64),
-            margins=np.asarray([np.nan if m is None else m for m in batch.margins], np.float32),
-            labels=np.frombuffer(b"\n".join(batch.labels), np.uint8),
-            quarantine=np.frombuffer(msgspec.json.encode(batch.quarantine), np.uint8),
-        )
+        np.savez(file, head=np.frombuffer(msgspec.json.encode(head), np.uint8), ids=joined(batch.ids, dtype),
+                 mask=joined(batch.masks, np.uint8), lengths=np.asarray([len(ids) for ids in batch.ids], np.int32),
+                 row_samples=np.asarray(batch.row_samples, np.int32),
+                 keys=np.frombuffer(b"".join(batch.keys), np.uint64).reshape(-1, 2),
+                 split_keys=np.frombuffer(b"".join(batch.split_keys), np.uint64),
+                 margins=np.asarray([np.nan if m is None else m for m in batch.margins], np.float32),
+                 labels=np.frombuffer(b"\n".join(batch.labels), np.uint8),
+                 quarantine=np.frombuffer(msgspec.json.encode(batch.quarantine), np.uint8))
     os.replace(temporary, path)
 
 
@@ -85,20 +80,15 @@ def read_shard(path: Path, *names: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as found:
             return {name: found[name] for name in names}
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        raise DataError(
-            f"the temporary file is damaged: {error}", where=str(path), fix="delete it, then the same command with --resume"
-        ) from error
+        raise DataError(f"the temporary file is damaged: {error}", where=str(path),
+                        fix="delete it, then the same command with --resume") from error
 
 
 def load_shard(path: Path) -> Shard:
     arrays = read_shard(path, "head", "labels", "quarantine", *_ARRAYS)
     labels, head, quarantine = (arrays.pop(name).tobytes() for name in ("labels", "head", "quarantine"))
-    return Shard(
-        head=msgspec.json.decode(head),
-        labels=labels.split(b"\n") if labels else [],
-        quarantine=msgspec.json.decode(quarantine),
-        **arrays,
-    )
+    return Shard(head=msgspec.json.decode(head), labels=labels.split(b"\n") if labels else [],
+                 quarantine=msgspec.json.decode(quarantine), **arrays)
 
 
 class WorkDirectory:
@@ -123,24 +113,18 @@ class WorkDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(
-                "another process is writing this output", where=str(self._prefix), fix="wait for it, or another --output-prefix"
-            ) from error
+            raise DataError("another process is writing this output", where=str(self._prefix),
+                            fix="wait for it, or another --output-prefix") from error
         job_file = self.path / "job"
         before = job_file.read_text() if job_file.is_file() else None
         self.shards_found = shards = len(list(self.path.glob("*.npz")))
         if shards and before is not None and not (self.resume or self._discard):
-            raise DataError(
-                f"unfinished work of an interrupted command ({shards} blocks of rows)",
-                where=str(self.path),
-                fix="--resume to go on with it, or --overwrite to start again",
-            )
+            raise DataError(f"unfinished work of an interrupted command ({shards} blocks of rows)",
+                            where=str(self.path), fix="--resume to go on with it, or --overwrite to start again")
         if shards and self.resume and before != self._job:
-            raise DataError(
-                "the interrupted command had other options, another tokenizer or other input files",
-                where=str(self.path),
-                fix="the same command with --resume, or --overwrite without it to start again",
-            )
+            raise DataError("the interrupted command had other options, another tokenizer or other input files",
+                            where=str(self.path),
+                            fix="the same command with --resume, or --overwrite without it to start again")
         for file in self.path.iterdir():
             if file.name not in ("lock", "job") and not (self.resume and file.suffix == ".npz"):
                 file.unlink()
@@ -150,6 +134,8 @@ class WorkDirectory:
     def finish(self) -> None:
         shutil.rmtree(self.path)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._lock is not None
         self._lock.close()

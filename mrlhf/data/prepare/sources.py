@@ -30,7 +30,9 @@ from mrlhf.errors import DataError, Problems
 MAX_LINE = 64 << 20
 _BOM = b"\xef\xbb\xbf"
 _FORMATS = "JSON lines (.jsonl, also .gz, .bz2, .zst), a JSON array (.json), parquet, or a HF dataset"
-_ENDINGS = tuple(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".bz2", ".zst")) + (".parquet",)
+_ENDINGS = tuple(
+    f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".bz2", ".zst")
+) + (".parquet",)
 _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
@@ -133,7 +135,8 @@ class Sources:
                 stat = os.stat(item.path)
                 item.before = (stat.st_size, stat.st_mtime_ns)
                 if stat.st_size == 0:
-                    problems.add(DataError("input file is empty", where=item.path, expected=_FORMATS, fix="leave it out of --input"))
+                    problems.add(DataError("input file is empty", where=item.path, expected=_FORMATS,
+                                           fix="leave it out of --input"))
             problems.extend(_missing_package(item))
         problems.raise_if_any()
         sizes = [item.before[0] if item.before else 0 for item in self.inputs]
@@ -214,9 +217,8 @@ class Sources:
         want = 1 << 16
 
         def fail(what: str) -> DataError:
-            return DataError(
-                f"not a JSON array: {what}", where=f"{item.path} (element {count + 1})", expected=_FORMATS, fix="one JSON object a line"
-            )
+            return DataError(f"not a JSON array: {what}", where=f"{item.path} (element {count + 1})", expected=_FORMATS,
+                             fix="one JSON object a line")
 
         def skip(also: str) -> bool:
             """Move `at` over white space and one `also`, reading on where the buffer ends; false at the array's end."""
@@ -333,7 +335,8 @@ def _resolve(source: int, argument: str) -> list[_Input]:
     if any(c in argument for c in "*?["):
         matches = sorted(f for f in glob.glob(argument, recursive=True) if os.path.isfile(f))
         if not matches:
-            raise DataError("no file matches", where=argument, fix="check the pattern given to --input (quoted, so that it arrives whole)")
+            raise DataError("no file matches", where=argument,
+                            fix="check the pattern given to --input (quoted, so that it arrives whole)")
         return [_file(source, f) for f in matches]
     directory, _, split = argument.rpartition(":") if ":" in argument else (argument, "", "")
     if os.path.isdir(argument) or os.path.isdir(directory):
@@ -341,7 +344,8 @@ def _resolve(source: int, argument: str) -> list[_Input]:
             return [_Input(source, argument, "dataset")]
         files = sorted(str(f) for f in Path(argument).iterdir() if f.name.endswith(_ENDINGS)) if os.path.isdir(argument) else []
         if not files:
-            raise DataError("is a directory without data files", where=argument, expected=_FORMATS, fix=f"--input '{argument}/*.jsonl'")
+            raise DataError("is a directory without data files", where=argument, expected=_FORMATS,
+                            fix=f"--input '{argument}/*.jsonl'")
         return [_file(source, f) for f in files]
     if argument.partition(":")[0].count("/") == 1 and not argument.startswith((".", "/", "~")) and not argument.endswith(_ENDINGS):
         return [_Input(source, argument, "dataset")]
@@ -364,7 +368,8 @@ def _missing_package(item: _Input) -> list[DataError]:
         __import__(needed)
     except ImportError:
         name = needed.partition(".")[0]
-        return [DataError(f"reading it needs {name}, which is not installed", where=item.path, fix="pip install 'mrlhf[data]'")]
+        return [DataError(f"reading it needs {name}, which is not installed", where=item.path,
+                          fix="pip install 'mrlhf[data]'")]
     return []
 
 
@@ -381,21 +386,16 @@ def open_dataset(argument: str) -> Any:
             found = datasets.load_dataset(hub_id, config or None)
     except Exception as error:  # the library and the hub's client have no common base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"no such file, and not a HF dataset that can be loaded: {reason}", where=argument, expected=_FORMATS, fix="--input FILE"
-        ) from error
+        raise DataError(f"no such file, and not a HF dataset that can be loaded: {reason}", where=argument,
+                        expected=_FORMATS, fix="--input FILE") from error
     if isinstance(found, datasets.Dataset):
         return found
     splits = sorted(map(str, found))
     if not split and len(splits) == 1:
         split = splits[0]
     if split not in splits:
-        raise DataError(
-            f"has no split '{split}'" if split else "has several splits",
-            where=argument,
-            expected=", ".join(splits),
-            fix=f"--input {name}:{splits[0]}",
-        )
+        raise DataError(f"has no split '{split}'" if split else "has several splits", where=argument,
+                        expected=", ".join(splits), fix=f"--input {name}:{splits[0]}")
     return found[split]
 
 
@@ -446,6 +446,5 @@ class _Zst:
 
 
 def _long_line(path: str, offset: int) -> DataError:
-    return DataError(
-        f"a line is longer than {MAX_LINE >> 20} MiB (near byte {offset:,})", where=path, expected=_FORMATS, fix="one JSON object a line"
-    )
+    return DataError(f"a line is longer than {MAX_LINE >> 20} MiB (near byte {offset:,})", where=path,
+                     expected=_FORMATS, fix="one JSON object a line")

@@ -41,17 +41,9 @@ class Template:
     template cannot work at all, RowProblem (from the methods) for a conversation it refuses.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        chat_template: str | None = None,
-        input_template: str | None = None,
-        loss_on: str = "last",
-        append_eos: bool = True,
-        parse_special: bool = False,
-        encoder: Encoder | None = None,
-    ):
+    def __init__(self, tokenizer: Any, *, chat_template: str | None = None, input_template: str | None = None,
+                 loss_on: str = "last", append_eos: bool = True, parse_special: bool = False,
+                 encoder: Encoder | None = None):
         if not tokenizer.is_fast:
             raise DataError(
                 f"{type(tokenizer).__name__} is a slow tokenizer: it reports no character offsets, which the loss masks are made from",
@@ -74,17 +66,14 @@ class Template:
         self._append = append_eos
         if self.plain:
             if self._plain_text.count("{}") != 1:
-                raise ConfigError(f"--input-template {input_template!r} must hold {{}} once", expected='like "User: {}\\nAssistant: "')
+                raise ConfigError(f"--input-template {input_template!r} must hold {{}} once",
+                                  expected='like "User: {}\\nAssistant: "')
             if append_eos and tokenizer.eos_token is None:
-                raise DataError(
-                    "the tokenizer has no eos token", where=tokenizer.name_or_path, fix="set eos_token there, or --no-append-eos"
-                )
+                raise DataError("the tokenizer has no eos token", where=tokenizer.name_or_path,
+                                fix="set eos_token there, or --no-append-eos")
         elif chat_template is None and tokenizer.chat_template is None:
-            raise ConfigError(
-                "the tokenizer has no chat template",
-                where=tokenizer.name_or_path,
-                fix='--chat-template NAME or FILE, or --input-template "User: {}\\nAssistant: "',
-            )
+            raise ConfigError("the tokenizer has no chat template", where=tokenizer.name_or_path,
+                              fix='--chat-template NAME or FILE, or --input-template "User: {}\\nAssistant: "')
         else:
             self.chat_template = chat_template if chat_template is not None else tokenizer.get_chat_template()
             self._jinja = ChatTemplate(self.chat_template, tokenizer.special_tokens_map, where=tokenizer.name_or_path)
@@ -129,17 +118,15 @@ class Template:
 
     def _check_tools(self, tools: list[Any] | None) -> None:
         if tools and (self.plain or "tools" not in self._jinja.source):
-            raise RowProblem(
-                "tools_ignored",
-                "the row has tools, which the template would leave out",
-                expected="a chat template that renders `tools`",
-                fix="--chat-template FILE, or remove the column",
-            )
+            raise RowProblem("tools_ignored", "the row has tools, which the template would leave out",
+                             expected="a chat template that renders `tools`",
+                             fix="--chat-template FILE, or remove the column")
 
     def _close_marked(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """{% generation %} spans, each brought to end on its end-of-turn token; the text cut after the last."""
         if not spans:
-            raise RowProblem("generation", "the chat template's {% generation %} block is not reached", fix="--chat-template FILE")
+            raise RowProblem("generation", "the chat template's {% generation %} block is not reached",
+                             fix="--chat-template FILE")
         closed = []
         for i, (start, end) in enumerate(spans):
             limit = spans[i + 1][0] if i + 1 < len(spans) else len(text)
@@ -203,7 +190,8 @@ class Template:
             with_prompt, _ = self._jinja.render(_PROBE[:1], add_generation_prompt=True)
             without, _ = self._jinja.render(_PROBE[:1])
         except RowProblem as error:
-            raise DataError(f"{error.what} (a user's and an assistant's message)", where=where, fix="--chat-template FILE") from error
+            raise DataError(f"{error.what} (a user's and an assistant's message)", where=where,
+                            fix="--chat-template FILE") from error
         at = text.find("c2d3")
         if at < 0 or "a0b1" not in text:
             raise DataError("the chat template leaves out messages", where=where, fix="--chat-template FILE")
@@ -219,11 +207,8 @@ class Template:
         if closing:
             self.end_token, self._append = closing.group(), True
         elif self._append and self.end_token is None:
-            raise DataError(
-                "neither the chat template nor the tokenizer has an end token",
-                where=where,
-                fix="set eos_token in the tokenizer's configuration",
-            )
+            raise DataError("neither the chat template nor the tokenizer has an end token", where=where,
+                            fix="set eos_token in the tokenizer's configuration")
         if not self._jinja.marked and with_prompt == without and text.startswith(without) and text[len(without) : at].strip():
             raise DataError(
                 f"the chat template ignores add_generation_prompt: {text[len(without) : at]!r} would be trained as part of the answer",

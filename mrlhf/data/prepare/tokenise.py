@@ -63,19 +63,8 @@ class Tokenise:
     identify  compute keys of the rows' content (for --dedup, --split)
     """
 
-    def __init__(
-        self,
-        template: Template,
-        *,
-        task: str,
-        seq_length: int,
-        truncate: str,
-        on_empty: str,
-        columns: Columns,
-        pair_in_one_pack: bool,
-        on_bad: str = "error",
-        identify: bool = False,
-    ):
+    def __init__(self, template: Template, *, task: str, seq_length: int, truncate: str, on_empty: str,
+                 columns: Columns, pair_in_one_pack: bool, on_bad: str = "error", identify: bool = False):
         self.template, self.task, self.limit, self.mode = template, task, seq_length, truncate
         self.on_empty, self.columns, self.pair_in_one_pack = on_empty, columns, pair_in_one_pack
         self.on_bad, self.identify = on_bad, identify
@@ -157,11 +146,11 @@ class Tokenise:
         if not mask.any():
             raise RowProblem("mask_zeros", "no token of the answer is trained", fix="--chat-template FILE")
         if mask[0]:
-            raise RowProblem(
-                "mask_ones", "the sample begins with a trained token: there is no prompt", fix="--chat-template FILE, or --input-template"
-            )
+            raise RowProblem("mask_ones", "the sample begins with a trained token: there is no prompt",
+                             fix="--chat-template FILE, or --input-template")
         if end is not None and (ids[-1] != end or not mask[-1]):
-            raise RowProblem("mask_end", f"the sample does not end on a trained {self.template.end_token!r}", fix="--chat-template FILE")
+            raise RowProblem("mask_end", f"the sample does not end on a trained {self.template.end_token!r}",
+                             fix="--chat-template FILE")
 
     def _add_text(self, batch: Batch, ids: np.ndarray) -> None:
         """A pretraining text: whole, cut, or in consecutive pieces. The first token of each has nothing to be predicted from."""
@@ -183,12 +172,8 @@ class Tokenise:
 
     def _refuse_long(self, tokens: int) -> None:
         if self.mode == "error":
-            raise RowProblem(
-                "too_long",
-                f"{tokens:,} tokens",
-                expected=f"at most --seq-length {self.limit}",
-                fix="--truncate drop, or a larger --seq-length",
-            )
+            raise RowProblem("too_long", f"{tokens:,} tokens", expected=f"at most --seq-length {self.limit}",
+                             fix="--truncate drop, or a larger --seq-length")
         if self.mode == "drop":
             raise _Drop("too_long")
 
@@ -257,21 +242,23 @@ def row_content(sample: Sample) -> tuple[bytes, bytes]:
         prompt = msgspec.json.encode(sample.prompt)
         return prompt, prompt
     first = sample.conversations[0]
-    return msgspec.json.encode(sample.conversations), msgspec.json.encode(first[0] if isinstance(first, tuple) else first[:-1])
+    return msgspec.json.encode(sample.conversations), msgspec.json.encode(
+        first[0] if isinstance(first, tuple) else first[:-1]
+    )
 
 
 def _record(chunk: Chunk, i: int) -> Any:
     try:
         record = chunk.record(i)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RowProblem("json", f"not valid JSON: {error}", expected="one JSON object a line", fix="mend or remove the line") from error
+        raise RowProblem("json", f"not valid JSON: {error}", expected="one JSON object a line",
+                         fix="mend or remove the line") from error
     row = chunk.rows[i]
     if isinstance(row, bytes) and isinstance(record, dict):
         repeated = _repeated_key(row, record)
         if repeated is not None:
-            raise RowProblem(
-                "repeated", f"column '{repeated}' stands twice in the row", expected="each column once", fix="mend or remove the line"
-            )
+            raise RowProblem("repeated", f"column '{repeated}' stands twice in the row", expected="each column once",
+                             fix="mend or remove the line")
     return record
 
 

@@ -110,8 +110,7 @@ def run(work: Work, blocks: Iterator[Block], *, workers: int) -> Iterator[dict[s
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise EnvironmentProblem(
-            "a worker process died, most likely for want of memory", fix=f"fewer than --workers {workers}, then --resume"
-        ) from error
+        raise EnvironmentProblem("a worker process died, most likely for want of memory",
+                                 fix=f"fewer than --workers {workers}, then --resume") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -51,10 +51,9 @@ class HfBackend:
     def offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text, ids int32 [T] and the characters [start, end) of every token, int64 [T, 2]."""
         found = self._ready().encode_batch(list(texts), add_special_tokens=False)
-        return [
-            (np.asarray(e.ids, dtype=np.int32), np.fromiter(chain.from_iterable(e.offsets), np.int64, 2 * len(e)).reshape(-1, 2))
-            for e in found
-        ]
+        return [(np.asarray(e.ids, dtype=np.int32),
+                 np.fromiter(chain.from_iterable(e.offsets), np.int64, 2 * len(e)).reshape(-1, 2))
+                for e in found]
 
 
 class GigatokenUnfit(DataError):
@@ -84,9 +83,8 @@ class GigatokenBackend:
             raise
         except BaseException as error:  # a panic of its Rust code is no Exception
             reason = str(error).strip().splitlines()
-            raise GigatokenUnfit(
-                f"gigatoken fails: {reason[0] if reason else type(error).__name__}", fix="--tokenizer-backend hf"
-            ) from error
+            raise GigatokenUnfit(f"gigatoken fails: {reason[0] if reason else type(error).__name__}",
+                                 fix="--tokenizer-backend hf") from error
 
 
 class Encoder:
@@ -148,7 +146,8 @@ class Encoder:
             _size(text)
         found = _split(*self._backend(self.name, guarded).ids(texts))
         again = [i for i, text in enumerate(texts) if self._is_doubtful(text)] if self.name != "hf" else []
-        for i, ids in zip(again, _split(*self._backend("hf", guarded).ids([texts[i] for i in again])) if again else (), strict=True):
+        for i, ids in zip(again, _split(*self._backend("hf", guarded).ids([texts[i] for i in again])) if again else (),
+                          strict=True):
             found[i] = ids
         return found
 
@@ -173,11 +172,14 @@ class Encoder:
         if self._normal is not None or self.name != "hf":
             inexact |= np.fromiter(map(self._is_doubtful, texts), bool, len(texts))
         again = np.flatnonzero(inexact).tolist()
-        for i, result in zip(again, self._by_offsets([texts[i] for i in again], [spans[i] for i in again], guarded), strict=True):
+        for i, result in zip(again, self._by_offsets([texts[i] for i in again], [spans[i] for i in again], guarded),
+                             strict=True):
             results[i] = result
         return results
 
-    def _by_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], guarded: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _by_offsets(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], guarded: bool
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         found = self._backend("hf", guarded).offsets(texts)
         return [(ids, trained_mask(offsets, span)) for (ids, offsets), span in zip(found, spans, strict=True)]
 
@@ -185,9 +187,8 @@ class Encoder:
 def _has_unassigned(text: str) -> bool:
     """Characters without a category in Python's Unicode tables: newer ones may be letters to one tokenizer and not to another."""
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    return any(
-        bool(_unassigned(int(plane))[codes[codes >> 16 == plane] & 0xFFFF].any()) for plane in np.flatnonzero(np.bincount(codes >> 16))
-    )
+    return any(bool(_unassigned(int(plane))[codes[codes >> 16 == plane] & 0xFFFF].any())
+               for plane in np.flatnonzero(np.bincount(codes >> 16)))
 
 
 @lru_cache(maxsize=17)
@@ -221,16 +222,14 @@ def byte_lengths(tree: dict[str, Any]) -> np.ndarray | None:
     model, alphabet = tree["model"], _byte_alphabet()
     steps = _sequence(tree["pre_tokenizer"], "pretokenizers")
     byte_level = [s for s in steps if s["type"] == "ByteLevel"]
-    if (
-        model["type"] != "BPE"
+    if (model["type"] != "BPE"
         or model.get("byte_fallback")
         or model.get("continuing_subword_prefix")
         or model.get("end_of_word_suffix")
         or len(byte_level) != 1
         or byte_level[0]["add_prefix_space"]
         or any(s["type"] not in ("ByteLevel", "Split", "Digits", "Punctuation") for s in steps)
-        or any(s["type"] != "NFC" for s in _sequence(tree["normalizer"], "normalizers"))
-    ):
+        or any(s["type"] != "NFC" for s in _sequence(tree["normalizer"], "normalizers"))):
         return None
     added = {t["id"]: len(t["content"].encode()) for t in tree["added_tokens"]}
     lengths = np.zeros(max(chain(model["vocab"].values(), added), default=-1) + 1, dtype=np.int32)
@@ -262,12 +261,9 @@ def _size(text: str) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
-        raise RowProblem(
-            "surrogate",
-            f"the text holds {text[error.start]!r}, half of a UTF-16 pair, which is no character",
-            expected="valid unicode",
-            fix="mend or remove the row",
-        ) from error
+        raise RowProblem("surrogate",
+                         f"the text holds {text[error.start]!r}, half of a UTF-16 pair, which is no character",
+                         expected="valid unicode", fix="mend or remove the row") from error
 
 
 def _in_bytes(text: str, spans: Sequence[Span]) -> Sequence[Span]:
@@ -284,15 +280,11 @@ def _mask_of_bytes(
     ends = np.cumsum(lengths[flat], dtype=np.int64)
     bounds = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(counts)])]
     limits = bounds.tolist()  # a span stays within its own text even where the tokens do not cover all of it
-    edges = np.asarray(
-        [
-            (base + start, min(base + stop, limit))
-            for base, limit, own in zip(limits, limits[1:], spans, strict=False)
-            for start, stop in own
-            if start < stop and base + start < limit
-        ],
-        dtype=np.int64,
-    ).reshape(-1, 2)
+    edges = np.asarray([(base + start, min(base + stop, limit))
+                        for base, limit, own in zip(limits, limits[1:], spans, strict=False)
+                        for start, stop in own
+                        if start < stop and base + start < limit],
+                       dtype=np.int64).reshape(-1, 2)
     change = np.zeros(len(flat) + 1, dtype=np.int32)
     np.add.at(change, np.searchsorted(ends, edges[:, 0], side="right"), 1)
     np.add.at(change, np.minimum(np.searchsorted(ends, edges[:, 1], side="left") + 1, len(flat)), -1)
@@ -325,31 +317,24 @@ def trained_mask(offsets: Sequence[Span] | np.ndarray, spans: Sequence[Span]) ->
 
 # Where other implementations of the same tokenizer have gone wrong: blanks and line ends in runs, contractions, digits, combining
 # marks, characters of one to four bytes, joined emoji, controls, right-to-left text, long runs, and parts of special tokens.
-PROBES = (
-    *("", " ", "  ", "\n", "\r\n", "\n\n\n", " \n \n", "\t\tx\t", "a  b   c    d", " leading", "trailing ", "\u200b\ufeff\u2060"),
-    *("x\u00a0y\u2003z\u3000", "I'll DON'T we've it'S 'Tis rock'n'roll ''''", "1 12 123 1234 12345678901 1,234.5e-6 ½ ² ٣ 四", "a1b22c333"),
-    *("snake_case camelCase UPPERlower __init__", "x=[1,2];y={'a':-1}//*&^%$#@!~`", "http://a.b/c?d=e&f#g", "<html>&amp;</html>"),
-    *("e\u0301 \u00e9 \u1e9b\u0323 \ufb01 \u2460 \uff21", "ǅ ß ẞ İ ı ſ", "naïve café Zürich", "мир и дружба", "שלום עולם", "مرحبا بالعالم"),
-    *(
-        "नमस्ते दुनिया",
-        "สวัสดีชาวโลก",
-        "東京都へようこそ。",
-        "안녕하세요",
-        "🙂🙃",
-        "👩\u200d👩\u200d👧 🇩🇪 👍🏽",
-        "\U0001f9ff𝔘𝔫𝔦",
-        "\x00\x01\x1b[0m\x7f\x85",
-    ),
-    *("\ud7ff\ue000\ufffd\U0010ffff", "a" * 200, "ab" * 100, " " * 100, "\n" * 50, "🙂" * 30, "aaaaab " * 20),
-    *("<", "<|", "|>", "<|im_", "_end|>", "<s", "[INST", "<0x0A>", "▁x ▁▁"),
-)
+PROBES = (*("", " ", "  ", "\n", "\r\n", "\n\n\n", " \n \n", "\t\tx\t", "a  b   c    d", " leading", "trailing ",
+            "\u200b\ufeff\u2060"),
+          *("x\u00a0y\u2003z\u3000", "I'll DON'T we've it'S 'Tis rock'n'roll ''''",
+            "1 12 123 1234 12345678901 1,234.5e-6 ½ ² ٣ 四", "a1b22c333"),
+          *("snake_case camelCase UPPERlower __init__", "x=[1,2];y={'a':-1}//*&^%$#@!~`", "http://a.b/c?d=e&f#g",
+            "<html>&amp;</html>"),
+          *("e\u0301 \u00e9 \u1e9b\u0323 \ufb01 \u2460 \uff21", "ǅ ß ẞ İ ı ſ", "naïve café Zürich", "мир и дружба",
+            "שלום עולם", "مرحبا بالعالم"),
+          *("नमस्ते दुनिया", "สวัสดีชาวโลก", "東京都へようこそ。", "안녕하세요", "🙂🙃", "👩\u200d👩\u200d👧 🇩🇪 👍🏽", "\U0001f9ff𝔘𝔫𝔦",
+            "\x00\x01\x1b[0m\x7f\x85"),
+          *("\ud7ff\ue000\ufffd\U0010ffff", "a" * 200, "ab" * 100, " " * 100, "\n" * 50, "🙂" * 30, "aaaaab " * 20),
+          *("<", "<|", "|>", "<|im_", "_end|>", "<s", "[INST", "<0x0A>", "▁x ▁▁"))
 _BEFORE, _BEHIND = ("", " ", "x", "x \n", "é"), ("", " ", "  y", "\n", "y", "\n\nz", "'s", "1")
 MOST_CHARACTERS = 1_500_000
 
 
-def choose_encoder(
-    tokenizer: Any, backend: BackendName, sample_texts: Sequence[str], *, verify: int = 2000, masks: bool = True
-) -> tuple[Encoder, str]:
+def choose_encoder(tokenizer: Any, backend: BackendName, sample_texts: Sequence[str], *, verify: int = 2000,
+                   masks: bool = True) -> tuple[Encoder, str]:
     """The encoder to use, and a line that says why.
 
     gigatoken is taken where it gives HF's ids for PROBES (also around special tokens) and for the first `verify` of `sample_texts`
@@ -363,19 +348,22 @@ def choose_encoder(
     encoder = Encoder(tokenizer, "gigatoken")
     try:
         if masks and encoder.byte_lengths() is None:
-            raise GigatokenUnfit("it gives no character offsets, and this tokenizer is not byte-level BPE that takes text as it is")
+            raise GigatokenUnfit(
+                "it gives no character offsets, and this tokenizer is not byte-level BPE that takes text as it is"
+            )
         checked = _compare(encoder, plain, sample_texts, verify)
     except ModuleNotFoundError as error:
         if backend == "gigatoken":
-            raise EnvironmentProblem("gigatoken is not installed", fix="pip install 'mrlhf[data]', or --tokenizer-backend hf") from error
+            raise EnvironmentProblem("gigatoken is not installed",
+                                     fix="pip install 'mrlhf[data]', or --tokenizer-backend hf") from error
         return plain, "tokenizer backend hf: gigatoken is not installed (pip install 'mrlhf[data]')"
     except GigatokenUnfit as error:
         if backend == "gigatoken":
-            raise DataError(
-                f"gigatoken cannot stand in for this tokenizer: {error.what}", where=tokenizer.name_or_path, fix="--tokenizer-backend hf"
-            ) from error
+            raise DataError(f"gigatoken cannot stand in for this tokenizer: {error.what}", where=tokenizer.name_or_path,
+                            fix="--tokenizer-backend hf") from error
         return plain, f"tokenizer backend hf: gigatoken was refused, {error.what}"
-    return encoder, "tokenizer backend gigatoken, " + (f"equal to hf on {checked:,} texts" if verify else "unverified (--verify-tokens 0)")
+    return encoder, "tokenizer backend gigatoken, " + (f"equal to hf on {checked:,} texts"
+                                                       if verify else "unverified (--verify-tokens 0)")
 
 
 def _compare(encoder: Encoder, plain: Encoder, sample_texts: Sequence[str], verify: int) -> int:
@@ -389,7 +377,8 @@ def _compare(encoder: Encoder, plain: Encoder, sample_texts: Sequence[str], veri
         pairs = zip(plain.ids(texts, guarded=guarded), encoder.ids(texts, guarded=guarded), strict=True)
         for text, (expected, found) in zip(texts, pairs, strict=True):
             if not np.array_equal(expected, found):
-                at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+                at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
+                          min(len(expected), len(found)))
                 shown = text if len(text) <= 60 else text[:60] + "..."
                 raise GigatokenUnfit(
                     f"it differs on {shown!r} at token {at}: {found[at : at + 4].tolist()}, hf {expected[at : at + 4].tolist()}"

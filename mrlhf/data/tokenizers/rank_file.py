@@ -56,7 +56,8 @@ def from_ranks(path: str) -> Any:
         )
     ranks = _read(path)
     if len(ranks) != encoding.ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise DataError(f"{len(ranks):,} ranks", where=path, expected=f"{encoding.ranks:,}, numbered from 0", fix="copy the file again")
+        raise DataError(f"{len(ranks):,} ranks", where=path, expected=f"{encoding.ranks:,}, numbered from 0",
+                        fix="copy the file again")
 
     class Converter(TikTokenConverter):
         @staticmethod
@@ -78,7 +79,6 @@ def _read(path: str) -> dict[bytes, int]:
         try:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (binascii.Error, ValueError) as error:
-            raise DataError(
-                "not a line of a tiktoken file", where=f"{path}:{number}", expected="a token in base64 and its rank", fix="copy the file again"
-            ) from error
+            raise DataError("not a line of a tiktoken file", where=f"{path}:{number}",
+                            expected="a token in base64 and its rank", fix="copy the file again") from error
     return ranks

@@ -26,21 +26,23 @@ def from_sentencepiece(path: str) -> Any:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2 as messages
     except ImportError as error:
-        raise EnvironmentProblem(f"reading {path} needs sentencepiece and protobuf", fix="pip install sentencepiece protobuf") from error
+        raise EnvironmentProblem(f"reading {path} needs sentencepiece and protobuf",
+                                 fix="pip install sentencepiece protobuf") from error
     with open(path, "rb") as file:
         content = file.read()
     try:
         original = sentencepiece.SentencePieceProcessor(model_proto=content)
         proto = messages.ModelProto.FromString(content)  # type: ignore[attr-defined]  # made at run time
     except Exception as error:  # both raise their own kinds for a file that is something else
-        raise DataError(
-            "not a sentencepiece model", where=path, expected="a .model file of sentencepiece", fix="--tokenizer DIR"
-        ) from error
+        raise DataError("not a sentencepiece model", where=path, expected="a .model file of sentencepiece",
+                        fix="--tokenizer DIR") from error
 
     kinds = {_UNIGRAM: _unigram, _BPE: _bpe}
     if proto.trainer_spec.model_type not in kinds or proto.trainer_spec.treat_whitespace_as_suffix:
-        raise DataError("a sentencepiece model of this kind is not supported", where=path, expected="unigram or BPE", fix="--tokenizer DIR")
-    names = {"bos_token": original.bos_id(), "eos_token": original.eos_id(), "unk_token": original.unk_id(), "pad_token": original.pad_id()}
+        raise DataError("a sentencepiece model of this kind is not supported", where=path, expected="unigram or BPE",
+                        fix="--tokenizer DIR")
+    names = {"bos_token": original.bos_id(), "eos_token": original.eos_id(), "unk_token": original.unk_id(),
+             "pad_token": original.pad_id()}
     special = {name: original.id_to_piece(i) for name, i in names.items() if i >= 0}
     backend = _backend(proto, kinds[proto.trainer_spec.model_type](proto))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=path, **special)
@@ -72,7 +74,8 @@ def _bpe(proto: Any) -> Any:
     merges = []
     for piece in sorted(mergeable, key=lambda p: (-proto.pieces[ids[p]].score, ids[p])):
         halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        merges += sorted(((a, b) for a, b in halves if a in mergeable and b in mergeable), key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += sorted(((a, b) for a, b in halves if a in mergeable and b in mergeable),
+                         key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     unknown = proto.pieces[proto.trainer_spec.unk_id].piece
     return models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback)
 
@@ -94,6 +97,8 @@ def _backend(proto: Any, model: Any) -> Any:
         )  # or the text "<0x0A>" would be a byte's piece
     blank = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *blank])
-    backend.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type in (_UNKNOWN, _CONTROL)])
+    backend.add_special_tokens(
+        [AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type in (_UNKNOWN, _CONTROL)]
+    )
     backend.add_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == _USER_DEFINED])
     return backend

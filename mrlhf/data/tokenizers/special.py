@@ -62,7 +62,8 @@ class SpecialTokens:
             for needle in self._needles:  # a loop, because this runs on every string of the input
                 if needle in value:
                     return True
-            return not (self._firsts.isdisjoint(value[-self._longest :]) and self._lasts.isdisjoint(value[: self._longest]))
+            return not (self._firsts.isdisjoint(value[-self._longest :])
+                        and self._lasts.isdisjoint(value[: self._longest]))
         if isinstance(value, dict):
             return self.needs_protection([*value, *value.values()])
         return isinstance(value, (list, tuple)) and any(map(self.needs_protection, value))
@@ -92,7 +93,8 @@ class SpecialTokens:
         if isinstance(value, (list, tuple)):
             return type(value)(self._protect(v, table, ends=ends) for v in value)
         if isinstance(value, dict):
-            return {self._protect(k, table, ends=False): self._protect(v, table, ends=k not in ("role", "type")) for k, v in value.items()}
+            return {self._protect(k, table, ends=False): self._protect(v, table, ends=k not in ("role", "type"))
+                    for k, v in value.items()}
         return value
 
     def restore(self, text: str, spans: list[Span], table: dict[str, str]) -> Rendered:

@@ -29,14 +29,12 @@ def load_tokenizer(path: str) -> Any:
     if os.path.isfile(path):
         tokenizer = _bare_file(path)
     elif not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise DataError(
-            "no such file or directory", where=path, expected="a directory with tokenizer.json, or a .model file", fix="--tokenizer DIR"
-        )
+        raise DataError("no such file or directory", where=path,
+                        expected="a directory with tokenizer.json, or a .model file", fix="--tokenizer DIR")
     elif here and not any(f in _VOCABULARIES or f.endswith((".model", ".tiktoken")) for f in here) or os.path.isdir(path) and not here:
         # transformers would make up an empty tokenizer from the model's type
-        raise DataError(
-            "no tokenizer files", where=path, expected="a directory with tokenizer.json", fix="copy the model's tokenizer there"
-        )
+        raise DataError("no tokenizer files", where=path, expected="a directory with tokenizer.json",
+                        fix="copy the model's tokenizer there")
     elif here and not any(f in (*_VOCABULARIES, *_CONFIGURATIONS) for f in here):
         # only a model: transformers would guess the rest of it
         tokenizer = _bare_file(os.path.join(path, next(f for f in here if f.endswith((".model", ".tiktoken")))))
@@ -55,21 +53,21 @@ def _of_transformers(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"cannot load a tokenizer: {reason}", where=path, expected="a directory with tokenizer.json", fix="--tokenizer DIR"
-        ) from error
+        raise DataError(f"cannot load a tokenizer: {reason}", where=path, expected="a directory with tokenizer.json",
+                        fix="--tokenizer DIR") from error
 
 
 def _check_guess(tokenizer: Any, path: str) -> None:
     """transformers read a sentencepiece model without knowing the model's class: refuse where that changed the ids."""
     exact = _bare_file(os.path.join(path, "tokenizer.model"))
     for text in PROBES:
-        if (found := tokenizer(text, add_special_tokens=False)["input_ids"]) != exact(text, add_special_tokens=False)["input_ids"]:
+        if (found := tokenizer(text, add_special_tokens=False)["input_ids"]) != exact(
+            text, add_special_tokens=False
+        )["input_ids"]:
             raise DataError(
                 f"transformers does not read this sentencepiece model exactly: {text[:40]!r} becomes {found[:8]}",
-                where=path,
-                expected="tokenizer.json, or the model's tokenizer_class in tokenizer_config.json",
-                fix=f"--tokenizer {os.path.join(path, 'tokenizer.model')} (the bare model), or add the tokenizer_class",
+                where=path, expected="tokenizer.json, or the model's tokenizer_class in tokenizer_config.json",
+                fix=f"--tokenizer {os.path.join(path, 'tokenizer.model')} (the bare model), or add the tokenizer_class"
             )
 
 
@@ -79,7 +77,8 @@ def _bare_file(path: str) -> Any:
     if _RANK_LINE.fullmatch(first):
         return from_ranks(path)
     if not path.endswith(".model"):
-        raise DataError("not a tokenizer", where=path, expected="a directory with tokenizer.json, or a .model file", fix="--tokenizer DIR")
+        raise DataError("not a tokenizer", where=path, expected="a directory with tokenizer.json, or a .model file",
+                        fix="--tokenizer DIR")
     return from_sentencepiece(path)
 
 
@@ -99,12 +98,13 @@ def _converted(slow: Any) -> Any:
             expected="a fast tokenizer (tokenizer.json)",
             fix=fix,
         ) from error
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, name_or_path=slow.name_or_path, chat_template=slow.chat_template, **slow.special_tokens_map
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=slow.name_or_path,
+                                   chat_template=slow.chat_template, **slow.special_tokens_map)
     fast.model_max_length = slow.model_max_length
     for text in PROBES:
-        expected, found = slow(text, add_special_tokens=False)["input_ids"], fast(text, add_special_tokens=False)["input_ids"]
+        expected, found = slow(text, add_special_tokens=False)["input_ids"], fast(
+            text, add_special_tokens=False
+        )["input_ids"]
         if expected != found:
             raise DataError(
                 f"transformers' conversion of {name} to a fast tokenizer is not exact: {text[:40]!r} becomes {found[:8]}, not {expected[:8]}",
