@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -54,7 +55,7 @@ class IndexedWriter:
         self.num_sequences = self.num_documents = 0
         self.digests: dict[str, dict[str, Any]] = {}
 
-    def add_documents(self, values: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> None:
+    def add_documents(self, values: np.ndarray, lengths: Sequence[int] | np.ndarray, sizes: Sequence[int] | np.ndarray) -> None:
         """Append documents: `values` [sum(lengths)], all sequences one after another, their `lengths`, and `sizes`: sequences a document."""
         lengths, sizes = np.asarray(lengths, dtype=np.int64), np.asarray(sizes, dtype=np.int64)
         if int(lengths.sum()) != len(values) or int(sizes.sum()) != len(lengths):
@@ -64,10 +65,6 @@ class IndexedWriter:
         self._documents.write((self.num_sequences + np.cumsum(sizes)).astype("<i8").tobytes())
         self.num_sequences += len(lengths)
         self.num_documents += len(sizes)
-
-    def add_document(self, values: np.ndarray, lengths: np.ndarray | list[int]) -> None:
-        """Append one document of the given sequences."""
-        self.add_documents(values, np.asarray(lengths), np.asarray([len(lengths)]))
 
     def close(self) -> None:
         """Write the index and push both files to the disk; `digests` then holds {".bin": {bytes, sha256}, ".idx": ...}."""

@@ -36,7 +36,7 @@ from mrlhf.data.prepare.options import PreprocessConfig, check
 from mrlhf.data.prepare.ready_made import TEMPLATE_NAMES, ready_made
 from mrlhf.data.prepare.select import first_of_each, split_of, within_limits
 from mrlhf.data.prepare.shards import WorkDirectory, load_shard, read_shard
-from mrlhf.data.prepare.sources import Block, Sources
+from mrlhf.data.prepare.sources import RowBlock, Sources
 from mrlhf.data.prepare.template import Template, load_tokenizer, tokenizer_fingerprint, vocab_size
 from mrlhf.data.prepare.tokenise import SHOWN, Problem, Tokenise
 from mrlhf.data.prepare.workers import Work, run, usable_cores
@@ -162,12 +162,12 @@ def _tokenise(
     return heads, note
 
 
-def _choose_backend(config: PreprocessConfig, tokenise: Tokenise, blocks: Iterator[Block]) -> tuple[list[Block], str]:
+def _choose_backend(config: PreprocessConfig, tokenise: Tokenise, blocks: Iterator[RowBlock]) -> tuple[list[RowBlock], str]:
     """Sets the template's encoder by what gigatoken makes of the input's first rows.
 
     Returns the blocks read for that, and a line that says why.
     """
-    read: list[Block] = []
+    read: list[RowBlock] = []
     texts: list[str] = []
     characters = 0
     while config.tokenizer_backend != "hf" and len(texts) < config.verify_tokens and characters < MOST_CHARACTERS:
@@ -216,7 +216,7 @@ def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> No
     problems.raise_if_any()
 
 
-# ---- from shards to files ------------------------------------------------------------------------------------------------------
+# ---- from shards to files ------------------------------------------------------------------------
 
 
 def _select(

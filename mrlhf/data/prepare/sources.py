@@ -51,7 +51,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Some consecutive rows of `path`, which belongs to the input argument number `source`.
 
     `data` holds them (JSON lines, or an Arrow stream); without it they are the bytes from `offset` on of a plain file.
@@ -143,7 +143,7 @@ class Sources:
         self.total_bytes = sum(sizes) if all(sizes) else 0
         self.block_bytes = min(max(self.total_bytes // 64, 1 << 16), 8 << 20) if self.total_bytes else 1 << 20
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         """In the order of the arguments, sorted files and rows. Raises DataError where a file as a whole cannot be read."""
         for item in self.inputs:
             try:
@@ -166,7 +166,7 @@ class Sources:
             found.append({"path": item.path, "bytes": stat.st_size, "sha256": digest})
         return found
 
-    def _lines(self, item: _Input) -> Iterator[Block]:
+    def _lines(self, item: _Input) -> Iterator[RowBlock]:
         if item.path == "-":
             hashing = _HashingReader(sys.stdin.buffer)
             yield from self._piped(item, cast(IO[bytes], hashing))
@@ -182,7 +182,7 @@ class Sources:
             else:
                 yield from self._plain(item, file, start=len(_BOM) if head.startswith(_BOM) else 0)
 
-    def _plain(self, item: _Input, file: IO[bytes], *, start: int) -> Iterator[Block]:
+    def _plain(self, item: _Input, file: IO[bytes], *, start: int) -> Iterator[RowBlock]:
         """Byte ranges that end with a line; what is in them is read by the worker."""
         size = os.fstat(file.fileno()).st_size
         while start < size:
@@ -192,10 +192,10 @@ class Sources:
             if len(rest) == MAX_LINE and not rest.endswith(b"\n"):
                 raise _long_line(item.path, end)
             end = end - 1 + len(rest)
-            yield Block(item.source, item.path, start, end - start)
+            yield RowBlock(item.source, item.path, start, end - start)
             start = end
 
-    def _piped(self, item: _Input, file: IO[bytes]) -> Iterator[Block]:
+    def _piped(self, item: _Input, file: IO[bytes]) -> Iterator[RowBlock]:
         rest, at, first = b"", 0, True
         while data := file.read(self.block_bytes):
             data = rest + data
@@ -203,14 +203,14 @@ class Sources:
                 data, first = data.removeprefix(_BOM), False
             cut = data.rfind(b"\n") + 1
             if cut:
-                yield Block(item.source, item.path, data=data[:cut])
+                yield RowBlock(item.source, item.path, data=data[:cut])
             elif len(data) > MAX_LINE:
                 raise _long_line(item.path, at)
             rest, at = data[cut:], at + len(data)
         if rest:
-            yield Block(item.source, item.path, data=rest)
+            yield RowBlock(item.source, item.path, data=rest)
 
-    def _array(self, item: _Input, file: IO[bytes]) -> Iterator[Block]:
+    def _array(self, item: _Input, file: IO[bytes]) -> Iterator[RowBlock]:
         """The elements of a JSON array as lines; only the element being read is in memory."""
         decoder, text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
         buffer, at, elements, size, count = "", 0, [], 0, 0
@@ -258,15 +258,15 @@ class Sources:
             elements.append(buffer[at:end].replace("\n", " ").replace("\r", " ").encode("utf-8", "surrogatepass"))
             at, count, size = end, count + 1, size + end - at
             if size >= self.block_bytes:
-                yield Block(item.source, item.path, data=b"\n".join(elements) + b"\n")
+                yield RowBlock(item.source, item.path, data=b"\n".join(elements) + b"\n")
                 elements, size = [], 0
             more = skip(",")
         if (buffer[at + 1 :] + text.decode(file.read(want))).strip():
             raise fail("something stands behind the array")
         if elements:
-            yield Block(item.source, item.path, data=b"\n".join(elements) + b"\n")
+            yield RowBlock(item.source, item.path, data=b"\n".join(elements) + b"\n")
 
-    def _parquet(self, item: _Input) -> Iterator[Block]:
+    def _parquet(self, item: _Input) -> Iterator[RowBlock]:
         import pyarrow
         import pyarrow.parquet
 
@@ -276,24 +276,24 @@ class Sources:
         except pyarrow.ArrowException as error:
             raise DataError(f"not readable as parquet: {error}", where=item.path) from error
 
-    def _dataset(self, item: _Input) -> Iterator[Block]:
+    def _dataset(self, item: _Input) -> Iterator[RowBlock]:
         dataset = open_dataset(item.path)
         item.described = {"rows": len(dataset), "fingerprint": dataset._fingerprint}
         arrow = dataset.with_format("arrow")
         yield from self._arrow(item, (batch for table in arrow.iter(batch_size=1024) for batch in table.to_batches()))
 
-    def _arrow(self, item: _Input, batches: Iterator[Any]) -> Iterator[Block]:
+    def _arrow(self, item: _Input, batches: Iterator[Any]) -> Iterator[RowBlock]:
         import pyarrow
 
         waiting: list[Any] = []
 
-        def block() -> Block:
+        def block() -> RowBlock:
             sink = pyarrow.BufferOutputStream()
             with pyarrow.ipc.new_stream(sink, waiting[0].schema) as stream:
                 for batch in waiting:
                     stream.write_batch(batch)
             waiting.clear()
-            return Block(item.source, item.path, data=sink.getvalue().to_pybytes(), arrow=True)
+            return RowBlock(item.source, item.path, data=sink.getvalue().to_pybytes(), arrow=True)
 
         for batch in batches:
             if batch.num_rows:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mrlhf.data.prepare.shards import WorkDirectory, read_head, write_shard
-from mrlhf.data.prepare.sources import Block
+from mrlhf.data.prepare.sources import RowBlock
 from mrlhf.data.prepare.tokenise import Batch, Tokenise
 from mrlhf.errors import EnvironmentProblem
 
@@ -37,7 +37,7 @@ class Work:
     directory: WorkDirectory
     dtype: np.dtype
 
-    def __call__(self, number: int, block: Block) -> dict[str, Any]:
+    def __call__(self, number: int, block: RowBlock) -> dict[str, Any]:
         """The head of the block's shard, which is written unless it is there already (after an interruption)."""
         content = block.content()
         digest = hashlib.sha256(content).hexdigest()
@@ -82,11 +82,11 @@ def _start(work: Work, parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(number: int, block: Block) -> dict[str, Any]:
+def _run(number: int, block: RowBlock) -> dict[str, Any]:
     return _work(number, block)
 
 
-def run(work: Work, blocks: Iterator[Block], *, workers: int) -> Iterator[dict[str, Any]]:
+def run(work: Work, blocks: Iterator[RowBlock], *, workers: int) -> Iterator[dict[str, Any]]:
     """The head of every block's shard; two blocks more than workers in flight, so that memory stays bounded.
 
     Raises EnvironmentProblem where a worker dies.

@@ -313,7 +313,7 @@ def trained_mask(offsets: Sequence[Span] | np.ndarray, spans: Sequence[Span]) ->
     return mask.astype(np.uint8)
 
 
-# ---- which backend ---------------------------------------------------------------------------------------------------------------
+# ---- which backend -------------------------------------------------------------------------------
 
 # Where other implementations of the same tokenizer have gone wrong: blanks and line ends in runs, contractions, digits, combining
 # marks, characters of one to four bytes, joined emoji, controls, right-to-left text, long runs, and parts of special tokens.
