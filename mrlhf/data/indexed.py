@@ -55,11 +55,11 @@ def seal(meta: dict[str, Any]) -> bytes:
 
 def _is_sealed(text: bytes) -> bool:
     """False where any byte differs from what was written."""
-    found = _SEAL.search(text)
-    if found is None:
+    match = _SEAL.search(text)
+    if match is None:
         return False
-    blank = text[: found.start(1)] + b"0" * 64 + text[found.end(1) :]
-    return hashlib.sha256(blank).hexdigest().encode() == found.group(1)
+    blank = text[: match.start(1)] + b"0" * 64 + text[match.end(1) :]
+    return hashlib.sha256(blank).hexdigest().encode() == match.group(1)
 
 
 class IndexedReader:
@@ -77,27 +77,7 @@ class IndexedReader:
         for path in (bin_path, idx_path):
             if not os.path.isfile(path):
                 raise DataError("file is missing", where=path, fix=f"copy it here, or {_REMAKE}")
-        with open(idx_path, "rb") as file:
-            header = file.read(HEADER.size)
-        if len(header) < HEADER.size or header[:9] != MAGIC:
-            raise DataError(
-                "not a Megatron index file", where=idx_path, expected="the magic bytes MMIDIDX", fix=_REMAKE
-            )
-        _, version, code, sequences, indices = HEADER.unpack(header)
-        if version != 1 or code not in _CODES or _CODES[code].name not in dtypes:
-            raise DataError(
-                f"index version {version} with data type code {code} is not supported",
-                where=idx_path,
-                expected=f"version 1 and one of {', '.join(f'{c} ({d.name})' for c, d in _CODES.items() if d.name in dtypes)}",
-                fix=_REMAKE,
-            )
-        size, expected = os.path.getsize(idx_path), HEADER.size + 12 * sequences + 8 * indices
-        if size != expected:
-            raise DataError(f"index has {size:,} bytes, its header promises {expected:,}: truncated or damaged",
-                            where=idx_path, fix=_REMAKE)
-        if not sequences or not indices:
-            raise DataError("index of no sequences", where=idx_path, fix=_REMAKE)
-        self.dtype = _CODES[code]
+        self.dtype, sequences, indices = self._read_header(idx_path, dtypes)
         index = np.memmap(idx_path, np.uint8, "r")
         self.lengths = np.ndarray(sequences, "<i4", index, HEADER.size)
         self._pointers = np.ndarray(sequences, "<i8", index, HEADER.size + 4 * sequences)
@@ -111,6 +91,26 @@ class IndexedReader:
                 fix=f"copy it again, or {_REMAKE}",
             )
         self._values = np.memmap(bin_path, dtype=self.dtype.newbyteorder("<"), mode="r") if size else np.empty(0, self.dtype)
+
+    @staticmethod
+    def _read_header(idx_path: str, dtypes: Sequence[str]) -> tuple[np.dtype, int, int]:
+        """The data type and the numbers of sequences and of document indices, which the file's size must fit."""
+        with open(idx_path, "rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size or header[:9] != MAGIC:
+            raise DataError("not a Megatron index file", where=idx_path, expected="the magic bytes MMIDIDX", fix=_REMAKE)
+        _, version, code, sequences, indices = HEADER.unpack(header)
+        if version != 1 or code not in _CODES or _CODES[code].name not in dtypes:
+            readable = ", ".join(f"{c} ({d.name})" for c, d in _CODES.items() if d.name in dtypes)
+            raise DataError(f"index version {version} with data type code {code} is not supported", where=idx_path,
+                            expected=f"version 1 and one of {readable}", fix=_REMAKE)
+        size, expected = os.path.getsize(idx_path), HEADER.size + 12 * sequences + 8 * indices
+        if size != expected:
+            raise DataError(f"index has {size:,} bytes, its header promises {expected:,}: truncated or damaged",
+                            where=idx_path, fix=_REMAKE)
+        if not sequences or not indices:
+            raise DataError("index of no sequences", where=idx_path, fix=_REMAKE)
+        return _CODES[code], sequences, indices
 
     def _check_index(self, idx_path: str, *, least: int) -> int:
         """Total length of the sequences. DataError where the index contradicts itself."""

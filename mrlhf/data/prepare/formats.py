@@ -97,80 +97,96 @@ def _sft(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
     if columns.messages or (columns.input is None and messages_key in record):
         return Sample(conversations=(_conversation(record, messages_key, plain, "--messages-key"),))
     input_key, output_key = columns.input or "input", columns.output or "output"
-    if columns.input is None and input_key not in record and output_key not in record:
-        strings = [k for k, v in record.items() if isinstance(v, str)]
-        lists = [k for k, v in record.items() if _looks_like_messages(v)]
-        fix = "--input-key COLUMN [--output-key COLUMN]"
-        if lists:
-            fix = f"--input-key {lists[0]}"
-        elif len(strings) == 2:
-            fix = f"--input-key {strings[0]} --output-key {strings[1]}"
-        raise _missing(record, messages_key, fix, "'messages', or 'input' and 'output'")
-
+    if columns.input is None and not {input_key, output_key} & record.keys():
+        raise _missing(record, messages_key, _suggest_sft(record), "'messages', or 'input' and 'output'")
     given = _column(record, input_key, _suggest(record, "--input-key", (str, list)))
     if columns.output is None and output_key not in record and _is_messages(given):
         return Sample(conversations=(_conversation(record, input_key, plain, "--input-key"),))
     answer = _column(record, output_key, _suggest(record, "--output-key", (str, list), besides=input_key))
-    if columns.input is None and isinstance(record.get("instruction"), str) and record["instruction"].strip():
-        raise RowProblem("instruction", "column 'instruction' stands beside 'input' and would be ignored",
-                         expected="instruction and input joined in one column",
-                         fix="join them, then --input-key COLUMN (or --input-key instruction to use it alone)")
-    if isinstance(given, str) and isinstance(answer, str):
-        prompt: list[Message] | str = given
-    elif isinstance(given, list) and isinstance(answer, list):
-        prompt = _messages(given, input_key)
-        answer = _one_answer(answer, output_key)
-    else:
+    if columns.input is None:
+        _refuse_instruction(record)
+    types = {type(given), type(answer)}
+    if types == {list}:
+        given, answer = _messages(given, input_key), _one_answer(answer, output_key)
+    elif types != {str}:
         raise RowProblem("input_output_types",
                          f"column '{input_key}' is {_kind(given)} and column '{output_key}' is {_kind(answer)}",
                          expected="two strings, or a list of messages and a list with the final assistant message",
                          fix="--input-key COLUMN --output-key COLUMN")
-    return Sample(conversations=(_join(prompt, answer, plain, input_key, output_key),))
+    return Sample(conversations=(_join(given, answer, plain, input_key, output_key),))
+
+
+def _suggest_sft(record: dict[str, Any]) -> str:
+    """The options that name the columns of `record` which most likely hold the conversation."""
+    lists = [k for k, v in record.items() if _looks_like_messages(v)]
+    if lists:
+        return f"--input-key {lists[0]}"
+    strings = [k for k, v in record.items() if isinstance(v, str)]
+    if len(strings) == 2:
+        return f"--input-key {strings[0]} --output-key {strings[1]}"
+    return "--input-key COLUMN [--output-key COLUMN]"
+
+
+def _refuse_instruction(record: dict[str, Any]) -> None:
+    if isinstance(record.get("instruction"), str) and record["instruction"].strip():
+        raise RowProblem("instruction", "column 'instruction' stands beside 'input' and would be ignored",
+                         expected="instruction and input joined in one column",
+                         fix="join them, then --input-key COLUMN (or --input-key instruction to use it alone)")
 
 
 def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
     keys = {"chosen": columns.chosen or "chosen", "rejected": columns.rejected or "rejected"}
-    answers = {name: _column(record, key, _suggest(record, f"--{name}-key", (str, list))) for name, key in keys.items()}
+    answers = [_column(record, key, _suggest(record, f"--{name}-key", (str, list))) for name, key in keys.items()]
     prompt_key = columns.prompt or columns.input or "prompt"
     if columns.prompt or columns.input:
         _column(record, prompt_key, _suggest(record, "--prompt-key", (str, list)))
-    prompt = record.get(prompt_key)
-    margin_key = columns.margin or "margin"
-    margin = record.get(margin_key)
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin)):
-        raise _wrong_type(margin_key, margin, "a finite number", "--margin-key COLUMN")
+    margin = _margin(record, columns.margin or "margin")
+    whole = all(_is_messages(answer) and len(answer) > 1 for answer in answers)
+    pair = (_whole_conversations if whole else _prompt_with_answers)(record, prompt_key, keys, plain)
+    return Sample(conversations=pair, margin=margin)
 
-    whole = all(_is_messages(a) and len(a) > 1 for a in answers.values())
-    if whole:
-        conversations = {name: _conversation(record, keys[name], plain, f"--{name}-key") for name in keys}
-        chosen, rejected = (_messages(answers[name], keys[name]) for name in keys)
-        if chosen[:-1] != rejected[:-1]:
-            raise RowProblem("pair_prefix", "chosen and rejected differ before their last message",
-                             expected="two conversations that share everything but the final assistant message",
-                             fix="cut both after the first message that differs")
-        stated = prompt[-1].get("content") if isinstance(prompt, list) and _is_messages(prompt) and prompt else prompt
-        if prompt is not None and stated not in (chosen[-2]["content"], chosen[0]["content"]):
-            raise RowProblem(
-                "pair_prompt",
-                f"column '{prompt_key}' is not the prompt that '{keys['chosen']}' begins with",
-                expected=f"only the answers in '{keys['chosen']}' and '{keys['rejected']}', or the same prompt in both places",
-                fix="remove the column, or leave only the assistant's message in the answers",
-            )
-        pair = tuple(conversations.values())
-    else:
-        if prompt is None:
-            raise _missing(record, prompt_key, _suggest(record, "--prompt-key", (str, list), besides=keys["chosen"]),
-                           "a prompt, or whole conversations in both")
-        if not isinstance(prompt, str):
-            prompt = _messages(prompt, prompt_key)
-        parts = []
-        for name, key in keys.items():
-            answer = answers[name]
-            if not isinstance(answer, str):
-                answer = _one_answer(answer, key)
-            parts.append(_join(prompt, answer, plain, prompt_key, key))
-        pair = tuple(parts)
-    return Sample(conversations=pair, margin=None if margin is None else float(margin))
+
+def _margin(record: dict[str, Any], key: str) -> float | None:
+    margin = record.get(key)
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise _wrong_type(key, margin, "a finite number", "--margin-key COLUMN")
+    return float(margin)
+
+
+def _whole_conversations(
+    record: dict[str, Any], prompt_key: str, keys: dict[str, str], plain: bool
+) -> tuple[Conversation, ...]:
+    """The chosen and the rejected conversation of a row that holds both whole; a prompt beside them must be theirs."""
+    conversations = tuple(_conversation(record, key, plain, f"--{name}-key") for name, key in keys.items())
+    chosen, rejected = (record[key] for key in keys.values())
+    if chosen[:-1] != rejected[:-1]:
+        raise RowProblem("pair_prefix", "chosen and rejected differ before their last message",
+                         expected="two conversations that share everything but the final assistant message",
+                         fix="cut both after the first message that differs")
+    prompt: Any = record.get(prompt_key)
+    stated = prompt[-1].get("content") if _looks_like_messages(prompt) else prompt
+    if prompt is not None and stated not in (chosen[-2]["content"], chosen[0]["content"]):
+        answers = f"only the answers in '{keys['chosen']}' and '{keys['rejected']}'"
+        raise RowProblem("pair_prompt", f"column '{prompt_key}' is not the prompt that '{keys['chosen']}' begins with",
+                         expected=f"{answers}, or the same prompt in both places",
+                         fix="remove the column, or leave only the assistant's message in the answers")
+    return conversations
+
+
+def _prompt_with_answers(
+    record: dict[str, Any], prompt_key: str, keys: dict[str, str], plain: bool
+) -> tuple[Conversation, ...]:
+    """The conversations that the row's prompt makes with its chosen and its rejected answer."""
+    prompt = record.get(prompt_key)
+    if prompt is None:
+        fix = _suggest(record, "--prompt-key", (str, list), besides=keys["chosen"])
+        raise _missing(record, prompt_key, fix, "a prompt, or whole conversations in both")
+    if not isinstance(prompt, str):
+        prompt = _messages(prompt, prompt_key)
+    answers = ((key, record[key] if isinstance(record[key], str) else _one_answer(record[key], key)) for key in keys.values())
+    return tuple(_join(prompt, answer, plain, prompt_key, key) for key, answer in answers)
 
 
 def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:

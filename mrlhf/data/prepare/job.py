@@ -49,56 +49,62 @@ _ROWS_AFTER_PROBLEM = 100_000  # looked at for further problems before the comma
 
 
 def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None = None) -> dict[str, dict[str, Any]]:
-    """Make the dataset (one a split) and return {prefix: metadata, the content of PREFIX.json}. `report` receives a summary for people.
+    """Make the data set of every split; returns {prefix: content of PREFIX.json}. `report` receives a summary of each.
 
     Raises ConfigError/DataError (several at once as SeveralErrors) and then leaves no output behind.
     """
-    problems = Problems()
-    problems.extend(check(config))
-    sources = template = None
-    try:
-        sources = Sources(config.input)
-    except MrlhfError as error:
-        problems.add(error)
-    try:
-        template = _template(config)
-    except MrlhfError as error:
-        problems.add(error)
-    problems.raise_if_any()
-    assert sources is not None and template is not None
-
+    sources, template = _open_inputs(config)
     fingerprint = tokenizer_fingerprint(template.tokenizer)
     job = _job(config, sources, template, fingerprint)
     metas = _finished(config, job) if config.resume else None
     if metas is None:
-        directory = Path(config.output_prefix).parent
         try:
-            with WorkDirectory(
-                Path(config.output_prefix), job=job, resume=config.resume, discard=config.overwrite
-            ) as work:
-                if config.resume and not config.overwrite and not work.shards_found:
-                    for prefix in config.prefixes:
-                        OutputSet.refuse_existing(Path(prefix))
-                try:
-                    heads, backend = _tokenise(config, sources, template, work)
-                    _raise_problems(config, heads)
-                except (DataError, SeveralErrors):  # the data must be mended, which makes other blocks
-                    work.finish()
-                    raise
-                made = {"tokenizer_fingerprint": fingerprint, "tokenizer_backend": backend, "job": job,
-                        "sources": sources.describe()}
-                metas = _assemble(config, template, heads, work, made)
-                work.finish()
+            metas = _make(config, sources, template, {"tokenizer_fingerprint": fingerprint, "job": job})
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise EnvironmentProblem(
-                f"the disk is full ({error.strerror}): the work directory and the output need about 12 bytes a token",
-                where=str(directory), fix="make room, then the same command with --resume"
-            ) from error
+            what = f"the disk is full ({error.strerror}): the work directory and the output need about 12 bytes a token"
+            raise EnvironmentProblem(what, where=str(Path(config.output_prefix).parent),
+                                     fix="make room, then the same command with --resume") from error
     if report is not None:
         for prefix in metas:
             report(summary(prefix, template.tokenizer))
+    return metas
+
+
+def _open_inputs(config: PreprocessConfig) -> tuple[Sources, Template]:
+    """The inputs and the template. Raises all problems of options, inputs and tokenizer at once."""
+    problems = Problems()
+    problems.extend(check(config))
+    opened: list[Any] = []
+    for open_part in (lambda: Sources(config.input), lambda: _template(config)):
+        try:
+            opened.append(open_part())
+        except MrlhfError as error:
+            problems.add(error)
+    problems.raise_if_any()
+    sources, template = opened
+    return sources, template
+
+
+def _make(
+    config: PreprocessConfig, sources: Sources, template: Template, made: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Tokenise and write everything. `made`: more of the metadata, with the hash `job`."""
+    prefix, resume, overwrite = Path(config.output_prefix), config.resume, config.overwrite
+    with WorkDirectory(prefix, job=made["job"], resume=resume, discard=overwrite) as work:
+        if resume and not overwrite and not work.shards_found:
+            for output in config.prefixes:
+                OutputSet.refuse_existing(Path(output))
+        try:
+            heads, backend = _tokenise(config, sources, template, work)
+            _raise_problems(config, heads)
+        except (DataError, SeveralErrors):  # mended data gives other blocks, so these shards are of no more use
+            work.finish()
+            raise
+        made = made | {"tokenizer_backend": backend, "sources": sources.provenance()}
+        metas = _assemble(config, template, heads, work, made)
+        work.finish()
     return metas
 
 
@@ -176,9 +182,9 @@ def _choose_backend(config: PreprocessConfig, tokenise: Tokenise, blocks: Iterat
             break
         read.append(block)
         for chunk in block.chunks(block.content()):
-            found = tokenise.texts(chunk)
-            texts += found
-            characters += sum(map(len, found))
+            new = tokenise.texts(chunk)
+            texts += new
+            characters += sum(map(len, new))
     template = tokenise.template
     template.encoder, note = choose_encoder(template.tokenizer, config.tokenizer_backend, texts,
                                             verify=config.verify_tokens, masks=config.task != "pretrain")
@@ -186,34 +192,38 @@ def _choose_backend(config: PreprocessConfig, tokenise: Tokenise, blocks: Iterat
 
 
 def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> None:
-    """Everything that was wrong with the rows, all kinds at once."""
+    """Raise everything wrong with the rows, all kinds at once."""
     rows, kept = sum(head["rows"] for head in heads), sum(head["kept"] for head in heads)
-    counts: Counter[str] = Counter()
-    first: dict[str, list[Problem]] = {}
-    for head in heads:
-        counts.update(head["problem_counts"])
-        for found in head["problems"]:
-            problem = Problem(**{**found, "line": found["line"] + head["first_line"]})
-            if len(first.setdefault(problem.kind, [])) < SHOWN:
-                first[problem.kind].append(problem)
     problems = Problems()
-    for kind, examples in first.items():
-        head_problem = examples[0]
-        shown = ", ".join(str(p.line) if p.path == head_problem.path else f"{p.path}:{p.line}" for p in examples)
-        tally = f"({counts[kind]:,} of {rows:,} rows have this problem; first: {shown})"
-        where, fix = f"{head_problem.path}:{head_problem.line}", f"{head_problem.fix or 'mend the data'}     {tally}"
-        problems.add(DataError(head_problem.what, where=where, expected=head_problem.expected, fix=fix))
+    problems.extend(_row_errors(heads, rows))
     with_margin = sum(head["with_margin"] for head in heads)
     if not problems.errors and config.task == "preference" and 0 < with_margin < kept:
         what = f"{with_margin:,} of {kept:,} pairs have a margin and the others have none"
-        problems.add(DataError(what, where=config.input[0], expected="a margin in every row or in none",
-                               fix="--margin-key COLUMN"))
+        problems.add(DataError(what, where=config.input[0], expected="a margin in every row or in none", fix="--margin-key COLUMN"))
     if not problems.errors and not kept:
         drops = merged([head["drops"] for head in heads])
         causes = ", ".join(f"{cause} {n:,}" for cause, n in drops.items()) or "no rows"
         fix = "a larger --seq-length" if drops.get("too_long") or drops.get("answer_too_long") else "check --input"
         problems.add(DataError(f"nothing is left of {rows:,} rows ({causes})", where=config.input[0], fix=fix))
     problems.raise_if_any()
+
+
+def _row_errors(heads: list[dict[str, Any]], rows: int) -> Iterator[DataError]:
+    """One error for each kind of problem, with its first lines and how many of the `rows` have it."""
+    counts: Counter[str] = Counter()
+    first: dict[str, list[Problem]] = {}
+    for head in heads:
+        counts.update(head["problem_counts"])
+        for fields in head["problems"]:
+            problem = Problem(**{**fields, "line": fields["line"] + head["first_line"]})
+            if len(first.setdefault(problem.kind, [])) < SHOWN:
+                first[problem.kind].append(problem)
+    for kind, examples in first.items():
+        example = examples[0]
+        shown = ", ".join(str(p.line) if p.path == example.path else f"{p.path}:{p.line}" for p in examples)
+        tally = f"({counts[kind]:,} of {rows:,} rows have this problem; first: {shown})"
+        yield DataError(example.what, where=f"{example.path}:{example.line}", expected=example.expected,
+                        fix=f"{example.fix or 'mend the data'}     {tally}")
 
 
 # ---- from shards to files ------------------------------------------------------------------------
@@ -244,35 +254,15 @@ def _assemble(config: PreprocessConfig, template: Template, heads: list[dict[str
     with ExitStack() as stack:
         outputs = [stack.enter_context(OutputSet(prefix, overwrite=True, directory=work.path))
                    for prefix in config.prefixes]
-        assemblers = [
-            Assembler(
-                output,
-                task=config.task,
-                seq_length=config.seq_length,
-                dtype=token_dtype(vocab_size(template.tokenizer)),
-                packed=packed,
-                order=order,
-                seed=config.seed,
-                margins=has_margins,
-            )
-            for output in outputs
-        ]
-        start = 0
-        for number in tqdm(range(len(heads)), desc="pack and write", unit=" blocks", disable=None):
-            shard = load_shard(work.shard(number))
-            rows = keep[start : start + len(shard.row_samples)]
-            start += len(rows)
-            split = split_of(shard.split_keys, config.fractions) if len(assemblers) > 1 else None
-            for i, assembler in enumerate(assemblers):
-                assembler.add(shard, rows if split is None else rows & (split == i))
-        empty = [
-            prefix for prefix, assembler in zip(config.prefixes, assemblers, strict=True) if not assembler.num_rows
-        ]
+        dtype = token_dtype(vocab_size(template.tokenizer))
+        assemblers = [Assembler(output, task=config.task, seq_length=config.seq_length, dtype=dtype, packed=packed,
+                                order=order, seed=config.seed, margins=has_margins) for output in outputs]
+        _fill(config, assemblers, [work.shard(i) for i in range(len(heads))], keep)
+        empty = [p for p, assembler in zip(config.prefixes, assemblers, strict=True) if not assembler.num_rows]
         if empty:
-            raise DataError(
-                f"no row falls into {', '.join(empty)} ({len(keep):,} rows, {int(keep.sum()):,} of them selected)",
-                where=f"--split {config.split}", fix="a larger fraction, or more data"
-            )
+            rows = f"{len(keep):,} rows, {int(keep.sum()):,} of them selected"
+            raise DataError(f"no row falls into {', '.join(empty)} ({rows})", where=f"--split {config.split}",
+                            fix="a larger fraction, or more data")
         quarantined = _write_quarantine(config, heads, work)
         common = _metadata(config, template, heads, drops) | more
         metas = [{**common, **assembler.finish()} for assembler in assemblers]
@@ -282,6 +272,18 @@ def _assemble(config: PreprocessConfig, template: Template, heads: list[dict[str
         for prefix, output, meta in reversed(list(zip(config.prefixes, outputs, metas, strict=True))):
             metas[config.prefixes.index(prefix)] = output.commit(meta)
     return dict(zip(config.prefixes, metas, strict=True))
+
+
+def _fill(config: PreprocessConfig, assemblers: list[Assembler], shards: list[Path], keep: np.ndarray) -> None:
+    """Hand the rows that stay (`keep`, bool [R]) to the assembler of their split."""
+    start = 0
+    for path in tqdm(shards, desc="pack and write", unit=" blocks", disable=None):
+        shard = load_shard(path)
+        rows = keep[start : start + len(shard.row_samples)]
+        start += len(rows)
+        split = split_of(shard.split_keys, config.fractions) if len(assemblers) > 1 else None
+        for i, assembler in enumerate(assemblers):
+            assembler.add(shard, rows if split is None else rows & (split == i))
 
 
 def _write_quarantine(config: PreprocessConfig, heads: list[dict[str, Any]], work: WorkDirectory) -> Path | None:

@@ -45,11 +45,11 @@ class Template:
                  loss_on: str = "last", append_eos: bool = True, parse_special: bool = False,
                  encoder: Encoder | None = None):
         if not tokenizer.is_fast:
+            what = f"{type(tokenizer).__name__} is a slow tokenizer"
             raise DataError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it reports no character offsets, which the loss masks are made from",
-                where=tokenizer.name_or_path,
-                expected="a fast tokenizer (tokenizer.json)",
-                fix="convert it: AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) with a recent transformers",
+                f"{what}: it reports no character offsets, which the loss masks are made from",
+                where=tokenizer.name_or_path, expected="a fast tokenizer (tokenizer.json)",
+                fix="convert it: AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) with a recent transformers"
             )
         self.tokenizer, self.loss_on = tokenizer, loss_on
         self.encoder = encoder if encoder is not None else Encoder(tokenizer)
@@ -57,20 +57,12 @@ class Template:
         self._plain_text = input_template or ""
         self._special = self.encoder.special
         self._users_text = SpecialTokens([]) if parse_special else self._special
-        with_special, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
-        start = next((i for i in range(len(with_special)) if with_special[i : i + len(bare)] == bare), 0)
-        self._begin = with_special[:start]  # what the tokenizer puts before a text (bos); what it puts behind is replaced by our end token
-
+        self._begin = _tokens_before(tokenizer)
         self.chat_template: str | None = None
         self.end_token: str | None = tokenizer.eos_token if append_eos else None
         self._append = append_eos
         if self.plain:
-            if self._plain_text.count("{}") != 1:
-                raise ConfigError(f"--input-template {input_template!r} must hold {{}} once",
-                                  expected='like "User: {}\\nAssistant: "')
-            if append_eos and tokenizer.eos_token is None:
-                raise DataError("the tokenizer has no eos token", where=tokenizer.name_or_path,
-                                fix="set eos_token there, or --no-append-eos")
+            self._check_plain()
         elif chat_template is None and tokenizer.chat_template is None:
             raise ConfigError("the tokenizer has no chat template", where=tokenizer.name_or_path,
                               fix='--chat-template NAME or FILE, or --input-template "User: {}\\nAssistant: "')
@@ -79,7 +71,17 @@ class Template:
             self._jinja = ChatTemplate(self.chat_template, tokenizer.special_tokens_map, where=tokenizer.name_or_path)
             self._probe()
         self._end = self.end_token or ""
-        self.end_token_id: int | None = None if self.end_token is None else tokenizer.convert_tokens_to_ids(self.end_token)
+        self.end_token_id: int | None = None
+        if self.end_token is not None:
+            self.end_token_id = tokenizer.convert_tokens_to_ids(self.end_token)
+
+    def _check_plain(self) -> None:
+        if self._plain_text.count("{}") != 1:
+            raise ConfigError(f"--input-template {self.input_template!r} must hold {{}} once",
+                              expected='like "User: {}\\nAssistant: "')
+        if self._append and self.tokenizer.eos_token is None:
+            raise DataError("the tokenizer has no eos token", where=self.tokenizer.name_or_path,
+                            fix="set eos_token there, or --no-append-eos")
 
     # ---- rendering -------------------------------------------------------------------------------------------------------------
 
@@ -153,25 +155,22 @@ class Template:
         return self._finish(text, spans)
 
     def _turn_end(self, text: str, start: int, message: Message) -> int:
-        """Behind the first end token that follows the message's content, or behind the content where the template renders none."""
+        """Behind the first end token after the message's content, or behind the content where the template renders none."""
         content = message.get("content")
-        found, behind = -1, start
+        content_at, behind = -1, start
         if isinstance(content, str) and not message.get("tool_calls"):
-            stripped = content.strip()  # what every template renders of it, be it trimmed or not
-            found = text.find(stripped, start)
-            if found >= 0:
-                whole = found - (len(content) - len(content.lstrip()))
+            stripped = content.strip()  # a template may trim the content or not, but renders this part
+            content_at = text.find(stripped, start)
+            if content_at >= 0:
+                whole = content_at - (len(content) - len(content.lstrip()))
                 untrimmed = whole >= start and text.startswith(content, whole)
-                behind = whole + len(content) if untrimmed else found + len(stripped)
-        at = -1 if self.end_token is None else text.find(self.end_token, behind)
-        if at >= 0:
-            return at + len(self._end)
-        if found < 0:
-            raise RowProblem(
-                "turn_end",
-                "the chat template changes the answer and renders no end token behind it, so its end is unknown",
-                fix=_MARKED_FIX,
-            )
+                behind = whole + len(content) if untrimmed else content_at + len(stripped)
+        end_token_at = -1 if self.end_token is None else text.find(self.end_token, behind)
+        if end_token_at >= 0:
+            return end_token_at + len(self._end)
+        if content_at < 0:
+            what = "the chat template changes the answer and renders no end token behind it, so its end is unknown"
+            raise RowProblem("turn_end", what, fix=_MARKED_FIX)
         return behind
 
     def _finish(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
@@ -247,7 +246,7 @@ class Template:
         results: list[Any] = [None] * len(texts)
         literal = [self._users_text.found_in(text) for text in texts]
         for guarded in (False, True):
-            chosen = [i for i, found in enumerate(literal) if found == guarded]
+            chosen = [i for i, is_literal in enumerate(literal) if is_literal == guarded]
             if guarded:
                 own = [self._guard(Rendered(texts[i], literal=((0, len(texts[i])),)))[0] for i in chosen]
             else:
@@ -264,3 +263,10 @@ class Template:
                 fix="remove special tokens from the texts",
             )
         return self._special.guard(item)
+
+
+def _tokens_before(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer puts before a text (bos). Those it puts behind one are left out: our end token replaces them."""
+    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:start]

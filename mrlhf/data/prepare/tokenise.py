@@ -110,12 +110,12 @@ class Tokenise:
 
     def texts(self, chunk: Chunk) -> list[str]:
         """The texts that the rows of `chunk` would be tokenised from; rows that cannot be used are left out."""
-        found, ignored = [], Batch()
+        texts, ignored = [], Batch()
         for i in range(len(chunk.rows)):
             with _Outcome(self, ignored, chunk, i):
                 sample, rendered = self._render(chunk, i)
-                found += [sample.text] if sample.text is not None else [item.text for item in rendered]
-        return found
+                texts += [sample.text] if sample.text is not None else [item.text for item in rendered]
+        return texts
 
     def _identify(self, batch: Batch, sample: Sample) -> None:
         if self.identify:
@@ -178,7 +178,7 @@ class Tokenise:
             raise _Drop("too_long")
 
     def _fit(self, batch: Batch, encoded: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """One conversation, or a pair: together within the limit where both stand in one pack, else each."""
+        """One conversation or a pair, cut to the limit: a pair together where both stand in one pack, else each by itself."""
         sizes = [len(ids) for ids, _ in encoded]
         together = len(sizes) == 2 and self.pair_in_one_pack
         total = sum(sizes) if together else max(sizes)
@@ -186,16 +186,15 @@ class Tokenise:
             return encoded
         self._refuse_long(total)
         if self.mode == "left":  # the same number from both, so that a pair keeps its common prompt
-            excess = total - self.limit
-            excess = -(-excess // 2) if together else excess
+            excess = -(-(total - self.limit) // 2) if together else total - self.limit
             cut = [(ids[excess:], mask[excess:]) for ids, mask in encoded]
-            lost = any(not len(mask) or mask[0] for _, mask in cut)
+            if any(not len(mask) or mask[0] for _, mask in cut):
+                raise _Drop("answer_too_long")
         else:
             most = max(self.limit // 2, self.limit - min(sizes)) if together else self.limit
             cut = [(ids[:most], mask[:most]) for ids, mask in encoded]
-            lost = self.task != "prompts" and any(not mask.any() for _, mask in cut)
-        if lost:
-            raise _Drop("answer_too_long" if self.mode == "left" else "nothing_left_to_train")
+            if self.task != "prompts" and not all(mask.any() for _, mask in cut):
+                raise _Drop("nothing_left_to_train")
         batch.truncated += 1
         return cut
 

@@ -220,16 +220,7 @@ def byte_lengths(tree: dict[str, Any]) -> np.ndarray | None:
     whose bytes sum to the text's length lie one behind the other.
     """
     model, alphabet = tree["model"], _byte_alphabet()
-    steps = _sequence(tree["pre_tokenizer"], "pretokenizers")
-    byte_level = [s for s in steps if s["type"] == "ByteLevel"]
-    if (model["type"] != "BPE"
-        or model.get("byte_fallback")
-        or model.get("continuing_subword_prefix")
-        or model.get("end_of_word_suffix")
-        or len(byte_level) != 1
-        or byte_level[0]["add_prefix_space"]
-        or any(s["type"] not in ("ByteLevel", "Split", "Digits", "Punctuation") for s in steps)
-        or any(s["type"] != "NFC" for s in _sequence(tree["normalizer"], "normalizers"))):
+    if not _takes_text_as_it_is(tree):
         return None
     added = {t["id"]: len(t["content"].encode()) for t in tree["added_tokens"]}
     lengths = np.zeros(max(chain(model["vocab"].values(), added), default=-1) + 1, dtype=np.int32)
@@ -241,6 +232,16 @@ def byte_lengths(tree: dict[str, Any]) -> np.ndarray | None:
     if unknown is not None:
         lengths[unknown] = 0
     return lengths
+
+
+def _takes_text_as_it_is(tree: dict[str, Any]) -> bool:
+    model, steps = tree["model"], _sequence(tree["pre_tokenizer"], "pretokenizers")
+    if model["type"] != "BPE" or any(map(model.get, ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"))):
+        return False
+    byte_level = [s for s in steps if s["type"] == "ByteLevel"]
+    known = {s["type"] for s in steps} <= {"ByteLevel", "Split", "Digits", "Punctuation"}
+    normalizers = {s["type"] for s in _sequence(tree["normalizer"], "normalizers")}
+    return known and normalizers <= {"NFC"} and len(byte_level) == 1 and not byte_level[0]["add_prefix_space"]
 
 
 def _sequence(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
