@@ -85,7 +85,7 @@ def measure(name: str, folder: Path, samples: int) -> dict[str, float]:
         position = step * BATCH
         counts = [int(position * w) for w in WEIGHTS]
         counts[0] += position - sum(counts)
-        kept.go_on(step, counts)
+        kept.resume_after_step(step, counts)
         kept.rows(step + 1)
         done, used = time.perf_counter(), time.process_time() - started
     elif name == "rows":

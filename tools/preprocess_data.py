@@ -1,6 +1,7 @@
 """Tokenise, mask and pack raw data for training: python tools/preprocess_data.py --help
 
-    python tools/preprocess_data.py --task sft --input chat.jsonl --tokenizer DIR --output-prefix data/sft --seq-length 4096
+    python tools/preprocess_data.py --task sft --input chat.jsonl --tokenizer DIR --output-prefix data/sft \\
+        --seq-length 4096
 
 Exits with 0 when PREFIX.json was written, with 2 and the reasons when the input or the options do not fit.
 """

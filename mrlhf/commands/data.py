@@ -1,4 +1,4 @@
-"""`mrlhf data PREFIX`: what a data set holds, some of its samples with the trained part show.marked, and whether it is whole.
+"""`mrlhf data PREFIX`: what a data set holds, samples with the trained part marked, and a check of every byte.
 
 Needs neither torch nor Megatron; transformers only to decode samples.
 """

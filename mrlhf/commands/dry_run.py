@@ -35,7 +35,7 @@ def _sources(data: Dataset, order: Order) -> list[str]:
     parts, total = sources_of(data), order.position(order.total_steps)
     if len(parts) == 1:
         return []
-    rows = zip(names_of([p.prefix for p in parts]), order.share(total), order.mix.rows, strict=True)
+    rows = zip(names_of([p.prefix for p in parts]), order.approximate_counts(total), order.mix.rows, strict=True)
     return [f"         {name}: {n:,} of {total:,} rows ({n / total:.2%}), {n / own:.3g} epochs" for name, n, own in rows]
 
 

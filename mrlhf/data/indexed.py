@@ -8,8 +8,9 @@ A *sequence* is one sample, a *document* is one pack. A set of files with one PR
     PREFIX_labels.jsonl         one JSON value a prompt; prompts only
     PREFIX.json                 metadata; written last, so where it exists the set is whole
 
-.idx: b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 number of sequences, u64 number of document indices (documents + 1),
-int32 lengths [sequences], int64 byte offsets [sequences], int64 document indices [documents + 1]. Little-endian.
+.idx: b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 number of sequences,
+u64 number of document indices (documents + 1), int32 lengths [sequences], int64 byte offsets [sequences],
+int64 document indices [documents + 1]. Little-endian.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _CODES: dict[int, np.dtype] = dict(
     enumerate(map(np.dtype, ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")), start=1)
 )
 _ANY = tuple(_CODES[code].name for code in _CODES)
-_TOKENS, _MASK, _MARGIN = ("uint16", "int32"), ("uint8",), ("float32",)  # what each part of a set is written in
-_CHUNK = 1 << 20  # entries of an index looked at together, so that checking it takes little memory
+_TOKENS, _MASK, _MARGIN = ("uint16", "int32"), ("uint8",), ("float32",)  # data types of the parts of a set
+_CHUNK = 1 << 20  # entries of an index checked at once, which takes little memory
 CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 _SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"')
 _REMAKE = "make the data again with tools/preprocess_data.py --overwrite"
@@ -48,13 +49,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def seal(meta: dict[str, Any]) -> bytes:
-    """The text of PREFIX.json: `meta` and, under "seal", the SHA-256 of that text with zeros in the seal's own place."""
+    """The text of PREFIX.json: `meta` and, under "seal", the SHA-256 of that text with zeros in place of the seal."""
     text = msgspec.json.format(msgspec.json.encode({**meta, "seal": "0" * 64}), indent=1) + b"\n"
     return _SEAL.sub(b'"seal": "%s"' % hashlib.sha256(text).hexdigest().encode(), text)
 
 
 def _is_sealed(text: bytes) -> bool:
-    """False where any byte differs from what was written."""
+    """False where any byte of PREFIX.json has changed."""
     match = _SEAL.search(text)
     if match is None:
         return False
@@ -68,8 +69,8 @@ class IndexedReader:
     lengths     int32 [sequences]
     doc_index   int64 [documents + 1]
 
-    `dtypes`: the only ones accepted; `empty`: sequences and documents without a token are (Megatron writes them). Raises DataError.
-    Opening reads the index once (20 bytes a sequence) in chunks; nothing of it is copied.
+    `dtypes`: the accepted data types. `empty`: accept sequences and documents without a token, which Megatron writes.
+    Opening reads the index once (20 bytes a sequence) in chunks and copies nothing. Raises DataError.
     """
 
     def __init__(self, prefix: str, *, dtypes: Sequence[str] = _ANY, empty: bool = False):
@@ -85,12 +86,11 @@ class IndexedReader:
         self.num_tokens = self._check_index(idx_path, least=0 if empty else 1)
         size, wanted = os.path.getsize(bin_path), self.num_tokens * self.dtype.itemsize
         if size != wanted:
-            raise DataError(
-                f"file has {size:,} bytes, its index promises {wanted:,}: {'truncated' if size < wanted else 'damaged'}",
-                where=bin_path,
-                fix=f"copy it again, or {_REMAKE}",
-            )
-        self._values = np.memmap(bin_path, dtype=self.dtype.newbyteorder("<"), mode="r") if size else np.empty(0, self.dtype)
+            state = "truncated" if size < wanted else "damaged"
+            raise DataError(f"file has {size:,} bytes, its index promises {wanted:,}: {state}", where=bin_path,
+                            fix=f"copy it again, or {_REMAKE}")
+        little_endian = self.dtype.newbyteorder("<")
+        self._values = np.memmap(bin_path, little_endian, "r") if size else np.empty(0, self.dtype)
 
     @staticmethod
     def _read_header(idx_path: str, dtypes: Sequence[str]) -> tuple[np.dtype, int, int]:
@@ -98,7 +98,7 @@ class IndexedReader:
         with open(idx_path, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or header[:9] != MAGIC:
-            raise DataError("not a Megatron index file", where=idx_path, expected="the magic bytes MMIDIDX", fix=_REMAKE)
+            raise DataError("not a Megatron index file", where=idx_path, expected="the bytes MMIDIDX", fix=_REMAKE)
         _, version, code, sequences, indices = HEADER.unpack(header)
         if version != 1 or code not in _CODES or _CODES[code].name not in dtypes:
             readable = ", ".join(f"{c} ({d.name})" for c, d in _CODES.items() if d.name in dtypes)
@@ -118,7 +118,8 @@ class IndexedReader:
         for at in range(0, len(self.lengths), _CHUNK):
             lengths = self.lengths[at : at + _CHUNK].astype(np.int64)
             ends = end + np.cumsum(lengths)
-            sound &= lengths.min() >= least and np.array_equal(self._pointers[at : at + _CHUNK], (ends - lengths) * self.dtype.itemsize)
+            offsets = (ends - lengths) * self.dtype.itemsize
+            sound &= lengths.min() >= least and np.array_equal(self._pointers[at : at + _CHUNK], offsets)
             end = int(ends[-1])
         for at in range(0, len(self.doc_index) - 1, _CHUNK):
             sound &= np.diff(self.doc_index[at : at + _CHUNK + 1]).min() >= least
@@ -138,21 +139,21 @@ class IndexedReader:
         return self._values[start : start + self.lengths[i]]
 
     def start(self, i: int) -> int:
-        """Where sequence i begins among the items of the .bin; their number for i = len(self)."""
+        """Index of the first token of sequence i in the .bin; for i = len(self), the number of tokens."""
         return int(self._pointers[i]) // self.dtype.itemsize if i < len(self.lengths) else self.num_tokens
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
-        """The same for many sequences."""
+        """`start` for many sequences: int64, the shape of `indices`."""
         inside = self._pointers[np.minimum(indices, len(self.lengths) - 1)] // self.dtype.itemsize
         return np.where(indices < len(self.lengths), inside, self.num_tokens)
 
     def span(self, start: int, end: int) -> np.ndarray:
-        """Items of the .bin, a view of the file."""
+        """Tokens start .. end - 1 of the .bin, a view of the file."""
         return self._values[start:end]
 
 
 def _agree(test: Callable[..., np.ndarray | np.bool], *arrays: np.ndarray) -> bool:
-    """Whether arrays of one length pass `test` (of their slices) everywhere; in chunks, so that it takes little memory."""
+    """Whether the arrays have one length and pass `test` everywhere. Tests slices, which takes little memory."""
     if len({len(a) for a in arrays}) > 1:
         return False
     return all(bool(np.all(test(*(a[at : at + _CHUNK] for a in arrays)))) for at in range(0, len(arrays[0]), _CHUNK))
@@ -163,14 +164,15 @@ class PackedDataset:
 
     meta         dict, the content of PREFIX.json
     task         "pretrain", "sft", "preference" or "prompts"
-    num_packs    documents; num_samples: sequences (preference: chosen, rejected, chosen, rejected, ... inside each pack)
-    num_tokens   of all samples; max_length: of the longest
+    num_packs    number of documents
+    num_samples  number of sequences (preference: chosen, rejected, chosen, rejected, ... inside each pack)
+    num_tokens   tokens of all samples; max_length: tokens of the longest
     lengths      int32 [num_samples], tokens a sample
     doc_index    int64 [num_packs + 1]; the samples of pack i are doc_index[i] .. doc_index[i + 1] - 1
     has_mask     false for prompts
 
-    Opening costs one pass over the indices (20 bytes a sample each) and finds every changed byte in them and in PREFIX.json; tokens
-    and indices stay on the disk until asked for.
+    Opening costs one pass over the indices (20 bytes a sample each) and finds every changed byte in them and in
+    PREFIX.json. Tokens and indices stay on the disk until they are read.
     """
 
     def __init__(self, prefix: str, meta: dict[str, Any], ids: IndexedReader, mask: IndexedReader | None,
@@ -187,9 +189,9 @@ class PackedDataset:
 
     @classmethod
     def open(cls, prefix: str | Path, *, verify: bool = False) -> PackedDataset:
-        """Open PREFIX after checking that every file is there, has the size its index promises and that the siblings agree.
+        """Open PREFIX. Checks that all files exist, have the sizes that the indices promise, and agree with each other.
 
-        `verify` also compares the SHA-256 of every file with PREFIX.json (reads all of it). Raises DataError.
+        `verify` also reads all files and compares their SHA-256 with PREFIX.json. Raises DataError.
         """
         prefix = str(prefix)
         meta = read_meta(prefix)
@@ -210,33 +212,30 @@ class PackedDataset:
             whole["margins"] = _agree(lambda a, b: a == 2 * b, ids.doc_index, margin.doc_index)
         for name, agrees in whole.items():
             if not agrees:
-                raise DataError(
-                    f"{name} of {prefix}{{.idx,.json}} and its siblings disagree: files of different runs, or a damaged index",
-                    where=prefix,
-                    fix=_REMAKE,
-                )
+                what = f"{name} of {prefix}{{.idx,.json}} and its siblings disagree"
+                raise DataError(f"{what}: files of different runs, or a damaged index", where=prefix, fix=_REMAKE)
         return cls(prefix, meta, ids, mask, margin)
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return PackedDataset.open, (self.prefix,)  # a worker process maps the files anew instead of receiving their content
+        return PackedDataset.open, (self.prefix,)  # a worker process maps the files instead of receiving their content
 
     @property
     def has_mask(self) -> bool:
         return self._mask is not None
 
     def block(self, first_pack: int, end_pack: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Of consecutive packs, views of the files: ids, mask (None for prompts), and the lengths of their samples."""
+        """Consecutive packs as views of the files: ids [T], mask [T] (None for prompts), lengths of the samples."""
         first, end = int(self.doc_index[first_pack]), int(self.doc_index[end_pack])
         span = self._ids.start(first), self._ids.start(end)
         return self._ids.span(*span), None if self._mask is None else self._mask.span(*span), self.lengths[first:end]
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the checksums of the files: the same for every copy of the data, another for any change in it."""
+        """SHA-256 over the checksums of the files. Copies of the data share it; any change of the data changes it."""
         return hashlib.sha256(msgspec.json.encode(self.meta["files"], order="sorted")).hexdigest()
 
     def sample(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """(i, tokens, mask); prompts have a mask of zeros: nothing in them is trained."""
+        """(i, tokens, mask); the mask of a prompt is zero: nothing in it is trained."""
         return i, self.tokens(i), self.mask(i) if self.has_mask else np.zeros(self.lengths[i], np.uint8)
 
     def pack(self, row: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -246,11 +245,11 @@ class PackedDataset:
     def row_lengths(self, row: int, *, packing: bool) -> list[int]:
         """Tokens of the samples of one row: a pack's, or with `packing` false a sample's or both of a pair's."""
         group = 2 if self.task == "preference" else 1
-        first, end = (int(self.doc_index[row]), int(self.doc_index[row + 1])) if packing else (row * group, (row + 1) * group)
+        first, end = self.doc_index[row : row + 2].tolist() if packing else (row * group, (row + 1) * group)
         return self.lengths[first:end].tolist()
 
     def longest_row(self, *, packing: bool) -> list[int]:
-        """Lengths of the row that takes the most tokens with its padding. Packed: reads the lengths of all samples."""
+        """Lengths of the row with the most tokens, padding included. Packed: reads the lengths of all samples."""
         if packing:
             return self.row_lengths(int(np.add.reduceat(self.lengths, self.doc_index[:-1]).argmax()), packing=True)
         return [self.max_length] * (2 if self.task == "preference" else 1)
@@ -260,7 +259,7 @@ class PackedDataset:
         return self._ids[i].astype(np.int64)
 
     def mask(self, i: int) -> np.ndarray:
-        """Loss mask of sample i: uint8 [lengths[i]], 1 where that token is trained; a copy. DataError for prompts, which have none."""
+        """Loss mask of sample i: uint8 [lengths[i]], 1 for a trained token; a copy. Raises DataError for prompts."""
         if self._mask is None:
             raise DataError(f"{self.task} data has no loss mask", where=self.prefix,
                             expected="pretrain, sft or preference data")
@@ -291,24 +290,21 @@ class PackedDataset:
 
 
 def file_problems(prefix: str, meta: dict[str, Any], *, verify: bool) -> Iterator[DataError]:
-    """Files of the set that are missing or not of the size in PREFIX.json, or (`verify`) not of the SHA-256 there."""
+    """Files that are missing, or differ from PREFIX.json in size or (`verify`) SHA-256."""
     for suffix, digest in meta["files"].items():
         path = Path(prefix + suffix)
         if not path.is_file():
             yield DataError("file is missing", where=str(path), fix=f"copy it here, or {_REMAKE}")
         elif path.stat().st_size != digest["bytes"]:
-            yield DataError(
-                f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}: truncated or of another run",
-                where=str(path),
-                fix=f"copy it again, or {_REMAKE}",
-            )
+            what = f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}"
+            yield DataError(f"{what}: truncated or of another run", where=str(path), fix=f"copy it again, or {_REMAKE}")
         elif verify and sha256_of(path) != digest["sha256"]:
             yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path),
                             fix=f"copy it again, or {_REMAKE}")
 
 
 def read_meta(prefix: str) -> dict[str, Any]:
-    """The content of PREFIX.json, found whole. Raises DataError."""
+    """The content of PREFIX.json, whose checksum must fit. Raises DataError."""
     path = Path(prefix + ".json")
     if not path.is_file():
         for ending in (".bin", ".idx", ".json"):
@@ -319,7 +315,7 @@ def read_meta(prefix: str) -> dict[str, Any]:
             raise DataError(
                 "PREFIX.json is missing: the files were not made by, or not finished by, tools/preprocess_data.py",
                 where=str(path),
-                expected="its output; plain text of Megatron-LM's own tool has no loss masks and serves the stage pretrain alone",
+                expected="its output; data of Megatron-LM's own tool has no loss masks and serves pretraining alone",
                 fix=_REMAKE,
             )
         raise DataError("no such dataset", where=str(path), expected="a prefix written by tools/preprocess_data.py",

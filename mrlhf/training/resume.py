@@ -110,6 +110,6 @@ def go_on(
     try:
         if allowed:
             order.rebase(manifest["step"], sum(consumed))
-        order.go_on_at(order.position(manifest["step"]) if position is None else position, None if DATA in allowed else consumed)
+        order.resume_at(order.position(manifest["step"]) if position is None else position, None if DATA in allowed else consumed)
     except ValueError as error:
         raise CheckpointError(f"its data position cannot be right: {error}", where=where, fix="take an earlier checkpoint") from error

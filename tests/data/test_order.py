@@ -114,7 +114,7 @@ def test_weights_are_shares_and_the_order_goes_on_from_any_step(sources: list, b
     done = data.draw(st.integers(0, whole.total_steps))
     counted.consumed(done)
     resumed, blind = make(), make()
-    resumed.go_on(done, counted.consumed(done))
+    resumed.resume_after_step(done, counted.consumed(done))
     for order in (resumed, blind):
         assert [order.rows(step) for step in range(done + 1, whole.total_steps + 1)] == steps[done:]
 
@@ -158,7 +158,7 @@ def test_a_hundred_million_rows_take_no_memory() -> None:
     order = Order(Mix.of([50_000_003, 29_999_981, 20_000_017], [0.5, 0.2, 0.3], [None] * 3),
                   global_batch_size=512, num_epochs=1, max_steps=None, seed=1, shuffle=True)  # fmt: skip
     first = order.rows(1)
-    order.go_on(100_000, [round(100_000 * 512 * s) for s in (0.5, 0.2, 0.3)])
+    order.resume_after_step(100_000, [round(100_000 * 512 * s) for s in (0.5, 0.2, 0.3)])
     late = order.rows(100_001)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -2,10 +2,12 @@
 
     pretrain    text
     sft         messages  |  input + output (strings, or a list of messages and the list of the final assistant message)
-    preference  prompt + chosen + rejected  |  chosen + rejected (whole conversations that share all but the last message); margin optional
+    preference  prompt + chosen + rejected  |  chosen + rejected (conversations that differ in the last message only);
+                margin optional
     prompts     prompt (list of messages ending in a user turn, or string)  |  input; label optional
 
-A normalised conversation is a list of {"role", "content"} messages, or with a plain input template the pair (prompt, answer) of strings.
+A normalised conversation is a list of {"role", "content"} messages; with a plain input template it is the pair
+(prompt, answer) of strings.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Sample:
 
 
 def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> Sample:
-    """The sample in `record`. `plain`: prompts and answers are strings (--input-template) rather than messages. Raises RowProblem."""
+    """The sample in `record`. Raises RowProblem. `plain`: prompts and answers are strings (--input-template)."""
     if not isinstance(record, dict):
         raise RowProblem("not_object", f"the row is {_kind(record)}, not a JSON object",
                          expected="an object with named columns", fix="one object a row")
@@ -65,7 +67,7 @@ def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> Sampl
 
 
 def _tools(record: dict[str, Any], columns: Columns) -> list[Any] | None:
-    """The tools column: a list of objects, or such a list as a JSON string. None where it is not there, null or empty."""
+    """The tools column: a list of objects, or that list as a JSON string. None where it is missing, null or empty."""
     key = columns.tools or "tools"
     if columns.tools:
         _column(record, key, "--tools-key COLUMN")
@@ -185,8 +187,11 @@ def _prompt_with_answers(
         raise _missing(record, prompt_key, fix, "a prompt, or whole conversations in both")
     if not isinstance(prompt, str):
         prompt = _messages(prompt, prompt_key)
-    answers = ((key, record[key] if isinstance(record[key], str) else _one_answer(record[key], key)) for key in keys.values())
-    return tuple(_join(prompt, answer, plain, prompt_key, key) for key, answer in answers)
+    pair = []
+    for key in keys.values():
+        answer = record[key] if isinstance(record[key], str) else _one_answer(record[key], key)
+        pair.append(_join(prompt, answer, plain, prompt_key, key))
+    return tuple(pair)
 
 
 def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
@@ -220,7 +225,7 @@ def _conversation(record: dict[str, Any], key: str, plain: bool, flag: str) -> C
 
 
 def _messages(value: Any, key: str) -> list[Message]:
-    """`value` checked to be a list of {role, content}; other keys (tool calls, names) pass through to the chat template."""
+    """`value` after a check that it is a list of {role, content}; other keys pass through to the chat template."""
     expected = 'a list of {"role": ..., "content": ...}'
     if not isinstance(value, list):
         raise _wrong_type(key, value, expected, "--input-key COLUMN")
@@ -268,9 +273,8 @@ def _single_turn(messages: list[Message], key: str) -> str:
     if len(messages) != 1 or messages[0]["role"] != "user":
         raise RowProblem(
             "plain_turns",
-            f"column '{key}' holds the turns {[m['role'] for m in messages]}, which a plain --input-template cannot render",
-            expected="one user turn before the answer",
-            fix="--chat-template FILE instead of --input-template",
+            f"column '{key}' has turns {[m['role'] for m in messages]}, which a plain --input-template cannot render",
+            expected="one user turn before the answer", fix="--chat-template FILE instead of --input-template"
         )
     return _string_content(messages[0], key)
 

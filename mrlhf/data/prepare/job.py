@@ -1,11 +1,13 @@
 """Raw files -> tokenised, masked, packed datasets. What tools/preprocess_data.py runs.
 
-    blocks of rows (sources) -> workers: parse, normalise (formats), render and tokenise (template), fit to --seq-length (tokenise)
-        -> a shard a block (shards) -> which rows stay, which split (select) -> packs, in windows (assemble) -> files (writer)
+    blocks of rows (sources)
+        -> workers: parse, normalise (formats), render and tokenise (template), fit to --seq-length (tokenise)
+        -> one shard a block (shards) -> rows that stay, and their split (select) -> packs in windows (assemble)
+        -> files (writer)
 
-Blocks come back in order, and nothing depends on how many workers there are. Every row ends as samples, as a counted drop, or as a
-problem; if there is any problem, all of them are shown together and nothing is written. Until the files of the output appear by rename,
-everything lies in a work directory beside them, from which --resume goes on.
+Blocks come back in order, and the result does not depend on the number of workers. Every row ends as samples, as a
+counted drop, or as a problem; with any problem, all of them are shown together and nothing is written. Until a rename
+makes the output appear, everything lies in a work directory beside it, from which --resume continues.
 Memory: a block a worker, and a window of tokens (assemble). --dedup, --limits and --weights add 3 bytes a row.
 Disk: the work directory takes about as much as the output.
 """
@@ -38,14 +40,14 @@ from mrlhf.data.prepare.select import first_of_each, split_of, within_limits
 from mrlhf.data.prepare.shards import WorkDirectory, load_shard, read_shard
 from mrlhf.data.prepare.sources import RowBlock, Sources
 from mrlhf.data.prepare.template import Template, load_tokenizer, tokenizer_fingerprint, vocab_size
-from mrlhf.data.prepare.tokenise import SHOWN, Problem, Tokenise
-from mrlhf.data.prepare.workers import Work, run, usable_cores
+from mrlhf.data.prepare.tokenise import SHOWN, RowFault, Tokenise
+from mrlhf.data.prepare.workers import Work, run_workers, usable_cores
 from mrlhf.data.show import marked
 from mrlhf.data.tokenizers.encoder import MOST_CHARACTERS, choose_encoder
 from mrlhf.data.writer import OutputSet
 from mrlhf.errors import DataError, EnvironmentProblem, MrlhfError, Problems, SeveralErrors
 
-_ROWS_AFTER_PROBLEM = 100_000  # looked at for further problems before the command stops
+_ROWS_AFTER_PROBLEM = 100_000  # read in search of further problems before the command stops
 
 
 def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None = None) -> dict[str, dict[str, Any]]:
@@ -131,20 +133,21 @@ def _job(config: PreprocessConfig, sources: Sources, template: Template, fingerp
 
 
 def _finished(config: PreprocessConfig, job: str) -> dict[str, dict[str, Any]] | None:
-    """The metadata of a finished output of this very job, else None. Raises DataError where the prefix is taken by another."""
+    """The metadata of a finished output of this job, else None. Raises DataError where another job took the prefix."""
     metas = {}
     for prefix in config.prefixes:
         if Path(f"{prefix}.json").is_file():
             metas[prefix] = PackedDataset.open(prefix).meta
             if metas[prefix].get("job") != job and not config.overwrite:
                 OutputSet.refuse_existing(Path(prefix))
-    return metas if len(metas) == len(config.prefixes) and all(meta.get("job") == job for meta in metas.values()) else None
+    whole = len(metas) == len(config.prefixes) and all(meta.get("job") == job for meta in metas.values())
+    return metas if whole else None
 
 
 def _tokenise(
     config: PreprocessConfig, sources: Sources, template: Template, directory: WorkDirectory
 ) -> tuple[list[dict[str, Any]], str]:
-    """(the heads of the shards of all blocks, in order, each with the lines of its file before it as `first_line`; the backend's note)."""
+    """The heads of all shards in order (`first_line`: lines of the file before it), and the note on the backend."""
     tokenise = Tokenise(template, task=config.task, seq_length=config.seq_length, truncate=config.how_to_truncate,
                         on_empty=config.on_empty, columns=config.columns, pair_in_one_pack=config.pack,
                         on_bad=config.on_bad_row, identify=config.dedup or config.split is not None)
@@ -155,7 +158,7 @@ def _tokenise(
     lines: Counter[tuple[int, str]] = Counter()
     rows_left: float = float("inf")
     with tqdm(desc="tokenise", unit=" rows", disable=None) as bar:
-        for head in run(work, chain(first, blocks), workers=config.workers or usable_cores()):
+        for head in run_workers(work, chain(first, blocks), workers=config.workers or usable_cores()):
             where = (head["source"], head["path"])
             heads.append({**head, "first_line": lines[where]})
             lines[where] += head["lines"]
@@ -168,10 +171,12 @@ def _tokenise(
     return heads, note
 
 
-def _choose_backend(config: PreprocessConfig, tokenise: Tokenise, blocks: Iterator[RowBlock]) -> tuple[list[RowBlock], str]:
-    """Sets the template's encoder by what gigatoken makes of the input's first rows.
+def _choose_backend(
+    config: PreprocessConfig, tokenise: Tokenise, blocks: Iterator[RowBlock]
+) -> tuple[list[RowBlock], str]:
+    """Set the template's encoder after comparing gigatoken with HF on the first rows of the input.
 
-    Returns the blocks read for that, and a line that says why.
+    Returns the blocks read for it, and a line that says why the encoder was chosen.
     """
     read: list[RowBlock] = []
     texts: list[str] = []
@@ -199,7 +204,8 @@ def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> No
     with_margin = sum(head["with_margin"] for head in heads)
     if not problems.errors and config.task == "preference" and 0 < with_margin < kept:
         what = f"{with_margin:,} of {kept:,} pairs have a margin and the others have none"
-        problems.add(DataError(what, where=config.input[0], expected="a margin in every row or in none", fix="--margin-key COLUMN"))
+        problems.add(DataError(what, where=config.input[0], expected="a margin in every row or in none",
+                               fix="--margin-key COLUMN"))
     if not problems.errors and not kept:
         drops = merged([head["drops"] for head in heads])
         causes = ", ".join(f"{cause} {n:,}" for cause, n in drops.items()) or "no rows"
@@ -211,11 +217,11 @@ def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> No
 def _row_errors(heads: list[dict[str, Any]], rows: int) -> Iterator[DataError]:
     """One error for each kind of problem, with its first lines and how many of the `rows` have it."""
     counts: Counter[str] = Counter()
-    first: dict[str, list[Problem]] = {}
+    first: dict[str, list[RowFault]] = {}
     for head in heads:
         counts.update(head["problem_counts"])
         for fields in head["problems"]:
-            problem = Problem(**{**fields, "line": fields["line"] + head["first_line"]})
+            problem = RowFault(**{**fields, "line": fields["line"] + head["first_line"]})
             if len(first.setdefault(problem.kind, [])) < SHOWN:
                 first[problem.kind].append(problem)
     for kind, examples in first.items():
@@ -304,8 +310,8 @@ def _write_quarantine(config: PreprocessConfig, heads: list[dict[str, Any]], wor
 def _metadata(
     config: PreprocessConfig, template: Template, heads: list[dict[str, Any]], drops: Counter[str]
 ) -> dict[str, Any]:
-    """What all splits share."""
-    tokenizer = template.tokenizer
+    """The metadata that all splits share."""
+    tokenizer, chat_template = template.tokenizer, template.chat_template
     return {
         "format": FORMAT_VERSION,
         "version": f"mrlhf {__version__}",
@@ -319,7 +325,7 @@ def _metadata(
         "eos_token_id": tokenizer.eos_token_id,
         "end_token": template.end_token,
         "end_token_id": template.end_token_id,
-        "chat_template_sha256": None if template.chat_template is None else hashlib.sha256(template.chat_template.encode()).hexdigest(),
+        "chat_template_sha256": chat_template and hashlib.sha256(chat_template.encode()).hexdigest(),
         "input_template": config.input_template,
         "loss_on": config.loss_on if config.task in ("sft", "preference") else None,
         "truncate": config.how_to_truncate,
@@ -333,25 +339,26 @@ def _metadata(
 
 
 def summary(prefix: str, tokenizer: Any) -> str:
-    """What was written, read back from the disk: counts, drops by cause, and the first sample with its trained part in [[brackets]]."""
+    """The written set, read from disk: counts, drops by cause, the first sample with its trained part marked."""
     data = PackedDataset.open(prefix)
     meta = data.meta
     dropped = sum(meta["drops"].values())
     causes = ", ".join(f"{cause} {n:,}" for cause, n in meta["drops"].items())
-    lengths = meta["lengths"]
+    causes = f" ({causes})" if causes else ""
+    lengths, seq_length, trained = meta["lengths"], meta["seq_length"], meta["num_trained_tokens"]
     lines = [
         f"{meta['task']} data in {prefix}.json and {len(meta['files'])} files",
-        f"  rows     {meta['num_rows']:,} read, {meta['num_kept']:,} kept, {dropped:,} dropped" + (f" ({causes})" if causes else ""),
+        f"  rows     {meta['num_rows']:,} read, {meta['num_kept']:,} kept, {dropped:,} dropped{causes}",
         f"  samples  {meta['num_samples']:,} in {meta['num_packs']:,} packs of at most {meta['seq_length']:,} tokens, "
         f"fill rate {meta['fill_rate']:.2%}",
-        f"  tokens   {meta['num_tokens']:,}, of them trained {meta['num_trained_tokens']:,} ({meta['trained_share']:.1%})",
-        f"  lengths  min {lengths['min']}, median {lengths['p50']}, p95 {lengths['p95']}, max {lengths['max']}, mean {lengths['mean']}",
+        f"  tokens   {meta['num_tokens']:,}, of them trained {trained:,} ({meta['trained_share']:.1%})",
+        f"  lengths  min {lengths['min']}, median {lengths['p50']}, p95 {lengths['p95']}, max {lengths['max']}, "
+        f"mean {lengths['mean']}",
+        f"  encoded  {meta['tokenizer_backend']}",
     ]
-    lines.append(f"  encoded  {meta['tokenizer_backend']}")
     if meta["num_truncated"]:
-        lines.append(
-            f"  cut      {meta['num_truncated']:,} rows were longer than {meta['seq_length']:,} tokens (--truncate {meta['truncate']})"
-        )
+        rule = f"{seq_length:,} tokens (--truncate {meta['truncate']})"
+        lines.append(f"  cut      {meta['num_truncated']:,} rows were longer than {rule}")
     lines.append("first sample:")
     for i in range(2 if meta["task"] == "preference" else 1):
         _, ids, mask = data.sample(i)

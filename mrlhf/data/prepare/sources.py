@@ -1,8 +1,8 @@
-"""Inputs -> blocks of rows: JSON lines (also .gz, .bz2, .zst or from a pipe), JSON arrays, parquet, Hugging Face datasets.
+"""Inputs -> blocks of rows: JSON lines (also .gz, .bz2, .zst or a pipe), JSON arrays, parquet, Hugging Face datasets.
 
-The parent process only finds where blocks begin and end (and unpacks what is compressed); rows are parsed where they are tokenised.
-Blocks depend on the inputs alone, so that the work on one can be found again after an interruption. Memory: one block, `max_line`
-at most where a single line is longer than that.
+The parent process only locates the blocks and decompresses; the workers parse the rows that they tokenise. Blocks
+depend on the inputs alone, so --resume can reuse the work on one. Memory: one block, or one line of at most MAX_LINE
+bytes where that is longer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of one file. `rows` holds undecoded JSON lines (bytes) or ready records; `numbers` their 1-based lines (or rows)."""
+    """Consecutive rows of one file: undecoded JSON lines (bytes) or records, and their line (row) numbers from 1."""
 
     path: str
     numbers: list[int]
@@ -107,7 +107,7 @@ class RowBlock:
 
 @dataclass
 class _Input:
-    """One thing to read. `kind`: lines, parquet or dataset; `before`: (size, mtime) of the file when it was found."""
+    """One input. `kind`: lines, parquet or dataset; `before`: (size, mtime) of the file when the command started."""
 
     source: int
     path: str
@@ -117,10 +117,11 @@ class _Input:
 
 
 class Sources:
-    """What the arguments of --input mean, checked at once. Raises DataError (several as SeveralErrors).
+    """The inputs that the arguments of --input name. Raises DataError (several as SeveralErrors).
 
-    An argument is a file, a glob pattern, a directory of such files, `-` (standard input), a directory that `datasets` saved, or a hub
-    id; for the last two `NAME:SPLIT` picks a split and `NAME@CONFIG` a configuration of a hub id. `total_bytes` is 0 where it is not known.
+    An argument is a file, a glob pattern, a directory of files, `-` (standard input), a directory that `datasets`
+    saved, or a hub id. For the last two, `NAME:SPLIT` picks a split and `NAME@CONFIG` a configuration of a hub id.
+    `total_bytes` is 0 where it is unknown.
     """
 
     def __init__(self, arguments: tuple[str, ...]):
@@ -145,7 +146,7 @@ class Sources:
         self.block_bytes = min(max(self.total_bytes // 64, 1 << 16), 8 << 20) if self.total_bytes else 1 << 20
 
     def blocks(self) -> Iterator[RowBlock]:
-        """In the order of the arguments, sorted files and rows. Raises DataError where a file as a whole cannot be read."""
+        """All blocks, in the order of the arguments, sorted files and rows. Raises DataError for an unreadable file."""
         for item in self.inputs:
             try:
                 yield from {"lines": self._lines, "parquet": self._parquet, "dataset": self._dataset}[item.kind](item)
@@ -153,7 +154,7 @@ class Sources:
                 raise DataError(f"cannot be read: {error}", where=item.path, expected=_FORMATS) from error
 
     def provenance(self) -> list[dict[str, Any]]:
-        """[{path, bytes, sha256}] (datasets: path, rows, fingerprint), after reading. Raises DataError where a file changed meanwhile."""
+        """[{path, bytes, sha256}] (datasets: path, rows, fingerprint). Raises DataError where a file changed since."""
         entries = []
         for item in self.inputs:
             if item.before is None:
@@ -176,7 +177,8 @@ class Sources:
         with _open(item.path) as file:
             head = file.read(4096)
         with _open(item.path) as file:
-            if head.removeprefix(_BOM).lstrip()[:1] == b"[" and not {".jsonl", ".ndjson"} & set(Path(item.path).suffixes):
+            is_lines = bool({".jsonl", ".ndjson"} & set(Path(item.path).suffixes))
+            if not is_lines and head.removeprefix(_BOM).lstrip()[:1] == b"[":
                 yield from self._array(item, file)
             elif item.path.endswith((".gz", ".bz2", ".zst")):
                 yield from self._piped(item, file)
@@ -294,7 +296,7 @@ class _JsonArray:
             raise self._error("something stands behind the array")
 
     def _skip(self, delimiter: str) -> bool:
-        """Move over white space and one `delimiter`, reading on at the end of the buffer; false at the end of the array."""
+        """Move over white space and one `delimiter`, reading on if needed; false at the end of the array."""
         seen = False
         while True:
             while self._at < len(self._buffer):
@@ -384,7 +386,9 @@ def _file(source: int, path: str) -> _Input:
 
 
 def _missing_package(item: _Input) -> list[DataError]:
-    needed = {"parquet": "pyarrow.parquet", "dataset": "datasets"}.get(item.kind) or ("zstandard" if item.path.endswith(".zst") else None)
+    needed = {"parquet": "pyarrow.parquet", "dataset": "datasets"}.get(item.kind)
+    if needed is None and item.path.endswith(".zst"):
+        needed = "zstandard"
     if needed is None:
         return []
     try:

@@ -1,8 +1,9 @@
 """Conversations -> token ids and loss masks.
 
-All boundaries are found in the *rendered text* (characters) and carried to tokens by the offsets of one tokenisation, so a token
-that straddles the boundary is trained and no answer token is lost to a merge. A sample ends on exactly one end-of-turn token.
-Special tokens that stand in the users' own text are encoded as text (special.py): only the template can open or close a turn.
+All boundaries are found in the *rendered text* (characters) and carried to tokens by the offsets of one tokenisation,
+so a token that straddles a boundary is trained and no answer token is lost to a merge. A sample ends on exactly one
+end-of-turn token. Special tokens in users' own text are encoded as text (special.py): only the template can open or
+close a turn.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ class Template:
     loss_on         "last": train the last turn of the assistant; "all": every one
     append_eos      add the end token where the template renders none (and to plain and pretraining text)
     parse_special   read special tokens in users' text as special tokens, instead of as text
-    encoder         what makes ids of texts (choose_encoder); None: HF's tokenizer
+    encoder         encodes the texts (choose_encoder); None: HF's tokenizer
 
-    `end_token`/`end_token_id`: what closes the assistant's turn; None where nothing does. Raises ConfigError or DataError when the
-    template cannot work at all, RowProblem (from the methods) for a conversation it refuses.
+    `end_token`/`end_token_id`: the token that closes the assistant's turn; None where there is none. Raises ConfigError
+    or DataError when the template cannot work at all; the methods raise RowProblem for a conversation it refuses.
     """
 
     def __init__(self, tokenizer: Any, *, chat_template: str | None = None, input_template: str | None = None,
@@ -83,10 +84,10 @@ class Template:
             raise DataError("the tokenizer has no eos token", where=self.tokenizer.name_or_path,
                             fix="set eos_token there, or --no-append-eos")
 
-    # ---- rendering -------------------------------------------------------------------------------------------------------------
+    # ---- rendering -------------------------------------------------------------------------------
 
     def conversation(self, conversation: Conversation, *, tools: list[Any] | None = None) -> Rendered:
-        """The whole conversation, cut after the last end-of-turn token. Takes messages, or (prompt, answer) with a plain template."""
+        """The conversation (messages; plain template: prompt and answer), cut after the last end-of-turn token."""
         self._check_tools(tools)
         table: dict[str, str] = {}
         if self._users_text.needs_protection((conversation, tools)):
@@ -97,7 +98,10 @@ class Template:
             text = before + answer + (self._end if self._append else "")
             return self._users_text.restore(text, [(len(before), len(text))], table)
         text, spans = self._jinja.render(conversation, tools=tools)
-        text, spans = self._close_marked(text, spans) if self._jinja.marked else self._close_turns(text, conversation, tools)
+        if self._jinja.marked:
+            text, spans = self._close_marked(text, spans)
+        else:
+            text, spans = self._close_turns(text, conversation, tools)
         return self._users_text.restore(text, spans, table)
 
     def prompt(self, prompt: list[Message] | str, *, tools: list[Any] | None = None) -> Rendered:
@@ -145,17 +149,15 @@ class Template:
         for i in turns if self.loss_on == "all" else turns[-1:]:
             before, _ = self._jinja.render(messages[:i], tools=tools, add_generation_prompt=True)
             if not text.startswith(before):
-                raise RowProblem(
-                    "template_prefix",
-                    f"the chat template renders the turns before message {i} differently once it follows, so its start is unknown",
-                    expected="a template whose prompt is the beginning of the conversation",
-                    fix=_MARKED_FIX,
-                )
+                what = f"the chat template renders the turns before message {i} differently once it follows"
+                raise RowProblem("template_prefix", f"{what}, so its start is unknown",
+                                 expected="a template whose prompt is the beginning of the conversation",
+                                 fix=_MARKED_FIX)
             spans.append((len(before), self._turn_end(text, len(before), messages[i])))
         return self._finish(text, spans)
 
     def _turn_end(self, text: str, start: int, message: Message) -> int:
-        """Behind the first end token after the message's content, or behind the content where the template renders none."""
+        """The place behind the first end token after the content, or behind the content where there is no end token."""
         content = message.get("content")
         content_at, behind = -1, start
         if isinstance(content, str) and not message.get("tool_calls"):
@@ -198,28 +200,29 @@ class Template:
         unknown = _LIKE_SPECIAL.search(text, at + 4, closing.start() if closing else len(text))
         if unknown:
             raise DataError(
-                f"the chat template closes turns with {unknown.group()!r}, which is no special token of this tokenizer: "
-                "it would be encoded as ordinary text",
+                f"the chat template closes turns with {unknown.group()!r}, "
+                "which is no special token of this tokenizer: it would be encoded as ordinary text",
                 where=where,
-                fix="--chat-template NAME or FILE, or add it with tokenizer.add_special_tokens and resize the model's embeddings",
+                fix="--chat-template NAME or FILE, or add it with tokenizer.add_special_tokens "
+                "and resize the model's embeddings",
             )
         if closing:
             self.end_token, self._append = closing.group(), True
         elif self._append and self.end_token is None:
             raise DataError("neither the chat template nor the tokenizer has an end token", where=where,
                             fix="set eos_token in the tokenizer's configuration")
-        if not self._jinja.marked and with_prompt == without and text.startswith(without) and text[len(without) : at].strip():
+        ignores_prompt = not self._jinja.marked and with_prompt == without and text.startswith(without)
+        if ignores_prompt and (header := text[len(without) : at]).strip():
             raise DataError(
-                f"the chat template ignores add_generation_prompt: {text[len(without) : at]!r} would be trained as part of the answer",
-                where=where,
-                expected="{% if add_generation_prompt %} at the template's end",
-                fix=f"mend the template, or {_MARKED_FIX}",
+                f"the chat template ignores add_generation_prompt: {header!r} would be trained as part of the answer",
+                where=where, expected="{% if add_generation_prompt %} at the template's end",
+                fix=f"mend the template, or {_MARKED_FIX}"
             )
 
-    # ---- tokenising ------------------------------------------------------------------------------------------------------------
+    # ---- tokenising ------------------------------------------------------------------------------
 
     def encode(self, items: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """[(ids int32 [T], mask uint8 [T])] of each item; plain text gets the tokenizer's bos where it has one, chat text never."""
+        """(ids int32 [T], mask uint8 [T]) of each item. Plain text gets the tokenizer's bos, chat text does not."""
         begin = np.asarray(self._begin if self.plain else [], dtype=np.int32)
         results: list[Any] = [None] * len(items)
         for guarded in (False, True):
@@ -244,7 +247,7 @@ class Template:
         begin = np.asarray(self._begin, dtype=np.int32)
         end = np.asarray([] if self.end_token_id is None else [self.end_token_id], dtype=np.int32)
         results: list[Any] = [None] * len(texts)
-        literal = [self._users_text.found_in(text) for text in texts]
+        literal = [self._users_text.occurs_in(text) for text in texts]
         for guarded in (False, True):
             chosen = [i for i, is_literal in enumerate(literal) if is_literal == guarded]
             if guarded:
@@ -257,16 +260,14 @@ class Template:
 
     def _guard(self, item: Rendered) -> tuple[str, list[Span]]:
         if not self.encoder.guards_exactly:
-            raise RowProblem(
-                "special_in_text",
-                f"the text holds {item.text[slice(*item.literal[0])]!r}, which this tokenizer cannot encode as plain text",
-                fix="remove special tokens from the texts",
-            )
+            what = f"the text holds {item.text[slice(*item.literal[0])]!r}"
+            raise RowProblem("special_in_text", f"{what}, which this tokenizer cannot encode as plain text",
+                             fix="remove special tokens from the texts")
         return self._special.guard(item)
 
 
 def _tokens_before(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before a text (bos). Those it puts behind one are left out: our end token replaces them."""
+    """The ids that the tokenizer puts before a text (bos). Our end token replaces those that it puts behind one."""
     whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return whole[:start]

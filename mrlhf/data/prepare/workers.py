@@ -31,7 +31,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs to turn blocks into shards; `dtype` of the token ids."""
+    """Turns blocks into shards; `dtype` of the token ids."""
 
     tokenise: Tokenise
     directory: WorkDirectory
@@ -72,21 +72,22 @@ _work: Work
 def _start(work: Work, parent: int) -> None:
     global _work
     _work = work
-    gc.freeze()  # what was imported stays for good: no collection need look at it, and forked pages stay shared
+    gc.freeze()  # imported objects stay for good: collections skip them, and forked pages stay shared
 
-    def watch() -> None:  # a killed parent closes no queue that its other children hold open, so they would wait for ever
+    # a killed parent closes no queue that its other children hold open, so they would wait for ever
+    def exit_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _run(number: int, block: RowBlock) -> dict[str, Any]:
     return _work(number, block)
 
 
-def run(work: Work, blocks: Iterator[RowBlock], *, workers: int) -> Iterator[dict[str, Any]]:
+def run_workers(work: Work, blocks: Iterator[RowBlock], *, workers: int) -> Iterator[dict[str, Any]]:
     """The head of every block's shard; two blocks more than workers in flight, so that memory stays bounded.
 
     Raises EnvironmentProblem where a worker dies.

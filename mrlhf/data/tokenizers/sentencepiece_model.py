@@ -1,7 +1,8 @@
 """A bare sentencepiece `.model` file as a fast HF tokenizer, proved equal to sentencepiece itself on probe texts.
 
-transformers loads a directory that holds only tokenizer.model too, but leaves out the model's own normalisation (the blank before a
-text, collapsed blanks), so that its ids differ from sentencepiece's without a word.
+transformers 5.19.0 also loads a directory that holds only tokenizer.model, but its generic converter
+(SpmConverter.build_tokenizer_from_spm_proto) leaves out the model's own normalisation, the blank before a text and
+collapsed blanks, so its ids silently differ from sentencepiece's.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from mrlhf.errors import DataError, EnvironmentProblem
 
 _UNIGRAM, _BPE = 1, 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-# A character that the model maps to another, with a combining mark behind it: the tokenizers library (and so every fast tokenizer of
-# such models) loses the mark, sentencepiece keeps it.
+# A character that the model maps to another, followed by a combining mark: the tokenizers library, and so every fast
+# tokenizer of such models, loses the mark; sentencepiece keeps it.
 _LOSES_A_MARK = "\u1e9b\u0323"
 
 
@@ -47,14 +48,12 @@ def from_sentencepiece(path: str) -> Any:
     backend = _backend(proto, kinds[proto.trainer_spec.model_type](proto))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=path, **special)
     for text in (t.replace(_LOSES_A_MARK, "") for t in PROBES):
-        expected, found = original.encode(text), tokenizer(text, add_special_tokens=False)["input_ids"]
-        if expected != found:
-            raise DataError(
-                f"the model cannot be converted exactly: {text[:40]!r} becomes {found[:8]}, sentencepiece gives {expected[:8]}",
-                where=path,
-                expected="a directory with tokenizer.json",
-                fix="convert it with the model's own transformers class and save_pretrained",
-            )
+        expected, ids = original.encode(text), tokenizer(text, add_special_tokens=False)["input_ids"]
+        if expected != ids:
+            difference = f"{text[:40]!r} becomes {ids[:8]}, sentencepiece gives {expected[:8]}"
+            raise DataError(f"the model cannot be converted exactly: {difference}", where=path,
+                            expected="a directory with tokenizer.json",
+                            fix="convert it with the model's own transformers class and save_pretrained")
     return tokenizer
 
 

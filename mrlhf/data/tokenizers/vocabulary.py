@@ -18,13 +18,16 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _CONFIGURATIONS = ("tokenizer_config.json", "config.json")
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
-_FINGERPRINT_PROBE = "The quick brown fox, 1234567 times:\n\tdéjà vu 東京 🙂  <s></s><|im_start|> don't  \n\n  x = [1.5e-3];"
+_FINGERPRINT_PROBE = (
+    "The quick brown fox, 1234567 times:\n\tdéjà vu 東京 🙂  <s></s><|im_start|> don't  \n\n  x = [1.5e-3];"
+)
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The fast HF tokenizer of a directory, a hub id, or a bare sentencepiece .model or .tiktoken file. Runs no code from it.
+    """The fast HF tokenizer of a directory, a hub id, or a bare sentencepiece .model or .tiktoken file.
 
-    Slow tokenizers are converted where transformers can, and must give the same ids on probe texts. Raises DataError.
+    Runs no code from there. Slow tokenizers are converted where transformers can, and must give the same ids on probe
+    texts. Raises DataError.
     """
     path = str(path)
     tokenizer = _bare_file(path) if os.path.isfile(path) else _of_directory(path)
@@ -124,10 +127,10 @@ def vocab_size(tokenizer: Any) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: str | Any) -> str:
-    """SHA-256 over what decides the ids: vocabulary, merges, added tokens, bos/eos and the ids of a probe text.
+    """SHA-256 over everything that decides the ids: vocabulary, merges, added tokens, bos/eos and the ids of a probe text.
 
-    Takes a directory or a loaded tokenizer. Saving and loading again keeps it; the chat template, the padding token and the
-    files' layout do not enter.
+    Takes a directory or a loaded tokenizer. Saving and loading keeps it; it does not depend on the chat template, the
+    padding token or the layout of the files.
     """
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     merges: list[Any] = []
