@@ -88,7 +88,7 @@ def test_what_is_taken_for_megatrons(write: Write, tmp_path: Path) -> None:
     assert is_megatron(prefix) and not is_megatron(str(tmp_path / "absent"))
     with pytest.raises(DataError, match="PREFIX.json is missing") as raised:
         PackedDataset.open(prefix)
-    assert "serves the stage pretrain alone" in str(raised.value)
+    assert "serves pretraining alone" in str(raised.value)
     (tmp_path / ".x.work").mkdir()
     assert not is_megatron(prefix), "a set of ours whose writer was killed"
 

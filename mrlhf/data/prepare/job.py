@@ -61,7 +61,7 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
     metas = _finished(config, job) if config.resume else None
     if metas is None:
         try:
-            metas = _make(config, sources, template, {"tokenizer_fingerprint": fingerprint, "job": job})
+            metas = _make(config, sources, template, fingerprint, job)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -90,11 +90,11 @@ def _open_inputs(config: PreprocessConfig) -> tuple[Sources, Template]:
 
 
 def _make(
-    config: PreprocessConfig, sources: Sources, template: Template, made: dict[str, Any]
+    config: PreprocessConfig, sources: Sources, template: Template, fingerprint: str, job: str
 ) -> dict[str, dict[str, Any]]:
-    """Tokenise and write everything. `made`: more of the metadata, with the hash `job`."""
+    """Tokenise and write everything; {prefix: metadata}."""
     prefix, resume, overwrite = Path(config.output_prefix), config.resume, config.overwrite
-    with WorkDirectory(prefix, job=made["job"], resume=resume, discard=overwrite) as work:
+    with WorkDirectory(prefix, job=job, resume=resume, discard=overwrite) as work:
         if resume and not overwrite and not work.shards_found:
             for output in config.prefixes:
                 OutputSet.refuse_existing(Path(output))
@@ -104,7 +104,8 @@ def _make(
         except (DataError, SeveralErrors):  # mended data gives other blocks, so these shards are of no more use
             work.finish()
             raise
-        made = made | {"tokenizer_backend": backend, "sources": sources.provenance()}
+        made = {"tokenizer_fingerprint": fingerprint, "tokenizer_backend": backend, "job": job,
+                "sources": sources.provenance()}
         metas = _assemble(config, template, heads, work, made)
         work.finish()
     return metas

@@ -127,7 +127,7 @@ def vocab_size(tokenizer: Any) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: str | Any) -> str:
-    """SHA-256 over everything that decides the ids: vocabulary, merges, added tokens, bos/eos and the ids of a probe text.
+    """SHA-256 over all that decides the ids: vocabulary, merges, added tokens, bos/eos and the ids of a probe text.
 
     Takes a directory or a loaded tokenizer. Saving and loading keeps it; it does not depend on the chat template, the
     padding token or the layout of the files.
