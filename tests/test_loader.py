@@ -173,7 +173,7 @@ def test_the_ranks_share_a_step_of_a_blend(numbered: PackedDataset, tmp_path: Pa
     other = dataset(tmp_path / "o", [[[200 + p] * 3] for p in range(7)])
     blend = Blend([numbered, other])
     rows = [rows_of(source, packing=packing) for source in blend.sources]
-    order = Order(Mix.of(rows, [None] * 2, [None] * 2), global_batch_size=4, num_epochs=1, max_steps=None, seed=3, shuffle=True)
+    order = Order(Mix.from_weights(rows, [None] * 2, [None] * 2), global_batch_size=4, num_epochs=1, max_steps=None, seed=3, shuffle=True)
     met: list[int] = []
     for k in range(1, order.total_steps + 1):
         found = []

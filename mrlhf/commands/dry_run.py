@@ -15,7 +15,7 @@ from mrlhf.config.options import GenerateStage, PPOStage, ScoreStage, ServeRewar
 from mrlhf.data.blend import Dataset, names_of, sources_of
 from mrlhf.data.order import Order
 from mrlhf.data.show import marked
-from mrlhf.data.tokenizers.hf import load
+from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.memory.estimate import GIB, memory_table, update_activations
 from mrlhf.models.reshard_plan import make_planner
 from mrlhf.parallel import reshard, state
@@ -95,7 +95,7 @@ def _training(stage: str, config: TrainingConfig) -> None:
         for line in reshard.describe(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
             print(line)
     print("first sample, [[trained]]:")
-    print(_first_sample(data, load(run.source.hf_dir)))
+    print(_first_sample(data, load_tokenizer(run.source.hf_dir)))
 
 
 def main(stage: str, config: StageConfig) -> None:
@@ -113,7 +113,7 @@ def main(stage: str, config: StageConfig) -> None:
 
         source, _ = check_generate(config, int(os.environ.get("WORLD_SIZE", config.tensor_parallel_size)))
         limit = config.max_prompt_length or source.spec.max_position_embeddings - config.max_new_tokens
-        print(f"{len(read_prompts(config, load(source.hf_dir), limit))} prompts")
+        print(f"{len(read_prompts(config, load_tokenizer(source.hf_dir), limit))} prompts")
     else:
         _training(stage, config)
     print("nothing wrong was found")

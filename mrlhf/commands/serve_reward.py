@@ -24,7 +24,7 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 from mrlhf.checkpoint.source import ModelSource, open_source
 from mrlhf.config.options import ServeRewardStage
 from mrlhf.data.loader import MicroBatch, Sample, collate
-from mrlhf.data.tokenizers.hf import fingerprint, load
+from mrlhf.data.tokenizers.hf import fingerprint, load_tokenizer
 from mrlhf.errors import CheckpointError, ConfigError, Problems
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import device, state
@@ -181,7 +181,7 @@ def main(config: ServeRewardStage) -> None:
     server = RewardServer(
         (config.host, config.port),
         score=lambda sequences: scorer.submit(sequences, timeout_s=config.timeout_s),
-        tokenizer=load(source.hf_dir),
+        tokenizer=load_tokenizer(source.hf_dir),
         fingerprint=fingerprint(source.hf_dir),
         vocab_size=source.spec.vocab_size,
         max_length=source.spec.max_position_embeddings,

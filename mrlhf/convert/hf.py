@@ -32,7 +32,7 @@ from mrlhf.checkpoint.source import ModelSource, open_source
 from mrlhf.checkpoint.tensor_file import DistReader, DistWriter, Journal, Parameter, Skeleton
 from mrlhf.config.options import ParallelConfig
 from mrlhf.convert.model_card import model_card
-from mrlhf.data.tokenizers.hf import load as load_tokenizer
+from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.errors import CheckpointError, EnvironmentProblem, MrlhfError
 from mrlhf.models import gpt
 from mrlhf.models.families import HFTensor, classifier, hf_tensors

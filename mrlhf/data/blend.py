@@ -53,7 +53,7 @@ def sources_of(data: Dataset) -> list[Dataset]:
     return data.sources if isinstance(data, Blend) else [data]
 
 
-def describe_samples(data: Dataset, indices: Sequence[int], *, most: int = 20) -> str:
+def sample_places(data: Dataset, indices: Sequence[int], *, most: int = 20) -> str:
     """The places of samples, for a message: `sample(s) 3, 17 of data/chat and sample(s) 5 of data/code`."""
     numbers_of: dict[str, list[int]] = {}
     for i in sorted(indices)[:most]:

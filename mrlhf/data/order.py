@@ -45,7 +45,7 @@ class Mix:
         return cls((rows,), (1,), rows)
 
     @classmethod
-    def of(cls, rows: Sequence[int], weights: Sequence[float | None], epochs: Sequence[float | None]) -> Mix:
+    def from_weights(cls, rows: Sequence[int], weights: Sequence[float | None], epochs: Sequence[float | None]) -> Mix:
         """Without weights, a pass takes epochs (default 1) x rows from every source, exactly.
 
         Weights are the shares of the rows. A pass then ends when the first source that has `epochs` has been passed

@@ -22,7 +22,7 @@ from mrlhf.checkpoint.source import ModelSource, restore_randomness, to_resume
 from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.loader import MicroBatch
-from mrlhf.data.tokenizers.hf import load, stop_ids
+from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
 from mrlhf.memory.tracker import Memory
 from mrlhf.models.families.spec import check_layout
@@ -89,7 +89,7 @@ class PPO:
         self.ptx: Pretraining | None = None
         if config.ptx.coef > 0:
             self.ptx = Pretraining(config, open_ptx(config, run.source)[0], dp_rank=state.groups().dp_rank, dp_size=layout.dp)
-        self.tokenizer = load(run.source.hf_dir)
+        self.tokenizer = load_tokenizer(run.source.hf_dir)
         self.rewards = Rewards(
             config.reward,
             run.source,
@@ -404,7 +404,7 @@ def check(config: PPOStage, world: int) -> preflight.Run:
             *Rewards.check(config.reward, source, parallel=config.parallel, world=world, critic=config.ppo.critic),
             *_check_critic(config, source, world),
             *(open_ptx(config, source)[1] if config.ptx.coef > 0 else []),
-            *(check_environment(config.rollout.environment, load(source.hf_dir), sets[0][1].meta) if sets else []),
+            *(check_environment(config.rollout.environment, load_tokenizer(source.hf_dir), sets[0][1].meta) if sets else []),
         ]
 
     return preflight.check_run("ppo", config, world=world, more=more)

@@ -16,7 +16,7 @@ from mrlhf.checkpoint.manager import Saver, best_of
 from mrlhf.checkpoint.source import restore_randomness, to_resume
 from mrlhf.config.load import dump_yaml
 from mrlhf.config.options import SFTStage, TrainingConfig
-from mrlhf.data.blend import Dataset, describe_samples, names_of, rows_of, sources_of
+from mrlhf.data.blend import Dataset, names_of, rows_of, sample_places, sources_of
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.data.order import Mix, Order
 from mrlhf.memory.tracker import Memory
@@ -34,7 +34,7 @@ from mrlhf.training.trainer import LossFn, Trainer
 def make_order(config: TrainingConfig, data: Dataset) -> Order:
     """Rows of every step; what the checkpoint arithmetic and the dry run count with too."""
     rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
-    mix = Mix.of(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
+    mix = Mix.from_weights(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
     return Order(
         mix,
         global_batch_size=config.train.global_batch_size,
@@ -127,7 +127,7 @@ def report_spike(detector: SpikeDetector, loss: float, *, step: int, trainer: Tr
     if is_spike:
         losses = trainer.micro_batch_losses()
         high = [found for found in losses if found[0] > loss / 2] or losses  # often it is one among many
-        worst = "; ".join(f"{mean:.4f} with {describe_samples(data, samples)}" for mean, samples in high[:3])
+        worst = "; ".join(f"{mean:.4f} with {sample_places(data, samples)}" for mean, samples in high[:3])
         say(f"loss spike at step {step}: {wrong or f'{loss:.4f}'}; micro-batches: {worst}")
     return {"loss_spike": float(is_spike)}
 

@@ -9,10 +9,7 @@ from typing import Any
 
 from mrlhf.data.tokenizers.vocabulary import load_tokenizer, tokenizer_fingerprint
 
-
-def load(hf_dir: Path) -> Any:
-    """The tokenizer of a directory. Raises DataError where there is none."""
-    return load_tokenizer(str(hf_dir))
+__all__ = ["fingerprint", "load_tokenizer", "stop_ids"]
 
 
 @functools.lru_cache(maxsize=8)
