@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         preprocess(PreprocessConfig(**values), report=print)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130
     except MrlhfError as error:
         print(error if isinstance(error, SeveralErrors) else f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -64,7 +64,7 @@ def sample_places(data: Dataset, indices: Sequence[int], *, most: int = 20) -> s
 
 
 def names_of(prefixes: Sequence[str]) -> list[str]:
-    """Short names for logs: the prefix's last part, or all of it where that is not unique."""
+    """Short names for logs: the last part of the prefix, or the whole prefix where that is not unique."""
     short = [os.path.basename(p) for p in prefixes]
     return [s if short.count(s) == 1 else p for s, p in zip(short, prefixes, strict=True)]
 

@@ -160,7 +160,7 @@ def _agree(test: Callable[..., np.ndarray | np.bool], *arrays: np.ndarray) -> bo
 
 
 class PackedDataset:
-    """What tools/preprocess_data.py wrote: samples grouped in packs. Open with `PackedDataset.open(prefix)`.
+    """A set written by tools/preprocess_data.py: samples grouped in packs. Open with `PackedDataset.open(prefix)`.
 
     meta         dict, the content of PREFIX.json
     task         "pretrain", "sft", "preference" or "prompts"

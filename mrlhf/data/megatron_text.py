@@ -81,7 +81,7 @@ class MegatronText:
 
     @property
     def note(self) -> str:
-        """What a user should know about the data before the run."""
+        """A note for the user before the run."""
         size = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens in packs of {self.seq_length:,}"
         return (f"note: {self.prefix} is Megatron-LM's own data: {size}. It does not say which tokenizer made it; "
                 f"only that its ids are below {self.vocab_size:,} is checked")

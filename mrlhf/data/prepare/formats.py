@@ -25,7 +25,7 @@ Conversation = list[Message] | tuple[str, str]
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names the user set; None: the default name. `input` stands for the main column of any task."""
+    """Column names set by the user; None: the default name. `input` names the main column of any task."""
 
     text: str | None = None
     messages: str | None = None

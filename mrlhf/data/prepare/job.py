@@ -1,4 +1,4 @@
-"""Raw files -> tokenised, masked, packed datasets. What tools/preprocess_data.py runs.
+"""The preprocessing job of tools/preprocess_data.py: raw files -> tokenised, masked, packed data sets.
 
     blocks of rows (sources)
         -> workers: parse, normalise (formats), render and tokenise (template), fit to --seq-length (tokenise)

@@ -1,4 +1,4 @@
-"""The work directory of one preprocessing job: one file a block of rows, so that an interrupted job can go on.
+"""The work directory of one preprocessing job: one file a block of rows, so that an interrupted job can resume.
 
 A shard is an .npz (a zip: every array has a checksum, a cut file cannot be opened) that appears by rename. It carries
 the digest of its block: after an interruption a block is tokenised again unless its shard has the same digest.
@@ -122,7 +122,7 @@ class WorkDirectory:
         self.shards_found = shards = len(list(self.path.glob("*.npz")))
         if shards and before is not None and not (self.resume or self._discard):
             raise DataError(f"unfinished work of an interrupted command ({shards} blocks of rows)",
-                            where=str(self.path), fix="--resume to go on with it, or --overwrite to start again")
+                            where=str(self.path), fix="--resume to continue it, or --overwrite to start again")
         if shards and self.resume and before != self._job:
             raise DataError("the interrupted command had other options, another tokenizer or other input files",
                             where=str(self.path),

@@ -320,7 +320,7 @@ class _JsonArray:
         while True:
             try:
                 _, end = self._decoder.raw_decode(self._buffer, self._at)
-                if end < len(self._buffer):  # a number or literal may go on behind the end of the buffer
+                if end < len(self._buffer):  # a number or literal may continue behind the buffer
                     return end
                 problem = "the array is not closed"
             except (json.JSONDecodeError, RecursionError) as error:

@@ -285,7 +285,7 @@ def _mask_of_bytes(
     """The mask of all texts (uint8, like `flat`) and the bytes that each text's tokens cover; `spans` in bytes."""
     ends = np.cumsum(lengths[flat], dtype=np.int64)
     bounds = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(counts)])]
-    limits = bounds.tolist()  # a span stays within its own text even where the tokens do not cover all of it
+    limits = bounds.tolist()  # a span stays within its own text even where the tokens do not cover the whole text
     edges = np.asarray([(base + start, min(base + stop, limit))
                         for base, limit, own in zip(limits, limits[1:], spans, strict=False)
                         for start, stop in own
@@ -349,7 +349,7 @@ def choose_encoder(tokenizer: Any, backend: BackendName, sample_texts: Sequence[
     gigatoken is used where it gives HF's ids for PROBES (also around special tokens) and for the first `verify` of
     `sample_texts` (of the input; at most MOST_CHARACTERS). Otherwise `auto` falls back to HF, and `gigatoken` raises
     DataError with the first text that differs. `verify` 0 skips the comparison. `masks`: the caller will ask for masks.
-    Raises EnvironmentProblem where gigatoken is asked for and not installed.
+    Raises EnvironmentProblem where `backend` is gigatoken and it is not installed.
     """
     plain = Encoder(tokenizer)
     if backend == "hf":
