@@ -354,7 +354,7 @@ def _resolve(source: int, argument: str) -> list[_Input]:
         return [_Input(source, "-", "lines")]
     if os.path.isfile(argument):
         return [_file(source, argument)]
-    if any(c in argument for c in "*?["):
+    if glob.has_magic(argument):
         matches = sorted(f for f in glob.glob(argument, recursive=True) if os.path.isfile(f))
         if not matches:
             raise DataError("no file matches", where=argument,
