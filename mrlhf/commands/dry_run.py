@@ -14,7 +14,7 @@ from mrlhf.config.options import GenerateStage, PPOStage, ScoreStage, ServeRewar
 from mrlhf.data.blend import Dataset, names_of, sources_of
 from mrlhf.data.order import Order
 from mrlhf.data.show import marked
-from mrlhf.data.tokenizers.hf import load
+from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.memory.estimate import GIB, memory_table, update_activations
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.reshard_plan import make_planner
@@ -40,7 +40,7 @@ def main(config: StageConfig) -> None:
 
         source, _ = check_generate(config, _num_ranks(config.tensor_parallel_size))
         limit = config.max_prompt_length or source.spec.max_position_embeddings - config.max_new_tokens
-        print(f"{len(read_prompts(config, load(source.hf_dir), limit))} prompts")
+        print(f"{len(read_prompts(config, load_tokenizer(source.hf_dir), limit))} prompts")
     else:
         _show_training(config)
     print("nothing wrong was found")
@@ -71,7 +71,7 @@ def _show_training(config: TrainingConfig) -> None:
     if isinstance(config, PPOStage):
         _show_reshard(config, spec, world=world, generators=generators)
     _, tokens, mask = data.sample(0)
-    print(f"first sample, [[trained]]:\n{marked(load(run.source.hf_dir), tokens, mask)}")
+    print(f"first sample, [[trained]]:\n{marked(load_tokenizer(run.source.hf_dir), tokens, mask)}")
 
 
 def _check_training(config: TrainingConfig, world: int) -> tuple[preflight.RunInputs, dict[str, ModelSpec]]:
@@ -110,7 +110,7 @@ def _show_blend(data: Dataset, order: Order) -> None:
     if len(parts) == 1:
         return
     names = names_of([p.prefix for p in parts])
-    for name, used, size in zip(names, order.share(total), order.mix.rows, strict=True):
+    for name, used, size in zip(names, order.approximate_counts(total), order.mix.rows, strict=True):
         print(f"         {name}: {used:,} of {total:,} rows ({used / total:.2%}), {used / size:.3g} epochs")
 
 

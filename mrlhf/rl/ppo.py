@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mrlhf.checkpoint.source import ModelSource, restore_randomness
 from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
-from mrlhf.data.tokenizers.hf import load, stop_ids
+from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.parallel import device, reshard, state
 from mrlhf.parallel.split import Bridge, split_world
 from mrlhf.rl import advantages as adv
@@ -128,7 +128,7 @@ class PPO(Run):
         self.ptx: Pretraining | None = None
         if config.ptx.coef > 0:
             self.ptx = Pretraining(config, open_ptx(config, inputs.source)[0], state.groups())
-        self.tokenizer = load(inputs.source.hf_dir)
+        self.tokenizer = load_tokenizer(inputs.source.hf_dir)
         common: dict[str, Any] = {"parallel": config.parallel, "dtype": config.model.dtype, "seed": seed}
         environment = rollout.environment is not None
         self.rewards = Rewards(config.reward, inputs.source, self.tokenizer, environment=environment, **common)

@@ -36,7 +36,7 @@ from mrlhf.checkpoint.save import Part
 from mrlhf.checkpoint.source import restore_randomness, to_resume
 from mrlhf.config.load import dump_yaml
 from mrlhf.config.options import SFTStage, TrainingConfig
-from mrlhf.data.blend import Dataset, describe_samples
+from mrlhf.data.blend import Dataset, sample_places
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.memory.tracker import Memory
 from mrlhf.models.layers.router_losses import Count, make_balance
@@ -298,6 +298,6 @@ def report_spike(detector: SpikeDetector, loss: float, *, step: int, trainer: Tr
     if is_spike:
         losses = trainer.micro_batch_losses()
         high = [entry for entry in losses if entry[0] > loss / 2] or losses  # often one micro-batch among many
-        worst = "; ".join(f"{mean:.4f} with {describe_samples(data, samples)}" for mean, samples in high[:3])
+        worst = "; ".join(f"{mean:.4f} with {sample_places(data, samples)}" for mean, samples in high[:3])
         log.info(f"loss spike at step {step}: {spike or f'{loss:.4f}'}; micro-batches: {worst}")
     return {"loss_spike": float(is_spike)}
