@@ -306,9 +306,8 @@ class Save:
         manifest.fsync(self.target.parent)
 
 
-def begin_save(
-    target: Path, parts: list[Part], content: dict[str, Any], *, copy: bool, files: Mapping[str, bytes] | None = None
-) -> Save:
+def begin_save(target: Path, parts: list[Part], content: dict[str, Any], *, copy: bool,
+               files: Mapping[str, bytes] | None = None) -> Save:
     """Collective. Starts to write `target` under a temporary name.
 
     content: goes into the manifest; has stage, step and dtype. copy: the models may change before `finish`.

@@ -119,10 +119,8 @@ def main(config: ScoreStage) -> None:
     source, data = check_score(config, state.world_size())
     state.initialize(config.parallel, seed=1)
     model = Model(source, config.parallel, head=source.head, dtype=config.dtype, seed=1)
-    plan = make_batch_plan(
-        state.groups(), packing=config.packing, micro_batch_size=config.micro_batch_size,
-        padding_side=config.padding_side,
-    )
+    plan = make_batch_plan(state.groups(), packing=config.packing, micro_batch_size=config.micro_batch_size,
+                           padding_side=config.padding_side)
     loader = Loader(data, plan)
     output = Path(config.output)
     temporary = output.with_name(output.name + ".tmp")

@@ -38,10 +38,8 @@ class Comparison:
 
     def summary(self) -> str:
         verdict = "ok" if self.ok else "FAILED"
-        return (
-            f"{self.what}: max |difference| {self.max_abs:.3e}, mean {self.mean_abs:.3e} of {self.count:,} values; "
-            f"tolerance {TOLERANCE:g}: {verdict}"
-        )
+        return (f"{self.what}: max |difference| {self.max_abs:.3e}, mean {self.mean_abs:.3e} of {self.count:,} values; "
+                f"tolerance {TOLERANCE:g}: {verdict}")
 
 
 def compare_models(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:

@@ -152,9 +152,8 @@ class GPT(GPTModel):
     The loss applies the head itself, in chunks (models/layers/logprobs.py), so logits [T, V] are never whole.
     """
 
-    def tie_embeddings_and_output_weights_state_dict(
-        self, state_dict: dict[str, Any], output_layer_weight_key: str, first_stage_word_emb_key: str, metadata: dict
-    ) -> None:
+    def tie_embeddings_and_output_weights_state_dict(self, state_dict: dict[str, Any], output_layer_weight_key: str,
+                                                     first_stage_word_emb_key: str, metadata: dict) -> None:
         """As GPTModel's, which takes the data-parallel rank of the copy from Megatron's globals."""
         if self.post_process and not self.pre_process:
             dp_cp = metadata["dp_cp_group"]
@@ -178,14 +177,8 @@ def lm_head(model: GPTModel, spec: ModelSpec) -> Head:
     return Head(weight_WH, spec.vocab_size, model.pg_collection.tp, spec.logit_scale, spec.logit_softcap)
 
 
-def build_model(
-    spec: ModelSpec,
-    config: TransformerConfig,
-    *,
-    head: str,
-    vp_stage: int | None = None,
-    groups: state.Groups | None = None,
-) -> GPTModel:
+def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str, vp_stage: int | None = None,
+                groups: state.Groups | None = None) -> GPTModel:
     """This rank's part of the model, or its part number `vp_stage` in an interleaved pipeline, not yet filled.
 
     head: "lm" (hidden states come out, see `GPT`) or "value". groups: the run's own by default.
@@ -337,20 +330,13 @@ def local_part(batch: MicroBatch, cp: dist.ProcessGroup) -> MicroBatch:
     first = rank * part
     row_N, place_N = batch.last_N // width, batch.last_N % width - first
     per_token = {name: x for name, x in vars(batch).items() if name.endswith("_BT") and x is not None}
-    return replace(
-        batch, **{name: x_BT[:, first : first + part].contiguous() for name, x_BT in per_token.items()},
-        last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1), first=first,
-        over_ranks=functools.partial(sum_over_ranks, group=cp),
-    )
+    return replace(batch, **{name: x_BT[:, first : first + part].contiguous() for name, x_BT in per_token.items()},
+                   last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1), first=first,
+                   over_ranks=functools.partial(sum_over_ranks, group=cp))
 
 
-def forward(
-    model: torch.nn.Module,
-    batch: MicroBatch,
-    *,
-    noise: Callable[[], torch.Tensor] | None = None,
-    samples_BT: torch.Tensor | None = None,
-) -> torch.Tensor:
+def forward(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.Tensor] | None = None,
+            samples_BT: torch.Tensor | None = None) -> torch.Tensor:
     """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its
     slice) elsewhere.
 

@@ -33,16 +33,8 @@ def _visible(length: int, window: int | None, device: torch.device) -> torch.Ten
     return ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
 
 
-def _attend(
-    q_bnsd: torch.Tensor,
-    k_bgsd: torch.Tensor,
-    v_bgsd: torch.Tensor,
-    *,
-    scale: float | None,
-    mask: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
+def _attend(q_bnsd: torch.Tensor, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor, *, scale: float | None,
+            mask: torch.Tensor | None = None, window: int | None = None, softcap: float | None = None) -> torch.Tensor:
     """mask: [b, 1, s, s], True where a query may see a key, already causal; None: plain causal."""
     s = q_bnsd.size(2)
     if window is not None and window < s:
@@ -63,15 +55,8 @@ def _attend(
 
 
 def packed_attention(
-    q_tnd: torch.Tensor,
-    k_tgd: torch.Tensor,
-    v_tgd: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    scale: float | None,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
+    q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+    scale: float | None, *, window: int | None = None, softcap: float | None = None
 ) -> torch.Tensor:
     """Causal attention within each sample. The samples must cover all t tokens."""
     if q_tnd.is_cuda and q_tnd.dtype != torch.float32 and softcap is None:
@@ -129,10 +114,8 @@ def _by_length(cu: tuple[int, ...], device: torch.device) -> tuple[list[tuple[to
 class CoreAttention(MegatronModule):
     """Replaces Megatron's DotProductAttention, which materialises s x s scores and refuses packed input."""
 
-    def __init__(
-        self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
-        cp_comm_type=None, pg_collection=None, window: int | None = None, softcap: float | None = None, **_,
-    ):
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
+                 cp_comm_type=None, pg_collection=None, window: int | None = None, softcap: float | None = None, **_):
         super().__init__(config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         assert dropout == 0, "no attention dropout in RLHF"
