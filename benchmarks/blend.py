@@ -66,7 +66,7 @@ def measure(name: str, folder: Path, samples: int) -> dict[str, float]:
     before, start, started = anonymous_mib(), time.perf_counter(), time.process_time()
 
     def order() -> Order:
-        mix = Mix.of(rows, WEIGHTS, [None] * 3)
+        mix = Mix.from_weights(rows, WEIGHTS, [None] * 3)
         return Order(mix, global_batch_size=BATCH, num_epochs=1, max_steps=None, seed=1, shuffle=True)
 
     if name == "open":
@@ -85,7 +85,7 @@ def measure(name: str, folder: Path, samples: int) -> dict[str, float]:
         position = step * BATCH
         counts = [int(position * w) for w in WEIGHTS]
         counts[0] += position - sum(counts)
-        kept.go_on(step, counts)
+        kept.resume_after_step(step, counts)
         kept.rows(step + 1)
         done, used = time.perf_counter(), time.process_time() - started
     elif name == "rows":
@@ -95,7 +95,7 @@ def measure(name: str, folder: Path, samples: int) -> dict[str, float]:
         done, used = time.perf_counter(), time.process_time() - started
         return {"rows_s": 200 * BATCH / used, "mib": anonymous_mib() - before}
     elif name == "replay":
-        kept = Order(Mix.of(rows, [None] * 3, [None] * 3), global_batch_size=BATCH, num_epochs=1, max_steps=None, seed=1, shuffle=True)
+        kept = Order(Mix.from_weights(rows, [None] * 3, [None] * 3), global_batch_size=BATCH, num_epochs=1, max_steps=None, seed=1, shuffle=True)
         kept.consumed(1000)
         done, used = time.perf_counter(), time.process_time() - started
         return {"rows_s": 1000 * BATCH / used, "mib": anonymous_mib() - before}

@@ -84,13 +84,13 @@ def one_save(mib: int, repeats: int) -> list[str]:
     import torch
     import torch.distributed as dist
 
-    from mrlhf.checkpoint.save import _Plan, _Writer
+    from mrlhf.checkpoint.save import _WritePlan, _Writer
 
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29777", rank=0, world_size=1)
     items = [(i, torch.full(((mib << 20) // 16 // 4,), float(i))) for i in range(16)]
     walls, cpus = [], []
     for _ in range(repeats):
-        writer = _Writer(WHERE / "one", [_Plan("dist", items, b"", None)], {})
+        writer = _Writer(WHERE / "one", [_WritePlan("dist", items, b"", None)], {})
         wall, cpu = time.perf_counter(), time.process_time()
         writer.run()
         walls.append(time.perf_counter() - wall)

@@ -67,9 +67,9 @@ def _dispatch(argv: list[str]) -> int:
 
         return write_report(args)
     if name == "data":
-        from mrlhf.data.show import main as inspect_data
+        from mrlhf.commands.data import main as show_data
 
-        return inspect_data(args)
+        return show_data(args)
     if name not in STAGES:
         near = difflib.get_close_matches(name, SUMMARIES, n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -15,7 +15,7 @@ from mrlhf.config.options import DPOStage
 from mrlhf.data.blend import sources_of
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import dpo_loss
-from mrlhf.models.layers.router_losses import pairs
+from mrlhf.models.layers.router_losses import trained_pairs
 from mrlhf.parallel import state
 from mrlhf.training.reference_cache import fingerprint, stored
 from mrlhf.training.run import SupervisedRun
@@ -125,7 +125,7 @@ class Reference:
 
 
 def main(config: DPOStage) -> int:
-    run = SupervisedRun(config, head="lm", count=pairs)
+    run = SupervisedRun(config, head="lm", count=trained_pairs)
     if run.finished:
         return run.close()
     with run.phase("prepare"):

@@ -15,7 +15,7 @@ from mrlhf.checkpoint.manifest import write_text
 from mrlhf.config.options import RMStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import accuracy_by_margin, pairwise_loss
-from mrlhf.models.layers.router_losses import pairs
+from mrlhf.models.layers.router_losses import trained_pairs
 from mrlhf.parallel import state
 from mrlhf.training.run import SupervisedRun
 from mrlhf.training.scoring import score_micro_batches
@@ -79,7 +79,7 @@ def write_histogram(output_dir: Path, scores: torch.Tensor) -> None:
 
 
 def main(config: RMStage) -> int:
-    run = SupervisedRun(config, head="value", count=pairs)
+    run = SupervisedRun(config, head="value", count=trained_pairs)
     if run.finished:
         return run.close()
     loss_fn = reward_loss(run.trainer, run.loader, kind=config.rm.loss)

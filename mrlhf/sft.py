@@ -12,7 +12,7 @@ import torch
 from mrlhf.config.options import PretrainStage, SFTStage
 from mrlhf.data.loader import MicroBatch
 from mrlhf.losses import masked_cross_entropy, reduce_loss, sum_and_count
-from mrlhf.models.layers.router_losses import of_aggregation
+from mrlhf.models.layers.router_losses import count_for
 from mrlhf.training.run import SupervisedRun
 from mrlhf.training.trainer import LossFn, Trainer
 
@@ -54,7 +54,7 @@ def main(config: SFTStage) -> int:
 
 def train(config: SFTStage | PretrainStage) -> int:
     """The loop of sft and pretrain; returns the exit status."""
-    run = SupervisedRun(config, head="lm", count=of_aggregation(config.loss))
+    run = SupervisedRun(config, head="lm", count=count_for(config.loss))
     if run.finished:
         return run.close()
     loss_fn = language_model_loss(run.trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)

@@ -157,6 +157,22 @@ def failing_saves(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     return found
 
 
+def as_format_2(checkpoint: Path, target: Path) -> Path:
+    """A copy as it was written until format 3: `.metadata` with pickle's default protocol."""
+    import pickle
+    import shutil
+
+    from mrlhf.checkpoint import manifest
+
+    shutil.copytree(checkpoint, target)
+    metadata = target / "dist/.metadata"
+    metadata.write_bytes(pickle.dumps(pickle.loads(metadata.read_bytes()), protocol=4))
+    current, manifest.FORMAT = manifest.FORMAT, 2
+    manifest.write_manifest(target, manifest.read_manifest(target))
+    manifest.FORMAT = current
+    return target
+
+
 def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     """A save that fails, a value model, a checkpoint of another dtype, an optimizer without steps and one that is not distributed."""
     import os
@@ -165,6 +181,7 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
 
     from mrlhf.checkpoint import save as saving
     from mrlhf.checkpoint import source as checkpoint
+    from mrlhf.checkpoint.manifest import read_manifest
     from mrlhf.checkpoint.source import open_source
     from mrlhf.config.options import ParallelConfig
     from mrlhf.errors import CheckpointError
@@ -204,6 +221,13 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     found["fresh_head_same"] = torch.equal(*(h["output_layer.weight"] for h in heads))
     body = Model(lm, ParallelConfig(), head="lm", dtype="float32", seed=1).parameters()
     found["body_kept"] = all(torch.equal(v, body[k]) for k, v in heads[0].items() if not k.startswith("output_layer"))
+
+    old = as_format_2(lm.path, work / "format_2")
+    old_body = Model(open_source(str(old), verify="hash"), ParallelConfig(), head="lm", dtype="float32", seed=1).parameters()
+    found["format 2"] = [read_manifest(old)["format"], all(torch.equal(v, body[k]) for k, v in old_body.items())]
+    resumed = make(hf, ParallelConfig(), "float32")
+    resumed.resume(old, 2, 2)
+    found["after format 2"] = steps(resumed, prefix, 2)
 
     half = open_source(str(work / "bfloat16"))
     wide, narrow = (Model(half, ParallelConfig(), head="lm", dtype=d, seed=1).parameters() for d in ("float32", "bfloat16"))

@@ -44,7 +44,7 @@ def main() -> None:
     value = hf.hf_to_megatron(str(zoo / "qwen2"), work / "value.mrlhf", head="value", seed=7)
     result["value beside its LM"] = compare_models(value, str(zoo / "qwen2")).max_abs
     model = Model(value, ParallelConfig(), head="value", dtype="float32", seed=1)
-    part = Part("", model.modules, None, "value", value.hf_dir, state.groups())
+    part = Part("", model.modules, None, "value", value.hf_dir)
     statistics = {"reward_mean": 1.5, "reward_std": 0.5}
     save(work / "rm.mrlhf", [part], {"stage": "rm", "step": 3, "dtype": "float32", **statistics})
     export = hf.megatron_to_hf(str(work / "rm.mrlhf"), work / "rm.hf")
@@ -56,7 +56,7 @@ def main() -> None:
 
     # a run's directory with a critic beside the actor, as ppo.py saves it
     actor = Model(open_source(str(zoo / "qwen2")), ParallelConfig(), head="lm", dtype="bfloat16", seed=1)
-    actor_part = Part("", actor.modules, None, "lm", zoo / "qwen2", state.groups())
+    actor_part = Part("", actor.modules, None, "lm", zoo / "qwen2")
     parts = [actor_part, dataclasses.replace(part, name="critic")]
     save(work / "run/checkpoints/step_5", parts, {"stage": "ppo", "step": 5, "dtype": "float32"})
     save(work / "half.mrlhf", parts[:1], {"stage": "sft", "step": 5, "dtype": "bfloat16"})
@@ -94,7 +94,7 @@ def main() -> None:
     theirs = Model(open_source(str(work / "gemma3_text.mrlhf")), ParallelConfig(), head="lm", dtype="float32", seed=1)
     save(
         work / "megatrons_own",
-        [Part("", theirs.modules, None, "lm", zoo / "gemma3_text", state.groups())],
+        [Part("", theirs.modules, None, "lm", zoo / "gemma3_text")],
         {"stage": "x", "step": 0, "dtype": "float32"},
     )
     flipped = shutil.copytree(work / "llama.mrlhf", work / "flipped.mrlhf")

@@ -51,7 +51,7 @@ def main() -> None:
 
             def logits(out_BTH: torch.Tensor, batch: object, model: Model = model) -> torch.Tensor:
                 logits_BTV = gpt.lm_head(model.modules[-1], model.spec).logits(out_BTH)
-                whole_BTV = gather_from_tensor_model_parallel_region(logits_BTV)
+                whole_BTV = gather_from_tensor_model_parallel_region(logits_BTV, model.collection.tp)
                 return whole_BTV[..., :VOCAB].float().permute(2, 0, 1).contiguous()
 
             per_channel = [batch.split(x) for x in model.forward([batch], logits, channels=VOCAB)[0]]

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mrlhf.checkpoint.manifest import check, entry
+from mrlhf.checkpoint.manifest import check_manifest, file_entry
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
     content, run = {"stage": "sft", "dtype": "float32"}, disk / "run"
     Saver(run, CheckpointConfig()).save(1, [trainer.part()], content)
     first = run / "checkpoints/step_1"
-    bytes_of_first = {p: entry(p) for p in first.rglob("*") if p.is_file()}
+    bytes_of_first = {p: file_entry(p) for p in first.rglob("*") if p.is_file()}
     moments = {
         "side files": ("copy_side_files", 1),
         "tensors": ("save_tensor", 5),
@@ -88,8 +88,8 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
         found = {"error": error, "left": _names(run / "checkpoints"), "last step": saver.last_step}
         empty(disk)
         Saver(run, CheckpointConfig())  # the next start
-        check(first, verify="hash")
-        same = {p: entry(p) for p in first.rglob("*") if p.is_file()} == bytes_of_first
+        check_manifest(first, verify="hash")
+        same = {p: file_entry(p) for p in first.rglob("*") if p.is_file()} == bytes_of_first
         found |= {"untouched": same, "next start": _names(run / "checkpoints"), "latest": (run / "checkpoints/latest").read_text()}
         saving._remove(run / "checkpoints/step_2")
         return found

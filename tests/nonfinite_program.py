@@ -21,10 +21,12 @@ def main() -> None:
     from mrlhf.data.batching import BatchPlan
     from mrlhf.data.indexed import PackedDataset
     from mrlhf.data.loader import Loader
+    from mrlhf.observe import log
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
     from mrlhf.training.trainer import MAX_SKIPPED, Trainer
 
+    log.set_up()
     found: dict[str, Any] = {}
     layouts = {
         "dp2": ParallelConfig(),

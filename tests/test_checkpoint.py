@@ -17,8 +17,17 @@ from disks import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlhf.checkpoint.manifest import HashBehind, _seal, await_files, entry, newest_whole, read_manifest, steps_in, write_manifest
-from mrlhf.checkpoint.manifest import check as manifest_check
+from mrlhf.checkpoint.manifest import (
+    HashBehind,
+    _seal,
+    await_files,
+    check_manifest,
+    file_entry,
+    newest_whole,
+    read_manifest,
+    steps_in,
+    write_manifest,
+)
 from mrlhf.checkpoint.save import Best, Keep, retain
 from mrlhf.checkpoint.source import open_source
 from mrlhf.errors import CheckpointError
@@ -68,6 +77,15 @@ def test_saved_by_an_interleaved_pipeline_and_gone_on_with_by_one_process(found:
         assert ours["loss"] == pytest.approx(unbroken["loss"], rel=1e-6)
         assert ours["grad_norm"] == pytest.approx(unbroken["grad_norm"], rel=1e-5)
         assert ours["lr"] == unbroken["lr"]
+
+
+def test_a_checkpoint_of_format_2_is_read_resumed_and_exported(found: dict[str, Any], work: Path, tmp_path: Path) -> None:
+    assert found["format 2"] == [2, True], "equal tensors"
+    assert found["after format 2"] == found["1 float32"]
+    for name in ("float32/checkpoints/step_2", "format_2"):
+        python("-m", "mrlhf.export", work / name, tmp_path / name)
+    new, old = (tmp_path / name / "model.safetensors" for name in ("float32/checkpoints/step_2", "format_2"))
+    assert new.read_bytes() == old.read_bytes()
 
 
 def test_failed_save_leaves_the_last_one(found: dict[str, Any]) -> None:
@@ -274,14 +292,14 @@ def test_files_that_come_late_to_a_rank_are_waited_for(tmp_path: Path) -> None:
         threading.Timer(seconds, hidden.rename, [checkpoint / name]).start()
     await_files(checkpoint, patience_s=20)
     assert 0.4 <= time.monotonic() - start < 10
-    assert "dist/file" in manifest_check(checkpoint, verify="hash")["files"]
+    assert "dist/file" in check_manifest(checkpoint, verify="hash")["files"]
     (checkpoint / "dist/file").write_text("xx")
     await_files(checkpoint, patience_s=20)
     assert time.monotonic() - start < 10
     (checkpoint / "dist/file").unlink()
     await_files(checkpoint, patience_s=0.2)
     with pytest.raises(CheckpointError, match="dist/file is missing"):
-        manifest_check(checkpoint, verify="size")
+        check_manifest(checkpoint, verify="size")
 
 
 def test_other_things_are_refused(copied: Path, tmp_path: Path) -> None:
@@ -332,6 +350,6 @@ def test_hash_behind_the_writer(tmp_path: Path) -> None:
             file.seek(at)
             file.write(data[at : at + 3_000_000])
             behind.up_to(file.tell())
-        assert behind.entry(len(data)) == entry(path)
+        assert behind.entry(len(data)) == file_entry(path)
     with pytest.raises(OSError, match="shorter"):
         HashBehind(path).entry(len(data) + 1)

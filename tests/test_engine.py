@@ -12,7 +12,7 @@ import pytest
 from conftest import TESTS, python
 
 from mrlhf.config.options import OptimConfig
-from mrlhf.training.trainer import make_scheduler
+from mrlhf.training.optimizer import make_scheduler
 
 
 def rates(total: int, **options: object) -> list[float]:
@@ -41,7 +41,9 @@ def test_no_step_is_spent_at_zero_and_resume_goes_on() -> None:
     whole = rates(20, lr=1e-3, lr_decay_style="cosine", lr_warmup_steps=3)
     assert min(whole) > 0
     group = {"default_config": True, "params": [], "lr": 0.0, "weight_decay": 0.0}
-    scheduler = make_scheduler(SimpleNamespace(param_groups=[group]), OptimConfig(lr=1e-3, lr_warmup_steps=3), total_steps=20)
+    scheduler = make_scheduler(
+        SimpleNamespace(param_groups=[group]), OptimConfig(lr=1e-3, lr_warmup_steps=3), total_steps=20
+    )
     scheduler.step(increment=7)
     assert group["lr"] == whole[6]
 
@@ -55,7 +57,9 @@ def nonfinite(world: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
 def test_what_is_not_finite_on_one_rank_touches_none(nonfinite: dict[str, Any], layout: str) -> None:
-    """A loss, or only a gradient: all ranks skip, or stop, with parameters and moments as they were; and the samples are named."""
+    """A loss, or only a gradient: all ranks skip, or stop, with parameters and moments as they were; and the samples
+    are named.
+    """
     found = nonfinite[layout]
     assert found["skipped"] == [0.0, 1.0, 1.0, 0.0] and found["loss"] == "nan"
     assert found["untouched"] == [True, True, True]

@@ -29,10 +29,10 @@ def dataset(prefix: Path, packs: list[list[list[int]]], *, task: str = "sft", ma
         margin = output.indexed("_margin", np.dtype("float32")) if margins else None
         for samples in packs:
             lengths = [len(s) for s in samples]
-            ids.add_document(np.concatenate(samples), lengths)
-            mask.add_document(np.concatenate([[0] + [1] * (n - 1) for n in lengths]), lengths)
+            ids.add_documents(np.concatenate(samples), lengths, [len(lengths)])
+            mask.add_documents(np.concatenate([[0] + [1] * (n - 1) for n in lengths]), lengths, [len(lengths)])
             if margin is not None:
-                margin.add_document(np.array([s[0] / 2 for s in samples[::2]]), [1] * (len(samples) // 2))
+                margin.add_documents(np.array([s[0] / 2 for s in samples[::2]]), [1] * (len(samples) // 2), [len(samples) // 2])
         count = sum(map(len, packs))
         output.commit({"format": FORMAT_VERSION, "task": task, "num_samples": count, "num_packs": len(packs)})
     return PackedDataset.open(prefix)
@@ -174,7 +174,7 @@ def test_the_ranks_share_a_step_of_a_blend(numbered: PackedDataset, tmp_path: Pa
     other = dataset(tmp_path / "o", [[[200 + p] * 3] for p in range(7)])
     blend = Blend([numbered, other])
     rows = [rows_of(source, packing=packing) for source in blend.sources]
-    order = Order(Mix.of(rows, [None] * 2, [None] * 2), global_batch_size=4, num_epochs=1, max_steps=None, seed=3, shuffle=True)
+    order = Order(Mix.from_weights(rows, [None] * 2, [None] * 2), global_batch_size=4, num_epochs=1, max_steps=None, seed=3, shuffle=True)
     met: list[int] = []
     for k in range(1, order.total_steps + 1):
         found = []

@@ -55,12 +55,15 @@ def index(storage: dict[MetadataIndex, Any] | None = None) -> Metadata:
     return Metadata({"layer._extra_state/shard_0_1": BytesStorageMetadata(), "w": tensor}, None, storage or places(), StorageMeta())
 
 
-def write(directory: Path, *, blob: bytes | None = None, metadata: bytes | None = None, common: bytes | None = None) -> Path:
+PROTOCOLS = pytest.mark.parametrize("protocol", [2, 4])  # of `.metadata` in checkpoints of format 3, and of format 2
+
+
+def write(directory: Path, *, protocol: int = 2, blob: bytes | None = None, metadata: bytes | None = None, common: bytes | None = None) -> Path:
     """A torch_dist directory with one byte object."""
     directory.mkdir(exist_ok=True)
     blob = saved([None, torch.ones(3), collections.OrderedDict(a=1)]) if blob is None else blob
     (directory / "__0_0.distcp").write_bytes(blob)
-    (directory / ".metadata").write_bytes(pickle.dumps(index(places(length=len(blob)))) if metadata is None else metadata)
+    (directory / ".metadata").write_bytes(pickle.dumps(index(places(length=len(blob))), protocol) if metadata is None else metadata)
     (directory / "common.pt").write_bytes(
         saved({"content_metadata": {"a": 1.5}, "param_groups": [1, "x", None]}) if common is None else common
     )
@@ -81,13 +84,20 @@ class Call:
         """pickle wants functions that can be called, also where one is the result of a call."""
 
 
-def raw(*parts: Any) -> bytes:
-    """A protocol 4 pickle from operations and texts."""
-    body = b"".join(p if isinstance(p, bytes) else pickle.SHORT_BINUNICODE + bytes([len(p)]) + p.encode() for p in parts)
-    return b"\x80\x04" + body + b"."
+def raw(*parts: Any, protocol: int) -> bytes:
+    """A pickle from operations and texts; for protocol 2 the operations that protocol 4 alone has are replaced."""
+    out: list[bytes] = []
+    for part in parts:
+        if protocol == 2 and part == pickle.STACK_GLOBAL:
+            out[-2:] = [pickle.GLOBAL + b"\n".join(text[5:] for text in out[-2:]) + b"\n"]
+        elif protocol == 2 and part == pickle.MEMOIZE:
+            out.append(pickle.BINPUT + b"\0")
+        else:
+            out.append(part if isinstance(part, bytes) else pickle.BINUNICODE + struct.pack("<I", len(part)) + part.encode())
+    return pickle.PROTO + bytes([protocol]) + b"".join(out) + b"."
 
 
-def hostile(mark: Path) -> dict[str, bytes]:
+def hostile(mark: Path, protocol: int) -> dict[str, bytes]:
     """Pickles that would make the file `mark`, or change the process, when they are loaded."""
     command, code = f"touch {mark}", f"open({str(mark)!r}, 'w')"
     text = code.encode()
@@ -113,39 +123,44 @@ def hostile(mark: Path) -> dict[str, bytes]:
         "torch.load": Call(torch.load, io.BytesIO(saved(Call(os.system, command)))),
         "torch.hub": Call(torch.hub.load, "/nowhere", "x"),
         "inner pickle": Call(pickle.loads, pickle.dumps(Call(os.system, command))),
+        "more bytes than memory": Call(bytearray, 1 << 50),
+        "a tensor beyond memory": Call(torch.FloatTensor, 1 << 50),
         "copyreg": Call(copyreg._reconstructor, Path, object, None),
         "allowed namespace, another name": Call(torch.serialization.add_safe_globals, [os.system]),
     }
-    made = {name: _dumps(value) for name, value in objects.items()}
+    made = {name: _dumps(value, protocol) for name, value in objects.items()}
+    build = functools.partial(raw, protocol=protocol)
     system, sg, mem = ("posix", "system", pickle.STACK_GLOBAL), pickle.STACK_GLOBAL, pickle.MEMOIZE
     size = ("torch.distributed.checkpoint.metadata", "MetadataIndex", sg)
     return made | {
         "INST": b"(S'" + command.encode() + b"'\niposix\nsystem\n.",
         "OBJ": b"(cposix\nsystem\nS'" + command.encode() + b"'\no.",
         "GLOBAL protocol 0": b"cposix\nsystem\n(S'" + command.encode() + b"'\ntR.",
-        "dotted name": raw("torch", "hub.os.system", sg, command, pickle.TUPLE1, pickle.REDUCE),
-        "dotted name of an allowed class": raw("torch", "Size.__init__.__globals__", sg),
-        "memo": raw(*system, mem, pickle.POP, pickle.BINGET + b"\0", command, pickle.TUPLE1, pickle.REDUCE),
-        "BUILD on a class": raw(*size, pickle.NONE, pickle.EMPTY_DICT, "__hash__", "x", pickle.SETITEM, pickle.TUPLE2, pickle.BUILD),
-        "BUILD of an unknown field": raw(*size, pickle.EMPTY_TUPLE, pickle.NEWOBJ, pickle.EMPTY_DICT, "__class__", "x", pickle.SETITEM, pickle.BUILD),
-        "NEWOBJ of another class": raw("subprocess", "Popen", sg, command, pickle.TUPLE1, pickle.NEWOBJ),
-        "NEWOBJ with arguments": raw("torch", "Size", sg, pickle.EMPTY_TUPLE, pickle.NEWOBJ),
-        "NEWOBJ_EX": raw("posix", "system", sg, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT, pickle.NEWOBJ_EX),
-        "call of what is no function": raw("x", pickle.EMPTY_TUPLE, pickle.REDUCE),
+        "dotted name": build("torch", "hub.os.system", sg, command, pickle.TUPLE1, pickle.REDUCE),
+        "dotted name of an allowed class": build("torch", "Size.__init__.__globals__", sg),
+        "memo": build(*system, mem, pickle.POP, pickle.BINGET + b"\0", command, pickle.TUPLE1, pickle.REDUCE),
+        "BUILD on a class": build(*size, pickle.NONE, pickle.EMPTY_DICT, "__hash__", "x", pickle.SETITEM, pickle.TUPLE2, pickle.BUILD),
+        "BUILD of an unknown field": build(*size, pickle.EMPTY_TUPLE, pickle.NEWOBJ, pickle.EMPTY_DICT, "__class__", "x", pickle.SETITEM, pickle.BUILD),
+        "NEWOBJ of another class": build("subprocess", "Popen", sg, command, pickle.TUPLE1, pickle.NEWOBJ),
+        "NEWOBJ with arguments": build("torch", "Size", sg, pickle.EMPTY_TUPLE, pickle.NEWOBJ),
+        "NEWOBJ_EX": build("posix", "system", sg, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT, pickle.NEWOBJ_EX),
+        "call of what is no function": build("x", pickle.EMPTY_TUPLE, pickle.REDUCE),
         "PERSID": b"Pos.system\n.",
-        "BINPERSID": raw("x", pickle.BINPERSID),
+        "BINPERSID": build("x", pickle.BINPERSID),
         "EXT1": b"\x82\x01.",
         "BYTEARRAY8": b"\x80\x05" + pickle.BYTEARRAY8 + struct.pack("<Q", 1 << 40) + text,
         "a length beyond memory": b"\x80\x04" + pickle.BINBYTES8 + struct.pack("<Q", 1 << 60) + text,
         "a memo index beyond memory": b"\x80\x04N" + pickle.LONG_BINPUT + struct.pack("<I", (1 << 32) - 1) + b"0cposix\nsystem\n.",
-        "cut": pickle.dumps(index())[:-20],
+        "a name with a line break": build("torch\nSize\n(tR", "Size", sg),
+        "a name from the memo, replaced": build("torch", mem, "posix", mem, pickle.BINGET + b"\0", pickle.BINGET + b"\1", "system", sg),
+        "cut": _dumps(index(), protocol)[:-20],
         "empty": b"",
         "noise": bytes(range(256)),
     }  # fmt: skip
 
 
-def _dumps(value: Any) -> bytes:
-    return pickle.dumps(value, protocol=4)
+def _dumps(value: Any, protocol: int = 2) -> bytes:
+    return pickle.dumps(value, protocol)
 
 
 def archive(pkl: bytes, *, more: dict[str, bytes] | None = None) -> bytes:
@@ -164,16 +179,18 @@ def refused(directory: Path, file: str, check: Callable[[Path], object]) -> str:
     return str(caught.value)
 
 
-def test_what_a_save_writes_passes(tmp_path: Path) -> None:
-    check_directory(write(tmp_path / "c"))
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_what_a_save_writes_passes(tmp_path: Path, protocol: int) -> None:
+    check_directory(write(tmp_path / "c", protocol=protocol))
     found = read_metadata(tmp_path / "c")
     assert found == index(places(length=found.storage_data[MetadataIndex("layer._extra_state/shard_0_1")].length))
 
 
-def test_hostile_pickles_leave_no_mark(tmp_path: Path) -> None:
+@PROTOCOLS
+def test_hostile_pickles_leave_no_mark(tmp_path: Path, protocol: int) -> None:
     mark = tmp_path / "mark"
-    corpus = hostile(mark)
-    assert len(corpus) > 35
+    corpus = hostile(mark, protocol)
+    assert len(corpus) > 42
     environment, before = dict(os.environ), (MetadataIndex.__hash__, list(torch.serialization.get_safe_globals()))
     for name, evil in corpus.items():
         where = tmp_path / "c"
@@ -188,6 +205,13 @@ def test_hostile_pickles_leave_no_mark(tmp_path: Path) -> None:
     assert environment == dict(os.environ) and before == (MetadataIndex.__hash__, list(torch.serialization.get_safe_globals()))
     pickle.loads(corpus["os.system"])
     assert mark.exists(), "the corpus itself is harmless: this test would prove nothing"
+
+
+@PROTOCOLS
+def test_deep_nesting_is_refused(tmp_path: Path, protocol: int) -> None:
+    n = 1_000_000
+    for parts in ([pickle.EMPTY_TUPLE, pickle.TUPLE1 * n], [pickle.EMPTY_LIST * n, pickle.APPEND * (n - 1)], [pickle.MARK * n]):
+        refused(write(tmp_path / "c", metadata=raw(*parts, protocol=protocol)), ".metadata", check_directory)
 
 
 def test_hostile_archives(tmp_path: Path) -> None:
@@ -205,6 +229,7 @@ def test_hostile_archives(tmp_path: Path) -> None:
         assert not mark.exists()
 
 
+@PROTOCOLS
 @pytest.mark.parametrize(
     "storage",
     [
@@ -218,8 +243,8 @@ def test_hostile_archives(tmp_path: Path) -> None:
         places(transform_descriptors=["zstd"]),
     ],
 )
-def test_the_index_leads_nowhere_else(tmp_path: Path, storage: dict[MetadataIndex, Any]) -> None:
-    refused(write(tmp_path / "c", metadata=pickle.dumps(index(storage))), ".metadata", check_directory)
+def test_the_index_leads_nowhere_else(tmp_path: Path, storage: dict[MetadataIndex, Any], protocol: int) -> None:
+    refused(write(tmp_path / "c", metadata=_dumps(index(storage), protocol)), ".metadata", check_directory)
 
 
 def test_another_format_or_a_missing_file_is_refused(tmp_path: Path) -> None:

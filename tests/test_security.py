@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 SAFE_PICKLE = "mrlhf/checkpoint/safe_pickle.py"
-WRITES_PICKLES = ("mrlhf/checkpoint/tensor_file.py",)  # .metadata, which torch wants so
+WRITES_PICKLES = ("mrlhf/checkpoint/tensor_archive.py",)  # a tensor's description, as torch.save does
 CALLS = {
     "eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "marshal.loads",
     "shelve.open", "tarfile.open", "zipfile.extractall", "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "numpy.load",

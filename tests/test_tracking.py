@@ -105,7 +105,7 @@ def test_unknown_metric_is_noted_once(tmp_path, capsys):
     run = tracker(tmp_path)
     run.log(1, {"train/los": 1.0})
     run.log(2, {"train/los": 1.0})
-    assert capsys.readouterr().err == "note: metric train/los is not in mrlhf.observe.metrics.METRICS\n"
+    assert capsys.readouterr().err == "warning: metric train/los is not in mrlhf.observe.metrics.METRICS\n"
 
 
 def test_missing_package_is_noted_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
@@ -114,7 +114,7 @@ def test_missing_package_is_noted_and_the_run_goes_on(tmp_path, capsys, monkeypa
     run.log(1, {"train/loss": 1.0})
     run.close()
     err = capsys.readouterr().err
-    assert err.count("note:") == 1 and "pip install 'mrlhf[wandb]'" in err
+    assert err.count("warning:") == 1 and "pip install 'mrlhf[wandb]'" in err
     assert len(lines(tmp_path)) == 1
 
 
@@ -165,8 +165,8 @@ def test_a_full_disk_does_not_end_a_run(tmp_path, capsys):
             assert [p for p in (disk / "run").rglob(".*") if p.is_file()] == []
     except OSError as error:
         pytest.skip(f"this process may not mount a small disk: {error}")
-    notes = capsys.readouterr().err.splitlines()
-    assert len(notes) == 2 and "metrics.jsonl cannot be written: No space left" in notes[0] and "samples/step_29.jsonl" in notes[1]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and "metrics.jsonl cannot be written: No space left" in warnings[0] and "samples/step_29.jsonl" in warnings[1]
 
 
 def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mrlhf.checkpoint.save import Best, Keep, Part, Save, begin, clear_unfinished, on_main, retain
+from mrlhf.checkpoint.save import Best, Keep, Part, Save, begin_save, clear_unfinished, on_main, retain
 from mrlhf.config.options import CheckpointConfig
 from mrlhf.errors import CheckpointError
 from mrlhf.parallel import device, state
@@ -62,7 +62,7 @@ class Saver:
         start = time.perf_counter()
         try:
             copy = self.config.async_save and not last
-            self._under_way = begin(target, parts, {**content, "step": step}, copy=copy, files=files)
+            self._under_way = begin_save(target, parts, {**content, "step": step}, copy=copy, files=files)
         except CheckpointError as error:
             self._failed(error, last)
             return
@@ -76,7 +76,7 @@ class Saver:
         if self._under_way is None:
             return
         start = time.perf_counter()
-        worst = torch.tensor(float(self._under_way.state()), device=device.current().name)
+        worst = torch.tensor(float(self._under_way.status()), device=device.current().name)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if int(worst) != 1:
             self.finish()

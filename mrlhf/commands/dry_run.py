@@ -14,7 +14,7 @@ from mrlhf.config.options import GenerateStage, PPOStage, ScoreStage, ServeRewar
 from mrlhf.data.blend import Dataset, names_of, sources_of
 from mrlhf.data.order import Order
 from mrlhf.data.show import marked
-from mrlhf.data.tokenizers.hf import load
+from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.memory.estimate import GIB, memory_table, update_activations
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.reshard_plan import make_planner
@@ -30,17 +30,17 @@ def main(config: StageConfig) -> None:
     if isinstance(config, ScoreStage):
         from mrlhf.commands.score import check_score
 
-        check_score(config, _num_ranks(Layout.of(config.parallel, 1).smallest))
+        check_score(config, _num_ranks(Layout.from_config(config.parallel, 1).ranks_per_replica))
     elif isinstance(config, ServeRewardStage):
         from mrlhf.commands.serve_reward import check_server
 
-        check_server(config, _num_ranks(Layout.of(config.parallel, 1).smallest))
+        check_server(config, _num_ranks(Layout.from_config(config.parallel, 1).ranks_per_replica))
     elif isinstance(config, GenerateStage):
         from mrlhf.commands.generate import check_generate, read_prompts
 
         source, _ = check_generate(config, _num_ranks(config.tensor_parallel_size))
         limit = config.max_prompt_length or source.spec.max_position_embeddings - config.max_new_tokens
-        print(f"{len(read_prompts(config, load(source.hf_dir), limit))} prompts")
+        print(f"{len(read_prompts(config, load_tokenizer(source.hf_dir), limit))} prompts")
     else:
         _show_training(config)
     print("nothing wrong was found")
@@ -51,19 +51,19 @@ def _num_ranks(smallest: int) -> int:
 
 
 def _show_training(config: TrainingConfig) -> None:
-    one = Layout.of(config.parallel, 1)
+    one = Layout.from_config(config.parallel, 1)
     smallest, generators = math.lcm(one.tp * one.cp, one.ep) * one.pp, 0
     if isinstance(config, PPOStage):
         generators = config.rollout.num_ranks or 0
         rollout_tp = 1 if generators else config.rollout.tensor_parallel_size
-        smallest = math.lcm(smallest, rollout_tp, Layout.of(config.critic_parallel, 1).smallest)
+        smallest = math.lcm(smallest, rollout_tp, Layout.from_config(config.critic_parallel, 1).ranks_per_replica)
     world = _num_ranks(smallest + generators)
     run, others = _check_training(config, world)
     check_resume(config, Path(config.train.output_dir))
     world -= generators
     spec, data = run.source.spec, run.train
     print(f"model    {run.source.path}: {spec.summary()}, {config.model.dtype}")
-    print(f"batch    {Layout.of(config.parallel, world).describe(config.train)}")
+    print(f"batch    {Layout.from_config(config.parallel, world).batch_summary(config.train)}")
     for note in run.notes:
         print(note)
     _show_steps(config, data)
@@ -71,7 +71,7 @@ def _show_training(config: TrainingConfig) -> None:
     if isinstance(config, PPOStage):
         _show_reshard(config, spec, world=world, generators=generators)
     _, tokens, mask = data.sample(0)
-    print(f"first sample, [[trained]]:\n{marked(load(run.source.hf_dir), tokens, mask)}")
+    print(f"first sample, [[trained]]:\n{marked(load_tokenizer(run.source.hf_dir), tokens, mask)}")
 
 
 def _check_training(config: TrainingConfig, world: int) -> tuple[preflight.RunInputs, dict[str, ModelSpec]]:
@@ -110,7 +110,7 @@ def _show_blend(data: Dataset, order: Order) -> None:
     if len(parts) == 1:
         return
     names = names_of([p.prefix for p in parts])
-    for name, used, size in zip(names, order.share(total), order.mix.rows, strict=True):
+    for name, used, size in zip(names, order.approximate_counts(total), order.mix.rows, strict=True):
         print(f"         {name}: {used:,} of {total:,} rows ({used / total:.2%}), {used / size:.3g} epochs")
 
 
@@ -131,8 +131,8 @@ def _show_memory(
 
 def _show_reshard(config: PPOStage, spec: ModelSpec, *, world: int, generators: int) -> None:
     planner = make_planner(
-        spec, Layout.of(config.parallel, world), rollout_tp=config.rollout.tensor_parallel_size,
+        spec, Layout.from_config(config.parallel, world), rollout_tp=config.rollout.tensor_parallel_size,
         node=state.ranks_of_a_node(), generators=generators,
     )
-    for line in reshard.describe(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
+    for line in reshard.traffic_summary(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
         print(line)

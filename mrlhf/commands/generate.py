@@ -20,7 +20,7 @@ from mrlhf.config.options import GenerateStage, ParallelConfig
 from mrlhf.data.prepare.formats import Columns, normalise
 from mrlhf.data.prepare.sources import read_chunks
 from mrlhf.data.prepare.template import Template
-from mrlhf.data.tokenizers.hf import load, stop_ids
+from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.errors import CheckpointError, DataError, Problems, RowProblem
 from mrlhf.models.families.spec import check_layout
 from mrlhf.models.reshard_plan import make_weight_update
@@ -88,19 +88,19 @@ def check_generate(config: GenerateStage, world: int) -> tuple[ModelSource, Para
         if path is not None and not Path(path).resolve().parent.is_dir():
             problems.add(DataError("the directory does not exist", where=path))
     problems.extend(check_reward_sources(config.reward, source, parallel=parallel, world=world))
-    problems.extend(check_environment(config.environment, load(source.hf_dir), {}))
+    problems.extend(check_environment(config.environment, load_tokenizer(source.hf_dir), {}))
     problems.raise_if_any()
     return source, parallel
 
 
 def main(config: GenerateStage) -> None:
     source, parallel = check_generate(config, state.world_size())
-    tokenizer = load(source.hf_dir)
+    tokenizer = load_tokenizer(source.hf_dir)
     limit = config.max_prompt_length or source.spec.max_position_embeddings - config.max_new_tokens
     rows = read_prompts(config, tokenizer, limit)
     layout = state.initialize(parallel, seed=config.seed)
     rank, tp = dist.get_rank(), config.tensor_parallel_size
-    log.info(f"device: {device.current().describe()}")
+    log.info(f"device: {device.current().summary()}")
     model = Model(source, parallel, head="lm", dtype=config.dtype, seed=config.seed)
     engine = VLLMEngine(
         source.spec, source.hf_dir, dtype=config.dtype, tp=tp,

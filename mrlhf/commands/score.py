@@ -127,7 +127,7 @@ def main(config: ScoreStage) -> None:
     output = Path(config.output)
     temporary = output.with_name(output.name + ".tmp")
     if state.is_main():
-        log.info(f"device: {device.current().describe()}")
+        log.info(f"device: {device.current().summary()}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             for results in _score_slices(config, model, loader):

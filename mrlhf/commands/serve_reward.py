@@ -25,7 +25,7 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 from mrlhf.checkpoint.source import ModelSource, open_source
 from mrlhf.config.options import ServeRewardStage
 from mrlhf.data.loader import MicroBatch, Sample, collate
-from mrlhf.data.tokenizers.hf import fingerprint, load
+from mrlhf.data.tokenizers.hf import fingerprint, load_tokenizer
 from mrlhf.errors import CheckpointError, ConfigError, Problems
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import device, state
@@ -182,7 +182,7 @@ def main(config: ServeRewardStage) -> None:
     if config.normalize and "reward_mean" not in source.manifest:
         log.info(f"{source.path} has no score statistics: its scores are not normalised")
     server = RewardServer(
-        (config.host, config.port), submit=scorer.submit, timeout_s=config.timeout_s, tokenizer=load(source.hf_dir),
+        (config.host, config.port), submit=scorer.submit, timeout_s=config.timeout_s, tokenizer=load_tokenizer(source.hf_dir),
         fingerprint=fingerprint(source.hf_dir), vocab_size=source.spec.vocab_size,
         max_length=source.spec.max_position_embeddings, max_request_bytes=config.max_request_mib << 20,
         max_batch_size=config.max_batch_size, token=token,
@@ -190,7 +190,7 @@ def main(config: ServeRewardStage) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: scorer.stop())
     server.start()
-    log.info(f"device: {device.current().describe()}")
+    log.info(f"device: {device.current().summary()}")
     log.info(f"serving {source.path} at {server.url}{'' if token is None else ', token needed'}")
     scorer.serve_requests()
     server.stop()

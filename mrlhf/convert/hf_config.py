@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf.checkpoint.source import ModelSource
-from mrlhf.data.tokenizers.hf import load as load_tokenizer
+from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families import classifier_class
 from mrlhf.models.families.spec import read_hf_config

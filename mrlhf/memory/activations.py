@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from mrlhf.config.options import ParallelConfig
 from mrlhf.models.families.spec import Layer, ModelSpec
 from mrlhf.models.layers.logprobs import CHUNK_BYTES
-from mrlhf.parallel.context import repeats
+from mrlhf.parallel.context import head_repeats
 from mrlhf.parallel.state import Layout, expert_tensor_parallel_size
 
 _LOSS_BYTES = 38  # per token: targets, masks, log-probs, what the aggregation keeps
@@ -148,7 +148,7 @@ class _ActivationCounter:
         """Per token: what attention keeps, and the input of its output projection. qk, v: widths of a head."""
         e, length = self.e, self.shape.longest
         if self.cp > 1:  # the all-to-all shards heads instead of tokens: too few key heads are repeated
-            g *= repeats(int(g), self.cp)
+            g *= head_repeats(int(g), self.cp)
         out = n * v * e
         window = length * length * e / self.tokens if layer.window is not None and layer.window < length else 0.0
         if not self._flash(n, g, qk, v):
@@ -205,8 +205,8 @@ def estimate_activations(
     micro_batches: of a rank per step; a pipeline may have fewer than it can have in flight. None: as many as it can.
     """
     counter = _ActivationCounter(spec, parallel, shape, element=4 if dtype == "float32" else 2, cuda=cuda)
-    layout = Layout.of(parallel, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    stages = layout.stages(spec.num_layers)
+    layout = Layout.from_config(parallel, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    stages = layout.stage_of_layers(spec.num_layers)
     full = parallel.recompute == "full"
     by_stage = []
     for stage in range(layout.pp):
@@ -215,7 +215,7 @@ def estimate_activations(
         again = max(sizes, default=0.0) if full else 0.0
         last = stage == layout.pp - 1
         # the output of each virtual stage waits for its gradient too
-        outputs = 0 if layout.pp == 1 else layout.pieces * counter.layer_input()
+        outputs = 0 if layout.pp == 1 else layout.virtual_stages * counter.layer_input()
         kept = _in_flight(stage, layout, micro_batches) * (kept + outputs) + (counter.end(head) if last else 0.0)
         buffers = counter.head_buffers() if last and head == "lm" else 0.0
         by_stage.append(ActivationMemory(round(kept), round(again), round(buffers)))
@@ -227,7 +227,7 @@ def _in_flight(stage: int, layout: Layout, micro_batches: int | None) -> float:
 
     A part of the virtual stages of a micro-batch counts as that fraction of it.
     """
-    pp, pieces = layout.pp, layout.pieces
+    pp, pieces = layout.pp, layout.virtual_stages
     if pp == 1:
         return 1.0
     most = pp - stage if pieces == 1 else 2 * (pp - stage - 1) + (pieces - 1) * pp + 1

@@ -30,7 +30,7 @@ def remedies(config: TrainingConfig, phase: str, *, spec: ModelSpec, world: int,
         lines.append("--checkpoint.async_save false (now true: it copies what it writes)")
     if phase in UPDATES and config.parallel.recompute != "full":
         lines.append(f"--parallel.recompute full (now {config.parallel.recompute})")
-    layout = Layout.of(config.parallel, world)
+    layout = Layout.from_config(config.parallel, world)
     if not config.optim.use_distributed_optimizer and layout.dp * layout.cp > 1:
         lines.append("--optim.use_distributed_optimizer true (now false: every rank has all of the optimizer's state)")
     if phase in PASSES or phase == "build":

@@ -43,7 +43,7 @@ def memory_table(
     """[(what, bytes per rank)]. others: the further models of PPO by role (critic, reward)."""
 
     def layout_options(parallel: ParallelConfig) -> dict[str, Any]:
-        layout, distributed = Layout.of(parallel, world), config.optim.use_distributed_optimizer
+        layout, distributed = Layout.from_config(parallel, world), config.optim.use_distributed_optimizer
         dp = max(1, layout.dp * layout.cp)  # context-parallel ranks shard the optimizer state too
         return {"tp": layout.tp, "pp": layout.pp, "dp": dp, "ep": layout.ep, "distributed_optimizer": distributed}
 
@@ -87,7 +87,7 @@ def update_activations(
     def activations_of(model: ModelSpec, parallel: ParallelConfig, head: str) -> ActivationMemory:
         count = None
         if train.max_tokens_per_micro_batch is None:
-            count = max(1, train.global_batch_size // (train.micro_batch_size * max(1, Layout.of(parallel, world).dp)))
+            count = max(1, train.global_batch_size // (train.micro_batch_size * max(1, Layout.from_config(parallel, world).dp)))
         return estimate_activations(model, parallel, shape, dtype=config.model.dtype, head=head, micro_batches=count)
 
     actor = activations_of(spec, config.parallel, "value" if config.stage == "rm" else "lm")

@@ -17,7 +17,7 @@ from mrlhf.parallel.weight_update import WeightUpdate
 def trainer_shard(spec: ModelSpec, layout: Layout, rank: int) -> dict[str, list[TensorSlice]]:
     """A rank's parameters of the LM: its pipeline stage's layers, the embedding on the first, the head on the last."""
     tp, _, pp = layout.coordinates(rank)
-    stages, shard = layout.stages(spec.num_layers), {}
+    stages, shard = layout.stage_of_layers(spec.num_layers), {}
     all_stages = megatron_map(spec, head="lm", tp=layout.tp, rank=tp, ep=layout.ep, ep_rank=layout.expert_rank(rank))
     for name, slices in all_stages.items():
         if name.startswith("decoder.layers."):

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from mrlhf.checkpoint.source import ModelSource, restore_randomness
 from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
-from mrlhf.data.tokenizers.hf import load, stop_ids
+from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.parallel import device, reshard, state
-from mrlhf.parallel.split import Bridge, split
+from mrlhf.parallel.split import Bridge, split_world
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from mrlhf.rl.offload import Offload
@@ -83,7 +83,7 @@ def make_bridge(config: PPOStage) -> Bridge | None:
     if config.rollout.num_ranks is None:
         return None
     parallel = config.parallel
-    return split(config.rollout.num_ranks, timeout_minutes=parallel.timeout_minutes, silence_s=parallel.silence_seconds)
+    return split_world(config.rollout.num_ranks, timeout_minutes=parallel.timeout_minutes, silence_s=parallel.silence_seconds)
 
 
 class PPO(Run):
@@ -106,7 +106,7 @@ class PPO(Run):
         tp, ranks = config.rollout.tensor_parallel_size, config.rollout.num_ranks
         where = "" if ranks is None else f" on {ranks} ranks of their own"
         log.info(f"vLLM: {(ranks or layout.world) // tp} replica(s) of tensor parallel {tp}{where}; {self.sampler.memory}")
-        for line in reshard.describe(self.sampler.bytes_of_ranks()):
+        for line in reshard.traffic_summary(self.sampler.bytes_of_ranks()):
             log.info(line)
         if self.resumed is not None:
             with self.phase("build"):
@@ -128,7 +128,7 @@ class PPO(Run):
         self.ptx: Pretraining | None = None
         if config.ptx.coef > 0:
             self.ptx = Pretraining(config, open_ptx(config, inputs.source)[0], state.groups())
-        self.tokenizer = load(inputs.source.hf_dir)
+        self.tokenizer = load_tokenizer(inputs.source.hf_dir)
         common: dict[str, Any] = {"parallel": config.parallel, "dtype": config.model.dtype, "seed": seed}
         environment = rollout.environment is not None
         self.rewards = Rewards(config.reward, inputs.source, self.tokenizer, environment=environment, **common)

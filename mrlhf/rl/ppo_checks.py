@@ -6,7 +6,7 @@ from typing import Any
 
 from mrlhf.checkpoint.source import ModelSource
 from mrlhf.config.options import PPOStage
-from mrlhf.data.tokenizers.hf import load
+from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import state
@@ -54,7 +54,7 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
         raise ConfigError(
             f"rollout.num_ranks = {generators} of {world} ranks leave none to train",
             where="rollout.num_ranks",
-            expected=f"torchrun with {generators + state.Layout.of(config.parallel, 1).smallest} ranks or more",
+            expected=f"torchrun with {generators + state.Layout.from_config(config.parallel, 1).ranks_per_replica} ranks or more",
         )
     trainers = world - generators
     opened = preflight.open_run(config, world=trainers)
@@ -72,5 +72,5 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
             problems.extend(open_ptx(config, source)[1])
         if opened.datasets():
             _, data = opened.datasets()[0]
-            problems.extend(check_environment(config.rollout.environment, load(source.hf_dir), data.meta))
+            problems.extend(check_environment(config.rollout.environment, load_tokenizer(source.hf_dir), data.meta))
     return opened.inputs()

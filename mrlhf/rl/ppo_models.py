@@ -14,7 +14,7 @@ import torch
 from mrlhf.checkpoint.save import Part
 from mrlhf.config.options import PPOStage
 from mrlhf.data.loader import MicroBatch
-from mrlhf.models.layers.router_losses import make_balance, of_aggregation, trained_tokens
+from mrlhf.models.layers.router_losses import count_for, make_balance, trained_tokens
 from mrlhf.parallel import state
 from mrlhf.rl.rewards.sources import critic_source
 from mrlhf.rl.rollout.tables import Rollout, compute_tables, micro_batches
@@ -30,7 +30,7 @@ class PPOModels:
         """updates: optimizer steps of the whole run, for the schedules. Collective."""
         self.config, dtype, seed = config, config.model.dtype, config.train.seed
         common: dict[str, Any] = {"dtype": dtype, "seed": seed, "total_steps": updates}
-        balance = make_balance(config.model, of_aggregation(config.loss))
+        balance = make_balance(config.model, count_for(config.loss))
         self.actor = Trainer(inputs.source, config.parallel, config.optim, head="lm", balance=balance, **common)
         self.critic: Trainer | None = None
         if config.ppo.estimator_row.needs_critic:
@@ -38,8 +38,8 @@ class PPOModels:
             optim = replace(config.optim, lr=lr, min_lr=min(config.optim.min_lr, lr))
             source = critic_source(config, inputs.source)
             balance = make_balance(config.model, trained_tokens) if source.spec.experts is not None else None
-            with state.more_groups(config.critic_parallel).in_force():
-                self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, **common)
+            groups = state.groups_for(config.critic_parallel)
+            self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, groups=groups, **common)
         self.reference: Model | None = None
         if config.kl.coef > 0:
             self.reference = Model(inputs.source, config.parallel, head="lm", dtype=dtype, seed=seed)

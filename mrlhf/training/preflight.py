@@ -55,7 +55,7 @@ class Opened:
         parts = [part for _, data in self.datasets() for part in sources_of(data)]
         notes = [part.note for part in parts if isinstance(part, MegatronText)]
         if self.source.spec.experts is not None:
-            notes.append(router_losses.describe(self.config.model))
+            notes.append(router_losses.balance_summary(self.config.model))
         return RunInputs(self.source, self.train, self.eval, tuple(notes))
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mrlhf.checkpoint.manifest import entry, fsync
+from mrlhf.checkpoint.manifest import file_entry, fsync
 from mrlhf.checkpoint.source import ModelSource
 from mrlhf.data.blend import Dataset
 from mrlhf.parallel import state
@@ -38,7 +38,7 @@ def fingerprint(source: ModelSource, *, dtype: str) -> str:
         *sorted(p for p in weights.iterdir() if p.is_file() and (source.is_checkpoint or p.suffix == ".safetensors")),
     ]
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = [(i, entry(files[i])["sha256"]) for i in range(rank, len(files), world)]
+    mine = [(i, file_entry(files[i])["sha256"]) for i in range(rank, len(files), world)]
     digests = [digest for _, digest in sorted(state.from_all_ranks(mine))]
     names = [file.name for file in files]
     return hashlib.sha256(repr((names, digests, dtype)).encode()).hexdigest()

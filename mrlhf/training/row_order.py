@@ -18,7 +18,7 @@ DATA, TOKENIZER = "data", "tokenizer"  # names in train.allow_changes beside con
 def make_order(config: TrainingConfig, data: Dataset) -> Order:
     """Rows of every step. The dry run and the checkpoint arithmetic use it too."""
     rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
-    mix = Mix.of(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
+    mix = Mix.from_weights(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
     return Order(
         mix,
         global_batch_size=config.train.global_batch_size,
@@ -84,7 +84,7 @@ def restore_position(
         if allowed:
             order.rebase(manifest["step"], sum(consumed))
         start = order.position(manifest["step"]) if position is None else position
-        order.go_on_at(start, None if DATA in allowed else consumed)
+        order.resume_at(start, None if DATA in allowed else consumed)
     except ValueError as error:
         what = f"its data position cannot be right: {error}"
         raise CheckpointError(what, where=where, fix="take an earlier checkpoint") from error

@@ -36,7 +36,7 @@ from mrlhf.checkpoint.save import Part
 from mrlhf.checkpoint.source import restore_randomness, to_resume
 from mrlhf.config.load import dump_yaml
 from mrlhf.config.options import SFTStage, TrainingConfig
-from mrlhf.data.blend import Dataset, describe_samples
+from mrlhf.data.blend import Dataset, sample_places
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.memory.tracker import Memory
 from mrlhf.models.layers.router_losses import Count, make_balance
@@ -79,7 +79,7 @@ class Run:
         watch.log_to(self.output_dir / "logs")
         heartbeat.start(self.output_dir, rank=dist.get_rank())
         self.stopper = Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store)
-        for line in (f"device: {device.current().describe()}", layout.describe(config.train), *inputs.notes):
+        for line in (f"device: {device.current().summary()}", layout.batch_summary(config.train), *inputs.notes):
             log.info(line)
         self.saver = Saver(self.output_dir, config.checkpoint)
         self.resumed = to_resume(self.output_dir, total_steps=total_steps, verify=config.checkpoint.verify)
@@ -166,7 +166,7 @@ class Run:
         return Tracker(
             self.output_dir,
             config_yaml=dump_yaml(self.config),
-            env={"device": device.current().describe(), "world_size": state.world_size()},
+            env={"device": device.current().summary(), "world_size": state.world_size()},
             is_main=state.is_main(),
             stage=self.config.stage,
             total_steps=self.total_steps,
@@ -293,11 +293,11 @@ def _due(step: int, interval: int) -> bool:
 
 def report_spike(detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer, data: Dataset) -> dict[str, float]:
     """train/loss_spike of one step; for a spike also a line with the samples of the worst micro-batches. Collective."""
-    spike = detector.meet(loss)
+    spike = detector.check_loss(loss)
     is_spike = state.on_any_rank(spike is not None)  # losses of tensor-parallel ranks may differ in the last bit
     if is_spike:
         losses = trainer.micro_batch_losses()
         high = [entry for entry in losses if entry[0] > loss / 2] or losses  # often one micro-batch among many
-        worst = "; ".join(f"{mean:.4f} with {describe_samples(data, samples)}" for mean, samples in high[:3])
+        worst = "; ".join(f"{mean:.4f} with {sample_places(data, samples)}" for mean, samples in high[:3])
         log.info(f"loss spike at step {step}: {spike or f'{loss:.4f}'}; micro-batches: {worst}")
     return {"loss_spike": float(is_spike)}

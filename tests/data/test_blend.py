@@ -26,10 +26,10 @@ def make(tmp_path: Path) -> Make:
             margin = output.indexed("_margin", np.dtype("float32")) if margins else None
             for samples in packs:
                 lengths = [len(s) for s in samples]
-                ids.add_document(np.concatenate(samples), lengths)
-                mask.add_document(np.concatenate([[0] + [1] * (n - 1) for n in lengths]), lengths)
+                ids.add_documents(np.concatenate(samples), lengths, [len(lengths)])
+                mask.add_documents(np.concatenate([[0] + [1] * (n - 1) for n in lengths]), lengths, [len(lengths)])
                 if margin is not None:
-                    margin.add_document(np.array([float(s[0]) for s in samples[::2]]), [1] * (len(samples) // 2))
+                    margin.add_documents(np.array([float(s[0]) for s in samples[::2]]), [1] * (len(samples) // 2), [len(samples) // 2])
             values = {"format": FORMAT_VERSION, "task": task, "num_samples": sum(map(len, packs)), "num_packs": len(packs),
                       "seq_length": 16, "tokenizer": "t", "tokenizer_fingerprint": "a" * 64}  # fmt: skip
             output.commit(values | meta)

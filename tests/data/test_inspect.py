@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mrlhf.commands import data as command
 from mrlhf.data import show
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset
 from mrlhf.data.prepare.job import PreprocessConfig, preprocess
@@ -50,11 +51,11 @@ def files(root: Path, task: str) -> list[Path]:
 
 
 def problems(prefix: Path) -> list[MrlhfError]:
-    return show.check(str(prefix))
+    return show.check_dataset(str(prefix))
 
 
 def shown(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    assert show.main([str(a) for a in args]) == 0
+    assert command.main([str(a) for a in args]) == 0
     return capsys.readouterr().out
 
 
@@ -120,7 +121,7 @@ def test_all_damaged_files_are_named_at_once(sets: Path) -> None:
     extra.write_bytes(b"1234")
     try:
         with pytest.raises(SeveralErrors) as raised:
-            show.main([str(sets / "sft"), "--check"])
+            command.main([str(sets / "sft"), "--check"])
         assert [e.where for e in raised.value.errors] == [*map(str, paths), str(extra)]
     finally:
         extra.unlink()
@@ -153,8 +154,8 @@ def test_content_that_checksums_agree_with(change: dict[str, Any], message: str 
     """What a faulty writer could have sealed."""
     values = GOOD | META | change
     with OutputSet(tmp_path / "d") as output:
-        output.indexed("", np.dtype("uint16")).add_document(np.array(values["ids"]), values["lengths"])
-        output.indexed("_loss_mask", np.dtype("uint8")).add_document(np.array(values["mask"]), values["lengths"])
+        output.indexed("", np.dtype("uint16")).add_documents(np.array(values["ids"]), values["lengths"], [len(values["lengths"])])
+        output.indexed("_loss_mask", np.dtype("uint8")).add_documents(np.array(values["mask"]), values["lengths"], [len(values["lengths"])])
         output.commit({k: values[k] for k in META})
     text = "\n".join(str(e) for e in problems(tmp_path / "d"))
     assert message in text if message else not text
@@ -176,7 +177,7 @@ def test_samples_are_marked(sets: Path, bpe_dir: str, capsys: pytest.CaptureFixt
 
 def test_the_tokenizer_is_the_datas(sets: Path, unigram_dir: str) -> None:
     with pytest.raises(DataError, match="not the tokenizer that the data was made with"):
-        show.main([str(sets / "sft"), "--samples", "1", "--tokenizer", unigram_dir])
+        command.main([str(sets / "sft"), "--samples", "1", "--tokenizer", unigram_dir])
 
 
 def test_data_cannot_steer_the_terminal(load: Callable[[str], Any], bpe_dir: str) -> None:
@@ -187,8 +188,8 @@ def test_data_cannot_steer_the_terminal(load: Callable[[str], Any], bpe_dir: str
 
 def test_without_its_tokenizer_ids_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with OutputSet(tmp_path / "d") as output:
-        output.indexed("", np.dtype("uint16")).add_document(np.array(GOOD["ids"]), GOOD["lengths"])
-        output.indexed("_loss_mask", np.dtype("uint8")).add_document(np.array(GOOD["mask"]), GOOD["lengths"])
+        output.indexed("", np.dtype("uint16")).add_documents(np.array(GOOD["ids"]), GOOD["lengths"], [len(GOOD["lengths"])])
+        output.indexed("_loss_mask", np.dtype("uint8")).add_documents(np.array(GOOD["mask"]), GOOD["lengths"], [len(GOOD["lengths"])])
         output.commit({**META, "tokenizer": str(tmp_path / "gone")})
     text = shown(capsys, tmp_path / "d", "--samples", 1)
     assert "note: its tokenizer cannot be loaded" in text and "5 [[6 7 ]]" in text

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mrlhf.data import show
+from mrlhf.commands import data as command
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.data.megatron_text import MegatronText, is_megatron
 from mrlhf.errors import DataError
@@ -88,7 +88,7 @@ def test_what_is_taken_for_megatrons(write: Write, tmp_path: Path) -> None:
     assert is_megatron(prefix) and not is_megatron(str(tmp_path / "absent"))
     with pytest.raises(DataError, match="PREFIX.json is missing") as raised:
         PackedDataset.open(prefix)
-    assert "serves the stage pretrain alone" in str(raised.value)
+    assert "serves pretraining alone" in str(raised.value)
     (tmp_path / ".x.work").mkdir()
     assert not is_megatron(prefix), "a set of ours whose writer was killed"
 
@@ -110,9 +110,9 @@ def test_damage(write: Write) -> None:
 def test_inspection(write: Write, bpe_dir: str, load: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     ids = load(bpe_dir)("the quick brown fox")["input_ids"]
     prefix = write([[ids], [], [ids[:2]]])
-    assert show.main([prefix, "--samples", "2", "--check", "--tokenizer", bpe_dir]) == 0
+    assert command.main([prefix, "--samples", "2", "--check", "--tokenizer", bpe_dir]) == 0
     text = capsys.readouterr().out
     assert "3 documents (1 empty)" in text and text.count("--- document") == 2 and "nothing wrong was found" in text
     assert "quick brown fox]]" in text.replace("[[", "")
     with pytest.raises(DataError, match="id 5000 at token 1"):
-        show.main([write([[[1, 5000]]], name="wrong"), "--check", "--tokenizer", bpe_dir])
+        command.main([write([[[1, 5000]]], name="wrong"), "--check", "--tokenizer", bpe_dir])

@@ -123,7 +123,7 @@ def test_standard_input_is_hashed_on_its_way(monkeypatch: pytest.MonkeyPatch) ->
     piped = Sources(("-",))
     content = b"".join(block.content() for block in piped.blocks())
     assert content == PLAIN
-    assert piped.describe() == [{"path": "-", "bytes": len(PLAIN), "sha256": hashlib.sha256(PLAIN).hexdigest()}]
+    assert piped.provenance() == [{"path": "-", "bytes": len(PLAIN), "sha256": hashlib.sha256(PLAIN).hexdigest()}]
 
 
 @pytest.mark.parametrize("name", ["c.jsonl.gz", "d.jsonl.bz2", "e.jsonl.zst", "h.json.gz"])
@@ -169,10 +169,10 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(PLAIN)
     found = Sources((str(path),))
-    assert found.describe()[0]["bytes"] == len(PLAIN)
+    assert found.provenance()[0]["bytes"] == len(PLAIN)
     path.write_bytes(PLAIN + b"\n{}")
     with pytest.raises(DataError, match="changed while it was read"):
-        found.describe()
+        found.provenance()
 
 
 json_values = st.recursive(

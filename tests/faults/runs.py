@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from conftest import ROOT, environment, metrics
 
-from mrlhf.checkpoint.manifest import check, read_manifest
+from mrlhf.checkpoint.manifest import check_manifest, read_manifest
 
 TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
 _MARK = "MRLHF_TEST_RUN"  # in the environment of all that a run starts
@@ -188,7 +188,7 @@ def check_equal(whole: Path, broken: Path) -> None:
     assert comparable(whole) == comparable(broken)
     one, two = last(whole), last(broken)
     assert one.name == two.name
-    check(two, verify="hash")
+    check_manifest(two, verify="hash")
     files = [{n: e for n, e in read_manifest(p)["files"].items() if n.endswith((".distcp", ".pt", ".metadata"))} for p in (one, two)]
     assert files[0] == files[1] and len(files[0]) >= 3
     assert [p for p in broken.rglob("*.tmp")] == []

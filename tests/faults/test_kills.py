@@ -15,7 +15,7 @@ from conftest import run as run_command
 from disks import empty, fill, small_disk
 
 from faults.runs import Run, check_equal, kill_again_and_again, last, ppo, sft
-from mrlhf.checkpoint.manifest import check as check_checkpoint
+from mrlhf.checkpoint.manifest import check_manifest as check_checkpoint
 from mrlhf.checkpoint.manifest import read_manifest
 
 SEED = 7

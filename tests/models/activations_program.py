@@ -65,13 +65,13 @@ def main() -> None:
             for recompute in ("none", "selective", "full"):
                 parallel = replace(base, recompute=recompute)
                 model = Model(open_source(f"{sys.argv[1]}/{kind}"), parallel, head="lm", dtype=dtype, seed=1)
-                model._train(True)
+                model._set_training(True)
                 loss = language_model_loss(model, aggregation="token")
                 for count, length, packing in ((2, 64, True), (3, 64, False), (1, 192, True)):
                     samples = [Sample(draw.integers(1, 300, length), np.ones(length, int), i) for i in range(count)]
                     batch = collate(samples, packing=packing)
                     rows = MicroBatchShape(count * length, length, 1 if packing else count, packing)
-                    forward = lambda: loss(gpt.run(model.chunks[0], batch), batch)  # noqa: B023, E731
+                    forward = lambda: loss(gpt.forward(model.chunks[0], batch), batch)  # noqa: B023, E731
                     measured = kept_bytes(forward, model.modules[0].parameters())
                     formula = estimate_activations(model.spec, parallel, rows, dtype=dtype, cuda=False).kept
                     found.append((kind, dtype, recompute, count, length, packing, measured, formula))

@@ -25,7 +25,6 @@ def main() -> None:
 
     # isort: split
     from groups import leave_layout
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     zoo = Path(sys.argv[1])
@@ -46,16 +45,16 @@ def main() -> None:
             whole = out_BTX
             if model.head == "lm":
                 logits = gpt.lm_head(model.modules[-1], model.spec).logits(out_BTX)
-                whole = gather_from_tensor_model_parallel_region(logits)
+                whole = gather_from_tensor_model_parallel_region(logits, model.collection.tp)
             return whole[..., :channels].float().permute(2, 0, 1).contiguous()
 
-        batch = collate(rows, packing=packing, pad_multiple=parallel_state.get_tensor_model_parallel_world_size())
+        batch = collate(rows, packing=packing, pad_multiple=model.collection.tp.size())
         per_channel = [batch.split(x) for x in model.forward([batch], fn, channels=channels)[0]]
         return [torch.stack(of_sample, -1) for of_sample in zip(*per_channel)]
 
     def logprobs_error() -> dict[str, float]:
         """Against torch on all logits: values, entropy, gradients of hidden states and head; also with a softcap."""
-        group, generator = parallel_state.get_tensor_model_parallel_group(), torch.Generator().manual_seed(0)
+        group, generator = model.collection.tp, torch.Generator().manual_seed(0)
         real, padded, tp, rank = 150, 256, group.size(), group.rank()
         hidden, weight = torch.randn(3, 9, 8, generator=generator), torch.randn(padded, 8, generator=generator)
         targets = torch.randint(0, real, (3, 9), generator=generator)

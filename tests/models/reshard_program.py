@@ -119,7 +119,7 @@ def main() -> None:
             case.get("cp", 1),
             case.get("ep", 1),
         )
-        layout = state.Layout.of(parallel, world)
+        layout = state.Layout.from_config(parallel, world)
         shapes = {name: tensor.shape for name, tensor in hf_tensors(spec, head="lm").items()}
         shard, wanted = trainer_shard(spec, layout, rank), vllm_map(spec, tp=case["to"], rank=rank % case["to"])
         generator = torch.Generator().manual_seed(7)

@@ -1,4 +1,6 @@
-"""The auxiliary losses of routers are the papers' formulae, of every sample by itself; test_training.py trains with them."""
+"""The auxiliary losses of routers are the papers' formulae, of every sample by itself; test_training.py trains with
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import torch
 
 from mrlhf.data.loader import Sample, collate
 from mrlhf.models.families.spec import Experts
-from mrlhf.models.layers.router import choose, scores
-from mrlhf.models.layers.router_losses import balancing_sum, samples_of, z_sum
+from mrlhf.models.layers.router import choose_experts, expert_scores
+from mrlhf.models.layers.router_losses import balancing_sum, token_samples, z_sum
 
 
 def literal(p_TE: torch.Tensor, chosen: list[list[int]], experts: int) -> torch.Tensor:
@@ -32,8 +34,8 @@ def test_balancing_loss_is_the_papers_for_every_sample() -> None:
     for kind in ("softmax", "sigmoid"):
         experts = Experts(5, 2, 8, score=kind)  # type: ignore[arg-type]
         logits = torch.randn(len(sample_T), 5, generator=generator).requires_grad_()
-        s_TE = scores(logits, experts)
-        chosen_TK, _ = choose(s_TE, experts, None)
+        s_TE = expert_scores(logits, experts)
+        chosen_TK, _ = choose_experts(s_TE, experts, None)
         ours = balancing_sum(s_TE, chosen_TK, sample_T)
         wanted = torch.zeros(())
         for sample in (0, 1, 2):
@@ -61,19 +63,21 @@ def test_z_loss() -> None:
 
 
 def test_padding_and_fillers_belong_to_no_sample() -> None:
-    rows = [Sample(torch.arange(n).numpy(), torch.ones(n).numpy(), i, weight=float(i != 1)) for i, n in enumerate((3, 2, 1))]
-    assert samples_of(collate(rows, packing=True, pad_multiple=4)).tolist() == [[0, 0, 0, -1, -1, 2, -1, -1]]
-    assert samples_of(collate(rows, packing=False)).tolist() == [[0, 0, 0], [-1, -1, -1], [2, -1, -1]]
+    rows = [
+        Sample(torch.arange(n).numpy(), torch.ones(n).numpy(), i, weight=float(i != 1)) for i, n in enumerate((3, 2, 1))
+    ]
+    assert token_samples(collate(rows, packing=True, pad_multiple=4)).tolist() == [[0, 0, 0, -1, -1, 2, -1, -1]]
+    assert token_samples(collate(rows, packing=False)).tolist() == [[0, 0, 0], [-1, -1, -1], [2, -1, -1]]
 
 
 def test_groups_and_bias_of_the_choice() -> None:
     s = torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.2, 0.3]])
     best = Experts(6, 2, 8, renormalise=False, score="sigmoid", groups=3, top_groups=1)
-    chosen, weights = choose(s, best, None)
+    chosen, weights = choose_experts(s, best, None)
     assert sorted(chosen[0].tolist()) == [0, 1] and sorted(weights[0].tolist()) == sorted(s[0, :2].tolist())
     two = Experts(6, 2, 8, score="sigmoid", groups=3, top_groups=1, group_score="best_two", weight_scale=2.0)
-    chosen, weights = choose(s, two, None)
+    chosen, weights = choose_experts(s, two, None)
     assert sorted(chosen[0].tolist()) == [2, 3] and abs(float(weights.sum()) - 2.0) < 1e-6
-    chosen, weights = choose(s, two, torch.tensor([0.0, 0, 0, 0, 1, 1]))
+    chosen, weights = choose_experts(s, two, torch.tensor([0.0, 0, 0, 0, 1, 1]))
     assert sorted(chosen[0].tolist()) == [4, 5]
     torch.testing.assert_close(weights.sort().values, torch.tensor([[0.8, 1.2]]))

@@ -27,7 +27,7 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, int, int, int]:
     tp, pp, dp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     pieces = draw(st.sampled_from([1, 2])) if pp > 1 else 1
     ep = draw(st.sampled_from([n for n in (1, 2, 4) if tp * dp % n == 0]))
-    layout = Layout(tp * pp * dp, tp, pp, ep=ep, pieces=pieces)
+    layout = Layout(tp * pp * dp, tp, pp, ep=ep, virtual_stages=pieces)
     rollout, replicas = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([0, 1, 3]))
     if replicas:
         return layout, pp * pieces, rollout, rollout * replicas
@@ -56,7 +56,7 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(
     for rank in range(world):
         copies = [p for p in planner.incoming(rank) if p.src == rank]
         received = [m for m in messages[rank] if m.dst == rank]
-        for p in (*copies, *(p for m in received for p in m.pieces)):
+        for p in (*copies, *(p for m in received for p in m.transfers)):
             got[rank][p.target].narrow(p.dim, p.target_offset, p.length).copy_(
                 held[p.src][p.source].narrow(p.dim, p.source_offset, p.length)
             )
@@ -65,7 +65,7 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(
             assert torch.equal(got[rank][name], tensor), (rank, name)
             assert torch.equal(written[rank][name], (tensor >= 0).double()), (rank, name)
         assert sum(m.numel for m in received) == minimum(shapes, sources[rank], planner.targets[rank])
-        assert all(m.numel <= limit or (len(m.pieces), m.pieces[0].length) == (1, 1) for m in messages[rank])
+        assert all(m.numel <= limit or (len(m.transfers), m.transfers[0].length) == (1, 1) for m in messages[rank])
         # what one rank sends is what the other expects, and in the same place of one order without ties
         for other in range(world):
             assert [m for m in messages[rank] if m.src == rank and m.dst == other] == [
@@ -74,7 +74,7 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(
         assert [m.key for m in messages[rank]] == sorted({m.key for m in messages[rank]})
     totals = planner.bytes_of_ranks(2)
     for r, mine in enumerate(messages):
-        pieces = [p for m in mine for p in m.pieces]
+        pieces = [p for m in mine for p in m.transfers]
         parts = [p for p in pieces if p.src == r], [p for p in pieces if p.dst == r], [p for p in planner.incoming(r) if p.src == r]
         assert totals[r] == tuple(sum(planner.nbytes(p, 2) for p in part) for part in parts)
 
@@ -124,8 +124,8 @@ def test_buckets_are_bounded() -> None:
     plan = Reshard(planner, rank=1, dtype=torch.float32, bucket_bytes=2048)
     assert plan.received == 4 * (1024 + 1024 + 20) and plan.sent == plan.copied == 0
     assert all(4 * sum(m.numel for m in bucket) <= 1024 for bucket in plan.buckets) and len(plan.buckets) == 9
-    small_messages = [m for bucket in plan.buckets for m in bucket if any(p.hf.startswith("s") for p in m.pieces)]
-    assert sum(len(m.pieces) for m in small_messages) >= 20 and len(small_messages) <= 2
+    small_messages = [m for bucket in plan.buckets for m in bucket if any(p.hf.startswith("s") for p in m.transfers)]
+    assert sum(len(m.transfers) for m in small_messages) >= 20 and len(small_messages) <= 2
 
 
 def test_numbers_that_stay_in_fp32_travel_so() -> None:

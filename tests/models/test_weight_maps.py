@@ -138,17 +138,17 @@ def test_trainer_stages_hold_the_whole_model_once() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "options"),
-    [(8, {"pp": 4}), (8, {"pp": 2, "pieces": 2}), (12, {"pp": 3, "pieces": 2}), (7, {"pp": 3, "first_layers": 1}),
+    [(8, {"pp": 4}), (8, {"pp": 2, "virtual_stages": 2}), (12, {"pp": 3, "virtual_stages": 2}), (7, {"pp": 3, "first_layers": 1}),
      (9, {"pp": 3, "last_layers": 1}), (9, {"pp": 3, "first_layers": 2, "last_layers": 3}),
      (5, {"pp": 2, "first_layers": 2, "last_layers": 3}),
-     (10, {"pp": 3, "pieces": 2, "first_layers": 2, "last_layers": 4})],
+     (10, {"pp": 3, "virtual_stages": 2, "first_layers": 2, "last_layers": 4})],
 )
 def test_stages_are_those_that_megatron_builds(layers: int, options: dict[str, int]) -> None:
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    pieces = options.get("pieces")
+    pieces = options.get("virtual_stages")
     config = TransformerConfig(
         num_layers=layers, hidden_size=8, num_attention_heads=2, pipeline_model_parallel_size=options["pp"],
         pipeline_dtype=torch.float32,
@@ -161,7 +161,7 @@ def test_stages_are_those_that_megatron_builds(layers: int, options: dict[str, i
             start = get_transformer_layer_offset(config, piece, rank)
             for layer in range(start, start + get_num_layers_to_build(config, piece, rank)):
                 expected[layer] = rank
-    assert Layout(options["pp"], 1, **options).stages(layers) == expected
+    assert Layout(options["pp"], 1, **options).stage_of_layers(layers) == expected
 
 
 def test_experts_over_ranks_are_whole_and_each_once() -> None:

@@ -11,7 +11,13 @@ from mrlhf.models.layers.attention import packed_attention
 
 
 def alone(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], *, window: int | None = None, softcap: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: list[int],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(d), causal) v of each sample, written out."""
     pieces, heads = [], q.size(1) // k.size(1)
@@ -33,17 +39,23 @@ def alone(
     st.sampled_from([None, 1, 5, 40]),
     st.sampled_from([None, 1.5]),
 )
-def test_packed_equals_each_sample_alone(lengths: list[int], heads: tuple[int, int], window: int | None, softcap: float | None) -> None:
+def test_packed_equals_each_sample_alone(
+    lengths: list[int], heads: tuple[int, int], window: int | None, softcap: float | None
+) -> None:
     total = sum(lengths)
     generator = torch.Generator().manual_seed(total)
-    q, k, v = (torch.randn(total, n, 8, generator=generator, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
+    q, k, v = (
+        torch.randn(total, n, 8, generator=generator, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+    )
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     weights = torch.randn(total, heads[0], 8, generator=generator)
     ours = packed_attention(q, k, v, cu, max(lengths), None, window=window, softcap=softcap)
     theirs = alone(q, k, v, lengths, window=window, softcap=softcap)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for a, b in zip(
-        torch.autograd.grad((ours * weights).sum(), (q, k, v)), torch.autograd.grad((theirs * weights).sum(), (q, k, v)), strict=True
+        torch.autograd.grad((ours * weights).sum(), (q, k, v)),
+        torch.autograd.grad((theirs * weights).sum(), (q, k, v)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

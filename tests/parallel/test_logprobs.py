@@ -1,4 +1,6 @@
-"""Log-probs, entropy and gradients against torch, alone; tests/models/test_layouts.py has the same under tensor parallelism."""
+"""Log-probs, entropy and gradients against torch, alone; tests/models/test_layouts.py has the same under tensor
+parallelism.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,12 @@ N, H, PADDED, REAL = 11, 6, 64, 50
 
 
 def reference(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, scale: float = 1.0, softcap: float = 0.0
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits = (hidden @ weight[:REAL].T).float() * scale
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -33,7 +40,9 @@ def gradients(total: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor,
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
 @pytest.mark.parametrize("chunk", [1, 3, N, 100])
-def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, temperature: float, chunk: int, softcap: float | None) -> None:
+def test_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, chunk: int, softcap: float | None
+) -> None:
     """Chunks that do and do not divide the tokens; rows beyond the vocabulary get no probability and no gradient."""
     monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", chunk * 4 * REAL)
     hidden, weight, targets = inputs()
@@ -73,7 +82,9 @@ def test_gradient_equals_finite_differences() -> None:
         logps, entropy, *_ = head_logprobs(h, targets, Head(w, REAL, softcap=5.0), temperature=0.8, with_entropy=True)
         return (logps + 0.3 * entropy).sum()
 
-    found = sum(float((g * t).sum()) for g, t in zip(gradients(total(hidden, weight), hidden, weight), towards, strict=True))
+    found = sum(
+        float((g * t).sum()) for g, t in zip(gradients(total(hidden, weight), hidden, weight), towards, strict=True)
+    )
     ends = [total(hidden + s * step * towards[0], weight + s * step * towards[1]).detach().double() for s in (1, -1)]
     assert found == pytest.approx(float(ends[0] - ends[1]) / (2 * step), rel=5e-3)
 
@@ -81,7 +92,9 @@ def test_gradient_equals_finite_differences() -> None:
 def test_only_one_of_the_outputs_used() -> None:
     hidden, weight, targets = inputs()
     for use in (0, 1):
-        ours = gradients(head_logprobs(hidden, targets, Head(weight, REAL), with_entropy=True)[use].sum(), hidden, weight)
+        ours = gradients(
+            head_logprobs(hidden, targets, Head(weight, REAL), with_entropy=True)[use].sum(), hidden, weight
+        )
         theirs = gradients(reference(hidden, weight, targets)[use].sum(), hidden, weight)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -98,7 +111,9 @@ def test_only_kept_tokens(kept: int) -> None:
     torch.testing.assert_close(logps, wanted * keep, atol=5e-6, rtol=1e-6)
     torch.testing.assert_close(entropy, wanted_entropy * keep, atol=5e-6, rtol=1e-6)
     assert not is_top[keep == 0].any()
-    for a, b in zip(gradients(logps.sum(), hidden, weight), gradients((wanted * keep).sum(), hidden, weight), strict=True):
+    for a, b in zip(
+        gradients(logps.sum(), hidden, weight), gradients((wanted * keep).sum(), hidden, weight), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -112,7 +127,9 @@ def test_shape_and_dtype() -> None:
     """Leading dimensions stay; bf16 gives fp32 results and bf16 gradients, near the fp32 ones of the same numbers."""
     hidden, weight, targets = inputs()
     half, half_weight = (x.detach().bfloat16().requires_grad_() for x in (hidden, weight))
-    logps, entropy, is_top, _ = head_logprobs(half.view(1, N, H), targets.view(1, N), Head(half_weight, REAL), temperature=0.5)
+    logps, entropy, is_top, _ = head_logprobs(
+        half.view(1, N, H), targets.view(1, N), Head(half_weight, REAL), temperature=0.5
+    )
     assert logps.shape == entropy.shape == is_top.shape == (1, N)
     assert logps.dtype == torch.float32 and not entropy.any() and not entropy.requires_grad
     torch.testing.assert_close(logps[0], reference(half, half_weight, targets, 0.5)[0], atol=2e-6, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Every layout = one process, packed = padded, and one process = a plain transformers loop on the same data, in fp32."""
+"""Every layout = one process, packed = padded, one process = a plain transformers loop on the same data; in fp32."""
 
 from __future__ import annotations
 

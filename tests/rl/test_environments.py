@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,9 +142,9 @@ def test_turns_tokens_masks_and_rewards(file: Path, tokenizer: Any) -> None:
     assert placed[batch.mask_BT.bool()].tolist() == [v for b in range(3) for v in values_BA[b, : len(answers[b].logps)].tolist()]
     targets = batch.targets_BT[batch.mask_BT.bool()].tolist()
     assert tokenizer.decode(targets) == "".join(turn for script in scripts for turn in script)
-    model = SimpleNamespace(forward=lambda batches, fn, channels: [placed[None]], groups=SimpleNamespace(in_force=nullcontext))
+    model = SimpleNamespace(forward=lambda batches, fn, channels: [placed[None]], groups=None)
     unsummed = pytest.MonkeyPatch()
-    unsummed.setattr("mrlhf.rl.rollout.tables.state.sum_over_data_parallel", lambda x: x)
+    unsummed.setattr("mrlhf.rl.rollout.tables.state.sum_over_data_parallel", lambda x, of: x)
     assert torch.equal(compute_tables(model, [batch], None, shape=values_BA.shape)[0], values_BA * rollout.mask_BA())
     unsummed.undo()
 

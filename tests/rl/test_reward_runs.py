@@ -65,9 +65,9 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(
 
     # ids, and the texts that they are: the same scores as the command has written
     from mrlhf.data.indexed import PackedDataset
-    from mrlhf.data.tokenizers.hf import fingerprint, load
+    from mrlhf.data.tokenizers.hf import fingerprint, load_tokenizer
 
-    data, tokenizer = PackedDataset.open(world / "pref"), load(world / "qwen2")
+    data, tokenizer = PackedDataset.open(world / "pref"), load_tokenizer(world / "qwen2")
     chosen = [data.sample(2 * i) for i in range(len(wanted))]
     prompts = [tokens[mask == 0].tolist() for _, tokens, mask in chosen]
     answers = [tokens[mask == 1].tolist() for _, tokens, mask in chosen]

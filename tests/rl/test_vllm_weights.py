@@ -21,7 +21,7 @@ def test_fp8_made_anew_equals_a_fresh_start(tmp_path: Path) -> None:
     assert found["answers"][0] != found["answers"][1]
     assert not found["moved"], "vLLM's kernels read the same memory after an update"
     assert found["made"] == 4 * 4, "the four linear layers of each of four layers"
-    assert found["rounds"] > 1 and found["largest"] <= found["most_plain_bytes"] <= found["bucket"]
+    assert found["rounds"] > 1 and found["largest"] <= found["bucket"]
     assert found["received"] > 0
     assert found["sampler_differences"] == 0
 

@@ -94,7 +94,7 @@ def main() -> None:
         found.append(answers())
     result = {
         "answers": found, "moved": before != addresses(), "rounds": len(update.rounds), "made": len(engine.weights.made), "bucket": BUCKET,
-        "most_plain_bytes": update.most_plain_bytes, "largest": most[0], "received": update.received,
+        "largest": most[0], "received": update.received,
     }  # fmt: skip
     engine.shutdown()
     result["sampler_differences"] = sampler_differences(*own_sampler)

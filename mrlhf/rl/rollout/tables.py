@@ -182,5 +182,4 @@ def compute_tables(
             rows = output_CBT[c].cpu()[keep].double().split(lengths)
             for b, row in zip(batch.index_N.tolist(), rows, strict=True):
                 tables[c, b, : len(row)] = row
-    with model.groups.in_force():
-        return [t.float() for t in state.sum_over_data_parallel(tables)]
+    return [t.float() for t in state.sum_over_data_parallel(tables, model.groups)]

@@ -1,7 +1,8 @@
-"""Rotary positions that may differ from layer to layer, for Megatron's GPTModel.
+"""Self-attention whose rotary positions differ from layer to layer, for Megatron's GPTModel.
 
-Megatron computes one table of angles a forward pass and hands it to all layers. Here the table holds one for every
-kind of rope in the model, [s, kinds, 1, d], and each layer's attention takes its own, or none.
+Megatron computes one table of angles a forward pass and hands it to all layers. Here the table holds the angles of
+every kind of rotary positions in the model, [s, kinds, 1, d], and each layer's attention takes its own kind, or none.
+Kinds and their frequencies: models/families/rope_frequencies.py.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from megatron.core.transformer.attention import SelfAttention
 from mrlhf.parallel.context import ContextParams
 
 
-class Rotary(RotaryEmbedding):
-    """In the place of GPTModel.rotary_pos_emb. inv_freq_KF: radians a token of every kind of rope and pair of dimensions.
+class RotaryTable(RotaryEmbedding):
+    """Replaces GPTModel.rotary_pos_emb. inv_freq_KF: radians a token, for every kind and pair of dimensions.
 
-    interleaved  the pairs are dimensions (0, 1), (2, 3), ... instead of (0, F), (1, F + 1), ...
+    interleaved: the pairs are dimensions (0, 1), (2, 3), ... instead of (0, F), (1, F + 1), ...
     """
 
     def __init__(self, inv_freq_KF: torch.Tensor, *, interleaved: bool) -> None:
@@ -25,14 +26,14 @@ class Rotary(RotaryEmbedding):
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
         """Angles [s, kinds, 1, rotated dimensions]."""
-        at = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=torch.float32) + offset
-        angles = at[:, None, None] * self.inv_freq
-        table = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles, angles), dim=-1)
-        return table[:, :, None]
+        position_S = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=torch.float32) + offset
+        angles_SKF = position_S[:, None, None] * self.inv_freq
+        angles_SK1F = angles_SKF[:, :, None]
+        return angles_SK1F.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles_SK1F,) * 2, dim=-1)
 
 
-class OwnRope:
-    """Before a class of Megatron's attention: the rope of its layer (`rope`: index of the kind; None: no positions)."""
+class LayerRope:
+    """Mixin for Megatron's attention classes. rope: the layer's kind of rotary positions; None: none."""
 
     def __init__(self, *args, rope: int | None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -47,5 +48,5 @@ class OwnRope:
         return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)
 
 
-class Attention(OwnRope, SelfAttention):
-    """Megatron's self-attention with the rope of its layer."""
+class RotaryAttention(LayerRope, SelfAttention):
+    """Megatron's self-attention with the rotary positions of its layer."""
