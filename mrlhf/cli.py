@@ -111,12 +111,9 @@ def _split_args(stage: str, args: list[str]) -> tuple[str | None, bool, list[str
     flags = [a for a in overrides if a.startswith("--")]
     if config_file is None and not flags:
         yaml = next((a for a in overrides if a.endswith((".yaml", ".yml"))), None)
-        raise ConfigError(
-            f"mrlhf {stage} needs its options",
-            where="command line",
-            expected=f"--config FILE, or --key VALUE (mrlhf {stage} --help)",
-            fix=f"--config {yaml}" if yaml else None,
-        )
+        raise ConfigError(f"mrlhf {stage} needs its options", where="command line",
+                          expected=f"--config FILE, or --key VALUE (mrlhf {stage} --help)",
+                          fix=f"--config {yaml}" if yaml else None)
     return config_file, dry, overrides
 
 

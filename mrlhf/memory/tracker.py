@@ -1,8 +1,9 @@
 """How much memory the phases of a run had, and the error of a rank that has none left.
 
-torch says "out of memory" in several ways, Python and NumPy in others; inside a phase each becomes an `OutOfMemory`: rank, phase, what was
-asked for, the peaks of all phases so far, and the keys that would need less (less_memory.py). It comes up like any error: no step is
-counted, logged or saved. The other ranks end as for any rank that is lost. What no process can report is the kernel's own killer.
+torch says "out of memory" in several ways, Python and NumPy in others; inside a phase each becomes an `OutOfMemory`:
+rank, phase, what was asked for, the peaks of all phases so far, and the keys that would need less (less_memory.py). It
+comes up like any error: no step is counted, logged or saved. The other ranks end as for any rank that is lost. What no
+process can report is the kernel's own killer.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def _reset_peak() -> None:
 
 
 def _peaks_gib() -> tuple[float, float]:
-    """Since the last reset: (memory of tensors on the device, memory reserved for them); on CPU twice the largest resident size."""
+    """Since the last reset: (memory of tensors on the device, memory reserved for them); on CPU twice the largest
+    resident size.
+    """
     if device.current().is_cuda:
         return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
     if sys.platform == "linux":
@@ -71,7 +74,9 @@ def what_was_asked(text: str) -> str:
         number, unit = float(asked[1].rstrip(".")), asked[2] or "bytes"
         if unit.lower() == "bytes":
             power = min(5, max(0, (int(number).bit_length() - 1) // 10))
-            found.append(f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]} more were asked for")
+            found.append(
+                f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]} more were asked for"
+            )
         else:
             found.append(f"{number:.4g} {unit} more were asked for")
     if free:
@@ -91,7 +96,9 @@ def phase_label(name: str, step: int | None) -> str:
 
 
 class Memory:
-    """`with memory("step", 3): ...` around everything of a run that needs memory. config: of a training stage; world: its ranks."""
+    """`with memory("step", 3): ...` around everything of a run that needs memory. config: of a training stage; world:
+    its ranks.
+    """
 
     def __init__(self, config: TrainingConfig, *, spec: ModelSpec, rank: int, world: int) -> None:
         self.config, self.spec, self.rank, self.world = config, spec, rank, world

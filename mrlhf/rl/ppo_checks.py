@@ -23,7 +23,8 @@ def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfErro
     data, problems = preflight.open_data(config.ptx.data, key="ptx.data", task=None, source=source, seq_length=None)
     if data is not None and data.task not in ("sft", "pretrain"):
         where = f"ptx.data = {config.ptx.data}"
-        problems.append(DataError(f"the data was made with --task {data.task}", where=where, expected="--task sft or pretrain"))
+        problems.append(DataError(f"the data was made with --task {data.task}", where=where,
+                                  expected="--task sft or pretrain"))
     return data, problems
 
 
@@ -44,7 +45,8 @@ def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[Mrlh
         return text and text.replace("parallel.", "ppo.critic_")
 
     problems = [*check_layout(parallel, spec, world), *state.check_batch(config.train, parallel, world)]
-    return [ConfigError(f"critic: {own(e.what)}", where=own(e.where), expected=own(e.expected), fix=own(e.fix)) for e in problems]
+    return [ConfigError(f"critic: {own(e.what)}", where=own(e.where), expected=own(e.expected), fix=own(e.fix))
+            for e in problems]
 
 
 def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
@@ -61,7 +63,8 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
     source, problems = opened.source, opened.problems
     if source is not None:
         tp = config.rollout.tensor_parallel_size
-        problems.extend(check_vllm_model(source.spec, tp=tp, world=generators or trainers, key="rollout.tensor_parallel_size"))
+        problems.extend(check_vllm_model(source.spec, tp=tp, world=generators or trainers,
+                                         key="rollout.tensor_parallel_size"))
         weights, placement = config.rollout.weights, config.rollout.placement
         problems.extend(check_weights(source.spec, weights, dtype=config.model.dtype, placement=placement))
         problems.extend(preflight.check_prompt_budget(config, source, opened.datasets()))

@@ -24,7 +24,9 @@ from mrlhf.training.trainer import Model, Trainer
 
 
 class PPOModels:
-    """Actor and reference, and a critic where the estimator needs one. `critic` and `reference` are None where the run has none."""
+    """Actor and reference, and a critic where the estimator needs one. `critic` and `reference` are None where the run
+    has none.
+    """
 
     def __init__(self, config: PPOStage, inputs: RunInputs, *, updates: int) -> None:
         """updates: optimizer steps of the whole run, for the schedules. Collective."""
@@ -39,7 +41,8 @@ class PPOModels:
             source = critic_source(config, inputs.source)
             balance = make_balance(config.model, trained_tokens) if source.spec.experts is not None else None
             groups = state.groups_for(config.critic_parallel)
-            self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, groups=groups, **common)
+            self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, groups=groups,
+                                  **common)
         self.reference: Model | None = None
         if config.kl.coef > 0:
             self.reference = Model(inputs.source, config.parallel, head="lm", dtype=dtype, seed=seed)
@@ -62,16 +65,13 @@ class PPOModels:
         return micro_batches(rollout, rows, training_batch_plan(self.config, model.groups))
 
     def logprobs(self, model: Model, rollout: Rollout, *, with_entropy: bool = False) -> list[torch.Tensor]:
-        """[B, A] log-probs of the answers under `model` at the rollout's temperature; with_entropy: then the entropies [B, A] too."""
+        """[B, A] log-probs of the answers under `model` at the rollout's temperature; with_entropy: then the entropies
+        [B, A] too.
+        """
 
         def fn(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-            logps_BT, entropy_BT, *_ = model.logprobs(
-                hidden_BTH,
-                batch,
-                temperature=self.config.rollout.temperature,
-                with_entropy=with_entropy,
-                keep_BT=batch.mask_BT,
-            )
+            logps_BT, entropy_BT, *_ = model.logprobs(hidden_BTH, batch, temperature=self.config.rollout.temperature,
+                                                      with_entropy=with_entropy, keep_BT=batch.mask_BT)
             return torch.stack([logps_BT, entropy_BT]) if with_entropy else logps_BT[None]
 
         shape = (rollout.size, int(rollout.lengths_B().max()))

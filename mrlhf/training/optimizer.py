@@ -16,24 +16,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mrlhf.config.options import OptimConfig
 
 
-def make_optimizer(
-    chunks: list[Any], optim: OptimConfig, groups: ProcessGroupCollection, *, dtype: torch.dtype, overlap_gather: bool
-) -> MegatronOptimizer:
+def make_optimizer(chunks: list[Any], optim: OptimConfig, groups: ProcessGroupCollection, *, dtype: torch.dtype,
+                   overlap_gather: bool) -> MegatronOptimizer:
     """chunks: the model's parts, each in Megatron's DistributedDataParallel."""
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=optim.lr,
-        min_lr=optim.min_lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.adam_beta1,
-        adam_beta2=optim.adam_beta2,
-        adam_eps=optim.adam_eps,
-        clip_grad=optim.clip_grad,
-        use_distributed_optimizer=optim.use_distributed_optimizer,
-        overlap_param_gather=overlap_gather,
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
-    )
+    config = OptimizerConfig(optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
+                             adam_beta1=optim.adam_beta1, adam_beta2=optim.adam_beta2, adam_eps=optim.adam_eps,
+                             clip_grad=optim.clip_grad, use_distributed_optimizer=optim.use_distributed_optimizer,
+                             overlap_param_gather=overlap_gather, bf16=dtype == torch.bfloat16, params_dtype=dtype)
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
 
 
@@ -55,16 +44,8 @@ class FusedAdam(torch.optim.Optimizer):
     Megatron needs it.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        **_: Any,
-    ):
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, adam_w_mode: bool = True, **_: Any):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.adam_w_mode = adam_w_mode
 

@@ -35,7 +35,9 @@ class RunInputs:
 
 @dataclass
 class Opened:
-    """What could be opened of a run's inputs, and every problem so far. A stage adds its own, then asks for `inputs`."""
+    """What could be opened of a run's inputs, and every problem so far. A stage adds its own, then asks for
+    `inputs`.
+    """
 
     config: TrainingConfig
     problems: Problems
@@ -78,13 +80,10 @@ def open_train(
 
 def _open_megatron(prefix: str, *, key: str, source: ModelSource | None, seq_length: int | None) -> MegatronText:
     if seq_length is None:
-        raise DataError(
-            "this is Megatron-LM's own text, which has no length of its own",
-            where=f"{key} = {prefix}",
-            expected="data.seq_length",
-            fix="--data.seq_length 4096",
-        )
-    return MegatronText(prefix, seq_length=seq_length, vocab_size=source.spec.vocab_size if source is not None else 1 << 62)
+        raise DataError("this is Megatron-LM's own text, which has no length of its own", where=f"{key} = {prefix}",
+                        expected="data.seq_length", fix="--data.seq_length 4096")
+    return MegatronText(prefix, seq_length=seq_length,
+                        vocab_size=source.spec.vocab_size if source is not None else 1 << 62)
 
 
 def open_data(
@@ -105,17 +104,16 @@ def open_data(
         found.append(DataError(what, where=f"{key} = {prefix}", expected=expected, fix=fix))
 
     if task is not None and data.task != task:
-        bad(f"the data was made with --task {data.task}", f"--task {task}", f"tools/preprocess_data.py --task {task} ...")
+        bad(f"the data was made with --task {data.task}", f"--task {task}",
+            f"tools/preprocess_data.py --task {task} ...")
     if seq_length is not None and data.meta["seq_length"] != seq_length:
-        bad(
-            f"the data was made with --seq-length {data.meta['seq_length']}",
-            f"data.seq_length = {seq_length}",
-            f"--data.seq_length {data.meta['seq_length']}",
-        )
+        bad(f"the data was made with --seq-length {data.meta['seq_length']}", f"data.seq_length = {seq_length}",
+            f"--data.seq_length {data.meta['seq_length']}")
     if source is not None:
         limit = source.spec.max_position_embeddings
         if data.max_length > limit:
-            bad(f"its longest sample has {data.max_length} tokens", f"at most max_position_embeddings = {limit} of {source.path}")
+            bad(f"its longest sample has {data.max_length} tokens",
+                f"at most max_position_embeddings = {limit} of {source.path}")
         if isinstance(data, MegatronText):
             return data, found
         try:
@@ -129,7 +127,8 @@ def open_data(
                 f"tools/preprocess_data.py --tokenizer {source.hf_dir} ...",
             )
         elif data.meta["vocab_size"] > source.spec.vocab_size:
-            bad(f"the tokenizer has {data.meta['vocab_size']} ids", f"at most vocab_size = {source.spec.vocab_size} of {source.path}")
+            bad(f"the tokenizer has {data.meta['vocab_size']} ids",
+                f"at most vocab_size = {source.spec.vocab_size} of {source.path}")
     return data, found
 
 
@@ -185,7 +184,9 @@ def _check_model(config: TrainingConfig, source: ModelSource) -> list[ConfigErro
 
 
 def check_micro_batches(config: TrainingConfig, data: Dataset, *, key: str) -> list[MrlhfError]:
-    """Under train.max_tokens_per_micro_batch the largest row must fit; of a rollout, the longest prompt with the longest answer."""
+    """Under train.max_tokens_per_micro_batch the largest row must fit; of a rollout, the longest prompt with the
+    longest answer.
+    """
     limit, multiple = config.train.max_tokens_per_micro_batch, state.pad_multiple(config.parallel)
     if limit is None:
         return []

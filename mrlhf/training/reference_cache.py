@@ -1,8 +1,10 @@
-"""Reference log-probs of DPO, computed once and kept beside the data under the reference's fingerprint, so that later runs read them.
+"""Reference log-probs of DPO, computed once and kept beside the data under the reference's fingerprint, so that later
+runs read them.
 
-    PREFIX_reference_<16 digits>.safetensors    "logps" float32 [samples]: each answer's log-prob, summed over its trained tokens
-The file says which data, which reference and which dtype it is of, and the SHA-256 of its values; what does not fit is computed anew.
-A blend has a file beside each of its sources.
+    PREFIX_reference_<16 digits>.safetensors    "logps" float32 [samples]: each answer's log-prob, summed over its
+    trained tokens
+The file says which data, which reference and which dtype it is of, and the SHA-256 of its values; what does not fit is
+computed anew. A blend has a file beside each of its sources.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ log = logging.getLogger(__name__)
 def fingerprint(source: ModelSource, *, dtype: str) -> str:
     """SHA-256 over config and weights of a model as they are on disk, and the dtype it is run in. Collective.
 
-    Every file is read once, shared out over the ranks: about 1.5 GB/s a rank. A checkpoint with optimizer state has another fingerprint
-    than the same weights without it.
+    Every file is read once, shared out over the ranks: about 1.5 GB/s a rank. A checkpoint with optimizer state has
+    another fingerprint than the same weights without it.
     """
     weights = source.path / "dist" if source.is_checkpoint else source.path
     files = [
@@ -80,13 +82,17 @@ def write(path: Path, logps: torch.Tensor, *, facts: dict[str, str]) -> None:
 
 
 def places(data: Dataset, run_dir: Path, reference: str) -> list[Path]:
-    """Where the file of one data set may lie: beside the data, or, where that cannot be written, in the run's directory."""
+    """Where the file of one data set may lie: beside the data, or, where that cannot be written, in the run's
+    directory.
+    """
     beside = Path(f"{data.prefix}_reference_{reference[:16]}.safetensors")
     return [beside, run_dir / f"{beside.stem}_{data.identity[:16]}.safetensors"]
 
 
 def stored(data: Dataset, *, reference: str, run_dir: Path, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """[samples] of one data set, on every rank: read where they are whole, else computed and written. Collective, as `compute` is."""
+    """[samples] of one data set, on every rank: read where they are whole, else computed and written. Collective, as
+    `compute` is.
+    """
     facts = {"data": data.identity, "reference": reference}
     box: list[torch.Tensor | None] = [None]
     if state.is_main():

@@ -19,14 +19,8 @@ def make_order(config: TrainingConfig, data: Dataset) -> Order:
     """Rows of every step. The dry run and the checkpoint arithmetic use it too."""
     rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
     mix = Mix.from_weights(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
-    return Order(
-        mix,
-        global_batch_size=config.train.global_batch_size,
-        num_epochs=config.train.num_epochs,
-        max_steps=config.train.max_steps,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
+    return Order(mix, global_batch_size=config.train.global_batch_size, num_epochs=config.train.num_epochs,
+                 max_steps=config.train.max_steps, seed=config.train.seed, shuffle=config.data.shuffle)
 
 
 def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str, float]:
@@ -52,16 +46,8 @@ def data_position(order: Order, data: Dataset, consumed: list[int]) -> dict[str,
     return {"data": [{"prefix": d.prefix, "identity": d.identity, "rows": rows, "consumed": n} for d, rows, n in parts]}
 
 
-def restore_position(
-    order: Order,
-    data: Dataset,
-    manifest: dict[str, Any],
-    *,
-    where: str,
-    position: int | None = None,
-    hf_dir: Path | None = None,
-    allowed: Collection[str] = (),
-) -> None:
+def restore_position(order: Order, data: Dataset, manifest: dict[str, Any], *, where: str, position: int | None = None,
+                     hf_dir: Path | None = None, allowed: Collection[str] = ()) -> None:
     """Move the order to a checkpoint's position (None: that of its step).
 
     hf_dir: the model that the run starts from; its tokenizer must be the checkpoint's. allowed: train.allow_changes.

@@ -59,20 +59,12 @@ _H100_BF16_TFLOPS = 989.0  # dense, SXM
 class Run:
     """The parts that every training stage has: directory, stopper, checkpoints, tracker, phases, the range of steps.
 
-    Started again with the same configuration it continues after its newest checkpoint (`resumed`, `done`); `finished`: nothing is left
-    to do, and the run only has to be closed.
+    Started again with the same configuration it continues after its newest checkpoint (`resumed`, `done`); `finished`:
+    nothing is left to do, and the run only has to be closed.
     """
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        inputs: RunInputs,
-        layout: state.Layout,
-        *,
-        total_steps: int,
-        began: float,
-        store: dist.Store | None = None,
-    ) -> None:
+    def __init__(self, config: TrainingConfig, inputs: RunInputs, layout: state.Layout, *, total_steps: int,
+                 began: float, store: dist.Store | None = None) -> None:
         """After torch.distributed was started. began: time.monotonic() of the process's start. store: see Stopper."""
         self.config, self.inputs, self.layout, self.total_steps = config, inputs, layout, total_steps
         self.output_dir = Path(config.train.output_dir)
@@ -95,7 +87,8 @@ class Run:
         if self.finished:
             return
         self.tracker = self._make_tracker()
-        # Objects of the start-up live as long as the run: collections, a full one in each of Megatron's saves, skip them (0.2 s).
+        # Objects of the start-up live as long as the run: collections, a full one in each of Megatron's saves, skip
+        # them (0.2 s).
         gc.collect()
         gc.freeze()
         for step in range(self.done + 1, self.total_steps + 1):
@@ -142,9 +135,8 @@ class Run:
     def with_optimizer(self, step: int) -> bool:
         return step < self.total_steps or self.config.checkpoint.save_optimizer
 
-    def write_checkpoint(
-        self, step: int, parts: list[Part], content: dict[str, Any], *, files: Mapping[str, bytes] | None = None
-    ) -> None:
+    def write_checkpoint(self, step: int, parts: list[Part], content: dict[str, Any], *,
+                         files: Mapping[str, bytes] | None = None) -> None:
         """content: what the manifest says beyond `run_manifest`; files: further files of the checkpoint by name."""
         manifest = run_manifest(self.config, self.layout, self.inputs.source.hf_dir) | content
         if self._evaluation[0] == step:
@@ -163,19 +155,11 @@ class Run:
 
     def _make_tracker(self) -> Tracker:
         options = self.config.logging
-        return Tracker(
-            self.output_dir,
-            config_yaml=dump_yaml(self.config),
-            env={"device": device.current().summary(), "world_size": state.world_size()},
-            is_main=state.is_main(),
-            stage=self.config.stage,
-            total_steps=self.total_steps,
-            start_step=self.done,
-            log_interval=options.log_interval,
-            tensorboard=options.tensorboard,
-            wandb_project=options.wandb_project,
-            mlflow_experiment=options.mlflow_experiment,
-        )
+        return Tracker(self.output_dir, config_yaml=dump_yaml(self.config),
+                       env={"device": device.current().summary(), "world_size": state.world_size()},
+                       is_main=state.is_main(), stage=self.config.stage, total_steps=self.total_steps,
+                       start_step=self.done, log_interval=options.log_interval, tensorboard=options.tensorboard,
+                       wandb_project=options.wandb_project, mlflow_experiment=options.mlflow_experiment)
 
 
 class SupervisedRun(Run):
@@ -209,24 +193,17 @@ class SupervisedRun(Run):
 
     def _make_trainer(self, head: str, count: Count) -> Trainer:
         config = self.config
-        return Trainer(
-            self.inputs.source,
-            config.parallel,
-            config.optim,
-            head=head,
-            dtype=config.model.dtype,
-            seed=config.train.seed,
-            total_steps=self.total_steps,
-            random_init=config.model.init == "random",
-            on_nonfinite=config.train.on_nonfinite,
-            neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
-            balance=make_balance(config.model, count),
-        )
+        return Trainer(self.inputs.source, config.parallel, config.optim, head=head, dtype=config.model.dtype,
+                       seed=config.train.seed, total_steps=self.total_steps, random_init=config.model.init == "random",
+                       on_nonfinite=config.train.on_nonfinite,
+                       neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
+                       balance=make_balance(config.model, count))
 
     def batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, this rank's micro-batches) of the steps that are left.
 
-        A resumed run loads its checkpoint here: until the first batch the trainer has the starting weights (DPO's reference).
+        A resumed run loads its checkpoint here: until the first batch the trainer has the starting weights (DPO's
+        reference).
         """
         if self.resumed is not None:
             with self.phase("build"):
@@ -264,7 +241,9 @@ class SupervisedRun(Run):
         return values
 
     def evaluate(self, step: int, loss_fn: LossFn, prepare: Callable[[list[MicroBatch]], None] | None = None) -> None:
-        """Every row of the evaluation set once; logs eval/*. prepare: called with each slice's micro-batches before they run."""
+        """Every row of the evaluation set once; logs eval/*. prepare: called with each slice's micro-batches before
+        they run.
+        """
         assert self.eval_loader is not None
         results = []
         with self.phase("evaluate", step):
@@ -291,7 +270,9 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def report_spike(detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer, data: Dataset) -> dict[str, float]:
+def report_spike(
+    detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer, data: Dataset
+) -> dict[str, float]:
     """train/loss_spike of one step; for a spike also a line with the samples of the worst micro-batches. Collective."""
     spike = detector.check_loss(loss)
     is_spike = state.on_any_rank(spike is not None)  # losses of tensor-parallel ranks may differ in the last bit

@@ -66,10 +66,8 @@ class Model:
     groups: the process groups of `parallel`, by default those of the run.
     """
 
-    def __init__(
-        self, source: ModelSource, parallel: ParallelConfig, *, head: str, dtype: str, seed: int,
-        random_init: bool = False, groups: state.Groups | None = None,
-    ) -> None:
+    def __init__(self, source: ModelSource, parallel: ParallelConfig, *, head: str, dtype: str, seed: int,
+                 random_init: bool = False, groups: state.Groups | None = None) -> None:
         self.source, self.spec, self.head, self.dtype = source, source.spec, head, dtype
         self.groups = groups or state.groups()
         self.collection = self.groups.collection
@@ -97,10 +95,8 @@ class Model:
         assert kind == "weights", kind
         return [p.data for module in self.modules for p in (*module.parameters(), *module.buffers())]
 
-    def logprobs(
-        self, hidden_BTH: torch.Tensor, batch: MicroBatch, *, temperature: float = 1.0, with_entropy: bool = False,
-        keep_BT: torch.Tensor | None = None,
-    ) -> TargetLogProbs:
+    def logprobs(self, hidden_BTH: torch.Tensor, batch: MicroBatch, *, temperature: float = 1.0,
+                 with_entropy: bool = False, keep_BT: torch.Tensor | None = None) -> TargetLogProbs:
         """Log-probs of the batch's targets from an LM's output, fields [B, T]; see `head_logprobs`."""
         compute = partial(head_logprobs, temperature=temperature, with_entropy=with_entropy, keep=keep_BT)
         return compute(hidden_BTH, batch.targets_BT, self._head())
@@ -122,9 +118,8 @@ class Model:
         )
 
     @torch.no_grad()
-    def forward(
-        self, micro_batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *, channels: int
-    ) -> list[torch.Tensor]:
+    def forward(self, micro_batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *,
+                channels: int) -> list[torch.Tensor]:
         """`fn(output, batch)` -> fp32 [channels, B, T] of every micro-batch, on every pipeline stage, without gradient.
 
         Under context parallelism `fn` sees this rank's tokens; the returned rows are whole.
@@ -148,10 +143,8 @@ class Model:
         for chunk in self.chunks:
             chunk.train(on)
 
-    def _loss_step(
-        self, loss_fn: LossFn, noise: Callable[[MicroBatch], torch.Tensor] | None = None,
-        balance: StepBalance | None = None,
-    ) -> Callable:
+    def _loss_step(self, loss_fn: LossFn, noise: Callable[[MicroBatch], torch.Tensor] | None = None,
+                   balance: StepBalance | None = None) -> Callable:
         """The schedule's forward step. noise: embedding noise of a whole micro-batch."""
 
         def step(iterator, model):
@@ -198,10 +191,9 @@ class Trainer(Model):
         self.balance = self._balancers(balance) if balance is not None else None
         self.adam = megatron.install_adam(FusedAdam)
         reduces, gathers = self._overlaps(parallel, optim)
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=optim.use_distributed_optimizer, grad_reduce_in_fp32=True,
-            overlap_grad_reduce=reduces or gathers, overlap_param_gather=gathers,
-        )
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=optim.use_distributed_optimizer,
+                                            grad_reduce_in_fp32=True, overlap_grad_reduce=reduces or gathers,
+                                            overlap_param_gather=gathers)
         wrap = partial(DistributedDataParallel, self.config, ddp, pg_collection=self.collection)
         self.chunks = [wrap(module) for module in self.modules]
         self._overlaps_gather, self._gather_pending = gathers, False
