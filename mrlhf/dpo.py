@@ -17,7 +17,7 @@ from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import dpo_loss
 from mrlhf.models.layers.router_losses import trained_pairs
 from mrlhf.parallel import state
-from mrlhf.training.reference_cache import fingerprint, stored
+from mrlhf.training.reference_cache import cached_logps, model_fingerprint
 from mrlhf.training.run import SupervisedRun
 from mrlhf.training.trainer import LossFn, Model, Trainer
 
@@ -92,14 +92,14 @@ class Reference:
         if config.dpo.reference == "online":
             self.model = Model(source, config.parallel, head="lm", dtype=dtype, seed=config.train.seed)
         else:
-            self.fingerprint = fingerprint(source, dtype=dtype)
+            self.fingerprint = model_fingerprint(source, dtype=dtype)
 
     def logps(self, loader: Loader) -> torch.Tensor:
         """[samples of the loader's data set]; online: zeros until `update` fills them in."""
         if self.model is not None:
             return torch.zeros(loader.dataset.num_samples)
         trainer, run_dir = self.run.trainer, self.run.output_dir
-        return torch.cat([stored(data, reference=self.fingerprint, run_dir=run_dir,
+        return torch.cat([cached_logps(data, reference=self.fingerprint, run_dir=run_dir,
                                  compute=partial(reference_logps, trainer, Loader(data, loader.plan)))
                           for data in sources_of(loader.dataset)])
 

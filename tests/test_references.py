@@ -11,7 +11,7 @@ from conftest import metrics, mrlhf
 from safetensors.torch import load_file
 
 from mrlhf.observe.metrics import EVALUATED
-from mrlhf.training.reference_cache import keep, read, write
+from mrlhf.training.reference_cache import read_logps, write_logps, write_to_first
 
 FACTS = {"data": "d" * 64, "reference": "r" * 64}
 LOGPS = torch.tensor([-1.5, -20.25, -3.0])
@@ -19,29 +19,29 @@ LOGPS = torch.tensor([-1.5, -20.25, -3.0])
 
 def test_what_was_written_is_read_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "pref_reference_0.safetensors"
-    assert read(path, facts=FACTS, samples=3) is None
-    write(path, LOGPS, facts=FACTS)
-    found = read(path, facts=FACTS, samples=3)
+    assert read_logps(path, facts=FACTS, samples=3) is None
+    write_logps(path, LOGPS, facts=FACTS)
+    found = read_logps(path, facts=FACTS, samples=3)
     assert isinstance(found, torch.Tensor) and torch.equal(found, LOGPS)
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "no temporary file is left"
-    assert read(path, facts=FACTS | {"data": "e" * 64}, samples=3) == "is of another data"
-    assert read(path, facts=FACTS | {"reference": "s" * 64}, samples=3) == "is of another reference"
-    assert read(path, facts=FACTS, samples=4) == "is damaged: its values are not those that were written"
+    assert read_logps(path, facts=FACTS | {"data": "e" * 64}, samples=3) == "is of another data"
+    assert read_logps(path, facts=FACTS | {"reference": "s" * 64}, samples=3) == "is of another reference"
+    assert read_logps(path, facts=FACTS, samples=4) == "is damaged: its values are not those that were written"
     whole = path.read_bytes()
     for at in range(len(whole)):  # header, metadata, values: no flipped byte gives other values
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        found = read(path, facts=FACTS, samples=3)
+        found = read_logps(path, facts=FACTS, samples=3)
         assert isinstance(found, str) or torch.equal(found, LOGPS), at
     path.write_bytes(whole[:-1])
-    assert str(read(path, facts=FACTS, samples=3)).startswith("cannot be read (")
+    assert str(read_logps(path, facts=FACTS, samples=3)).startswith("cannot be read (")
 
 
 def test_where_the_data_cannot_be_written_the_run_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [Path("/proc/pref_reference_0.safetensors"), tmp_path / "run/pref_reference_0_d.safetensors"]
-    assert keep(paths, LOGPS, facts=FACTS) == paths[1]
+    assert write_to_first(paths, LOGPS, facts=FACTS) == paths[1]
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and said[0].startswith("/proc cannot be written (") and str(paths[1]) in said[0]
-    found = read(paths[1], facts=FACTS, samples=3)
+    found = read_logps(paths[1], facts=FACTS, samples=3)
     assert isinstance(found, torch.Tensor) and torch.equal(found, LOGPS)
 
 

@@ -151,7 +151,7 @@ def _check_disk_space(output: Path, nbytes: int) -> None:
 def _remaining(
     skeleton: Skeleton, done: Container[str], read: Callable[[Parameter, torch.Tensor], None], *, label: str
 ) -> Iterator[tuple[Parameter, torch.Tensor]]:
-    """The parameters that are not done, each with its value (`Skeleton.read_ahead`); a progress bar on rank 0's terminal."""
+    """The parameters that are not done, each with its value; a progress bar on rank 0's terminal."""
     left = [p for p in skeleton.parameters if p.name not in done]
     off = dist.get_rank() != 0 or not sys.stderr.isatty()
     total = sum(p.nbytes for p in left)

@@ -102,8 +102,9 @@ def split_by_tokens(rows: Sequence[Sequence[int]], plan: BatchPlan, *, max_token
     costs = [_cost(row, plan.packing, plan.pad_multiple) for row in rows]
     for row, cost in zip(rows, costs, strict=True):
         if cost > max_tokens:
+            samples = ", ".join(map(str, row))
             raise DataError(
-                f"a row of {cost:,} tokens does not fit in a micro-batch of {max_tokens:,} (samples of {', '.join(map(str, row))} tokens)",
+                f"a row of {cost:,} tokens does not fit in a micro-batch of {max_tokens:,} (samples of {samples} tokens)",
                 where="train.max_tokens_per_micro_batch",
                 expected=f"{cost} or more",
             )

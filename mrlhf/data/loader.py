@@ -147,8 +147,8 @@ class Loader:
         """Of one row; row -1 is a filler: the first row with weight 0. Prompts have no mask: nothing is trained."""
         is_real, row = row >= 0, max(row, 0)
         d, first = self.dataset, row * self.group
-        found = d.pack(row) if self.plan.packing else [d.sample(i) for i in range(first, first + self.group)]
-        return [Sample(tokens, mask, i, self._weight(i) if is_real else 0.0) for i, tokens, mask in found]
+        samples = d.pack(row) if self.plan.packing else [d.sample(i) for i in range(first, first + self.group)]
+        return [Sample(tokens, mask, i, self._weight(i) if is_real else 0.0) for i, tokens, mask in samples]
 
     def _weight(self, i: int) -> float:
         return self.dataset.loss_weight(i) if isinstance(self.dataset, Blend) else 1.0

@@ -87,7 +87,8 @@ def update_activations(
     def activations_of(model: ModelSpec, parallel: ParallelConfig, head: str) -> ActivationMemory:
         count = None
         if train.max_tokens_per_micro_batch is None:
-            count = max(1, train.global_batch_size // (train.micro_batch_size * max(1, Layout.from_config(parallel, world).dp)))
+            dp = max(1, Layout.from_config(parallel, world).dp)
+            count = max(1, train.global_batch_size // (train.micro_batch_size * dp))
         return estimate_activations(model, parallel, shape, dtype=config.model.dtype, head=head, micro_batches=count)
 
     actor = activations_of(spec, config.parallel, "value" if config.stage == "rm" else "lm")

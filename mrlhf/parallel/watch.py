@@ -103,11 +103,13 @@ class Watch:
             else:
                 behind_since = None
             if behind_since is not None and now - behind_since > self.behind_s:
-                self._accuse(last, f"does not get on: rank {self.rank} has waited for it in '{self._phase[1]}' for {now - behind_since:.0f} s")
+                waited = f"has waited for it in '{self._phase[1]}' for {now - behind_since:.0f} s"
+                self._accuse(last, f"does not get on: rank {self.rank} {waited}")
             self._stopped.wait(period)
 
     def _accuse(self, sign: str, what: str) -> None:
-        who, rank = json.loads(sign) if sign else {"host": "?", "pid": "?", "phase": (0, "start-up")}, (self.rank + 1) % self.world
+        unknown = {"host": "?", "pid": "?", "phase": (0, "start-up")}
+        who, rank = json.loads(sign) if sign else unknown, (self.rank + 1) % self.world
         text = f"rank {rank} ({who['host']}, pid {who['pid']}) {what}; it was in '{who['phase'][1]}'"
         try:
             verdict = self.store.compare_set("verdict", "", text).decode()
@@ -126,8 +128,9 @@ class Watch:
             where = f"\n  where every rank was: {self.directory}/stacks_rank_*.txt"
         if not told:
             bar = "=" * 100
-            sys.stderr.write(f"{bar}\nRankProblem: {verdict}; all ranks end here (parallel.silence_seconds, parallel.timeout_minutes)"
-                             f"{where}\n  fix:      look at that rank's machine; the same command resumes from the last checkpoint\n{bar}\n")  # fmt: skip
+            keys = "parallel.silence_seconds, parallel.timeout_minutes"
+            fix = "look at that rank's machine; the same command resumes from the last checkpoint"
+            sys.stderr.write(f"{bar}\nRankProblem: {verdict}; all ranks end here ({keys}){where}\n  fix:      {fix}\n{bar}\n")
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(EXIT_STATUS)
@@ -149,7 +152,8 @@ def start(*, attempt: str, silence_s: float, behind_s: float, rank: int | None =
     rank, world = dist.get_rank() if rank is None else rank, dist.get_world_size() if world is None else world
     _current = Watch(dist.PrefixStore(attempt, store), rank=rank, world=world, silence_s=silence_s, behind_s=behind_s,
                      side=side)
-    atexit.register(_current.leave)  # however Python ends: a thread that comes back from the store's C++ then would abort the process
+    # A thread that returns from the store's C++ code while Python ends would abort the process.
+    atexit.register(_current.leave)
 
 
 def phase(name: str) -> None:

@@ -48,7 +48,7 @@ from mrlhf.training.trainer import LossFn, Trainer
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
 AHEAD = "ahead.bin"  # in a checkpoint: answers of the next rollout, where they were made ahead
-PHASES = ("gen", "reward", "logprobs", "values", "adv", "update_critic", "update_actor", "reshard")  # timed, in this order
+PHASES = ("gen", "reward", "logprobs", "values", "adv", "update_critic", "update_actor", "reshard")  # timed
 CRITIC_METRICS = ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "moe_z_loss")
 # Rounding between the pass that gave the old log-probs and the training pass, no change of the policy.
 _FIRST_RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}

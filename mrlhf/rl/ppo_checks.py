@@ -53,10 +53,11 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
     """Opens model and data. world: all of torchrun's ranks. Raises every problem, together."""
     generators = config.rollout.num_ranks or 0
     if generators >= world:
+        smallest = state.Layout.from_config(config.parallel, 1).ranks_per_replica
         raise ConfigError(
             f"rollout.num_ranks = {generators} of {world} ranks leave none to train",
             where="rollout.num_ranks",
-            expected=f"torchrun with {generators + state.Layout.from_config(config.parallel, 1).ranks_per_replica} ranks or more",
+            expected=f"torchrun with {generators + smallest} ranks or more",
         )
     trainers = world - generators
     opened = preflight.open_run(config, world=trainers)

@@ -83,7 +83,7 @@ def _changed_data(order: Order, data: Dataset, sources: list[dict[str, Any]], wh
             was = f"{before['prefix']} as it was ({before['rows']:,} rows, {before['identity'][:12]})"
             problems.append(
                 CheckpointError(
-                    f"the data at {now.prefix} was changed since this checkpoint: the rows that are left would be others",
+                    f"the data at {now.prefix} was changed since this checkpoint: the remaining rows would be others",
                     where=where,
                     expected=f"{was}, not {rows:,} rows, {now.identity[:12]}",
                     fix=f"bring that data back, or --train.allow_changes '[{DATA}]', "

@@ -77,7 +77,8 @@ class Run:
         self.resumed = to_resume(self.output_dir, total_steps=total_steps, verify=config.checkpoint.verify)
         self.done = 0 if self.resumed is None else int(self.resumed.manifest["step"])
         self.finished = self.done >= total_steps
-        self.status, self.last_words = 0, f"{'already ' if self.finished else ''}finished: {self.output_dir / 'checkpoints'}"
+        self.status = 0
+        self.last_words = f"{'already ' if self.finished else ''}finished: {self.output_dir / 'checkpoints'}"
         self.phase = Phases(Memory(config, spec=inputs.source.spec, rank=dist.get_rank(), world=layout.world))
         self.tracker: Tracker | None = None
         self._evaluation: tuple[int, dict[str, float]] = 0, {}
@@ -117,7 +118,8 @@ class Run:
         """eval/* of a step; a checkpoint of the same step keeps them."""
         assert self.tracker is not None
         self.tracker.log(step, values)
-        self._evaluation = step, {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no nan
+        # JSON has no nan
+        self._evaluation = step, {key: value for key, value in values.items() if math.isfinite(value)}
 
     def due_evaluation(self, step: int) -> bool:
         if self.inputs.eval is None:
