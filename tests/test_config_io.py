@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mrlhf.config.load import diff, dump_yaml, help_text, load_config, options
+from mrlhf.config.dump import diff, dump_yaml
+from mrlhf.config.load import load_config
 from mrlhf.config.options import STAGES, DataSource, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
+from mrlhf.config.schema import help_text, options_of
 from mrlhf.errors import MrlhfError, SeveralErrors
 
 GOOD = """\
@@ -293,7 +295,7 @@ def test_diff():
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_shows_every_option(stage):
     text = help_text(stage)
-    known = options(STAGES[stage])
+    known = options_of(STAGES[stage])
     assert all(f"--{key} {opt.type_name} (" in text and opt.help.split()[0] in text for key, opt in known.items())
 
 

@@ -112,7 +112,8 @@ def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int
         reader.close()
     if new_head and source.is_checkpoint:
         for model in models:
-            gpt.fill(model, source.spec, gpt.RandomSource(source.spec, head=head, seed=seed), head=head, only="output_layer.")
+            random = gpt.RandomSource(source.spec, head=head, seed=seed)
+            gpt.fill(model, source.spec, random, head=head, only="output_layer.")
 
 
 @dataclass(frozen=True)
