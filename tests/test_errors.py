@@ -266,7 +266,7 @@ def test_loss_weights(problems: Callable[..., list[MrlhfError]], world: Path, tm
     one, other = world / "sft", tmp_path / "sft"
     assert not problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 0.5}}, {other}]")
     (error,) = problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 0}}, {other}]")
-    assert error.what == f"data.train: loss_weight = 0.0 of {one}"
+    assert error.what == f"data.train: loss_weight = 0 of {one}"
     (error,) = problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 2}}]")
     assert "of the only source changes nothing" in error.what
     (error,) = problems("dpo", data__train=f"[{{prefix: {one}, loss_weight: 2}}, {other}]")
@@ -333,7 +333,7 @@ def test_megatrons_own_text(problems: Callable[..., list[MrlhfError]], world: Pa
     (length,) = problems("pretrain", data__train=tmp_path / "x_text_document")
     assert length.what.startswith("this is Megatron-LM's own text") and length.expected == "data.seq_length"
     (other,) = problems("sft", data__train=tmp_path / "x_text_document", data__seq_length=64)
-    assert other.what.startswith("PREFIX.json is missing") and "the stage pretrain alone" in (other.expected or "")
+    assert other.what.startswith("PREFIX.json is missing") and "serves pretraining alone" in (other.expected or "")
 
 
 def test_data_that_is_not_there(problems: Callable[..., list[MrlhfError]], world: Path) -> None:

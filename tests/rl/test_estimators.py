@@ -85,4 +85,4 @@ def test_the_docs_have_the_table() -> None:
 
 def test_every_row_names_a_function() -> None:
     assert all(callable(row.resolve()) and name == row.name for name, row in ESTIMATORS.items())
-    assert run(sys.executable, "-c", "import sys, mrlhf.config.load as c; c.help_text('ppo'); print('torch' in sys.modules)").stdout == "False\n"
+    assert run(sys.executable, "-c", "import sys, mrlhf.config.schema as c; c.help_text('ppo'); print('torch' in sys.modules)").stdout == "False\n"
