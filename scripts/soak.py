@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SUITES: dict[str, tuple[list[str], int]] = {  # what pytest is given, and the limit in seconds
     "killed runs": (["-m", "soak", "tests/faults"], 3600),  # 10 minutes on a quiet machine
     "stopped and hung runs": (["-m", "not soak", "tests/faults"], 900),
-    "checkpoints": (["tests/test_checkpoint.py"], 300),
-    "data": (["tests/data/test_interruptions.py", "tests/data/test_inspect.py", "tests/data/test_sources.py", "tests/data/test_template_properties.py"], 900),
-    "conversion": (["tests/test_convert_faults.py"], 600),
-    "rewards": (["tests/rl/test_rewards.py", *(f"tests/rl/test_reward_{name}.py" for name in ("http", "process", "server", "runs"))], 600),
-    "untrusted files": (["tests/test_safe_pickle.py", "tests/test_security.py"], 300),
+    "checkpoints": (["tests/checkpoint/test_checkpoint.py"], 300),
+    "data": (["tests/data/prepare/test_interruptions.py", "tests/data/test_inspect.py", "tests/data/prepare/test_sources.py", "tests/data/prepare/test_template_properties.py"], 900),
+    "conversion": (["tests/convert/test_convert_faults.py"], 600),
+    "rewards": (["tests/rl/rewards/test_rewards.py", *(f"tests/rl/rewards/test_reward_{name}.py" for name in ("http", "process", "server", "runs"))], 600),
+    "untrusted files": (["tests/checkpoint/test_safe_pickle.py", "tests/test_security.py"], 300),
     "two hosts": (["-m", "soak", "tests/test_two_hosts.py"], 900),
 }
 

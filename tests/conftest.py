@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from launch import launch
@@ -74,6 +76,14 @@ def torchrun(ranks: int, *args: object, check: bool = True, timeout: float = 300
 def mrlhf(*args: object, ranks: int = 1, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """The command line, plain or under torchrun's agent, with the imports done."""
     return python("-m", "mrlhf", *args, ranks=ranks, vllm=args[0] in ("ppo", "generate"), check=check, timeout=timeout)
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/ as a new module. By its path, not its name: folders of tests are called convert and rl, too."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:

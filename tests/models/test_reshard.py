@@ -11,9 +11,9 @@ import torch
 from conftest import TESTS, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reshard_program import CASES, minimum, shard_tensors
-from test_weight_maps import hf_shapes, specs
 
+from models.families.test_weight_maps import hf_shapes, specs
+from models.reshard_program import CASES, minimum, shard_tensors
 from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.reshard_plan import make_planner
 from mrlhf.parallel.reshard import Planner, Reshard
