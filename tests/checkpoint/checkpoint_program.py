@@ -1,8 +1,9 @@
 """Saves under one layout, goes on under others; prints JSON. Under torchrun with 2 ranks, then alone.
 
 usage: checkpoint_program.py HF_DIR DATA_PREFIX WORK_DIR [SMALL_DISK]
-WORK_DIR/DTYPE/checkpoints/step_2 is saved by two ranks (tensor parallel) after two steps of SFT; every layout then takes
-steps 3 and 4 from it, the first one without having stopped. Alone it also saves, fails and converts; see `alone`.
+
+WORK_DIR/DTYPE/checkpoints/step_2 is saved by two ranks (tensor parallel) after two steps of SFT; every layout then
+takes steps 3 and 4 from it, the first one without having stopped. Alone it also saves, fails and converts; see `alone`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ def make(source: str, parallel: Any, dtype: str, head: str = "lm", distributed: 
     from mrlhf.config.options import OptimConfig
     from mrlhf.training.trainer import Trainer
 
-    optim = OptimConfig(lr=1e-3, lr_decay_style="linear", adam_beta2=0.999, weight_decay=0.01, use_distributed_optimizer=distributed)
+    optim = OptimConfig(
+        lr=1e-3, lr_decay_style="linear", adam_beta2=0.999, weight_decay=0.01, use_distributed_optimizer=distributed
+    )
     return Trainer(open_source(source), parallel, optim, head=head, dtype=dtype, seed=1, total_steps=6)
 
 
@@ -27,7 +30,13 @@ def save(trainer: Any, target: Path, *, dtype: str, step: int, keep_last: int | 
 
     from mrlhf.checkpoint import save as saving
 
-    content = {"stage": "sft", "step": step, "dtype": dtype, "scheduler": step, "layout": {"world": dist.get_world_size()}}
+    content = {
+        "stage": "sft",
+        "step": step,
+        "dtype": dtype,
+        "scheduler": step,
+        "layout": {"world": dist.get_world_size()},
+    }
     saving.save(target, [trainer.part()], content)
     if keep_last is not None and dist.get_rank() == 0:
         saving.retain(target.parent, target.name, saving.Keep(keep_last))
@@ -57,11 +66,15 @@ def steps(trainer: Any, prefix: str, n: int) -> list[dict[str, float]]:
     )
     batches = [b for rows in loader.in_order() for b in loader.micro_batches(rows)]
     loss = language_model_loss(trainer, aggregation="token")
-    return [{k: v for k, v in trainer.step(batches, loss).items() if k in ("loss", "grad_norm", "lr")} for _ in range(n)]
+    return [
+        {k: v for k, v in trainer.step(batches, loss).items() if k in ("loss", "grad_norm", "lr")} for _ in range(n)
+    ]
 
 
 def failing_saves(hf: str, prefix: str, work: Path) -> dict[str, Any]:
-    """What a `Saver` does when the disk is full or forbidden, and that a save in the background is the one in the foreground."""
+    """What a `Saver` does when the disk is full or forbidden,
+    and that a save in the background is the one in the foreground.
+    """
     import os
     import resource
     import shutil
@@ -174,7 +187,9 @@ def as_format_2(checkpoint: Path, target: Path) -> Path:
 
 
 def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
-    """A save that fails, a value model, a checkpoint of another dtype, an optimizer without steps and one that is not distributed."""
+    """A save that fails, a value model, a checkpoint of another dtype,
+    an optimizer without steps and one that is not distributed.
+    """
     import os
 
     import torch
@@ -217,23 +232,33 @@ def alone(hf: str, prefix: str, work: Path) -> dict[str, Any]:
     found["value_reloaded"] = all(torch.equal(a, trainer.parameters()[name]) for name, a in again.parameters().items())
 
     lm = open_source(str(work / "float32"))
-    heads = [Model(s, ParallelConfig(), head="value", dtype="float32", seed=3).parameters() for s in (lm, open_source(hf))]
+    heads = [
+        Model(s, ParallelConfig(), head="value", dtype="float32", seed=3).parameters() for s in (lm, open_source(hf))
+    ]
     found["fresh_head_same"] = torch.equal(*(h["output_layer.weight"] for h in heads))
     body = Model(lm, ParallelConfig(), head="lm", dtype="float32", seed=1).parameters()
     found["body_kept"] = all(torch.equal(v, body[k]) for k, v in heads[0].items() if not k.startswith("output_layer"))
 
     old = as_format_2(lm.path, work / "format_2")
-    old_body = Model(open_source(str(old), verify="hash"), ParallelConfig(), head="lm", dtype="float32", seed=1).parameters()
+    old_body = Model(
+        open_source(str(old), verify="hash"), ParallelConfig(), head="lm", dtype="float32", seed=1
+    ).parameters()
     found["format 2"] = [read_manifest(old)["format"], all(torch.equal(v, body[k]) for k, v in old_body.items())]
     resumed = make(hf, ParallelConfig(), "float32")
     resumed.resume(old, 2, 2)
     found["after format 2"] = steps(resumed, prefix, 2)
 
     half = open_source(str(work / "bfloat16"))
-    wide, narrow = (Model(half, ParallelConfig(), head="lm", dtype=d, seed=1).parameters() for d in ("float32", "bfloat16"))
-    found["bfloat16_as_float32"] = all(v.dtype == torch.float32 and torch.equal(v, narrow[k].float()) for k, v in wide.items())
+    wide, narrow = (
+        Model(half, ParallelConfig(), head="lm", dtype=d, seed=1).parameters() for d in ("float32", "bfloat16")
+    )
+    found["bfloat16_as_float32"] = all(
+        v.dtype == torch.float32 and torch.equal(v, narrow[k].float()) for k, v in wide.items()
+    )
     rounded = Model(lm, ParallelConfig(), head="lm", dtype="bfloat16", seed=1).parameters()
-    found["float32_as_bfloat16"] = all(v.dtype == torch.bfloat16 and torch.equal(v, body[k].bfloat16()) for k, v in rounded.items())
+    found["float32_as_bfloat16"] = all(
+        v.dtype == torch.bfloat16 and torch.equal(v, body[k].bfloat16()) for k, v in rounded.items()
+    )
     newest = checkpoint.to_resume(work / "float32", total_steps=9)
     found["to_resume"] = newest and newest.manifest["step"]
 

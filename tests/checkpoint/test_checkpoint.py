@@ -50,7 +50,9 @@ def found(world: Path, work: Path) -> dict[str, Any]:
         result["full disk"] = str(error)
         alone = python(*args)
     for done in (two, alone):
-        result |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:]) | {"stderr": done.stderr}
+        result |= json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:]) | {
+            "stderr": done.stderr
+        }
     return result
 
 
@@ -79,7 +81,9 @@ def test_saved_by_an_interleaved_pipeline_and_gone_on_with_by_one_process(found:
         assert ours["lr"] == unbroken["lr"]
 
 
-def test_a_checkpoint_of_format_2_is_read_resumed_and_exported(found: dict[str, Any], work: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_format_2_is_read_resumed_and_exported(
+    found: dict[str, Any], work: Path, tmp_path: Path
+) -> None:
     assert found["format 2"] == [2, True], "equal tensors"
     assert found["after format 2"] == found["1 float32"]
     for name in ("float32/checkpoints/step_2", "format_2"):
@@ -132,7 +136,9 @@ def test_read_in_another_dtype(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("what", ["unstepped", "whole_optimizer"])
 def test_other_optimizer_states(found: dict[str, Any], what: str) -> None:
-    """An optimizer that has not stepped yet (an actor while its critic warms up), and use_distributed_optimizer false."""
+    """An optimizer that has not stepped yet (an actor while its critic warms up),
+    and use_distributed_optimizer false.
+    """
     unbroken, resumed = found[what]
     assert resumed == unbroken
 
@@ -159,9 +165,14 @@ def test_every_file_truncated_flipped_and_deleted(copied: Path) -> None:
     """Each is found, named, and the checkpoint before it is taken: no silent load."""
     newest = copied / "checkpoints/step_5"
     names = [*read_manifest(newest)["files"], "mrlhf.json"]
-    assert {"dist/.metadata", "dist/common.pt", "dist/metadata.json", "dist/__0_0.distcp", "hf/config.json", "rng/rank_0.json"} <= set(
-        names
-    )
+    assert {
+        "dist/.metadata",
+        "dist/common.pt",
+        "dist/metadata.json",
+        "dist/__0_0.distcp",
+        "hf/config.json",
+        "rng/rank_0.json",
+    } <= set(names)
     draw = random.Random(1)
     for name in names:
         path = newest / name
@@ -181,7 +192,9 @@ def test_every_file_truncated_flipped_and_deleted(copied: Path) -> None:
     assert newest_whole(steps_in(newest.parent), verify="hash") == (newest, [])
     text = (newest / "mrlhf.json").read_bytes()
     for bit in draw.sample(range(8 * len(text)), 300):  # every place of the manifest: sealed
-        (newest / "mrlhf.json").write_bytes(text[: bit // 8] + bytes([text[bit // 8] ^ (1 << bit % 8)]) + text[bit // 8 + 1 :])
+        (newest / "mrlhf.json").write_bytes(
+            text[: bit // 8] + bytes([text[bit // 8] ^ (1 << bit % 8)]) + text[bit // 8 + 1 :]
+        )
         with pytest.raises(CheckpointError):
             read_manifest(newest)
 
@@ -191,7 +204,9 @@ def test_a_save_in_the_background_is_the_one_in_the_foreground(found: dict[str, 
     same, files = saves["same bytes"]
     assert same and files >= 9
     assert saves["while it is written"] == ["step_1.tmp"]
-    assert saves["when the next has begun"] == [["latest", "step_1", "step_2.tmp"], "step_1\n"], "the next waits for the one before"
+    assert saves["when the next has begun"] == [["latest", "step_1", "step_2.tmp"], "step_1\n"], (
+        "the next waits for the one before"
+    )
     assert saves["background"] == [["latest", "step_1", "step_2"], "step_2\n"]
 
 
@@ -227,18 +242,31 @@ def test_a_disk_that_fills_up_during_a_save(found: dict[str, Any]) -> None:
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(found: dict[str, Any]) -> None:
     assert found["saves"]["fell back to"] == "step_1"
-    assert "warning: not whole, passed over: " in found["stderr"] and "dist/common.pt has 0 bytes instead of" in found["stderr"]
+    assert (
+        "warning: not whole, passed over: " in found["stderr"]
+        and "dist/common.pt has 0 bytes instead of" in found["stderr"]
+    )
     none = found["saves"]["none whole"]
-    assert "no checkpoint of this run is whole" in none and "dist/common.pt" in none and "hf/config.json is missing" in none
+    assert (
+        "no checkpoint of this run is whole" in none
+        and "dist/common.pt" in none
+        and "hf/config.json is missing" in none
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    steps=st.lists(st.tuples(st.integers(1, 30), st.booleans(), st.floats(0, 9)), min_size=1, max_size=8, unique_by=lambda s: s[0]),
-    last=st.integers(1, 3), every=st.sampled_from([0, 2, 5]), best=st.booleans(),
-)  # fmt: skip
+    steps=st.lists(
+        st.tuples(st.integers(1, 30), st.booleans(), st.floats(0, 9)), min_size=1, max_size=8, unique_by=lambda s: s[0]
+    ),
+    last=st.integers(1, 3),
+    every=st.sampled_from([0, 2, 5]),
+    best=st.booleans(),
+)
 def test_what_is_kept(steps: list[tuple[int, bool, float]], last: int, every: int, best: bool) -> None:
-    """Whatever is damaged: the newest, the newest `last` whole ones, every whole multiple and the best stay; nothing whole goes for a damaged one."""
+    """Whatever is damaged: the newest, the newest `last` whole ones, every whole multiple and the best stay;
+    nothing whole goes for a damaged one.
+    """
     with tempfile.TemporaryDirectory() as made:
         directory, steps = Path(made), sorted(steps)
         steps[-1] = (steps[-1][0], True, steps[-1][2])  # has just been written
@@ -266,7 +294,10 @@ def test_of_a_link_the_link_alone_is_dropped(tmp_path: Path) -> None:
         write_manifest(tmp_path / name, {})
     (tmp_path / "run/step_1").symlink_to(tmp_path / "elsewhere")
     retain(tmp_path / "run", "step_2", Keep(1))
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["latest", "step_2"] and (tmp_path / "elsewhere/mrlhf.json").is_file()
+    assert (
+        sorted(p.name for p in (tmp_path / "run").iterdir()) == ["latest", "step_2"]
+        and (tmp_path / "elsewhere/mrlhf.json").is_file()
+    )
 
 
 def test_latest_that_points_nowhere(copied: Path) -> None:
@@ -340,7 +371,9 @@ def test_optimizer_state_of_experts_over_ranks_is_not_that_of_experts_cut() -> N
 
 
 def test_hash_behind_the_writer(tmp_path: Path) -> None:
-    """In pieces, with a stretch that was written twice before it was given up, and a file that is shorter than was said."""
+    """In pieces, with a stretch that was written twice before it was given up,
+    and a file that is shorter than was said.
+    """
     data = bytes(range(256)) * 40_000
     path = tmp_path / "file"
     with path.open("w+b", buffering=0) as file:

@@ -35,7 +35,12 @@ from torch.distributed.checkpoint.metadata import (
 from mrlhf.checkpoint.safe_pickle import check_directory, read_metadata
 from mrlhf.errors import CheckpointError
 
-_FORM = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_FORM = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 def saved(value: Any) -> bytes:
@@ -52,18 +57,29 @@ def index(storage: dict[MetadataIndex, Any] | None = None) -> Metadata:
     tensor = TensorStorageMetadata(
         TensorProperties(dtype=torch.float32), torch.Size([2]), [ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))]
     )
-    return Metadata({"layer._extra_state/shard_0_1": BytesStorageMetadata(), "w": tensor}, None, storage or places(), StorageMeta())
+    return Metadata(
+        {"layer._extra_state/shard_0_1": BytesStorageMetadata(), "w": tensor}, None, storage or places(), StorageMeta()
+    )
 
 
 PROTOCOLS = pytest.mark.parametrize("protocol", [2, 4])  # of `.metadata` in checkpoints of format 3, and of format 2
 
 
-def write(directory: Path, *, protocol: int = 2, blob: bytes | None = None, metadata: bytes | None = None, common: bytes | None = None) -> Path:
+def write(
+    directory: Path,
+    *,
+    protocol: int = 2,
+    blob: bytes | None = None,
+    metadata: bytes | None = None,
+    common: bytes | None = None,
+) -> Path:
     """A torch_dist directory with one byte object."""
     directory.mkdir(exist_ok=True)
     blob = saved([None, torch.ones(3), collections.OrderedDict(a=1)]) if blob is None else blob
     (directory / "__0_0.distcp").write_bytes(blob)
-    (directory / ".metadata").write_bytes(pickle.dumps(index(places(length=len(blob))), protocol) if metadata is None else metadata)
+    (directory / ".metadata").write_bytes(
+        pickle.dumps(index(places(length=len(blob))), protocol) if metadata is None else metadata
+    )
     (directory / "common.pt").write_bytes(
         saved({"content_metadata": {"a": 1.5}, "param_groups": [1, "x", None]}) if common is None else common
     )
@@ -93,7 +109,9 @@ def raw(*parts: Any, protocol: int) -> bytes:
         elif protocol == 2 and part == pickle.MEMOIZE:
             out.append(pickle.BINPUT + b"\0")
         else:
-            out.append(part if isinstance(part, bytes) else pickle.BINUNICODE + struct.pack("<I", len(part)) + part.encode())
+            out.append(
+                part if isinstance(part, bytes) else pickle.BINUNICODE + struct.pack("<I", len(part)) + part.encode()
+            )
     return pickle.PROTO + bytes([protocol]) + b"".join(out) + b"."
 
 
@@ -117,7 +135,11 @@ def hostile(mark: Path, protocol: int) -> dict[str, bytes]:
         "functools.partial": Call(functools.partial, os.system, command),
         "subprocess": Call(subprocess.Popen, ["touch", str(mark)]),
         "numpy _reconstruct": Call(
-            np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [Call(os.system, command)])
+            np._core.multiarray._reconstruct,
+            np.ndarray,
+            (0,),
+            b"b",
+            state=(1, (1,), np.dtype("O"), False, [Call(os.system, command)]),
         ),
         "numpy load": Call(np.load, io.BytesIO(pickle.dumps(Call(os.system, command)))),
         "torch.load": Call(torch.load, io.BytesIO(saved(Call(os.system, command)))),
@@ -139,8 +161,12 @@ def hostile(mark: Path, protocol: int) -> dict[str, bytes]:
         "dotted name": build("torch", "hub.os.system", sg, command, pickle.TUPLE1, pickle.REDUCE),
         "dotted name of an allowed class": build("torch", "Size.__init__.__globals__", sg),
         "memo": build(*system, mem, pickle.POP, pickle.BINGET + b"\0", command, pickle.TUPLE1, pickle.REDUCE),
-        "BUILD on a class": build(*size, pickle.NONE, pickle.EMPTY_DICT, "__hash__", "x", pickle.SETITEM, pickle.TUPLE2, pickle.BUILD),
-        "BUILD of an unknown field": build(*size, pickle.EMPTY_TUPLE, pickle.NEWOBJ, pickle.EMPTY_DICT, "__class__", "x", pickle.SETITEM, pickle.BUILD),
+        "BUILD on a class": build(
+            *size, pickle.NONE, pickle.EMPTY_DICT, "__hash__", "x", pickle.SETITEM, pickle.TUPLE2, pickle.BUILD
+        ),
+        "BUILD of an unknown field": build(
+            *size, pickle.EMPTY_TUPLE, pickle.NEWOBJ, pickle.EMPTY_DICT, "__class__", "x", pickle.SETITEM, pickle.BUILD
+        ),
         "NEWOBJ of another class": build("subprocess", "Popen", sg, command, pickle.TUPLE1, pickle.NEWOBJ),
         "NEWOBJ with arguments": build("torch", "Size", sg, pickle.EMPTY_TUPLE, pickle.NEWOBJ),
         "NEWOBJ_EX": build("posix", "system", sg, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT, pickle.NEWOBJ_EX),
@@ -150,13 +176,18 @@ def hostile(mark: Path, protocol: int) -> dict[str, bytes]:
         "EXT1": b"\x82\x01.",
         "BYTEARRAY8": b"\x80\x05" + pickle.BYTEARRAY8 + struct.pack("<Q", 1 << 40) + text,
         "a length beyond memory": b"\x80\x04" + pickle.BINBYTES8 + struct.pack("<Q", 1 << 60) + text,
-        "a memo index beyond memory": b"\x80\x04N" + pickle.LONG_BINPUT + struct.pack("<I", (1 << 32) - 1) + b"0cposix\nsystem\n.",
+        "a memo index beyond memory": b"\x80\x04N"
+        + pickle.LONG_BINPUT
+        + struct.pack("<I", (1 << 32) - 1)
+        + b"0cposix\nsystem\n.",
         "a name with a line break": build("torch\nSize\n(tR", "Size", sg),
-        "a name from the memo, replaced": build("torch", mem, "posix", mem, pickle.BINGET + b"\0", pickle.BINGET + b"\1", "system", sg),
+        "a name from the memo, replaced": build(
+            "torch", mem, "posix", mem, pickle.BINGET + b"\0", pickle.BINGET + b"\1", "system", sg
+        ),
         "cut": _dumps(index(), protocol)[:-20],
         "empty": b"",
         "noise": bytes(range(256)),
-    }  # fmt: skip
+    }
 
 
 def _dumps(value: Any, protocol: int = 2) -> bytes:
@@ -202,7 +233,10 @@ def test_hostile_pickles_leave_no_mark(tmp_path: Path, protocol: int) -> None:
         ]
         assert not mark.exists(), name
         assert all("is not what a checkpoint holds" in text for text in texts), (name, texts)
-    assert environment == dict(os.environ) and before == (MetadataIndex.__hash__, list(torch.serialization.get_safe_globals()))
+    assert environment == dict(os.environ) and before == (
+        MetadataIndex.__hash__,
+        list(torch.serialization.get_safe_globals()),
+    )
     pickle.loads(corpus["os.system"])
     assert mark.exists(), "the corpus itself is harmless: this test would prove nothing"
 
@@ -210,12 +244,18 @@ def test_hostile_pickles_leave_no_mark(tmp_path: Path, protocol: int) -> None:
 @PROTOCOLS
 def test_deep_nesting_is_refused(tmp_path: Path, protocol: int) -> None:
     n = 1_000_000
-    for parts in ([pickle.EMPTY_TUPLE, pickle.TUPLE1 * n], [pickle.EMPTY_LIST * n, pickle.APPEND * (n - 1)], [pickle.MARK * n]):
+    for parts in (
+        [pickle.EMPTY_TUPLE, pickle.TUPLE1 * n],
+        [pickle.EMPTY_LIST * n, pickle.APPEND * (n - 1)],
+        [pickle.MARK * n],
+    ):
         refused(write(tmp_path / "c", metadata=raw(*parts, protocol=protocol)), ".metadata", check_directory)
 
 
 def test_hostile_archives(tmp_path: Path) -> None:
-    """What torch.load would take besides the plain archive: its two older forms, which are raw pickles, and programs."""
+    """What torch.load would take besides the plain archive:
+    its two older forms, which are raw pickles, and programs.
+    """
     mark = tmp_path / "mark"
     evil, good = _dumps(Call(os.system, f"touch {mark}")), saved([None])
     old = io.BytesIO()

@@ -46,7 +46,9 @@ def reference(world: Path, value: Path) -> dict[str, list[Any]]:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(world / "qwen2", dtype=torch.float32)
     assert "score.weight" not in load_file(world / "qwen2/model.safetensors")
-    head = RandomSource(spec_from_hf(read_hf_config(world / "qwen2"), where="qwen2"), head="value", seed=4)._tensor("score.weight")
+    head = RandomSource(spec_from_hf(read_hf_config(world / "qwen2"), where="qwen2"), head="value", seed=4)._tensor(
+        "score.weight"
+    )
     found: dict[str, list[Any]] = {}
     for name in ("sft", "pref", "prompts"):
         data = PackedDataset.open(world / name)
@@ -90,7 +92,9 @@ def check_file(path: Path, world: Path, name: str, kind: str, wanted: list[Any])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_transformers_under_every_layout(world: Path, out: Path, reference: dict[str, list[Any]], case: str) -> None:
+def test_equals_transformers_under_every_layout(
+    world: Path, out: Path, reference: dict[str, list[Any]], case: str
+) -> None:
     data, kind, _, options = CASES[case]
     key = f"value {data}" if kind == "value" else data + (" tempered" if "temperature" in options else "")
     check_file(out / f"{case}.jsonl", world, data, kind, reference[key])
@@ -102,7 +106,9 @@ def test_nothing_temporary_is_left(out: Path) -> None:
 
 def test_command_line(world: Path, reference: dict[str, list[Any]], tmp_path: Path) -> None:
     output = tmp_path / "new" / "scores.jsonl"
-    done = mrlhf("score", "--checkpoint", world / "qwen2", "--data", world / "sft", "--output", output, "--dtype", "float32")
+    done = mrlhf(
+        "score", "--checkpoint", world / "qwen2", "--data", world / "sft", "--output", output, "--dtype", "float32"
+    )
     assert f"48 samples -> {output}" in done.stdout
     check_file(output, world, "sft", "lm", reference["sft"])
 
@@ -139,5 +145,7 @@ def test_every_problem_at_once(world: Path, tmp_path: Path) -> None:
     ):
         assert part in text, part
     with pytest.raises(SeveralErrors) as caught:
-        check_score(ScoreStage(checkpoint=str(tmp_path / "no"), data=str(tmp_path / "no"), output=str(tmp_path / "x")), 1)
+        check_score(
+            ScoreStage(checkpoint=str(tmp_path / "no"), data=str(tmp_path / "no"), output=str(tmp_path / "x")), 1
+        )
     assert "no such directory" in str(caught.value) and "no such dataset" in str(caught.value)

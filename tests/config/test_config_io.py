@@ -51,7 +51,9 @@ def problems(stage: type, path: str | None, overrides: list[str]) -> list[MrlhfE
 
 
 def test_values_are_read_as_people_mean_them(write):
-    config = load_config(SFTStage, write(GOOD), ["--train.seed", "010", "--optim.min_lr=1E-7", "--optim.adam_eps", "1e-08"])
+    config = load_config(
+        SFTStage, write(GOOD), ["--train.seed", "010", "--optim.min_lr=1E-7", "--optim.adam_eps", "1e-08"]
+    )
     assert config.optim.lr == 1e-5 and isinstance(config.optim.lr, float)
     assert (config.train.seed, config.optim.min_lr, config.optim.adam_eps) == (10, 1e-7, 1e-8)
     assert config.model.path == "models/toy"
@@ -67,7 +69,9 @@ def test_booleans(write, text, value):
 
 
 def test_numbers_of_other_spellings(write):
-    config = load_config(SFTStage, write(GOOD + "checkpoint: {save_interval: 1e3}\nlogging:\n"), ["--train.max_steps", "1_000"])
+    config = load_config(
+        SFTStage, write(GOOD + "checkpoint: {save_interval: 1e3}\nlogging:\n"), ["--train.max_steps", "1_000"]
+    )
     assert (config.checkpoint.save_interval, config.train.max_steps) == (1000, 1000)
     ppo = load_config(PPOStage, None, [*MINIMAL["ppo"], "--rollout.correction_high", ".inf", "--rollout.top_k", "-1"])
     assert ppo.rollout.correction_high == math.inf and ppo.rollout.top_k == -1
@@ -76,7 +80,11 @@ def test_numbers_of_other_spellings(write):
 def test_override_forms(write):
     flags = ["--optim.weight-decay", "0.1", "--train.micro_batch_size=4", "--parallel.sequence_parallel"]
     config = load_config(SFTStage, write(GOOD), [*flags, "--parallel.tensor-model-parallel-size", "2"])
-    assert (config.optim.weight_decay, config.train.micro_batch_size, config.parallel.sequence_parallel) == (0.1, 4, True)
+    assert (config.optim.weight_decay, config.train.micro_batch_size, config.parallel.sequence_parallel) == (
+        0.1,
+        4,
+        True,
+    )
     assert load_config(SFTStage, write(GOOD), ["--train.seed", "2", "--train.seed", "3"]).train.seed == 3
 
 
@@ -85,7 +93,12 @@ def test_optionals_take_null(write):
     assert load_config(SFTStage, path, []).data.eval is None
     for word in ("null", "none", "None"):
         assert load_config(SFTStage, write(GOOD), ["--train.max_steps", word]).train.max_steps is None
-    assert load_config(PPOStage, None, [*MINIMAL["ppo"], "--rollout.correction", "none", "--ppo.value_clip", "none"]).ppo.value_clip is None
+    assert (
+        load_config(
+            PPOStage, None, [*MINIMAL["ppo"], "--rollout.correction", "none", "--ppo.value_clip", "none"]
+        ).ppo.value_clip
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +205,12 @@ def test_misspelt_flag_and_key_of_another_section():
         ("data.packing", "1", "data.packing = '1'", "true|false"),
         ("data.eval", "true", "data.eval = true (a boolean)", "text or null"),
         ("model.dtype", "bf16", "model.dtype = bf16 is not a choice; did you mean bfloat16?", "{float32,bfloat16}"),
-        ("model.dtype", "BFLOAT16", "model.dtype = BFLOAT16 is not a choice; did you mean bfloat16?", "{float32,bfloat16}"),
+        (
+            "model.dtype",
+            "BFLOAT16",
+            "model.dtype = BFLOAT16 is not a choice; did you mean bfloat16?",
+            "{float32,bfloat16}",
+        ),
         ("train.seed", "null", "train.seed = null", "int"),
     ],
 )
@@ -202,7 +220,10 @@ def test_wrong_type(write, flag, value, what, expected):
 
 
 def test_wrong_types_in_the_file(write):
-    path = write(GOOD.replace("global_batch_size: 8", 'global_batch_size: "8"').replace("lr: 1e-5", "lr: [1, 2]") + "parallel: 2\n")
+    path = write(
+        GOOD.replace("global_batch_size: 8", 'global_batch_size: "8"').replace("lr: 1e-5", "lr: [1, 2]")
+        + "parallel: 2\n"
+    )
     assert [(e.what, e.where) for e in problems(SFTStage, path, [])] == [
         ("parallel holds '2'", f"{path}:10"),
         ("train.global_batch_size = '8' (a quoted string)", f"{path}:7"),
@@ -211,7 +232,9 @@ def test_wrong_types_in_the_file(write):
 
 
 def test_missing_keys_name_the_section_s_line(write):
-    errors = problems(SFTStage, write(GOOD.replace("  train: data/toy\n", "").replace("  global_batch_size: 8\n", "")), [])
+    errors = problems(
+        SFTStage, write(GOOD.replace("  train: data/toy\n", "").replace("  global_batch_size: 8\n", "")), []
+    )
     assert [e.what for e in errors] == ["data.train is missing", "train.global_batch_size is missing"]
     assert [e.where.rsplit(":", 1)[1] for e in errors] == ["3", "4"]
     assert errors[0].fix == "--data.train VALUE"
@@ -220,7 +243,10 @@ def test_missing_keys_name_the_section_s_line(write):
 def test_duplicated_key(write):
     path = write(GOOD + "  lr: 2e-5\nmodel:\n  path: other\n")
     errors = problems(SFTStage, path, [])
-    assert [e.what for e in errors] == [f"optim.lr is given twice; first at {path}:9", f"model is given twice; first at {path}:1"]
+    assert [e.what for e in errors] == [
+        f"optim.lr is given twice; first at {path}:9",
+        f"model is given twice; first at {path}:1",
+    ]
     assert [e.where for e in errors] == [f"{path}:10", f"{path}:11"]
 
 
@@ -252,7 +278,9 @@ def test_a_value_that_cannot_be_read_raises_no_second_problem(write):
 
 
 def test_everything_at_once(write):
-    path = write(GOOD.replace("  path: models/toy\n", "").replace("lr: 1e-5", "lr: fast") + "logging:\n  tensorbord: true\n")
+    path = write(
+        GOOD.replace("  path: models/toy\n", "").replace("lr: 1e-5", "lr: fast") + "logging:\n  tensorbord: true\n"
+    )
     errors = problems(SFTStage, path, ["--train.seed", "x", "--model.dtype", "fp16", "stray", "--train.output_dir"])
     assert len(errors) == 7
 
@@ -285,7 +313,9 @@ def test_round_trip_of_awkward_values(write):
 
 def test_diff():
     a = load_config(SFTStage, None, MINIMAL["sft"])
-    b = load_config(SFTStage, None, [*MINIMAL["sft"], "--train.seed", "2", "--data.eval", "e", "--data.packing", "false"])
+    b = load_config(
+        SFTStage, None, [*MINIMAL["sft"], "--train.seed", "2", "--data.eval", "e", "--data.packing", "false"]
+    )
     assert diff(a, a) == []
     assert diff(a, b) == ["data.eval: null -> e", "data.packing: true -> false", "train.seed: 1 -> 2"]
 
@@ -298,5 +328,7 @@ def test_help_shows_every_option(stage):
 
 
 def test_score_has_options_of_its_own_and_of_a_section():
-    config = load_config(ScoreStage, None, [*MINIMAL["score"], "--parallel.tensor_model_parallel_size", "2", "--padding-side", "left"])
+    config = load_config(
+        ScoreStage, None, [*MINIMAL["score"], "--parallel.tensor_model_parallel_size", "2", "--padding-side", "left"]
+    )
     assert config.parallel.tensor_model_parallel_size == 2 and config.padding_side == "left"

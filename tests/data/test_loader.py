@@ -1,4 +1,6 @@
-"""Micro-batches number by number, and the order of a run: nothing lost, nothing twice, the same for any number of ranks."""
+"""Micro-batches number by number, and the order of a run:
+nothing lost, nothing twice, the same for any number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def dataset(prefix: Path, packs: list[list[list[int]]], *, task: str = "sft", ma
             ids.add_documents(np.concatenate(samples), lengths, [len(lengths)])
             mask.add_documents(np.concatenate([[0] + [1] * (n - 1) for n in lengths]), lengths, [len(lengths)])
             if margin is not None:
-                margin.add_documents(np.array([s[0] / 2 for s in samples[::2]]), [1] * (len(samples) // 2), [len(samples) // 2])
+                margin.add_documents(
+                    np.array([s[0] / 2 for s in samples[::2]]), [1] * (len(samples) // 2), [len(samples) // 2]
+                )
         count = sum(map(len, packs))
         output.commit({"format": FORMAT_VERSION, "task": task, "num_samples": count, "num_packs": len(packs)})
     return PackedDataset.open(prefix)
@@ -48,7 +52,12 @@ def numbered(tmp_path: Path) -> PackedDataset:
 @pytest.fixture
 def pairs(tmp_path: Path) -> PackedDataset:
     """Packs of one and two pairs: chosen 10, 12, 14, rejected 11, 13, 15."""
-    return dataset(tmp_path / "p", [[[10] * 3, [11] * 2], [[12] * 2, [13] * 4, [14] * 5, [15] * 2]], task="preference", margins=True)
+    return dataset(
+        tmp_path / "p",
+        [[[10] * 3, [11] * 2], [[12] * 2, [13] * 4, [14] * 5, [15] * 2]],
+        task="preference",
+        margins=True,
+    )
 
 
 def equal(batch: MicroBatch, **expected: object) -> None:
@@ -146,11 +155,17 @@ def test_pairs_packed_and_padded(pairs: PackedDataset) -> None:
 
 def test_whole_set_in_order(numbered: PackedDataset) -> None:
     for dp in (1, 2, 4):
-        loaders = [Loader(numbered, BatchPlan(packing=False, micro_batch_size=3, dp_rank=r, dp_size=dp)) for r in range(dp)]
+        loaders = [
+            Loader(numbered, BatchPlan(packing=False, micro_batch_size=3, dp_rank=r, dp_size=dp)) for r in range(dp)
+        ]
         seen = [
-            i for rows in loaders[0].in_order() for loader in loaders for b in loader.micro_batches(rows)
-            for i, w in zip(b.index_N.tolist(), b.weights_N.tolist(), strict=True) if w
-        ]  # fmt: skip
+            i
+            for rows in loaders[0].in_order()
+            for loader in loaders
+            for b in loader.micro_batches(rows)
+            for i, w in zip(b.index_N.tolist(), b.weights_N.tolist(), strict=True)
+            if w
+        ]
         assert seen == list(range(numbered.num_samples))
 
 
@@ -158,7 +173,10 @@ def test_whole_set_in_order(numbered: PackedDataset) -> None:
 @pytest.mark.parametrize("micro", [1, 2])
 def test_the_ranks_share_a_step_whatever_their_number(numbered: PackedDataset, packing: bool, micro: int) -> None:
     def step(dp: int, rows: list[int]) -> Counter[int]:
-        loaders = [Loader(numbered, BatchPlan(packing=packing, micro_batch_size=micro, dp_rank=r, dp_size=dp)) for r in range(dp)]
+        loaders = [
+            Loader(numbered, BatchPlan(packing=packing, micro_batch_size=micro, dp_rank=r, dp_size=dp))
+            for r in range(dp)
+        ]
         return Counter(i for loader in loaders for batch in loader.micro_batches(rows) for i in batch.index_N.tolist())
 
     num_rows = Loader(numbered, BatchPlan(packing=packing, micro_batch_size=1, dp_rank=0, dp_size=1)).num_rows
@@ -174,17 +192,35 @@ def test_the_ranks_share_a_step_of_a_blend(numbered: PackedDataset, tmp_path: Pa
     other = dataset(tmp_path / "o", [[[200 + p] * 3] for p in range(7)])
     blend = Blend([numbered, other])
     rows = [rows_of(source, packing=packing) for source in blend.sources]
-    order = Order(Mix.from_weights(rows, [None] * 2, [None] * 2), global_batch_size=4, num_epochs=1, max_steps=None, seed=3, shuffle=True)
+    order = Order(
+        Mix.from_weights(rows, [None] * 2, [None] * 2),
+        global_batch_size=4,
+        num_epochs=1,
+        max_steps=None,
+        seed=3,
+        shuffle=True,
+    )
     met: list[int] = []
     for k in range(1, order.total_steps + 1):
         found = []
         for dp in (1, 2, 4):
-            loaders = [Loader(blend, BatchPlan(packing=packing, micro_batch_size=1, dp_rank=r, dp_size=dp)) for r in range(dp)]
+            loaders = [
+                Loader(blend, BatchPlan(packing=packing, micro_batch_size=1, dp_rank=r, dp_size=dp)) for r in range(dp)
+            ]
             batches = [batch for loader in loaders for batch in loader.micro_batches(order.rows(k))]
-            found.append(Counter((i, int(t[0])) for b in batches if b.weights_N.all() for i, t in zip(b.index_N.tolist(), b.split(b.tokens_BT), strict=True)))
+            found.append(
+                Counter(
+                    (i, int(t[0]))
+                    for b in batches
+                    if b.weights_N.all()
+                    for i, t in zip(b.index_N.tolist(), b.split(b.tokens_BT), strict=True)
+                )
+            )
         assert found[0] == found[1] == found[2]
         met += [i for (i, token), n in found[0].items() for _ in range(n)]
-        assert all(token == (i if i < numbered.num_samples else 200 + i - numbered.num_samples) for i, token in found[0])
+        assert all(
+            token == (i if i < numbered.num_samples else 200 + i - numbered.num_samples) for i, token in found[0]
+        )
     assert sorted(met) == list(range(numbered.num_samples + 7))
 
 
@@ -247,7 +283,9 @@ def test_part_of_an_epoch_and_max_steps() -> None:
     assert [half.rows(s) for s in (1, 2)] == [[0, 1, 2, 3], [4, -1, -1, -1]] and half.total_steps == 2
     assert (half.epoch(1), half.epoch(2)) == (0.4, 0.5)
     longer = Order(Mix.single(10), num_epochs=1, max_steps=4, **common)
-    assert [longer.rows(s) for s in (3, 4)] == [[8, 9, 0, 1], [2, 3, 4, 5]], "max_steps beyond the epochs goes on into the next"
+    assert [longer.rows(s) for s in (3, 4)] == [[8, 9, 0, 1], [2, 3, 4, 5]], (
+        "max_steps beyond the epochs goes on into the next"
+    )
     assert longer.epoch(4) == 1.6
     shorter = Order(Mix.single(10), num_epochs=1, max_steps=2, **common)
     assert shorter.total_steps == 2 and shorter.rows(2) == [4, 5, 6, 7]

@@ -1,4 +1,6 @@
-"""Running out of memory: who says it and how, and what is then offered. Whole runs that do: tests/faults/test_kills.py."""
+"""Running out of memory: who says it and how, and what is then offered.
+Whole runs that do: tests/faults/test_kills.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from mrlhf.memory.tracker import Memory, is_out_of_memory, what_was_asked
 from mrlhf.models.families.spec import Layer, ModelSpec
 
 CUDA = (
-    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 79.11 GiB of which 1.20 GiB is free. "
+    "CUDA out of memory. Tried to allocate 2.50 GiB. "
+    "GPU 1 has a total capacity of 79.11 GiB of which 1.20 GiB is free. "
     "Including non-PyTorch memory, this process has 77.90 GiB memory in use."
 )
 SPEC = ModelSpec("llama", 4, 64, 128, 4, 2, 16, 320, 128, 1e-6, False, (Layer(),) * 4)
@@ -27,7 +30,9 @@ SPEC = ModelSpec("llama", 4, 64, 128, 4, 2, 16, 320, 128, 1e-6, False, (Layer(),
 
 def sft(*more: str) -> SFTStage:
     return load_config(
-        SFTStage, None, ["--model.path", "m", "--data.train", "d", "--train.output_dir", "o", "--train.global_batch_size", "8", *more]
+        SFTStage,
+        None,
+        ["--model.path", "m", "--data.train", "d", "--train.output_dir", "o", "--train.global_batch_size", "8", *more],
     )
 
 
@@ -75,7 +80,9 @@ def test_the_phase_and_its_peaks_are_in_the_error() -> None:
         text.startswith("rank 3 (CPU) is out of memory in 'step 7': ")
         and "  fix:      --train.micro_batch_size 2 (now 4)\n" in text
     )
-    assert set(memory.peaks) == {"build", "step"} and memory.reserved >= max(memory.peaks.values()) > held.nbytes / 2**30
+    assert (
+        set(memory.peaks) == {"build", "step"} and memory.reserved >= max(memory.peaks.values()) > held.nbytes / 2**30
+    )
     with pytest.raises(KeyError), memory("step", 8):
         raise KeyError("another error stays what it is")
 
@@ -85,8 +92,15 @@ def keys(config: SFTStage | PPOStage, phase: str, *, world: int = 1, cuda: bool 
 
 
 def test_only_what_is_not_in_force_and_fits_is_offered() -> None:
-    assert keys(sft(), "step") == ["parallel.recompute", "parallel.tensor_model_parallel_size", "parallel.context_parallel_size"]
-    assert keys(sft("--train.micro_batch_size", "6", "--train.global_batch_size", "12"), "evaluate")[0] == "train.micro_batch_size"
+    assert keys(sft(), "step") == [
+        "parallel.recompute",
+        "parallel.tensor_model_parallel_size",
+        "parallel.context_parallel_size",
+    ]
+    assert (
+        keys(sft("--train.micro_batch_size", "6", "--train.global_batch_size", "12"), "evaluate")[0]
+        == "train.micro_batch_size"
+    )
     assert keys(sft("--train.max_tokens_per_micro_batch", "512"), "step")[0] == "train.max_tokens_per_micro_batch"
     assert keys(sft("--parallel.recompute", "full"), "step")[0] == "parallel.tensor_model_parallel_size"
     cut = sft("--parallel.recompute", "full", "--parallel.tensor_model_parallel_size", "2")
@@ -94,9 +108,14 @@ def test_only_what_is_not_in_force_and_fits_is_offered() -> None:
         "TP 4 does not divide 2 key/value heads"
     )
     assert keys(
-        replace(cut, parallel=ParallelConfig(2, sequence_parallel=True, context_parallel_size=2, recompute="full")), "step", world=4
+        replace(cut, parallel=ParallelConfig(2, sequence_parallel=True, context_parallel_size=2, recompute="full")),
+        "step",
+        world=4,
     ) == ["nothing"]
-    assert keys(sft("--optim.use_distributed_optimizer", "false"), "build", world=2)[0] == "optim.use_distributed_optimizer"
+    assert (
+        keys(sft("--optim.use_distributed_optimizer", "false"), "build", world=2)[0]
+        == "optim.use_distributed_optimizer"
+    )
     assert keys(sft("--checkpoint.async_save", "true"), "save") == ["checkpoint.async_save"]
 
 
@@ -111,11 +130,15 @@ def test_what_is_offered_in_the_phases_of_ppo() -> None:
         "no other trainer than the one at work"
     )
     assert keys(ppo(), "gen", cuda=False) == ["rollout.kv_cache_mib", "rollout.max_num_seqs", "rollout.placement"]
-    assert "ppo.critic_tensor_model_parallel_size" in keys(ppo(), "update_critic") and "parallel.recompute" not in keys(ppo(), "values")
+    assert "ppo.critic_tensor_model_parallel_size" in keys(ppo(), "update_critic") and "parallel.recompute" not in keys(
+        ppo(), "values"
+    )
     assert keys(ppo("--offload.reward", "true"), "offload") == ["offload.reward"]
 
 
-def test_a_file_that_cannot_be_hashed_for_want_of_memory_is_no_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_hashed_for_want_of_memory_is_no_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_bytes(b"tensors")
 
     def full(*_: object) -> None:

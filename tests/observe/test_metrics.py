@@ -12,19 +12,21 @@ from mrlhf.observe import metrics
 from mrlhf.observe.metrics import METRICS, all_reduce, finalize, find_metric, markdown_table, merge, reduction
 
 NAMED_IN_STYLE = [
-    "train/loss", "train/grad_norm", "train/lr", "train/num_tokens", "train/epoch", "perf/tokens_per_s_per_gpu", "perf/tflops",
-    "perf/mfu", "time/step_s", "time/data_s", "memory/max_reserved_gib", "train/mean_token_accuracy", "train/entropy",
-    "train/accuracy", "train/margin", "train/mean_reward", "train/min_reward", "train/max_reward", "train/rewards/chosen",
-    "train/rewards/rejected", "train/rewards/margins", "train/rewards/accuracies", "train/logps/chosen", "train/logps/rejected",
-    "actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy", "actor/grad_norm", "actor/lr", "critic/vf_loss",
-    "critic/vf_clipfrac", "critic/vf_explained_var", "critic/score/mean", "critic/rewards/mean", "critic/advantages/mean",
+    "train/loss", "train/grad_norm", "train/lr", "train/num_tokens", "train/epoch", "perf/tokens_per_s_per_gpu",
+    "perf/tflops", "perf/mfu", "time/step_s", "time/data_s", "memory/max_reserved_gib", "train/mean_token_accuracy",
+    "train/entropy", "train/accuracy", "train/margin", "train/mean_reward", "train/min_reward", "train/max_reward",
+    "train/rewards/chosen", "train/rewards/rejected", "train/rewards/margins", "train/rewards/accuracies",
+    "train/logps/chosen", "train/logps/rejected", "actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl",
+    "actor/entropy", "actor/grad_norm", "actor/lr", "critic/vf_loss", "critic/vf_clipfrac",
+    "critic/vf_explained_var", "critic/score/mean", "critic/rewards/mean", "critic/advantages/mean",
     "critic/returns/mean", "critic/values/mean", "objective/kl", "response_length/mean", "response_length/max",
-    "response_length/clip_ratio", "prompt_length/mean", "rollout/logprob_abs_diff_mean", "rollout/logprob_abs_diff_max",
-    "rollout/kl_mismatch", "rollout/tokens_per_s", "timing_s/gen", "timing_s/reward", "timing_s/logprobs", "timing_s/values",
-    "timing_s/adv", "timing_s/update_actor", "timing_s/update_critic", "timing_s/reshard", "timing_s/step", "reshard/bytes",
-    "reshard/seconds", "train/num_rows", "train/samples", "train/skipped", "actor/ratio_mean", "actor/ratio_max_dev", "kl/coef",
-    "rollout/num_answers", "reward/model:runs/rm", "reward/r.py:f", "eval/loss", "eval/mean_token_accuracy",
-    "eval/rewards/margins", "eval/max_reward",
+    "response_length/clip_ratio", "prompt_length/mean", "rollout/logprob_abs_diff_mean",
+    "rollout/logprob_abs_diff_max", "rollout/kl_mismatch", "rollout/tokens_per_s", "timing_s/gen", "timing_s/reward",
+    "timing_s/logprobs", "timing_s/values", "timing_s/adv", "timing_s/update_actor", "timing_s/update_critic",
+    "timing_s/reshard", "timing_s/step", "reshard/bytes", "reshard/seconds", "train/num_rows", "train/samples",
+    "train/skipped", "actor/ratio_mean", "actor/ratio_max_dev", "kl/coef", "rollout/num_answers",
+    "reward/model:runs/rm", "reward/r.py:f", "eval/loss", "eval/mean_token_accuracy", "eval/rewards/margins",
+    "eval/max_reward",
 ]  # fmt: skip
 
 
@@ -44,12 +46,24 @@ def test_other_keys_are_refused(key):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("loss", "mean"), ("ratio_max_dev", "max"), ("actor/ratio_max_dev", "max"), ("min_reward", "min"), ("eval/min_reward", "min"),
-        ("max_reward", "max"), ("logprob_abs_diff_max", "max"), ("rollout/logprob_abs_diff_max", "max"), ("response_length/max", "max"),
-        ("max", "max"), ("num_tokens", "sum"), ("rewards/chosen", "mean"), ("reward/x.py:f", "mean"), ("never_heard_of", "mean"),
-        ("lr", "last"), ("bytes", "max"),
+        ("loss", "mean"),
+        ("ratio_max_dev", "max"),
+        ("actor/ratio_max_dev", "max"),
+        ("min_reward", "min"),
+        ("eval/min_reward", "min"),
+        ("max_reward", "max"),
+        ("logprob_abs_diff_max", "max"),
+        ("rollout/logprob_abs_diff_max", "max"),
+        ("response_length/max", "max"),
+        ("max", "max"),
+        ("num_tokens", "sum"),
+        ("rewards/chosen", "mean"),
+        ("reward/x.py:f", "mean"),
+        ("never_heard_of", "mean"),
+        ("lr", "last"),
+        ("bytes", "max"),
     ],
-)  # fmt: skip
+)
 def test_reduction_is_found_for_full_and_bare_names(name, kind):
     assert reduction(name) == kind
 
@@ -62,9 +76,27 @@ def test_bare_names_are_not_ambiguous():
 def test_merge_and_finalize():
     merged = merge(
         [
-            {"loss": pair(6.0, 3), "num_tokens": pair(3), "max_reward": pair(-4.0), "min_reward": pair(-4.0), "lr": pair(0.1)},
-            {"loss": pair(2.0, 1), "num_tokens": pair(1), "max_reward": pair(-7.0), "min_reward": pair(-7.0), "lr": pair(0.2)},
-            {"loss": pair(0.0, 0), "num_tokens": pair(0), "max_reward": pair(0.0, 0), "min_reward": pair(0.0, 0), "lr": pair(0.0, 0)},
+            {
+                "loss": pair(6.0, 3),
+                "num_tokens": pair(3),
+                "max_reward": pair(-4.0),
+                "min_reward": pair(-4.0),
+                "lr": pair(0.1),
+            },
+            {
+                "loss": pair(2.0, 1),
+                "num_tokens": pair(1),
+                "max_reward": pair(-7.0),
+                "min_reward": pair(-7.0),
+                "lr": pair(0.2),
+            },
+            {
+                "loss": pair(0.0, 0),
+                "num_tokens": pair(0),
+                "max_reward": pair(0.0, 0),
+                "min_reward": pair(0.0, 0),
+                "lr": pair(0.0, 0),
+            },
         ]
     )
     found = finalize(merged)

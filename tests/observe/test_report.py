@@ -34,8 +34,13 @@ class Balanced(HTMLParser):
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "ppo run"
     (folder / "samples").mkdir(parents=True)
-    rows = [{"step": s, "critic/score/mean": s / 10, "objective/kl": None if s == 3 else 0.01 * s, "actor/lr": 1e-5} for s in range(1, 21)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 20, "eval/loss": 0.5}\n{"step": 21, "cri')
+    rows = [
+        {"step": s, "critic/score/mean": s / 10, "objective/kl": None if s == 3 else 0.01 * s, "actor/lr": 1e-5}
+        for s in range(1, 21)
+    ]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows) + '{"step": 20, "eval/loss": 0.5}\n{"step": 21, "cri'
+    )
     (folder / "config.yaml").write_text("model:\n  path: models/<toy>\nreward:\n  sources: ['model:rm', 'f.py:g']\n")
     (folder / "env.json").write_text('{"stage": "ppo", "versions": {"torch": "2.13"}}')
     for step, text in ((1, "<script>alert(1)</script>"), (9, "nine"), (20, "twenty & more")):
@@ -82,7 +87,9 @@ def test_line_chart_stays_inside_its_frame():
     assert len(frame.findall("circle")) == 1
 
 
-@pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [1e-30, 2e-30], [-1e30, 1e30], [0.1, 0.1 + 1e-15], [math.inf, 1.0]])
+@pytest.mark.parametrize(
+    "values", [[0.0], [3.0, 3.0], [1e-30, 2e-30], [-1e30, 1e30], [0.1, 0.1 + 1e-15], [math.inf, 1.0]]
+)
 def test_line_chart_of_odd_values(values):
     svg = line_chart("x", {"a": list(enumerate(values))})
     assert "nan" not in svg and "inf" not in svg and "<svg" in svg
@@ -90,14 +97,20 @@ def test_line_chart_of_odd_values(values):
 
 def test_scores_of_a_reward_model(run, tmp_path):
     """Three bins; the highest bar reaches the height of its tick, an empty bin has none."""
-    (run / "rewards.json").write_text(json.dumps({"edges": [-1.0, 0.0, 1.0, 2.0], "chosen": [0, 10, 30], "rejected": [30, 10, 0]}))
+    (run / "rewards.json").write_text(
+        json.dumps({"edges": [-1.0, 0.0, 1.0, 2.0], "chosen": [0, 10, 30], "rejected": [30, 10, 0]})
+    )
     page = build_report({"rm": run}, tmp_path / "r.html").read_text()
-    chart = next(c for c in map(ET.fromstring, re.findall(r"<svg.*?</svg>", page)) if c.get("aria-label", "").startswith("scores"))
+    chart = next(
+        c
+        for c in map(ET.fromstring, re.findall(r"<svg.*?</svg>", page))
+        if c.get("aria-label", "").startswith("scores")
+    )
     bars = [{k: float(bar.get(k)) for k in ("x", "y", "width", "height")} for bar in chart.findall("rect")]
     assert len(bars) == 4 and all(bar["y"] + bar["height"] == pytest.approx(168) for bar in bars)
-    assert bars[1]["height"] == pytest.approx(3 * bars[0]["height"], abs=0.2) and bars[0]["x"] + bars[0]["width"] == pytest.approx(
-        bars[1]["x"], abs=0.2
-    )
+    assert bars[1]["height"] == pytest.approx(3 * bars[0]["height"], abs=0.2) and bars[0]["x"] + bars[0][
+        "width"
+    ] == pytest.approx(bars[1]["x"], abs=0.2)
     assert bars[2]["x"] == 52 and bars[1]["x"] + bars[1]["width"] == pytest.approx(350, abs=0.2)
 
 
@@ -106,7 +119,9 @@ def test_nothing_to_draw():
 
 
 def test_a_long_run_makes_a_small_file(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "train/loss": {1 / i}}}\n' for i in range(1, 20001)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {i}, "train/loss": {1 / i}}}\n' for i in range(1, 20001))
+    )
     assert len(build_report({"long": tmp_path}, tmp_path / "r.html").read_text()) < 40_000
 
 

@@ -61,4 +61,6 @@ def test_the_report_names_the_samples(capsys: pytest.CaptureFixture[str], monkey
     assert report_spike(detector, 5.0, step=42, trainer=trainer, data=data) == {"loss_spike": 1.0}  # type: ignore[arg-type]
     line = capsys.readouterr().out
     assert line.startswith("loss spike at step 42: 5.0000, ") and line.count("\n") == 1
-    assert line.endswith("; micro-batches: 9.0000 with sample(s) 3, 7 of data/sft; 4.0000 with sample(s) 12 of data/sft\n")
+    assert line.endswith(
+        "; micro-batches: 9.0000 with sample(s) 3, 7 of data/sft; 4.0000 with sample(s) 12 of data/sft\n"
+    )

@@ -15,9 +15,15 @@ from mrlhf.observe.tracker import Tracker, collect_env, redact
 
 def tracker(folder: Path, **changes) -> Tracker:
     given = {
-        "config_yaml": "train:\n  seed: 1\n", "env": None, "is_main": True, "stage": "sft", "total_steps": 100, "start_step": 0,
-        "log_interval": 1, "tensorboard": False,
-    }  # fmt: skip
+        "config_yaml": "train:\n  seed: 1\n",
+        "env": None,
+        "is_main": True,
+        "stage": "sft",
+        "total_steps": 100,
+        "start_step": 0,
+        "log_interval": 1,
+        "tensorboard": False,
+    }
     return Tracker(folder, **{**given, **changes})
 
 
@@ -33,11 +39,20 @@ def test_writes_the_run_directory(tmp_path, capsys):
     run.close()
     folder = tmp_path / "a" / "run"
     assert (folder / "config.yaml").read_text() == "train:\n  seed: 1\n"
-    assert lines(folder) == [{"step": 1, "train/loss": 1 / 3, "train/lr": 1e-4, "time/step_s": 2.0}, {"step": 1, "eval/loss": 0.25}]
+    assert lines(folder) == [
+        {"step": 1, "train/loss": 1 / 3, "train/lr": 1e-4, "time/step_s": 2.0},
+        {"step": 1, "eval/loss": 0.25},
+    ]
     assert list(lines(folder)[0]) == ["step", "train/loss", "train/lr", "time/step_s"]
     assert json.loads((folder / "samples" / "step_1.jsonl").read_text()) == {"prompt": "ü", "score": 1.5}
     env = json.loads((folder / "env.json").read_text())
-    assert env["device"] == "cpu" and env["stage"] == "sft" and env["versions"]["torch"] and env["argv"] and "started" in env
+    assert (
+        env["device"] == "cpu"
+        and env["stage"] == "sft"
+        and env["versions"]["torch"]
+        and env["argv"]
+        and "started" in env
+    )
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
     assert capsys.readouterr().out.splitlines() == [
         "step   1/100 | loss  0.3333 | lr 1.0e-04 | ETA 0:03:18",
@@ -48,15 +63,28 @@ def test_writes_the_run_directory(tmp_path, capsys):
 def test_console_line_of_sft_and_ppo(tmp_path):
     run = tracker(tmp_path)
     line = run.console_line(
-        12, {"train/loss": 1.2345, "train/grad_norm": 0.93, "train/lr": 1e-4, "perf/tokens_per_s_per_gpu": 1234.4, "time/step_s": 2}
+        12,
+        {
+            "train/loss": 1.2345,
+            "train/grad_norm": 0.93,
+            "train/lr": 1e-4,
+            "perf/tokens_per_s_per_gpu": 1234.4,
+            "time/step_s": 2,
+        },
     )
     assert line == "step  12/100 | loss  1.2345 | grad_norm   0.93 | lr 1.0e-04 |   1234 tok/s | ETA 0:02:56"
     ppo = {
-        "critic/score/mean": 0.5, "objective/kl": 0.01, "response_length/mean": 12.5, "actor/pg_loss": -0.02, "critic/vf_loss": 0.3,
-        "rollout/tokens_per_s": 99.0, "timing_s/step": 3600.0,
-    }  # fmt: skip
+        "critic/score/mean": 0.5,
+        "objective/kl": 0.01,
+        "response_length/mean": 12.5,
+        "actor/pg_loss": -0.02,
+        "critic/vf_loss": 0.3,
+        "rollout/tokens_per_s": 99.0,
+        "timing_s/step": 3600.0,
+    }
     assert run.console_line(99, ppo) == (
-        "step  99/100 | score   0.500 | kl   0.0100 | len   12.5 | pg  -0.0200 | vf  0.3000 |     99 tok/s | ETA 1:00:00"
+        "step  99/100 | score   0.500 | kl   0.0100 | len   12.5 | pg  -0.0200 | vf  0.3000 |     99 tok/s | "
+        "ETA 1:00:00"
     )
     assert line.isascii()
 
@@ -65,7 +93,12 @@ def test_log_interval_thins_the_console_only(tmp_path, capsys):
     run = tracker(tmp_path, log_interval=4, total_steps=10)
     for step in range(1, 11):
         run.log(step, {"train/loss": 1.0})
-    assert [line.split("|")[0].split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/10", "4/10", "8/10", "10/10"]
+    assert [line.split("|")[0].split()[1] for line in capsys.readouterr().out.splitlines()] == [
+        "1/10",
+        "4/10",
+        "8/10",
+        "10/10",
+    ]
     assert [row["step"] for row in lines(tmp_path)] == list(range(1, 11))
 
 
@@ -80,8 +113,13 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     run = tracker(tmp_path, start_step=4)
     run.log(5, {"train/loss": 9.0})
     assert [(row["step"], *list(row)[1:]) for row in lines(tmp_path)] == [
-        (1, "train/loss"), (2, "train/loss"), (3, "train/loss"), (4, "train/loss"), (4, "eval/loss"), (5, "train/loss"),
-    ]  # fmt: skip
+        (1, "train/loss"),
+        (2, "train/loss"),
+        (3, "train/loss"),
+        (4, "train/loss"),
+        (4, "eval/loss"),
+        (5, "train/loss"),
+    ]
     assert lines(tmp_path)[-1]["train/loss"] == 9.0
     tracker(tmp_path, start_step=0).close()
     assert lines(tmp_path) == []
@@ -155,7 +193,13 @@ def test_a_full_disk_does_not_end_a_run(tmp_path, capsys):
             run = tracker(disk / "run")
             fill(disk)
             for step in range(1, 30):
-                run.log(step, {"train/loss": 1 / step, **{f"train/{name}": 0.1234567890123 for name in ("lr", "grad_norm", "num_tokens")}})
+                run.log(
+                    step,
+                    {
+                        "train/loss": 1 / step,
+                        **{f"train/{name}": 0.1234567890123 for name in ("lr", "grad_norm", "num_tokens")},
+                    },
+                )
             run.samples(29, [{"prompt": "a" * 5000}])
             assert len((disk / "run/metrics.jsonl").read_bytes()) < 4097
             empty(disk)
@@ -166,7 +210,11 @@ def test_a_full_disk_does_not_end_a_run(tmp_path, capsys):
     except OSError as error:
         pytest.skip(f"this process may not mount a small disk: {error}")
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2 and "metrics.jsonl cannot be written: No space left" in warnings[0] and "samples/step_29.jsonl" in warnings[1]
+    assert (
+        len(warnings) == 2
+        and "metrics.jsonl cannot be written: No space left" in warnings[0]
+        and "samples/step_29.jsonl" in warnings[1]
+    )
 
 
 def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
@@ -207,8 +255,12 @@ def test_secrets_are_redacted(monkeypatch):
     monkeypatch.setenv("HF_HOME", "/cache")
     env = collect_env()
     assert env["argv"] == [
-        "mrlhf", "--api-key", "<redacted>", "--password=<redacted>", "--x", "<redacted>", "--rollout.max_new_tokens", "128",
-        "--reward.http_token_env", "MY_VAR", "--reward.sources", "http://<redacted>@host/score?token=<redacted>&n=1",
+        "mrlhf", "--api-key", "<redacted>", "--password=<redacted>", "--x", "<redacted>",
+        "--rollout.max_new_tokens", "128", "--reward.http_token_env", "MY_VAR",
+        "--reward.sources", "http://<redacted>@host/score?token=<redacted>&n=1",
     ]  # fmt: skip
     assert env["env"]["HF_TOKEN"] == "<redacted>" and env["env"]["HF_HOME"] == "/cache"
-    assert redact({"a": [{"secret": "x", "tokens": "7"}], "n": 3}) == {"a": [{"secret": "<redacted>", "tokens": "7"}], "n": 3}
+    assert redact({"a": [{"secret": "x", "tokens": "7"}], "n": 3}) == {
+        "a": [{"secret": "<redacted>", "tokens": "7"}],
+        "n": 3,
+    }

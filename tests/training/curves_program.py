@@ -1,10 +1,13 @@
-"""Every supervised stage on a toy in one process, as its command would run it: the learning curves that tests/training/test_curves.py compares.
+"""Every supervised stage on a toy in one process, as its command would run it:
+the learning curves that tests/training/test_curves.py compares.
 
-    python tests/training/curves_program.py FOLDER            # curves to FOLDER/curves/STAGE.json
-    python tests/training/curves_program.py FOLDER --write    # and to tests/fixtures/curves/, after a change that is meant to change them
+    python tests/training/curves_program.py FOLDER            # writes FOLDER/curves/STAGE.json
+    python tests/training/curves_program.py FOLDER --write    # writes tests/fixtures/curves/, too
 
-The toy: chats about the weather. Pretraining reads the texts, SFT learns the answers, and of each pair the answer with a warm word is
-chosen over the one with a cold word; the pairs of words of the evaluation stand in no training pair.
+Use --write after a change that is meant to change the curves.
+
+The toy: chats about the weather. Pretraining reads the texts, SFT learns the answers, and of each pair the answer with
+a warm word is chosen over the one with a cold word; the pairs of words of the evaluation stand in no training pair.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ def make_data(folder: Path) -> None:
     rng.shuffle(words)
     held_out, seen = words[:10], words[10:]
     chats = [
-        [{"role": "user", "content": question()}, {"role": "assistant", "content": answer(rng.choice(WARM + COLD))}] for _ in range(480)
+        [{"role": "user", "content": question()}, {"role": "assistant", "content": answer(rng.choice(WARM + COLD))}]
+        for _ in range(480)
     ]
     texts = [f"{chat[0]['content']} {chat[1]['content']}" for chat in chats]
 
@@ -58,7 +62,15 @@ def make_data(folder: Path) -> None:
         return {"prompt": question(), "chosen": answer(warm), "rejected": answer(cold)}
 
     make_tokenizer(folder / "model", texts)
-    make_hf_model(folder / "model", "llama", vocab_size=323, hidden_size=64, num_hidden_layers=2, head_dim=16, intermediate_size=128)
+    make_hf_model(
+        folder / "model",
+        "llama",
+        vocab_size=323,
+        hidden_size=64,
+        num_hidden_layers=2,
+        head_dim=16,
+        intermediate_size=128,
+    )
     rows = {
         "text": ("pretrain", [{"text": text} for text in texts]),
         "sft": ("sft", [{"messages": chat} for chat in chats]),
@@ -69,7 +81,12 @@ def make_data(folder: Path) -> None:
         file = write_jsonl(folder / f"{name}.jsonl", found)
         preprocess(
             PreprocessConfig(
-                task=task, input=(str(file),), tokenizer=str(folder / "model"), output_prefix=str(folder / name), seq_length=128, workers=1
+                task=task,
+                input=(str(file),),
+                tokenizer=str(folder / "model"),
+                output_prefix=str(folder / name),
+                seq_length=128,
+                workers=1,
             )
         )
 
@@ -78,7 +95,16 @@ def train(folder: Path, stage: str, run: str, *options: object) -> list[dict[str
     """The lines of metrics.jsonl."""
     from mrlhf import cli
 
-    common = ("--train.output_dir", folder / run, "--train.global_batch_size", 8, "--train.micro_batch_size", 4, "--train.num_epochs", 20)
+    common = (
+        "--train.output_dir",
+        folder / run,
+        "--train.global_batch_size",
+        8,
+        "--train.micro_batch_size",
+        4,
+        "--train.num_epochs",
+        20,
+    )
     common += ("--train.max_steps", STEPS[stage], "--optim.lr_warmup_steps", 5, "--checkpoint.save_optimizer", "false")
     common += ("--logging.tensorboard", "false")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -90,7 +116,16 @@ def train(folder: Path, stage: str, run: str, *options: object) -> list[dict[str
 def main(folder: Path) -> dict[str, dict[str, object]]:
     make_data(folder)
     fp32, pairs = ("--model.dtype", "float32"), ("--data.train", folder / "pref", "--data.eval", folder / "pref_eval")
-    new = ("--model.path", folder / "model", "--model.init", "random", "--data.train", folder / "text", "--optim.lr", 3e-3)
+    new = (
+        "--model.path",
+        folder / "model",
+        "--model.init",
+        "random",
+        "--data.train",
+        folder / "text",
+        "--optim.lr",
+        3e-3,
+    )
     tuned = ("--model.path", folder / "pretrain", "--data.train", folder / "sft", "--optim.lr", 5e-4)
     lines = {
         "pretrain": train(folder, "pretrain", "pretrain", *fp32, *new),
@@ -103,7 +138,9 @@ def main(folder: Path) -> dict[str, dict[str, object]]:
     for stage, found in lines.items():
         steps = [line for line in found if "train/loss" in line]
         curves[stage] = {name: [round(line[f"train/{name}"], 5) for line in steps] for name in COLUMNS[stage]}
-        curves[stage]["eval"] = {key: round(value, 5) for line in found for key, value in line.items() if key.startswith("eval/")}
+        curves[stage]["eval"] = {
+            key: round(value, 5) for line in found for key, value in line.items() if key.startswith("eval/")
+        }
     curves["pretrain"]["bfloat16"] = [round(line["train/loss"], 5) for line in bf16 if "train/loss" in line]
     return curves
 

@@ -1,4 +1,5 @@
-"""Under torchrun with 2 ranks: a loss or a gradient that is not finite on one of them, under both policies; prints JSON.
+"""Under torchrun with 2 ranks: a loss or a gradient that is not finite on one of them, under both policies;
+prints JSON.
 
 usage: nonfinite_program.py HF_DIR DATA_PREFIX
 """
@@ -37,7 +38,9 @@ def main() -> None:
         layout = state.initialize(parallel, seed=1)
         rank = dist.get_rank()
         _, dp, _ = layout.coordinates(rank)
-        loader = Loader(PackedDataset.open(sys.argv[2]), BatchPlan(packing=False, micro_batch_size=2, dp_rank=dp, dp_size=layout.dp))
+        loader = Loader(
+            PackedDataset.open(sys.argv[2]), BatchPlan(packing=False, micro_batch_size=2, dp_rank=dp, dp_size=layout.dp)
+        )
         optim = OptimConfig(lr=1e-3, adam_beta2=0.999)
         batches = loader.micro_batches(list(range(4, 12)))
 
@@ -55,7 +58,9 @@ def main() -> None:
 
         def everything(trainer: Any) -> list[torch.Tensor]:
             """Parameters and both moments of this rank."""
-            moments = [x for p in trainer.optimizer.chained_optimizers for s in p.optimizer.state.values() for x in s.values()]
+            moments = [
+                x for p in trainer.optimizer.chained_optimizers for s in p.optimizer.state.values() for x in s.values()
+            ]
             return [x.clone() for x in [*trainer.parameters().values(), *moments] if isinstance(x, torch.Tensor)]
 
         def agreed(flag: bool) -> bool:
@@ -106,7 +111,11 @@ def main() -> None:
         trainer_2 = make("stop")
         good = language_model_loss(trainer_2, aggregation="token")
         before = everything(trainer_2)
-        for what, one, loss in (("limit", trainer, bad_loss), ("stop", trainer_2, bad_loss), ("stop gradient", trainer_2, bad_gradient)):
+        for what, one, loss in (
+            ("limit", trainer, bad_loss),
+            ("stop", trainer_2, bad_loss),
+            ("stop gradient", trainer_2, bad_gradient),
+        ):
             try:
                 one.step(batches, loss)
                 result[what] = None

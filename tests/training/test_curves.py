@@ -25,7 +25,9 @@ def test_as_before(curves: dict[str, dict[str, Any]], stage: str) -> None:
     """To 2 %, or 0.02: another processor's rounding grows over the steps."""
     before = json.loads(Path(ROOT, f"tests/fixtures/curves/{stage}.json").read_text())
     assert curves[stage]["loss"] == pytest.approx(before["loss"], rel=0.02, abs=0.02)
-    assert {key: curves[stage]["eval"][key] for key in before["eval"]} == pytest.approx(before["eval"], rel=0.05, abs=0.05)
+    assert {key: curves[stage]["eval"][key] for key in before["eval"]} == pytest.approx(
+        before["eval"], rel=0.05, abs=0.05
+    )
 
 
 def test_bfloat16_tracks_fp32(curves: dict[str, dict[str, Any]]) -> None:
@@ -37,6 +39,8 @@ def test_bfloat16_tracks_fp32(curves: dict[str, dict[str, Any]]) -> None:
 def test_they_learn(curves: dict[str, dict[str, Any]]) -> None:
     """Held-out pairs: reward model and DPO above 0.9; a language model that predicts the toy's texts."""
     assert curves["rm"]["eval"]["eval/accuracy"] > 0.9
-    assert curves["dpo"]["eval"]["eval/rewards/accuracies"] > 0.9 and curves["dpo"]["loss"][0] == pytest.approx(0.693147, abs=1e-5)
+    assert curves["dpo"]["eval"]["eval/rewards/accuracies"] > 0.9 and curves["dpo"]["loss"][0] == pytest.approx(
+        0.693147, abs=1e-5
+    )
     assert curves["pretrain"]["loss"][0] > 5 and curves["pretrain"]["loss"][-1] < 2
     assert curves["sft"]["loss"][-1] < 0.5 * curves["sft"]["loss"][0]

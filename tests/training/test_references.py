@@ -1,4 +1,6 @@
-"""DPO's reference log-probs: whole or not there, of this data and this reference or computed anew, read again by another run."""
+"""DPO's reference log-probs: whole or not there, of this data and this reference or computed anew,
+read again by another run.
+"""
 
 from __future__ import annotations
 
@@ -46,24 +48,32 @@ def test_where_the_data_cannot_be_written_the_run_keeps_it(tmp_path: Path, capsy
 
 
 def test_a_later_run_reads_them(world: Path, tmp_path: Path) -> None:
-    """Two sources; one's file is lost between the runs, the other is read. Summed log-probs serve the length-normalised loss too."""
+    """Two sources; one's file is lost between the runs, the other is read.
+    Summed log-probs serve the length-normalised loss too.
+    """
     for name in ("a", "b"):
         for file in world.glob("pref[._]*"):
             if file.suffix in (".bin", ".idx", ".json"):
                 shutil.copy(file, tmp_path / file.name.replace("pref", name, 1))
     blend = f"[{tmp_path / 'a'}, {tmp_path / 'b'}]"
-    args = ["dpo", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", blend, "--train.global_batch_size", 4,
-            "--train.max_steps", 2, "--checkpoint.save_optimizer", "false"]  # fmt: skip
+    args = ["dpo", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", blend,
+            "--train.global_batch_size", 4, "--train.max_steps", 2, "--checkpoint.save_optimizer", "false"]  # fmt: skip
     first = mrlhf(*args, "--train.output_dir", tmp_path / "first", "--data.eval", tmp_path / "a")
     a, b = (next(tmp_path.glob(f"{name}_reference_*.safetensors")) for name in ("a", "b"))
-    assert a.name[1:] == b.name[1:] and first.stdout.count("answers of") == 2, "the evaluation split is one of the sources"
+    assert a.name[1:] == b.name[1:] and first.stdout.count("answers of") == 2, (
+        "the evaluation split is one of the sources"
+    )
     assert not list((tmp_path / "first").glob("*reference*"))
     lines = metrics(tmp_path / "first")
     assert lines[0]["train/loss"] == pytest.approx(0.693147, abs=1e-6)
     assert {k.removeprefix("eval/") for k in lines[-1] if k != "step"} == set(EVALUATED["dpo"])
     before = load_file(a)["logps"]
     a.unlink()
-    again = mrlhf(*args, "--train.output_dir", tmp_path / "again", "--dpo.length_normalize", "true", "--dpo.loss", "ipo")
+    again = mrlhf(
+        *args, "--train.output_dir", tmp_path / "again", "--dpo.length_normalize", "true", "--dpo.loss", "ipo"
+    )
     assert f"reference log-probs: {b}" in again.stdout and f"answers of {tmp_path / 'a'}" in again.stdout
     assert torch.allclose(load_file(a)["logps"], before)
-    assert metrics(tmp_path / "again")[0]["train/loss"] == pytest.approx(25, rel=1e-5), "(0 - 1 / (2 beta))^2 with beta 0.1"
+    assert metrics(tmp_path / "again")[0]["train/loss"] == pytest.approx(25, rel=1e-5), (
+        "(0 - 1 / (2 beta))^2 with beta 0.1"
+    )

@@ -39,7 +39,9 @@ def kill_after(run_dir: Path, step: int, args: list[object]) -> None:
         start_new_session=True,
     )
     log, end = run_dir / "metrics.jsonl", time.monotonic() + 240
-    while not (log.is_file() and len(log.read_text().splitlines()) >= step and (run_dir / "checkpoints/latest").is_file()):
+    while not (
+        log.is_file() and len(log.read_text().splitlines()) >= step and (run_dir / "checkpoints/latest").is_file()
+    ):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -74,9 +76,10 @@ def check(tmp_path: Path, args: list[object], *, kill_at: int) -> None:
 
 
 def test_sft_killed_and_resumed(world: Path, tmp_path: Path) -> None:
-    args = ["sft", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "sft", "--train.global_batch_size", 2,
-            "--train.num_epochs", 5, "--optim.lr", 1e-3, "--optim.lr_warmup_steps", 3, "--checkpoint.save_interval", 4,
-            "--data.eval", world / "sft", "--checkpoint.best_metric", "eval/loss", "--checkpoint.keep_last", 1]  # fmt: skip
+    args = ["sft", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "sft",
+            "--train.global_batch_size", 2, "--train.num_epochs", 5, "--optim.lr", 1e-3,
+            "--optim.lr_warmup_steps", 3, "--checkpoint.save_interval", 4, "--data.eval", world / "sft",
+            "--checkpoint.best_metric", "eval/loss", "--checkpoint.keep_last", 1]  # fmt: skip
     check(tmp_path, args, kill_at=7)
     measured = {k: v for k, v in metrics(tmp_path / "whole")[-1].items() if k != "step"}
     assert set(measured) == {f"eval/{name}" for name in EVALUATED["sft"]}
@@ -93,7 +96,9 @@ def test_sft_killed_and_resumed(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_blend_goes_on_with_the_same_rows_on_another_layout(world: Path, tmp_path: Path) -> None:
-    """Own text and Megatron-LM's own, three steps on one rank, the rest on two; against all on one rank. Then with other data."""
+    """Own text and Megatron-LM's own, three steps on one rank, the rest on two; against all on one rank.
+    Then with other data.
+    """
     for end in (".bin", ".idx"):
         shutil.copy(world / f"text{end}", tmp_path / f"theirs{end}")
     for file in world.glob("text.*"):
@@ -102,8 +107,9 @@ def test_a_blend_goes_on_with_the_same_rows_on_another_layout(world: Path, tmp_p
     shutil.copy(world / "text_loss_mask.idx", tmp_path / "ours_loss_mask.idx")
     blend = f"[{{prefix: {tmp_path / 'ours'}, weight: 0.7}}, {{prefix: {tmp_path / 'theirs'}, weight: 0.3}}]"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    args = ["pretrain", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", blend, "--data.seq_length", 160,
-            "--train.global_batch_size", 4, "--train.max_steps", 6, "--optim.lr", 1e-3, "--checkpoint.save_interval", 3]  # fmt: skip
+    args = ["pretrain", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", blend,
+            "--data.seq_length", 160, "--train.global_batch_size", 4, "--train.max_steps", 6, "--optim.lr", 1e-3,
+            "--checkpoint.save_interval", 3]  # fmt: skip
     first = mrlhf(*args, "--train.output_dir", whole)
     assert f"note: {tmp_path / 'theirs'} is Megatron-LM's own data: " in first.stdout
     shutil.copytree(whole, broken)
@@ -112,12 +118,18 @@ def test_a_blend_goes_on_with_the_same_rows_on_another_layout(world: Path, tmp_p
     again = mrlhf(*args, "--train.output_dir", broken, ranks=2)
     assert "resumed from" in again.stdout
     for one, two in zip(metrics(whole), metrics(broken), strict=True):
-        same = {k for k in one if k.startswith("data/")} | {"train/num_tokens", "train/num_rows", "train/epoch"} & set(one)
+        same = {k for k in one if k.startswith("data/")} | {"train/num_tokens", "train/num_rows", "train/epoch"} & set(
+            one
+        )
         assert {"data/ours/epoch", "data/theirs/epoch", "train/num_tokens"} <= same
         assert {k: one[k] for k in same} == {k: two[k] for k in same}
         assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
     kept = [json.loads((run / "checkpoints/step_6/mrlhf.json").read_text())["data"] for run in (whole, broken)]
-    assert kept[0] == kept[1] and sum(s["consumed"] for s in kept[0]) == 24 and [s["consumed"] for s in kept[0]] in ([17, 7], [16, 8])
+    assert (
+        kept[0] == kept[1]
+        and sum(s["consumed"] for s in kept[0]) == 24
+        and [s["consumed"] for s in kept[0]] in ([17, 7], [16, 8])
+    )
 
     shutil.rmtree(broken / "checkpoints/step_6")
     (broken / "checkpoints/latest").write_text("step_3\n")
@@ -126,15 +138,26 @@ def test_a_blend_goes_on_with_the_same_rows_on_another_layout(world: Path, tmp_p
     remake(world, tmp_path / "ours")
     refused = mrlhf(*args, "--train.output_dir", broken, check=False)
     assert refused.returncode == 2
-    assert f"CheckpointError: {broken / 'checkpoints/step_3'}: the data at {tmp_path / 'ours'} was changed" in refused.stderr
+    assert (
+        f"CheckpointError: {broken / 'checkpoints/step_3'}: the data at {tmp_path / 'ours'} was changed"
+        in refused.stderr
+    )
 
 
 def remake(world: Path, prefix: Path) -> None:
     """The world's text in another order."""
     from mrlhf.data.prepare.job import PreprocessConfig, preprocess
 
-    preprocess(PreprocessConfig(task="pretrain", input=(str(world / "text.jsonl"),), tokenizer=str(world / "qwen2"),
-                                output_prefix=str(prefix), seq_length=160, seed=9))  # fmt: skip
+    preprocess(
+        PreprocessConfig(
+            task="pretrain",
+            input=(str(world / "text.jsonl"),),
+            tokenizer=str(world / "qwen2"),
+            output_prefix=str(prefix),
+            seq_length=160,
+            seed=9,
+        )
+    )
 
 
 @dataclass
@@ -190,9 +213,26 @@ def test_another_tokenizer_is_refused_and_another_batch_goes_on_where_it_stood(w
     from mrlhf.data.tokenizers.hf import fingerprint
     from mrlhf.training.row_order import data_position, make_order, restore_position
 
-    flags = ["--model.path", "m", "--data.train", "x", "--train.output_dir", "o", "--data.packing", "false", "--train.num_epochs", "2"]
-    small, large = (make_order(load_config(SFTStage, None, [*flags, "--train.global_batch_size", n]), Rows(30)) for n in ("4", "10"))
-    manifest = {"step": 3, "tokenizer": fingerprint(world / "qwen2"), **data_position(small, Rows(30), small.consumed(3))}
+    flags = [
+        "--model.path",
+        "m",
+        "--data.train",
+        "x",
+        "--train.output_dir",
+        "o",
+        "--data.packing",
+        "false",
+        "--train.num_epochs",
+        "2",
+    ]
+    small, large = (
+        make_order(load_config(SFTStage, None, [*flags, "--train.global_batch_size", n]), Rows(30)) for n in ("4", "10")
+    )
+    manifest = {
+        "step": 3,
+        "tokenizer": fingerprint(world / "qwen2"),
+        **data_position(small, Rows(30), small.consumed(3)),
+    }
     make_tokenizer(tmp_path, ["quite", "another"])
     with pytest.raises(CheckpointError, match="the tokenizer of .* is not the checkpoint's"):
         restore_position(small, Rows(30), manifest, where="c", hf_dir=tmp_path)
@@ -211,8 +251,8 @@ def test_prompts_of_a_blend() -> None:
     from mrlhf.data.blend import Blend
     from mrlhf.rl.rollout.prompts import make_prompt_order
 
-    flags = ["--model.path", "m", "--data.train", "[a, {prefix: b, epochs: 2}]", "--train.output_dir", "o", "--train.global_batch_size", "8",
-             "--rollout.batch_size", "8", "--reward.sources", "f.py:f"]  # fmt: skip
+    flags = ["--model.path", "m", "--data.train", "[a, {prefix: b, epochs: 2}]", "--train.output_dir", "o",
+             "--train.global_batch_size", "8", "--rollout.batch_size", "8", "--reward.sources", "f.py:f"]  # fmt: skip
     parts = [
         SimpleNamespace(num_samples=n, num_packs=n, num_tokens=n, max_length=1, task="prompts", meta={}, prefix=p)
         for n, p in ((10, "a"), (5, "b"))

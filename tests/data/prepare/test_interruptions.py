@@ -1,4 +1,6 @@
-"""Interrupted, starved and badly fed preprocessing: whole output or none, the same bytes in the end, never a traceback or a hang."""
+"""Interrupted, starved and badly fed preprocessing:
+whole output or none, the same bytes in the end, never a traceback or a hang.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,12 @@ FORK = multiprocessing.get_context("fork")
 
 
 def chat(i: int, length: int = 20) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i} " * length}]}
+    return {
+        "messages": [
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": f"answer {i} " * length},
+        ]
+    }
 
 
 @pytest.fixture
@@ -51,7 +58,9 @@ def corpus(tmp_path: Path) -> Path:
 def config(corpus: Path, tmp_path: Path, bpe_dir: str) -> Callable[..., PreprocessConfig]:
     def make(prefix: str, **options: Any) -> PreprocessConfig:
         options = {"input": (str(corpus),), "workers": 2, **options}
-        return PreprocessConfig(task="sft", tokenizer=bpe_dir, output_prefix=str(tmp_path / prefix), seq_length=256, **options)
+        return PreprocessConfig(
+            task="sft", tokenizer=bpe_dir, output_prefix=str(tmp_path / prefix), seq_length=256, **options
+        )
 
     return make
 
@@ -95,7 +104,9 @@ def test_any_number_of_workers_gives_the_same_bytes(config: Callable[..., Prepro
 
 
 @pytest.mark.slow
-def test_killed_at_random_times_it_ends_with_the_same_bytes(config: Callable[..., PreprocessConfig], tmp_path: Path) -> None:
+def test_killed_at_random_times_it_ends_with_the_same_bytes(
+    config: Callable[..., PreprocessConfig], tmp_path: Path
+) -> None:
     start = time.monotonic()
     preprocess(config("whole"))
     whole, seconds = files(tmp_path, "whole"), time.monotonic() - start
@@ -113,7 +124,9 @@ def test_killed_at_random_times_it_ends_with_the_same_bytes(config: Callable[...
     assert resumed >= 1
 
 
-def test_killed_at_every_rename(config: Callable[..., PreprocessConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_every_rename(
+    config: Callable[..., PreprocessConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of shards and of the files of two splits."""
     options = {"workers": 1, "split": "0.9,0.1"}
     preprocess(config("whole", **options))
@@ -177,7 +190,9 @@ def test_no_work_on_changed_input_is_used_again(
         preprocess(config("c", resume=True))
 
 
-def test_two_processes_do_not_write_one_output(config: Callable[..., PreprocessConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_do_not_write_one_output(
+    config: Callable[..., PreprocessConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = FORK.Event()
 
     def waiting(*_: Any) -> None:
@@ -197,7 +212,9 @@ def test_two_processes_do_not_write_one_output(config: Callable[..., PreprocessC
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_said_and_can_be_resumed(workers: int, config: Callable[..., PreprocessConfig], tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_can_be_resumed(
+    workers: int, config: Callable[..., PreprocessConfig], tmp_path: Path
+) -> None:
     """A limit on the size of a file gives the same error as a full disk does, EFBIG for ENOSPC."""
     for limit in (20_000, 200_000):  # in a shard, in the output
 
@@ -214,13 +231,15 @@ def test_a_full_disk_is_said_and_can_be_resumed(workers: int, config: Callable[.
     assert files(tmp_path, "a") == files(tmp_path, "b")
 
 
-def test_a_worker_that_dies_is_an_error(config: Callable[..., PreprocessConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_an_error(
+    config: Callable[..., PreprocessConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mrlhf.data.prepare.workers.Work.__call__", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(EnvironmentProblem, match="a worker process died"):
         preprocess(config("a"))
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 def bad_files() -> dict[str, tuple[bytes, str]]:
@@ -231,7 +250,10 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "missing.jsonl": (many + b'{"text": "x"}\n', ":2001: column 'messages' is missing"),
         "bytes.jsonl": (many + b'{"messages": "\xff\xfe"}\n', ":2001: not valid JSON"),
         "twice.jsonl": (good + b'{"messages": [], "messages": []}\n', ":2: column 'messages' stands twice"),
-        "inner.jsonl": (good + good.replace(b'"role": "user"', b'"role": "system", "role": "user"'), ":2: column 'role' stands twice"),
+        "inner.jsonl": (
+            good + good.replace(b'"role": "user"', b'"role": "system", "role": "user"'),
+            ":2: column 'role' stands twice",
+        ),
         "surrogate.jsonl": (good + good.replace(b"question", b"\\ud800"), ":2: "),
         "list.jsonl": (good + b"[1, 2]\n", ":2: the row is a list"),
         "cut.jsonl.gz": (gzip.compress(many)[:-9], "cut.jsonl.gz: cannot be read"),
@@ -269,9 +291,15 @@ def test_bad_input_ends_with_status_2_and_its_place(
 
 def test_bad_rows_are_dropped_or_kept_apart_when_asked(tmp_path: Path, bpe_dir: str) -> None:
     path = tmp_path / "in.jsonl"
-    path.write_bytes(b"".join(json.dumps(chat(i)).encode() + b"\n" for i in range(5)) + b'{"x": 1}\n\xff\n' + json.dumps(chat(6)).encode())
+    path.write_bytes(
+        b"".join(json.dumps(chat(i)).encode() + b"\n" for i in range(5))
+        + b'{"x": 1}\n\xff\n'
+        + json.dumps(chat(6)).encode()
+    )
     base = {"task": "sft", "input": (str(path),), "tokenizer": bpe_dir, "seq_length": 512}
-    dropped = preprocess(PreprocessConfig(**base, output_prefix=str(tmp_path / "a"), on_bad_row="drop"))[str(tmp_path / "a")]
+    dropped = preprocess(PreprocessConfig(**base, output_prefix=str(tmp_path / "a"), on_bad_row="drop"))[
+        str(tmp_path / "a")
+    ]
     assert dropped["drops"] == {"bad row (json)": 1, "bad row (missing:messages)": 1}
     assert dropped["num_kept"] == 6 and dropped["num_rows"] == 8 and not (tmp_path / "a_bad.jsonl").exists()
     preprocess(PreprocessConfig(**base, output_prefix=str(tmp_path / "b"), on_bad_row="quarantine"))
@@ -283,7 +311,18 @@ def test_bad_rows_are_dropped_or_kept_apart_when_asked(tmp_path: Path, bpe_dir: 
 pieces = st.one_of(
     st.binary(max_size=40),
     st.sampled_from(
-        [b"{}", b"null", b'"\\ud800"', b"\x00", b'{"messages": null}', b'{"messages": [{}]}', b"[[[[", b'{"a":', b"1e999", b"NaN"]
+        [
+            b"{}",
+            b"null",
+            b'"\\ud800"',
+            b"\x00",
+            b'{"messages": null}',
+            b'{"messages": [{}]}',
+            b"[[[[",
+            b'{"a":',
+            b"1e999",
+            b"NaN",
+        ]
     ),
     st.text(max_size=20).map(lambda t: json.dumps({"messages": t}).encode()),
     st.builds(
@@ -292,7 +331,12 @@ pieces = st.one_of(
         ).encode("utf-8", "surrogatepass"),
         st.sampled_from(["assistant", "user", "", "tool", None, 3]),
         st.one_of(
-            st.text(max_size=30), st.none(), st.integers(), st.lists(st.text(max_size=3), max_size=2), st.just("\ud800"), st.just("\x00")
+            st.text(max_size=30),
+            st.none(),
+            st.integers(),
+            st.lists(st.text(max_size=3), max_size=2),
+            st.just("\ud800"),
+            st.just("\x00"),
         ),
     ),
 )
@@ -300,11 +344,20 @@ pieces = st.one_of(
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(pieces, min_size=1, max_size=12), newline=st.sampled_from([b"\n", b"\r\n"]))
-def test_fuzzed_rows_are_samples_drops_or_problems(rows: list[bytes], newline: bytes, tmp_path: Path, bpe_dir: str) -> None:
+def test_fuzzed_rows_are_samples_drops_or_problems(
+    rows: list[bytes], newline: bytes, tmp_path: Path, bpe_dir: str
+) -> None:
     path = tmp_path / "fuzz.jsonl"
     path.write_bytes(json.dumps(chat(0)).encode() + b"\n" + newline.join(rows))
     prefix = tmp_path / "fuzz"
-    base = {"task": "sft", "input": (str(path),), "tokenizer": bpe_dir, "seq_length": 256, "output_prefix": str(prefix), "overwrite": True}
+    base = {
+        "task": "sft",
+        "input": (str(path),),
+        "tokenizer": bpe_dir,
+        "seq_length": 256,
+        "output_prefix": str(prefix),
+        "overwrite": True,
+    }
     base["tokenizer_backend"] = "hf"  # its comparison would be repeated for every example
     meta = preprocess(PreprocessConfig(**base, on_bad_row="drop", on_empty="drop"))[str(prefix)]
     assert meta["num_kept"] + sum(meta["drops"].values()) == meta["num_rows"]
@@ -322,5 +375,7 @@ def test_a_row_of_ten_megabytes(tmp_path: Path, bpe_dir: str) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps(chat(0)) + "\n" + json.dumps(chat(1, 1_000_000)) + "\n" + json.dumps(chat(2)) + "\n")
     prefix = str(tmp_path / "out")
-    meta = preprocess(PreprocessConfig(task="sft", input=(str(path),), tokenizer=bpe_dir, seq_length=512, output_prefix=prefix))[prefix]
+    meta = preprocess(
+        PreprocessConfig(task="sft", input=(str(path),), tokenizer=bpe_dir, seq_length=512, output_prefix=prefix)
+    )[prefix]
     assert meta["drops"] == {"too_long": 1} and meta["num_samples"] == 2

@@ -25,7 +25,22 @@ Run = Callable[..., PackedDataset]
 
 
 def chats(n: int) -> list[dict[str, Any]]:
-    words = ["the", "quick", "brown", "fox", "that", "reads", "books", "about", "robots", "and", "numbers", "1", "2", "3"]
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "that",
+        "reads",
+        "books",
+        "about",
+        "robots",
+        "and",
+        "numbers",
+        "1",
+        "2",
+        "3",
+    ]
     return [
         {
             "messages": [
@@ -38,14 +53,19 @@ def chats(n: int) -> list[dict[str, Any]]:
 
 
 def pairs(n: int, **extra: Any) -> list[dict[str, Any]]:
-    return [{"prompt": f"question {i}?", "chosen": f"good {i} " + "yes " * (i % 9), "rejected": f"bad {i}", **extra} for i in range(n)]
+    return [
+        {"prompt": f"question {i}?", "chosen": f"good {i} " + "yes " * (i % 9), "rejected": f"bad {i}", **extra}
+        for i in range(n)
+    ]
 
 
 @pytest.fixture
 def run(tmp_path: Path, bpe_dir: str) -> Run:
     def make(task: str, *paths: str, seq_length: int = 128, prefix: str = "out", **options: Any) -> PackedDataset:
         options = {"tokenizer": bpe_dir, **options}
-        config = PreprocessConfig(task=task, input=paths, output_prefix=str(tmp_path / prefix), seq_length=seq_length, **options)
+        config = PreprocessConfig(
+            task=task, input=paths, output_prefix=str(tmp_path / prefix), seq_length=seq_length, **options
+        )
         meta = preprocess(config)[str(tmp_path / prefix)]
         data = PackedDataset.open(tmp_path / prefix, verify=True)
         assert data.meta == json.loads(json.dumps(meta))
@@ -64,11 +84,15 @@ def same_as_megatron(data: PackedDataset) -> None:
             continue
         stock = IndexedDataset(data.prefix + part)
         if ours is None:
-            assert [float(stock[i][0]) for i in range(len(stock))] == [data.margin(i) for i in range(data.num_samples // 2)]
+            assert [float(stock[i][0]) for i in range(len(stock))] == [
+                data.margin(i) for i in range(data.num_samples // 2)
+            ]
             assert np.array_equal(stock.document_indices * 2, data.doc_index)
             continue
         assert len(stock) == data.num_samples
-        assert np.array_equal(stock.sequence_lengths, data.lengths) and np.array_equal(stock.document_indices, data.doc_index)
+        assert np.array_equal(stock.sequence_lengths, data.lengths) and np.array_equal(
+            stock.document_indices, data.doc_index
+        )
         for i in range(len(stock)):
             assert np.array_equal(stock[i], ours(i))
 
@@ -77,7 +101,9 @@ def samples(data: PackedDataset) -> list[tuple[list[int], list[int]]]:
     return [(data.tokens(i).tolist(), data.mask(i).tolist()) for i in range(data.num_samples)]
 
 
-def test_sft_packs_hold_every_sample_once(run: Run, jsonl: Callable[..., str], load: Callable[[str], Any], bpe_dir: str) -> None:
+def test_sft_packs_hold_every_sample_once(
+    run: Run, jsonl: Callable[..., str], load: Callable[[str], Any], bpe_dir: str
+) -> None:
     rows = chats(200)
     data = run("sft", jsonl(rows), prefix="packed")
     loose = run("sft", jsonl(rows), prefix="loose", pack=False)
@@ -92,10 +118,14 @@ def test_sft_packs_hold_every_sample_once(run: Run, jsonl: Callable[..., str], l
         ids, mask = loose.tokens(i), loose.mask(i)
         assert ids.dtype == np.int64 and mask.dtype == np.uint8
         assert tokenizer.decode(ids[mask == 1]) == row["messages"][-1]["content"] + "<|im_end|>"
-        assert tokenizer.decode(ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False).removesuffix("\n")
+        assert tokenizer.decode(ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False).removesuffix(
+            "\n"
+        )
     meta = data.meta
     assert (meta["task"], meta["num_rows"], meta["num_kept"], meta["drops"]) == ("sft", 200, 200, {})
-    assert meta["num_tokens"] == data.lengths.sum() and meta["num_trained_tokens"] == sum(sum(m) for _, m in samples(data))
+    assert meta["num_tokens"] == data.lengths.sum() and meta["num_trained_tokens"] == sum(
+        sum(m) for _, m in samples(data)
+    )
     assert meta["tokenizer_fingerprint"] == tokenizer_fingerprint(bpe_dir)
     assert (meta["vocab_size"], meta["end_token"]) == (len(tokenizer), "<|im_end|>")
     assert meta["sources"][0]["bytes"] == os.path.getsize(meta["sources"][0]["path"])
@@ -133,7 +163,9 @@ def test_pretrain_splits_long_texts_and_loses_nothing(
     assert packed.meta["num_tokens"] == sum(map(len, whole))
 
 
-def test_preference_keeps_pairs_together(run: Run, jsonl: Callable[..., str], load: Callable[[str], Any], bpe_dir: str) -> None:
+def test_preference_keeps_pairs_together(
+    run: Run, jsonl: Callable[..., str], load: Callable[[str], Any], bpe_dir: str
+) -> None:
     rows = [{**row, "margin": i / 4} for i, row in enumerate(pairs(60))]
     data = run("preference", jsonl(rows), seq_length=200)
     same_as_megatron(data)
@@ -148,8 +180,13 @@ def test_preference_keeps_pairs_together(run: Run, jsonl: Callable[..., str], lo
     assert run("preference", jsonl(pairs(3)), prefix="none").margin(0) is None
 
 
-def test_prompts_keep_their_order_and_labels(run: Run, jsonl: Callable[..., str], load: Callable[[str], Any], bpe_dir: str) -> None:
-    rows = [{"prompt": [{"role": "user", "content": f"what is {i}?"}], "label": {"n": i, "s": "é\u2028"}} for i in range(300)]
+def test_prompts_keep_their_order_and_labels(
+    run: Run, jsonl: Callable[..., str], load: Callable[[str], Any], bpe_dir: str
+) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"what is {i}?"}], "label": {"n": i, "s": "é\u2028"}}
+        for i in range(300)
+    ]
     data = run("prompts", jsonl(rows), seq_length=64)
     same_as_megatron(data)
     assert (
@@ -166,7 +203,9 @@ def test_prompts_keep_their_order_and_labels(run: Run, jsonl: Callable[..., str]
     assert bare.label(0) is None and "_labels.jsonl" not in bare.meta["files"]
 
 
-def test_plain_template_and_unigram(run: Run, jsonl: Callable[..., str], load: Callable[[str], Any], unigram_dir: str) -> None:
+def test_plain_template_and_unigram(
+    run: Run, jsonl: Callable[..., str], load: Callable[[str], Any], unigram_dir: str
+) -> None:
     rows = [{"input": f"who {i}", "output": f"that is {i}"} for i in range(20)]
     data = run("sft", jsonl(rows), tokenizer=unigram_dir, input_template="User: {}\nAssistant: ", pack=False)
     tokenizer = load(unigram_dir)
@@ -183,7 +222,9 @@ def test_sources(run: Run, jsonl: Callable[..., str], tmp_path: Path, workers: i
     array.write_text(json.dumps(rows[2:4]))
     zipped = tmp_path / "rows.jsonl.gz"
     zipped.write_bytes(gzip.compress("\n\n".join(json.dumps(r) for r in rows[4:]).encode()))
-    data = run("sft", jsonl(["\ufeff" + json.dumps(rows[0]), rows[1]]), str(array), str(zipped), pack=False, workers=workers)
+    data = run(
+        "sft", jsonl(["\ufeff" + json.dumps(rows[0]), rows[1]]), str(array), str(zipped), pack=False, workers=workers
+    )
     assert samples(data) == samples(run("sft", jsonl(rows, "all.jsonl"), pack=False, prefix="all"))
     assert [s["path"] for s in data.meta["sources"]][1:] == [str(array), str(zipped)]
 
@@ -195,9 +236,20 @@ def test_parquet_without_pyarrow_names_the_extra(run: Run, tmp_path: Path, monke
         run("sft", str(tmp_path / "x.parquet"))
 
 
-def test_every_kind_of_problem_is_shown_at_once_with_counts(run: Run, jsonl: Callable[..., str], tmp_path: Path) -> None:
+def test_every_kind_of_problem_is_shown_at_once_with_counts(
+    run: Run, jsonl: Callable[..., str], tmp_path: Path
+) -> None:
     good = chats(3)
-    path = jsonl([good[0], "{bad json", {"id": 1, "conversation": good[1]["messages"]}, good[2], '{"id": 2, "conversation": []}', "[1]"])
+    path = jsonl(
+        [
+            good[0],
+            "{bad json",
+            {"id": 1, "conversation": good[1]["messages"]},
+            good[2],
+            '{"id": 2, "conversation": []}',
+            "[1]",
+        ]
+    )
     with pytest.raises(SeveralErrors) as caught:
         run("sft", path)
     text = str(caught.value)
@@ -237,7 +289,11 @@ def test_empty_turns(run: Run, jsonl: Callable[..., str]) -> None:
 
 def test_truncation_of_chats(run: Run, jsonl: Callable[..., str]) -> None:
     path = jsonl(
-        [{"input": "please " * 30, "output": "yes no"}, {"input": "hello", "output": "maybe " * 90}, {"input": "the", "output": "a"}]
+        [
+            {"input": "please " * 30, "output": "yes no"},
+            {"input": "hello", "output": "maybe " * 90},
+            {"input": "the", "output": "a"},
+        ]
     )
     full = run("sft", path, seq_length=1000, prefix="full", pack=False)
     limit = 64
@@ -249,7 +305,10 @@ def test_truncation_of_chats(run: Run, jsonl: Callable[..., str]) -> None:
     assert "--truncate drop" in caught.value.fix and "2 of 3 rows" in caught.value.fix
     left = run("sft", path, seq_length=limit, prefix="left", truncate="left", pack=False)
     assert left.meta["drops"] == {"answer_too_long": 1} and left.meta["num_truncated"] == 1
-    assert left.tokens(0).tolist() == full.tokens(0)[-limit:].tolist() and left.mask(0).tolist() == full.mask(0)[-limit:].tolist()
+    assert (
+        left.tokens(0).tolist() == full.tokens(0)[-limit:].tolist()
+        and left.mask(0).tolist() == full.mask(0)[-limit:].tolist()
+    )
     right = run("sft", path, seq_length=limit, prefix="right", truncate="right", pack=False)
     assert right.meta["drops"] == {"nothing_left_to_train": 1} and right.meta["num_truncated"] == 1
     assert right.tokens(0).tolist() == full.tokens(1)[:limit].tolist()
@@ -264,7 +323,11 @@ def test_truncation_of_pairs_and_prompts(run: Run, jsonl: Callable[..., str]) ->
         run("preference", path, seq_length=limit, prefix="drop")
     assert run("preference", path, seq_length=limit, prefix="loose", pack=False).num_packs == 1
     left = run("preference", path, seq_length=limit, prefix="left", truncate="left")
-    assert left.lengths.sum() <= limit and left.mask(0).sum() == full.mask(0).sum() and left.mask(1).sum() == full.mask(1).sum()
+    assert (
+        left.lengths.sum() <= limit
+        and left.mask(0).sum() == full.mask(0).sum()
+        and left.mask(1).sum() == full.mask(1).sum()
+    )
     assert len(full.tokens(0)) - len(left.tokens(0)) == len(full.tokens(1)) - len(left.tokens(1))
 
     prompts = jsonl([{"input": "please " * 40}, {"input": "hi"}])
@@ -279,9 +342,19 @@ def test_margins_in_some_rows_only_is_an_error(run: Run, jsonl: Callable[..., st
         run("preference", jsonl([*pairs(2), *pairs(1, margin=1.0)]))
 
 
-def test_special_tokens_beside_private_characters_are_a_counted_drop(run: Run, jsonl: Callable[..., str], unigram_dir: str) -> None:
-    rows = [*chats(3), {"input": "strike <s> this \U00100000", "output": "ok"}, {"input": "strike <s> this", "output": "ok"}]
-    data = run("sft", jsonl([{"input": m["messages"][0]["content"], "output": "ok"} for m in rows[:3]] + rows[3:]), tokenizer=unigram_dir)
+def test_special_tokens_beside_private_characters_are_a_counted_drop(
+    run: Run, jsonl: Callable[..., str], unigram_dir: str
+) -> None:
+    rows = [
+        *chats(3),
+        {"input": "strike <s> this \U00100000", "output": "ok"},
+        {"input": "strike <s> this", "output": "ok"},
+    ]
+    data = run(
+        "sft",
+        jsonl([{"input": m["messages"][0]["content"], "output": "ok"} for m in rows[:3]] + rows[3:]),
+        tokenizer=unigram_dir,
+    )
     assert data.meta["drops"] == {"special_in_text": 1} and data.num_samples == 4
 
 
@@ -365,7 +438,9 @@ def test_opening_what_is_not_a_prefix(run: Run, jsonl: Callable[..., str], tmp_p
 
 
 def tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(TOOL), *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
 
 
 def test_command_line(jsonl: Callable[..., str], tmp_path: Path, bpe_dir: str) -> None:
@@ -395,8 +470,14 @@ def test_help_is_fast_and_misuse_exits_with_2() -> None:
 def test_modules_import_neither_torch_nor_megatron_nor_transformers() -> None:
     code = (
         "import sys; sys.path.insert(0, '.');"
-        "import mrlhf.data.prepare.job, mrlhf.data.indexed, mrlhf.data.prepare.template, mrlhf.data.prepare.sources, mrlhf.data.prepare.formats;"
+        "import mrlhf.data.prepare.job, mrlhf.data.indexed, mrlhf.data.prepare.template, "
+        "mrlhf.data.prepare.sources, mrlhf.data.prepare.formats;"
         "import mrlhf.data.pack;"
         "print([m for m in ('torch', 'megatron', 'transformers', 'tokenizers') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -1,4 +1,6 @@
-"""Our rendering is transformers' rendering: texts and {% generation %} spans, for the templates that come with mrlhf and others."""
+"""Our rendering is transformers' rendering: texts and {% generation %} spans,
+for the templates that come with mrlhf and others.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,24 @@ from mrlhf.errors import DataError, RowProblem
 from ..chat_templates import TEMPLATES
 from .test_template_properties import conversation
 
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds <b>&</b> é", "parameters": {"type": "object"}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "adds <b>&</b> é", "parameters": {"type": "object"}},
+    }
+]
 WITH_TOOLS = (
-    "{{ strftime_now('%Y') }}{%- if tools %}{{ '<|im_start|>system\\nTools: ' + tools | tojson(indent=2) + '<|im_end|>\\n' }}{% endif %}"
+    "{{ strftime_now('%Y') }}{%- if tools %}{{ '<|im_start|>system\\nTools: ' + tools | tojson(indent=2) + "
+    "'<|im_end|>\\n' }}{% endif %}"
     "{% for m in messages %}{% if m.role == 'user' and loop.last and m.content == 'stop' %}{% break %}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m['content'] }}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MACRO = (
     "{% macro turn(m) %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}{% endif %}{% endmacro %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ turn(m) }}\n{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{% endmacro %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ turn(m) }}\n{% endfor %}"
 )
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -77,7 +87,14 @@ def test_marks_in_a_macro_are_found_too(tokenizers: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ 1 // 0 }}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{% for %}", "{{ messages[9].content }}"]
+    "source",
+    [
+        "{{ 1 // 0 }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% for %}",
+        "{{ messages[9].content }}",
+    ],
 )
 def test_templates_that_fail_or_leave_the_sandbox_are_row_problems(source: str) -> None:
     template = ChatTemplate(source, {})
@@ -86,11 +103,22 @@ def test_templates_that_fail_or_leave_the_sandbox_are_row_problems(source: str) 
 
 
 LOOPS = {
-    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "loops that only look": "{% set n = namespace(x=0) %}{% for i in range(99999) %}{% for j in range(99999) %}{% set n.x = n.x + 1 %}{% endfor %}{% endfor %}",
-    "a macro that calls itself twice": "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
+    "nested loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endfor %}"
+    ),
+    "loops that only look": (
+        "{% set n = namespace(x=0) %}{% for i in range(99999) %}{% for j in range(99999) %}{% set n.x = n.x + 1 %}"
+        "{% endfor %}{% endfor %}"
+    ),
+    "a macro that calls itself twice": (
+        "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}"
+    ),
     "filters": "{% for i in range(99999) %}{{ range(99999) | map('string') | list | length }}{% endfor %}",
-    "generation": "{% generation %}{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}{% endgeneration %}",
+    "generation": (
+        "{% generation %}{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}"
+        "{% endgeneration %}"
+    ),
 }
 
 
@@ -108,7 +136,9 @@ def test_templates_that_take_all_memory_are_ended(tokenizers: dict[str, Any], mo
     monkeypatch.setattr(render, "LIMIT_BYTES", 64 << 20)
     before = resource.getrlimit(resource.RLIMIT_AS)
     for name, source in BOMBS.items():
-        with pytest.raises(DataError, match=r"models/x: its chat template took more than 64 MiB on \['system'") as caught:
+        with pytest.raises(
+            DataError, match=r"models/x: its chat template took more than 64 MiB on \['system'"
+        ) as caught:
             ChatTemplate(source, {}, where="models/x").render(CHAT)
         assert not isinstance(caught.value, RowProblem), name
         assert resource.getrlimit(resource.RLIMIT_AS) == before
@@ -120,7 +150,9 @@ def test_templates_that_do_not_end_are_ended(tokenizers: dict[str, Any], monkeyp
     """Named by where they come from; not a problem of the row, or the next row would be another wait."""
     monkeypatch.setattr(render, "LIMIT_S", 0.05)
     for source in LOOPS.values():
-        with pytest.raises(DataError, match=r"models/x: its chat template did not end within 0\.05 s on \['system'") as caught:
+        with pytest.raises(
+            DataError, match=r"models/x: its chat template did not end within 0\.05 s on \['system'"
+        ) as caught:
             ChatTemplate(source, {}, where="models/x").render(CHAT)
         assert not isinstance(caught.value, RowProblem)
         with pytest.raises(DataError, match=f"{tokenizers['bpe'].name_or_path}.*did not end"):
@@ -137,17 +169,24 @@ def test_templates_that_do_not_end_are_ended(tokenizers: dict[str, Any], monkeyp
 
 
 SYSTEM_TWO_TURNS = {
-    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n hi <|im_end|>\n<|im_start|>assistant\nYes.\n<|im_end|>\n"
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n hi <|im_end|>\n<|im_start|>assistant\nYes.\n"
+    "<|im_end|>\n"
     "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>",
-    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nhi"
-    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nhi"
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nSo.<|eot_id|>",
     "mistral": "[INST] Be brief.\n\n hi  [/INST] Yes.\n<|endoftext|>[INST] Why? [/INST] So.<|endoftext|>",
-    "gemma": "<start_of_turn>user\nBe brief.\n\nhi<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n<start_of_turn>user\nWhy?<end_of_turn>\n"
+    "gemma": "<start_of_turn>user\nBe brief.\n\nhi<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n"
+    "<start_of_turn>user\nWhy?<end_of_turn>\n"
     "<start_of_turn>model\nSo.<end_of_turn>",
     "zephyr": "<|system|>\nBe brief.<|endoftext|>\n<|user|>\n hi <|endoftext|>\n<|assistant|>\nYes.\n<|endoftext|>\n"
     "<|user|>\nWhy?<|endoftext|>\n<|assistant|>\nSo.<|endoftext|>",
-    "alpaca": "Be brief.\n\n### Instruction:\n hi \n\n### Response:\nYes.\n<|endoftext|>\n\n### Instruction:\nWhy?\n\n### Response:\nSo.<|endoftext|>",
+    "alpaca": (
+        "Be brief.\n\n### Instruction:\n hi \n\n### Response:\nYes.\n<|endoftext|>\n\n### Instruction:\nWhy?\n\n"
+        "### Response:\nSo.<|endoftext|>"
+    ),
     "plain": "System: Be brief.\nUser:  hi \nAssistant: Yes.\n<|endoftext|>\nUser: Why?\nAssistant: So.<|endoftext|>",
 }
 GENERATION_PROMPTS = {
@@ -191,7 +230,9 @@ def test_orders_that_the_original_refuses(name: str, tokenizers: dict[str, Any])
         template.conversation([user, {"role": "tool", "content": "7"}])
 
 
-def test_ready_made_templates_need_their_special_tokens(tokenizers: dict[str, Any], sentencepiece_files: dict[str, str], load: Any) -> None:
+def test_ready_made_templates_need_their_special_tokens(
+    tokenizers: dict[str, Any], sentencepiece_files: dict[str, str], load: Any
+) -> None:
     bare = load(sentencepiece_files["unigram"])  # <s> and </s> only
     for name in ("mistral", "zephyr", "alpaca", "plain"):
         assert Template(bare, chat_template=ready_made(name, bare)).end_token == "</s>"
@@ -199,7 +240,9 @@ def test_ready_made_templates_need_their_special_tokens(tokenizers: dict[str, An
         with pytest.raises(DataError, match="as ordinary text") as caught:
             ready_made(name, bare)
         assert missing in str(caught.value)
-    with pytest.raises(DataError, match="closes turns with '<|im_end|>', which is no special token".replace("|", r"\|")):
+    with pytest.raises(
+        DataError, match="closes turns with '<|im_end|>', which is no special token".replace("|", r"\|")
+    ):
         Template(bare, chat_template=TEMPLATES["chatml"])
 
 

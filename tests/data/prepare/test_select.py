@@ -42,7 +42,9 @@ def test_weights_give_the_largest_mixture(sizes: list[int], data: st.DataObject)
     assert (keep == again).all() and drops.total() == (~keep).sum()
     counts = np.bincount(sources[keep], minlength=len(sizes))
     scale = min(n / w for n, w in zip(sizes, weights, strict=True) if w)  # rows for each unit of weight
-    assert all(abs(count - scale * w) < 1 + 1e-6 and count <= n for count, w, n in zip(counts, weights, sizes, strict=True))
+    assert all(
+        abs(count - scale * w) < 1 + 1e-6 and count <= n for count, w, n in zip(counts, weights, sizes, strict=True)
+    )
     assert any(count == n for count, n, w in zip(counts, sizes, weights, strict=True) if w)
 
 

@@ -18,7 +18,8 @@ from mrlhf.data.prepare.sources import Sources, read_chunks
 from mrlhf.errors import DataError, SeveralErrors
 
 ROWS: list[dict[str, Any]] = [
-    {"text": f"row {i} é\u2028 " + "x" * (i % 50), "n": i, "list": [{"role": "user", "content": "a]}"}]} for i in range(700)
+    {"text": f"row {i} é\u2028 " + "x" * (i % 50), "n": i, "list": [{"role": "user", "content": "a]}"}]}
+    for i in range(700)
 ]
 LINES = [json.dumps(row, ensure_ascii=bool(row["n"] % 2)) for row in ROWS]
 PLAIN = "\n".join(LINES).encode()
@@ -34,7 +35,9 @@ def zst(data: bytes) -> bytes:
 def rows_of(*arguments: Any, block_bytes: int | None = None) -> list[tuple[str, int, Any]]:
     """(path, line, record) of all inputs."""
     if block_bytes is None:
-        return [(c.path, n, c.record(i)) for c in read_chunks(tuple(map(str, arguments))) for i, n in enumerate(c.numbers)]
+        return [
+            (c.path, n, c.record(i)) for c in read_chunks(tuple(map(str, arguments))) for i, n in enumerate(c.numbers)
+        ]
     found, lines = [], 0
     every = Sources(tuple(map(str, arguments)))
     every.block_bytes = block_bytes
@@ -159,7 +162,11 @@ def test_broken_arrays(text: str, what: str, tmp_path: Path) -> None:
 
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_LINE", 1000)
-    for name, data in (("a.jsonl", b"x" * 5000), ("b.jsonl.gz", gzip.compress(b"x" * 5000)), ("c.json", b'["' + b"x" * 300_000)):
+    for name, data in (
+        ("a.jsonl", b"x" * 5000),
+        ("b.jsonl.gz", gzip.compress(b"x" * 5000)),
+        ("c.json", b'["' + b"x" * 300_000),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match="a line is longer|not a JSON array"):
             rows_of(tmp_path / name, block_bytes=100)
@@ -184,7 +191,10 @@ json_values = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    values=st.lists(json_values, max_size=8), indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans(), block_bytes=st.integers(1, 80)
+    values=st.lists(json_values, max_size=8),
+    indent=st.sampled_from([None, 0, 2]),
+    ascii_only=st.booleans(),
+    block_bytes=st.integers(1, 80),
 )
 def test_arrays_of_anything(
     values: list[Any], indent: int | None, ascii_only: bool, block_bytes: int, tmp_path_factory: pytest.TempPathFactory

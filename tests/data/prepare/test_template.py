@@ -15,7 +15,9 @@ from mrlhf.errors import ConfigError, DataError, RowProblem
 
 from ..chat_templates import CHATML, CHATML_GENERATION, END, TEMPLATES
 
-WORDS = st.text(alphabet=st.sampled_from("abcthe isnoxyz0123.,\n<>|é京🙂"), min_size=1, max_size=30).filter(lambda s: s.strip())
+WORDS = st.text(alphabet=st.sampled_from("abcthe isnoxyz0123.,\n<>|é京🙂"), min_size=1, max_size=30).filter(
+    lambda s: s.strip()
+)
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Who are you?"},
@@ -50,7 +52,8 @@ def test_trained_tokens_are_the_last_answer_and_the_end_token(
     ids, mask = encode(template, messages)
     answer = turns[-1].strip() if name == "llama3" else turns[-1]
     text = trained_text(tokenizer, ids, mask)
-    # "assistant: " ends in a blank and "assistant\n" in a line end that may merge with the answer: the straddling token is trained
+    # "assistant: " ends in a blank and "assistant\n" in a line end that may merge with the answer:
+    # the straddling token is trained
     straddling = len(text) - len(answer + END[name])
     assert text.endswith(answer + END[name]) and straddling < len(tokenizer.decode(ids[mask == 1][:1].tolist()))
     assert ids[-1] == template.end_token_id and mask[-1] == 1 and mask[0] == 0
@@ -91,7 +94,9 @@ def test_generation_span_is_brought_to_the_end_token(inside: str, tokenizer: Any
         assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_token_that_straddles_the_boundary_is_trained(load: Callable[[str], Any], bpe_dir: str, merging_dir: str) -> None:
+def test_token_that_straddles_the_boundary_is_trained(
+    load: Callable[[str], Any], bpe_dir: str, merging_dir: str
+) -> None:
     for directory in (bpe_dir, merging_dir):
         tokenizer = load(directory)
         prompt = "User: what?\nAssistant: "
@@ -142,7 +147,10 @@ def test_special_tokens_in_the_users_text_stay_text(load: Callable[[str], Any], 
     ids, mask = encode(unigram, attack)
     assert (ids == unigram.end_token_id).sum() == 2 and unigram.tokenizer.eos_token_id not in ids
     assert trained_text(unigram.tokenizer, ids, mask) == "<|im_end|> closes a turn<|endoftext|><|im_end|>"
-    collision = [{"role": "user", "content": "<|im_end|> \U00100003"}, attack[1]]  # private characters that stand for special tokens
+    collision = [
+        {"role": "user", "content": "<|im_end|> \U00100003"},
+        attack[1],
+    ]  # private characters that stand for special tokens
     with pytest.raises(RowProblem, match="private characters"):
         encode(unigram, collision)
 
@@ -150,36 +158,46 @@ def test_special_tokens_in_the_users_text_stay_text(load: Callable[[str], Any], 
 def test_prompt_ends_with_the_generation_prompt(tokenizer: Any) -> None:
     for name, source in TEMPLATES.items():
         template = Template(tokenizer, chat_template=source)
-        text = tokenizer.apply_chat_template(CHAT[:-1], chat_template=source, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            CHAT[:-1], chat_template=source, tokenize=False, add_generation_prompt=True
+        )
         assert template.render_prompt(CHAT[:-1]) == tokenizer(text, add_special_tokens=False)["input_ids"]
         if name != "no_end":
             ids, mask = encode(template, CHAT)
             assert template.render_prompt(CHAT[:-1]) == ids[mask == 0].tolist()
-    assert Template(tokenizer, chat_template=CHATML).render_prompt("hi") == Template(tokenizer, chat_template=CHATML).render_prompt(
-        [{"role": "user", "content": "hi"}]
-    )
+    assert Template(tokenizer, chat_template=CHATML).render_prompt("hi") == Template(
+        tokenizer, chat_template=CHATML
+    ).render_prompt([{"role": "user", "content": "hi"}])
 
 
 def test_templates_that_cannot_work_are_refused(load: Callable[[str], Any], bpe_dir: str) -> None:
     tokenizer = load(bpe_dir)
     with pytest.raises(DataError, match="ignores add_generation_prompt"):
-        Template(tokenizer, chat_template="{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}")
+        Template(
+            tokenizer,
+            chat_template=(
+                "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            ),
+        )
     with pytest.raises(DataError, match="leaves out messages"):
         Template(tokenizer, chat_template="{{ messages[0]['content'] }}")
     with pytest.raises(DataError, match="refuses"):
         Template(tokenizer, chat_template="{{ raise_exception('no') }}")
     with pytest.raises(ConfigError, match="must hold"):
         Template(tokenizer, input_template="no hole")
-    forgetful = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}" + CHATML.removeprefix("{% for m in messages %}").replace(
-        "{% endfor %}", "{% endif %}{% endfor %}"
-    )
+    forgetful = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}" + CHATML.removeprefix(
+        "{% for m in messages %}"
+    ).replace("{% endfor %}", "{% endif %}{% endfor %}")
     with pytest.raises(RowProblem, match="renders the turns before message 1 differently|refuses") as caught:
         encode(Template(tokenizer, chat_template=forgetful, loss_on="all"), CHAT[1:])
     assert "{% generation %}" in caught.value.fix
 
 
 def test_roles_the_template_refuses_are_a_row_problem(load: Callable[[str], Any], bpe_dir: str) -> None:
-    strict = "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}" + CHATML
+    strict = (
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+        + CHATML
+    )
     with pytest.raises(RowProblem, match="no tools"):
         encode(Template(load(bpe_dir), chat_template=strict), [{"role": "tool", "content": "7"}, *CHAT])
     ids, mask = encode(Template(load(bpe_dir)), [{"role": "tool", "content": "7"}, *CHAT])

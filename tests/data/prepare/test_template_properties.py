@@ -1,4 +1,6 @@
-"""Random conversations x templates x tokenizers: what is trained is the last answer and the token that ends it, and nothing else."""
+"""Random conversations x templates x tokenizers: what is trained is the last answer and the token that ends it,
+and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ KINDS = ("bpe", "merging", "unigram", "wordpiece", "sentencepiece unigram", "sen
 TRIMS = ("llama3", "gemma")
 LEADS = {"mistral": " "}  # written by the model, inside the answer's turn
 PIECES = [
-    *SPECIAL, "<s>", "</s>", "[SEP]", "[UNK]", "<|im_", "end|>", "<|", "|>", "<", ">", "<|im_<|im_end|>end|>", "<|user|>\n", "[INST] ", " [/INST]",
-    "### Response:\n", "### Instruction:\n", "User: ", "Assistant: ", "\nAssistant:", "assistant\n", "system", "{{ eos_token }}", "{% if %}",
-    "that", " that", "hello", "the quick", "Über", "naïve", "東京", "🙂", "👩\u200d👧", "e\u0301", "\u200b", "\u00a0", "мир", "1234", "0.5", "\t", "\n", "\n\n",
-    " ", "  ", "   \n", ".", "?!", "'s", "\\n", '"', "\x00", "x = [1];",
+    *SPECIAL, "<s>", "</s>", "[SEP]", "[UNK]", "<|im_", "end|>", "<|", "|>", "<", ">", "<|im_<|im_end|>end|>",
+    "<|user|>\n", "[INST] ", " [/INST]", "### Response:\n", "### Instruction:\n", "User: ", "Assistant: ",
+    "\nAssistant:", "assistant\n", "system", "{{ eos_token }}", "{% if %}", "that", " that", "hello", "the quick",
+    "Über", "naïve", "東京", "🙂", "👩\u200d👧", "e\u0301", "\u200b", "\u00a0", "мир", "1234", "0.5", "\t", "\n",
+    "\n\n", " ", "  ", "   \n", ".", "?!", "'s", "\\n", '"', "\x00", "x = [1];",
 ]  # fmt: skip
 
 
@@ -61,17 +64,23 @@ class Case:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def agrees(self, all_ids: np.ndarray, at: int, stop: int, answer: str, end: str) -> bool:
-        """Whether the trained `all_ids[at:stop]` are `answer` and `end`; the first may begin before the answer (a merge over the boundary)."""
+        """Whether the trained `all_ids[at:stop]` are `answer` and `end`;
+        the first may begin before the answer (a merge over the boundary).
+        """
         ids = all_ids[at:stop]
         if self.kind == "wordpiece":  # words: the boundary is always one between words
             body = self.tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             return ids.tolist() == body + self.tokenizer.convert_tokens_to_ids([end] if end else [])
-        text = self.decoded(all_ids[:stop]).removeprefix(self.decoded(all_ids[:at]))  # alone, a text would lose its first blank
+        text = self.decoded(all_ids[:stop]).removeprefix(
+            self.decoded(all_ids[:at])
+        )  # alone, a text would lose its first blank
         if self.kind.startswith("sentencepiece"):  # blanks are collapsed and dropped at the ends: compare without
             plain = self.normalizer.normalize(answer).replace("▁", "").replace(" ", "")
             return text.replace(" ", "") == plain + end
         expected = (unicodedata.normalize("NFC", answer).replace("▁", " ") if self.kind == "unigram" else answer) + end
-        return text.endswith(expected) and len(text) - len(expected) < max(1, len(self.tokenizer.convert_ids_to_tokens(ids[:1])[0]))
+        return text.endswith(expected) and len(text) - len(expected) < max(
+            1, len(self.tokenizer.convert_ids_to_tokens(ids[:1])[0])
+        )
 
     def check(self, name: str, messages: Conversation) -> None:
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
@@ -79,12 +88,18 @@ class Case:
         template = self.templates[name, "last"]
         ids, mask = template.encode([template.conversation(messages)])[0]
         shown = (self.kind, name, messages, self.decoded(ids[mask == 1]))
-        assert template.end_token is not None and ids[-1] == template.end_token_id and mask[-1] == 1 and mask[0] == 0, shown
-        assert (np.diff(mask.astype(np.int8)) != 0).sum() == 1, shown  # one run, at the end: everything before is untrained
+        assert template.end_token is not None and ids[-1] == template.end_token_id and mask[-1] == 1 and mask[0] == 0, (
+            shown
+        )
+        assert (np.diff(mask.astype(np.int8)) != 0).sum() == 1, (
+            shown
+        )  # one run, at the end: everything before is untrained
         assert (ids[mask == 1] == template.end_token_id).sum() == 1, shown
         assert self.agrees(ids, int(mask.argmax()), len(ids), answers[-1], template.end_token), shown
         control = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        assert not control & set(ids[mask == 1][:-1].tolist()), shown  # nothing in the answer is read as a special token
+        assert not control & set(ids[mask == 1][:-1].tolist()), (
+            shown
+        )  # nothing in the answer is read as a special token
 
         every = self.templates[name, "all"]
         ids_all, mask_all = every.encode([every.conversation(messages)])[0]
@@ -92,7 +107,9 @@ class Case:
         bounds = np.flatnonzero(np.diff(np.concatenate([[0], mask_all, [0]]).astype(np.int8)))
         runs = list(zip(bounds[::2].tolist(), bounds[1::2].tolist(), strict=True))
         assert len(runs) == len(answers), shown
-        assert all(self.agrees(ids_all, *run, answer, template.end_token) for run, answer in zip(runs, answers, strict=True)), shown
+        assert all(
+            self.agrees(ids_all, *run, answer, template.end_token) for run, answer in zip(runs, answers, strict=True)
+        ), shown
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +126,9 @@ def test_2000_random_conversations(kind: str, cases: dict[str, Case]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_conversations_that_hypothesis_finds(kind: str, cases: dict[str, Case], data: st.DataObject) -> None:
     messages = conversation(lambda choices: data.draw(st.sampled_from(choices)))
     cases[kind].check(data.draw(st.sampled_from(TEMPLATE_NAMES)), messages)

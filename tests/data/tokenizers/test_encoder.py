@@ -36,7 +36,9 @@ def variant(tokenizer: Any, change: Callable[[Any], None]) -> Any:
     """A tokenizer with something changed in its backend."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     change(backend)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:]
+    )
 
 
 def nfc(backend: Any) -> None:
@@ -81,12 +83,21 @@ def test_where_bytes_do_not_tell_offsets_are_used(tokenizers: dict[str, Any], mo
         state = backend.to_str().replace('"add_prefix_space":false', '"add_prefix_space":true')
         backend.pre_tokenizer = Tokenizer.from_str(state).pre_tokenizer
 
-    for unfit in (variant(tokenizers["bpe"], prefix), tokenizers["unigram"], tokenizers["wordpiece"], tokenizers["sentencepiece bpe"]):
+    for unfit in (
+        variant(tokenizers["bpe"], prefix),
+        tokenizers["unigram"],
+        tokenizers["wordpiece"],
+        tokenizers["sentencepiece bpe"],
+    ):
         assert Encoder(unfit).byte_lengths() is None
-    for change in (lambda b: setattr(b, "normalizer", normalizers.NFKC()), lambda b: setattr(b, "normalizer", normalizers.Lowercase())):
+    for change in (
+        lambda b: setattr(b, "normalizer", normalizers.NFKC()),
+        lambda b: setattr(b, "normalizer", normalizers.Lowercase()),
+    ):
         assert Encoder(variant(tokenizers["bpe"], change)).byte_lengths() is None
 
-    # a text whose normal form is another, and a special token that takes the blanks around it: only these go the long way
+    # a text whose normal form is another, and a special token that takes the blanks around it:
+    # only these go the long way
     greedy = variant(tokenizers["bpe"], nfc)
     greedy.add_special_tokens({"additional_special_tokens": [AddedToken("<greedy>", lstrip=True, special=True)]})
     encoder = Encoder(greedy)
@@ -110,7 +121,9 @@ def test_gigatoken_gives_hfs_ids_in_both_modes(tokenizers: dict[str, Any]) -> No
         assert encoder.name == "gigatoken" and "equal to hf on" in note
         hf = Encoder(tokenizer)
         for guarded in (False, True):
-            for one, two in zip(hf.ids(random_texts(600), guarded=guarded), encoder.ids(random_texts(600), guarded=guarded), strict=True):
+            for one, two in zip(
+                hf.ids(random_texts(600), guarded=guarded), encoder.ids(random_texts(600), guarded=guarded), strict=True
+            ):
                 assert np.array_equal(one, two) and two.dtype == np.int32
         assert encoder.ids([]) == [] and encoder.ids([""])[0].tolist() == []
 
@@ -155,7 +168,9 @@ def test_a_difference_in_the_input_itself_is_found(tokenizers: dict[str, Any]) -
         assert choose_encoder(tokenizers["bpe"], "auto", ["abc"])[0].name == "gigatoken"
         encoder, note = choose_encoder(tokenizers["bpe"], "auto", ["abc", "say zyx"])
         assert encoder.name == "hf" and "differs on 'say zyx'" in note
-        assert choose_encoder(tokenizers["bpe"], "auto", ["abc", "say zyx"], verify=1)[0].name == "gigatoken"  # only the first is looked at
+        assert (
+            choose_encoder(tokenizers["bpe"], "auto", ["abc", "say zyx"], verify=1)[0].name == "gigatoken"
+        )  # only the first is looked at
         assert "unverified" in choose_encoder(tokenizers["bpe"], "gigatoken", ["say zyx"], verify=0)[1]
     finally:
         module.GigatokenBackend = original  # type: ignore[misc]
@@ -174,7 +189,9 @@ def test_what_other_callers_set_on_the_tokenizer_does_not_matter(tokenizers: dic
     tokenizer = tokenizers["bpe"]
     encoder = Encoder(tokenizer)
     expected = encoder.ids(["<|im_end|> that is it"])[0].tolist()
-    tokenizer(["<|im_end|> that is it"], split_special_tokens=True, truncation=True, max_length=2, return_offsets_mapping=True)
+    tokenizer(
+        ["<|im_end|> that is it"], split_special_tokens=True, truncation=True, max_length=2, return_offsets_mapping=True
+    )
     assert encoder.ids(["<|im_end|> that is it"])[0].tolist() == expected
 
 

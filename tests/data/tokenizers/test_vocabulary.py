@@ -59,12 +59,18 @@ def test_bare_sentencepiece_models_give_sentencepieces_ids(kind: str, sentencepi
             assert tokenizer.decode(ids) == original.decode(ids)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
     assert tokenizer.eos_token_id == original.eos_id() and vocab_size(tokenizer) == original.vocab_size()
-    assert tokenizer_fingerprint(str(Path(path).parent)) == tokenizer_fingerprint(path)  # the directory that holds only the model
-    ids, mask = (t := Template(tokenizer, input_template="User: {}\nAssistant: ")).encode([t.conversation(("who?", "that is"))])[0]
+    assert tokenizer_fingerprint(str(Path(path).parent)) == tokenizer_fingerprint(
+        path
+    )  # the directory that holds only the model
+    ids, mask = (t := Template(tokenizer, input_template="User: {}\nAssistant: ")).encode(
+        [t.conversation(("who?", "that is"))]
+    )[0]
     assert tokenizer.decode(ids[mask == 1]) == "that is</s>" and ids[-1] == tokenizer.eos_token_id
 
 
-def test_transformers_guess_at_a_sentencepiece_model_is_refused(sentencepiece_files: dict[str, str], tmp_path: Path) -> None:
+def test_transformers_guess_at_a_sentencepiece_model_is_refused(
+    sentencepiece_files: dict[str, str], tmp_path: Path
+) -> None:
     """Loaded by transformers as a generic tokenizer, such a model loses its own normalisation without a word."""
     path = shutil.copy(sentencepiece_files["bpe"], tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -77,7 +83,9 @@ def test_transformers_guess_at_a_sentencepiece_model_is_refused(sentencepiece_fi
 
 
 def test_a_slow_tokenizer_is_converted_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    converters = importlib.import_module("transformers.convert_slow_tokenizer")  # transformers' own attribute is module or function
+    converters = importlib.import_module(
+        "transformers.convert_slow_tokenizer"
+    )  # transformers' own attribute is module or function
     byt5 = tmp_path / "byt5"
     byt5.mkdir()
     (byt5 / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
@@ -97,7 +105,9 @@ def test_a_slow_tokenizer_is_converted_or_refused(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(converters, "convert_slow_tokenizer", converted)
     tokenizer = load_tokenizer(str(byt5))
-    assert tokenizer.is_fast and tokenizer("naïve", add_special_tokens=False)["input_ids"] == [b + 3 for b in "naïve".encode()]
+    assert tokenizer.is_fast and tokenizer("naïve", add_special_tokens=False)["input_ids"] == [
+        b + 3 for b in "naïve".encode()
+    ]
     template = Template(tokenizer, input_template="{}=")
     ids, mask = template.encode([template.conversation(("é", "🙂"))])[0]
     assert mask.tolist() == [0] * 3 + [1] * 5 and tokenizer.decode(ids[mask == 1]) == "🙂</s>"
@@ -135,14 +145,20 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, sentencepiece_files: dict[s
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_tiktoken_files_give_gigatokens_ids(name: str, tmp_path: Path) -> None:
-    """An independent reader of the same files: gigatoken's. The ranks are made up: every byte, then pairs and triples of likely bytes."""
+    """An independent reader of the same files: gigatoken's. The ranks are made up:
+    every byte, then pairs and triples of likely bytes.
+    """
     import gigatoken
 
     letters = [bytes([b]) for b in range(256)]
     common = [bytes([b]) for b in b" etaoinshrdlu\n.,'1TES/\xc3\xa9\xf0\x9f"]
     pairs = [a + b for a in common for b in common]
-    tokens = dict.fromkeys([*letters, *pairs, *(p + c for p in pairs for c in common), *(a + b for a in letters for b in letters)])
-    tokens |= dict.fromkeys(a + b + c for a in letters for b in letters for c in (common[:3] if name != "r50k_base" else []))
+    tokens = dict.fromkeys(
+        [*letters, *pairs, *(p + c for p in pairs for c in common), *(a + b for a in letters for b in letters)]
+    )
+    tokens |= dict.fromkeys(
+        a + b + c for a in letters for b in letters for c in (common[:3] if name != "r50k_base" else [])
+    )
     tokens = list(tokens)[: ENCODINGS[name].ranks]
     assert len(tokens) == ENCODINGS[name].ranks
     path = tmp_path / f"{name}.tiktoken"
@@ -159,5 +175,20 @@ def test_probes_are_hard(tokenizers: dict[str, Any]) -> None:
     """What the verification stands on: no probe twice, and every class of character that goes wrong among them."""
     assert len(set(PROBES)) == len(PROBES)
     everything = "".join(PROBES)
-    for needed in ("\r\n", "\x00", "\u0301", "\u200d", "\ufeff", "\u2003", "🇩🇪", "👍🏽", "½", "ß", "\u3000", " " * 50, "<0x0A>", "▁"):
+    for needed in (
+        "\r\n",
+        "\x00",
+        "\u0301",
+        "\u200d",
+        "\ufeff",
+        "\u2003",
+        "🇩🇪",
+        "👍🏽",
+        "½",
+        "ß",
+        "\u3000",
+        " " * 50,
+        "<0x0A>",
+        "▁",
+    ):
         assert needed in everything

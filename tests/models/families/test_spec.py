@@ -63,5 +63,10 @@ def test_experts_are_named_at_the_start() -> None:
 
     assert DENSE.summary() == f"llama, {DENSE.num_parameters:,} parameters"
     assert MOE.summary().endswith("2 of 8 experts)")
-    assert balance_summary(ModelConfig(".")) == "experts: trained without a load-balancing loss (model.moe_aux_loss_coeff)"
-    assert balance_summary(ModelConfig(".", moe_z_loss_coeff=0.1)) == "experts: load-balancing loss x 0, router z-loss x 0.1"
+    assert (
+        balance_summary(ModelConfig(".")) == "experts: trained without a load-balancing loss (model.moe_aux_loss_coeff)"
+    )
+    assert (
+        balance_summary(ModelConfig(".", moe_z_loss_coeff=0.1))
+        == "experts: load-balancing loss x 0, router z-loss x 0.1"
+    )

@@ -138,10 +138,16 @@ def test_trainer_stages_hold_the_whole_model_once() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "options"),
-    [(8, {"pp": 4}), (8, {"pp": 2, "virtual_stages": 2}), (12, {"pp": 3, "virtual_stages": 2}), (7, {"pp": 3, "first_layers": 1}),
-     (9, {"pp": 3, "last_layers": 1}), (9, {"pp": 3, "first_layers": 2, "last_layers": 3}),
-     (5, {"pp": 2, "first_layers": 2, "last_layers": 3}),
-     (10, {"pp": 3, "virtual_stages": 2, "first_layers": 2, "last_layers": 4})],
+    [
+        (8, {"pp": 4}),
+        (8, {"pp": 2, "virtual_stages": 2}),
+        (12, {"pp": 3, "virtual_stages": 2}),
+        (7, {"pp": 3, "first_layers": 1}),
+        (9, {"pp": 3, "last_layers": 1}),
+        (9, {"pp": 3, "first_layers": 2, "last_layers": 3}),
+        (5, {"pp": 2, "first_layers": 2, "last_layers": 3}),
+        (10, {"pp": 3, "virtual_stages": 2, "first_layers": 2, "last_layers": 4}),
+    ],
 )
 def test_stages_are_those_that_megatron_builds(layers: int, options: dict[str, int]) -> None:
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -150,9 +156,13 @@ def test_stages_are_those_that_megatron_builds(layers: int, options: dict[str, i
 
     pieces = options.get("virtual_stages")
     config = TransformerConfig(
-        num_layers=layers, hidden_size=8, num_attention_heads=2, pipeline_model_parallel_size=options["pp"],
+        num_layers=layers,
+        hidden_size=8,
+        num_attention_heads=2,
+        pipeline_model_parallel_size=options["pp"],
         pipeline_dtype=torch.float32,
-        virtual_pipeline_model_parallel_size=pieces, num_layers_in_first_pipeline_stage=options.get("first_layers"),
+        virtual_pipeline_model_parallel_size=pieces,
+        num_layers_in_first_pipeline_stage=options.get("first_layers"),
         num_layers_in_last_pipeline_stage=options.get("last_layers"),
     )
     expected = [-1] * layers
@@ -175,9 +185,12 @@ def test_experts_over_ranks_are_whole_and_each_once() -> None:
     assert len(count) == 2 * 8 * 2 and set(count.values()) == {1}
     assert {layout.expert_rank(r) for r in range(4)} == {0, 1, 2, 3}
     for shard in held:
-        assert all(b.length == (8 if b.dim == 0 and b.hf.endswith("gate.weight") else 6)
-                   for name, blocks in shard.items()
-                   if "experts" in name for b in blocks)
+        assert all(
+            b.length == (8 if b.dim == 0 and b.hf.endswith("gate.weight") else 6)
+            for name, blocks in shard.items()
+            if "experts" in name
+            for b in blocks
+        )
 
 
 @pytest.mark.parametrize("kind", ["lm", "value"])
@@ -191,12 +204,29 @@ def test_parameters_are_counted_right(kind: str) -> None:
             shared = 4 if latent else 0
             experts = Experts(8, 2, 6, selection_bias=family == "deepseek_v3", shared_ffn_hidden_size=shared)
             spec = ModelSpec(
-                family, 3, 8, 16, 4, 4 if latent else 2, 4, 70, 64, 1e-6, tied=tied,
-                layers=(Layer(), Layer(moe=moe), Layer(moe=moe)), norm="layer" if plain else "rms",
-                qk_norm="none" if latent else "all", qkv_bias=True, output_bias=latent is None, mlp_bias=not moe,
-                gated=not plain, pre_norm=family != "olmo2",
+                family,
+                3,
+                8,
+                16,
+                4,
+                4 if latent else 2,
+                4,
+                70,
+                64,
+                1e-6,
+                tied=tied,
+                layers=(Layer(), Layer(moe=moe), Layer(moe=moe)),
+                norm="layer" if plain else "rms",
+                qk_norm="none" if latent else "all",
+                qkv_bias=True,
+                output_bias=latent is None,
+                mlp_bias=not moe,
+                gated=not plain,
+                pre_norm=family != "olmo2",
                 post_norm=family in ("gemma2", "gemma3_text", "olmo2", "glm4"),
-                learned_positions=family == "gpt2", experts=experts if moe else None, latent=latent,
+                learned_positions=family == "gpt2",
+                experts=experts if moe else None,
+                latent=latent,
             )
             total = sum(math.prod(shape) for shape in hf_shapes(spec, head=kind).values())
             head = spec.hidden_size - (0 if tied else 70 * 8) if kind == "value" else 0

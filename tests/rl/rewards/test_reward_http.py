@@ -16,7 +16,9 @@ from mrlhf.rl.rewards.http import FAILURES_TO_OPEN, Endpoints, HttpReward
 
 
 class Server:
-    """A reward server on 127.0.0.1: answers with `respond(payload, number of the request)` -> (status, body text, headers or a fault)."""
+    """A reward server on 127.0.0.1: answers with `respond(payload, number of the request)` -> (status, body text,
+    headers or a fault).
+    """
 
     def __init__(self, respond):
         self.requests: list[tuple[dict, dict]] = []
@@ -192,7 +194,9 @@ class TestHttpReward:
     def test_ids_travel_with_the_fingerprint_of_their_tokenizer(self, serve):
         server = serve(lengths)
         with HttpReward([server.url], batch_size=1) as reward:
-            reward.score(["p", "q"], ["a", "b"], labels=[1, 2], prompt_ids=[[1], [2]], completion_ids=[[3], [4]], tokenizer="f")
+            reward.score(
+                ["p", "q"], ["a", "b"], labels=[1, 2], prompt_ids=[[1], [2]], completion_ids=[[3], [4]], tokenizer="f"
+            )
         sent = sorted((payload for payload, _ in server.requests), key=lambda p: p["labels"])
         assert sent[1] == {
             "prompts": ["q"],
@@ -212,10 +216,17 @@ class TestHttpReward:
     def test_200_mixed_faults_lose_no_sample(self, serve):
         """Each of 100 answers meets two faults, of ten kinds, before it is scored."""
         faults = [
-            (500, "out of memory"), (503, "busy", {"Retry-After": "0"}), (429, "later"), (200, "", "reset"), (200, '{"scores": [1', "cut"),
-            (200, "<html>"), (200, '{"scores": [1.0, 2.0]}'), (200, '{"scores": [NaN]}'), (200, '{"scores": [0.0]}' + " " * 40, "dribble"),
+            (500, "out of memory"),
+            (503, "busy", {"Retry-After": "0"}),
+            (429, "later"),
+            (200, "", "reset"),
+            (200, '{"scores": [1', "cut"),
+            (200, "<html>"),
+            (200, '{"scores": [1.0, 2.0]}'),
+            (200, '{"scores": [NaN]}'),
+            (200, '{"scores": [0.0]}' + " " * 40, "dribble"),
             (200, "[" * 50_000),
-        ]  # fmt: skip
+        ]
         seen: dict[str, int] = {}
         lock, met = threading.Lock(), []
 
@@ -230,7 +241,9 @@ class TestHttpReward:
 
         servers = [serve(respond), serve(respond)]
         texts = ["x" * (i + 1) for i in range(100)]
-        scores = ask([s.url for s in servers], texts, batch_size=1, retries=6, backoff_s=0.002, timeout_s=0.5, concurrency=16)
+        scores = ask(
+            [s.url for s in servers], texts, batch_size=1, retries=6, backoff_s=0.002, timeout_s=0.5, concurrency=16
+        )
         assert scores == [float(len(t)) for t in texts]
         assert len(met) == 200
 
@@ -288,7 +301,8 @@ class TestHttpReward:
         assert not server.requests
 
     @pytest.mark.parametrize(
-        "options", [{"batch_size": 0}, {"concurrency": 0}, {"retries": -1}, {"timeout_s": 0}, {"total_s": 0}, {"backoff_s": -1}]
+        "options",
+        [{"batch_size": 0}, {"concurrency": 0}, {"retries": -1}, {"timeout_s": 0}, {"total_s": 0}, {"backoff_s": -1}],
     )
     def test_wrong_settings_are_refused(self, options):
         with pytest.raises(ConfigError):

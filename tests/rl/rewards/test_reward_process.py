@@ -73,7 +73,9 @@ def alive_in_group(group: int) -> list[str]:
 
 
 def ask(process: RewardProcess, labels=(10, None)) -> list[float]:
-    return process.score(["p", "q"], ["a", "bb"], labels=list(labels), prompt_ids=[[1], [2]], completion_ids=[[100], [200, 300]])
+    return process.score(
+        ["p", "q"], ["a", "bb"], labels=list(labels), prompt_ids=[[1], [2]], completion_ids=[[100], [200, 300]]
+    )
 
 
 def test_scores_and_columns_cross_and_one_process_serves_all_calls(file: Path) -> None:
@@ -83,7 +85,13 @@ def test_scores_and_columns_cross_and_one_process_serves_all_calls(file: Path) -
         assert process.score([], [], labels=[], prompt_ids=[], completion_ids=[]) == []
         many = 3000
         assert (
-            process.score([" " * 4000] * many, ["x"] * many, labels=[0] * many, prompt_ids=[[]] * many, completion_ids=[[1]] * many)
+            process.score(
+                [" " * 4000] * many,
+                ["x"] * many,
+                labels=[0] * many,
+                prompt_ids=[[]] * many,
+                completion_ids=[[1]] * many,
+            )
             == [2.0] * many
         )
         with pytest.raises(RewardError, match=r"mine.py:good' cannot be sent"):
@@ -118,7 +126,9 @@ def test_accidents_are_errors_that_name_the_function(file: Path, name: str, mess
 
 
 @pytest.mark.parametrize("name", ["loop", "sleeps_with_children"])
-def test_what_does_not_end_is_killed_with_its_children(file: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_end_is_killed_with_its_children(
+    file: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with start(file, name) as process:
         process.timeout_s = 0.5
         began = time.monotonic()

@@ -1,4 +1,6 @@
-"""A real reward server and PPO: the same scores as a local model, a server that is killed in mid-step, and the same command again."""
+"""A real reward server and PPO: the same scores as a local model, a server that is killed in mid-step,
+and the same command again.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,21 @@ class Server:
     """`mrlhf serve-reward` in a process of its own."""
 
     def __init__(self, checkpoint: Path, *, port: int = 0) -> None:
-        command = [sys.executable, "-m", "mrlhf", "serve-reward", "--checkpoint", checkpoint, "--port", port, "--dtype", "float32"]
+        command = [
+            sys.executable,
+            "-m",
+            "mrlhf",
+            "serve-reward",
+            "--checkpoint",
+            checkpoint,
+            "--port",
+            port,
+            "--dtype",
+            "float32",
+        ]
         self.process = subprocess.Popen(
-            [*map(str, command), "--token_env", "REWARD_TOKEN"], cwd=ROOT, env={**environment(), "REWARD_TOKEN": "abc"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [*map(str, command), "--token_env", "REWARD_TOKEN"], cwd=ROOT,
+            env={**environment(), "REWARD_TOKEN": "abc"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert self.process.stdout is not None
         lines = []
@@ -43,8 +56,8 @@ class Server:
 @pytest.fixture(scope="module")
 def reward_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rm")
-    mrlhf("rm", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "pref", "--train.output_dir", out,
-          "--train.global_batch_size", 4, "--optim.lr", 1e-3)  # fmt: skip
+    mrlhf("rm", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "pref",
+          "--train.output_dir", out, "--train.global_batch_size", 4, "--optim.lr", 1e-3)  # fmt: skip
     return out
 
 
@@ -59,7 +72,17 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(
 ) -> None:
     monkeypatch.setenv("REWARD_TOKEN", "abc")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    mrlhf("score", "--checkpoint", reward_model, "--data", world / "pref", "--output", tmp_path / "scores.jsonl", "--dtype", "float32")
+    mrlhf(
+        "score",
+        "--checkpoint",
+        reward_model,
+        "--data",
+        world / "pref",
+        "--output",
+        tmp_path / "scores.jsonl",
+        "--dtype",
+        "float32",
+    )
     wanted = [json.loads(line)["chosen"]["normalized"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     server = Server(reward_model)
 
@@ -80,10 +103,12 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(
 
     # PPO scores with the model itself and through the server; the server dies in mid-run
     options = {
-        "model.path": world / "qwen2", "model.dtype": "float32", "data.train": world / "prompts", "train.global_batch_size": 4,
-        "train.max_steps": 3, "rollout.batch_size": 4, "rollout.max_new_tokens": 8, "rollout.kv_cache_mib": 64, "ppo.estimator": "reinforce",
-        "kl.coef": 0, "reward.sources": f"model:{reward_model},{server.url}", "reward.weights": "1,0.5", "reward.http_token_env": "REWARD_TOKEN",
-        "reward.http_retries": 2, "reward.http_timeout_s": 5, "checkpoint.save_interval": 1, "train.output_dir": tmp_path / "run",
+        "model.path": world / "qwen2", "model.dtype": "float32", "data.train": world / "prompts",
+        "train.global_batch_size": 4, "train.max_steps": 3, "rollout.batch_size": 4, "rollout.max_new_tokens": 8,
+        "rollout.kv_cache_mib": 64, "ppo.estimator": "reinforce", "kl.coef": 0,
+        "reward.sources": f"model:{reward_model},{server.url}", "reward.weights": "1,0.5",
+        "reward.http_token_env": "REWARD_TOKEN", "reward.http_retries": 2, "reward.http_timeout_s": 5,
+        "checkpoint.save_interval": 1, "train.output_dir": tmp_path / "run",
     }  # fmt: skip
     command = [part for key, value in options.items() for part in (f"--{key}", value)]
 
@@ -112,8 +137,12 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
-        local, remote = (next(v for k, v in line.items() if k.startswith(f"reward/{kind}:")) for kind in ("model", "http"))
-        assert remote == pytest.approx(local, abs=1e-5) and line["critic/score/mean"] == pytest.approx(1.5 * local, abs=1e-5)
+        local, remote = (
+            next(v for k, v in line.items() if k.startswith(f"reward/{kind}:")) for kind in ("model", "http")
+        )
+        assert remote == pytest.approx(local, abs=1e-5) and line["critic/score/mean"] == pytest.approx(
+            1.5 * local, abs=1e-5
+        )
     assert "abc" not in (tmp_path / "run/env.json").read_text() + (tmp_path / "run/config.yaml").read_text()
     assert again.end(signal.SIGTERM) == 0, "an orderly end"
 

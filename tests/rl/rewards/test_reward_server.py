@@ -1,4 +1,6 @@
-"""What `mrlhf serve-reward` lets in and what it answers, over real connections; the model is a function here (test_reward_runs.py has a real one)."""
+"""What `mrlhf serve-reward` lets in and what it answers, over real connections;
+the model is a function here (test_reward_runs.py has a real one).
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,16 @@ def sums(sequences: list[list[int]]) -> Future[list[float]]:
 @contextmanager
 def serving(submit=sums, timeout_s: float = 20.0) -> Iterator[RewardServer]:
     made = RewardServer(
-        ("127.0.0.1", 0), submit=submit, timeout_s=timeout_s, tokenizer=Tokenizer(), fingerprint="print",
-        vocab_size=200, max_length=20, max_request_bytes=100_000, max_batch_size=8, token=TOKEN,
+        ("127.0.0.1", 0),
+        submit=submit,
+        timeout_s=timeout_s,
+        tokenizer=Tokenizer(),
+        fingerprint="print",
+        vocab_size=200,
+        max_length=20,
+        max_request_bytes=100_000,
+        max_batch_size=8,
+        token=TOKEN,
     )
     made.start()
     try:
@@ -58,7 +68,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServer]:
 
 def post(server: RewardServer, content: object, **headers: bytes) -> httpx.Response:
     body = content if isinstance(content, (bytes, str)) else json.dumps(content)
-    return httpx.post(server.url, content=body, headers={"Authorization": f"Bearer {TOKEN}".encode(), **headers}, trust_env=False)
+    return httpx.post(
+        server.url, content=body, headers={"Authorization": f"Bearer {TOKEN}".encode(), **headers}, trust_env=False
+    )
 
 
 GOOD = {
@@ -74,13 +86,17 @@ GOOD = {
 def test_ids_are_scored_as_they_are_and_texts_are_tokenised(server: RewardServer) -> None:
     assert post(server, GOOD).json() == {"scores": [6.0]}
     for completion in ("b", "b$"):
-        assert post(server, {"prompts": ["a"], "completions": [completion]}).json() == {"scores": [float(ord("a") + ord("b") + ord("$"))]}
+        assert post(server, {"prompts": ["a"], "completions": [completion]}).json() == {
+            "scores": [float(ord("a") + ord("b") + ord("$"))]
+        }
     assert post(server, {"prompts": [], "completions": []}).json() == {"scores": []}
     health = httpx.get(server.url.replace("/score", "/health"), trust_env=False)
     assert health.json() == {"status": "ok", "tokenizer": "print", "max_batch_size": 8}
 
 
-@pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", f"bearer {TOKEN}", f"Bearer {TOKEN}x", TOKEN, "Bearer ü"])
+@pytest.mark.parametrize(
+    "given", ["", "Bearer", "Bearer wrong", f"bearer {TOKEN}", f"Bearer {TOKEN}x", TOKEN, "Bearer ü"]
+)
 def test_without_the_token_nothing_is_read(server: RewardServer, given: str) -> None:
     answer = post(server, GOOD, Authorization=given.encode())
     assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
@@ -106,7 +122,9 @@ def test_without_the_token_nothing_is_read(server: RewardServer, given: str) -> 
         ({"prompts": ["a" * 100_000], "completions": ["b"]}, 413, "at most 100000"),
     ],
 )
-def test_wrong_requests_are_refused_with_the_reason(server: RewardServer, change: object, status: int, message: str) -> None:
+def test_wrong_requests_are_refused_with_the_reason(
+    server: RewardServer, change: object, status: int, message: str
+) -> None:
     answer = post(server, change)
     assert answer.status_code == status and message in answer.json()["error"]
     assert post(server, GOOD).status_code == 200
@@ -165,7 +183,9 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
 def test_connections_beyond_the_limit_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_server, "CONNECTIONS", 1)
     with serving() as server, connect(server) as holding:
-        assert b" 503 " in raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"), "connections are taken in the order in which they were made"
+        assert b" 503 " in raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"), (
+            "connections are taken in the order in which they were made"
+        )
         holding.close()
         deadline = time.monotonic() + 10
         while b" 200 " not in raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
@@ -180,14 +200,17 @@ def test_the_client_gets_through_it(server: RewardServer, monkeypatch: pytest.Mo
     with HttpReward([server.url], batch_size=4, token_env="MY_TOKEN") as reward, ThreadPoolExecutor(4) as pool:
 
         def ask(_: int) -> list[float]:
-            return reward.score(["p"] * 30, ["c"] * 30, labels=[None] * 30, prompt_ids=ids, completion_ids=[[1]] * 30, tokenizer="print")
+            return reward.score(
+                ["p"] * 30, ["c"] * 30, labels=[None] * 30, prompt_ids=ids, completion_ids=[[1]] * 30, tokenizer="print"
+            )
 
         for scores in pool.map(ask, range(4)):
             assert scores == [2.0 * i + 1 for i in range(1, 31)]
 
 
 @pytest.mark.parametrize(
-    ("host", "local"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("a.b", False)]
+    ("host", "local"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("a.b", False)],
 )
 def test_is_loopback(host: str, local: bool) -> None:
     assert is_loopback(host) is local

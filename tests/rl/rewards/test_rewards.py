@@ -53,7 +53,9 @@ class TestLoadFunction:
         return load_function(parse_source(f"{tmp_path}/mine.py:{name}"))
 
     def test_loads(self, tmp_path):
-        function = self.load(tmp_path, "def score(prompts, completions, **columns): return [len(c) for c in completions]")
+        function = self.load(
+            tmp_path, "def score(prompts, completions, **columns): return [len(c) for c in completions]"
+        )
         assert function([], ["ab"]) == [2]
 
     def test_two_files_of_one_name_do_not_collide(self, tmp_path):
@@ -68,7 +70,9 @@ class TestLoadFunction:
             load_function(parse_source(f"{tmp_path}/none.py:score"))
 
     def test_missing_function_names_those_found(self, tmp_path):
-        code = "from math import sqrt\ndef scores(prompts, completions, **columns): ...\ndef other(): ...\ndef _own(): ..."
+        code = (
+            "from math import sqrt\ndef scores(prompts, completions, **columns): ...\ndef other(): ...\ndef _own(): ..."
+        )
         with pytest.raises(ConfigError) as caught:
             self.load(tmp_path, code)
         assert "expected: one of other, scores\n" in str(caught.value)
@@ -86,7 +90,13 @@ class TestLoadFunction:
 def call(function, completions=("a", "b", "c")):
     n = len(completions)
     return score_with_function(
-        function, ["p"] * n, list(completions), labels=["l"] * n, prompt_ids=[[1]] * n, completion_ids=[[2, 3]] * n, source="mine.py:score"
+        function,
+        ["p"] * n,
+        list(completions),
+        labels=["l"] * n,
+        prompt_ids=[[1]] * n,
+        completion_ids=[[2, 3]] * n,
+        source="mine.py:score",
     )
 
 
@@ -142,7 +152,13 @@ class TestExamples:
         n = len(completions)
         function = load_function(parse_source(f"{EXAMPLES}/{name}.py:{name}"))
         return score_with_function(
-            function, ["p"] * n, completions, labels=labels or [None] * n, prompt_ids=[[]] * n, completion_ids=ids or [[]] * n, source=name
+            function,
+            ["p"] * n,
+            completions,
+            labels=labels or [None] * n,
+            prompt_ids=[[]] * n,
+            completion_ids=ids or [[]] * n,
+            source=name,
         )
 
     @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """vLLM loads HF directories, one after the other in one process; prints JSON.
 
-usage: families_program.py DIRECTORY ...      For each: greedy answers of vLLM and of transformers, and the vLLM parameters that differ
-from what the family's map says of them.
+usage: families_program.py DIRECTORY ...
+
+For each: greedy answers of vLLM and of transformers, and the vLLM parameters that differ from what the family's map
+says of them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from pathlib import Path
 
 def main() -> None:
     os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_MLA_DISABLE="1", MRLHF_DEVICE="cpu"
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_MLA_DISABLE="1",
+        MRLHF_DEVICE="cpu",
     )
     import torch
     import vllm
@@ -30,7 +36,11 @@ def main() -> None:
 
     state.initialize(ParallelConfig(), seed=1)
     keep_linear_weights()
-    prompts = [[5, 17, 101, 33], [2, 9, 250], [77, 3, 91, 64, 12, 8, 150, 31, 6, 200, 40, 11]]  # the last is longer than the windows
+    prompts = [
+        [5, 17, 101, 33],
+        [2, 9, 250],
+        [77, 3, 91, 64, 12, 8, 150, 31, 6, 200, 40, 11],
+    ]  # the last is longer than the windows
 
     def greedy(model, prompt: list[int], count: int) -> list[int]:
         ids = list(prompt)
@@ -40,7 +50,9 @@ def main() -> None:
 
     directories, wanted = [Path(d) for d in sys.argv[1:]], {}
     for directory in directories:  # before vLLM, which changes transformers' classes where it has no model of its own
-        theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+        theirs = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         with torch.no_grad():
             wanted[directory] = [greedy(theirs, p, 10) for p in prompts]
     results: dict[str, object] = {}
@@ -68,10 +80,19 @@ def main() -> None:
         wrong = sorted(set(found) ^ set(expected))
         # experts are packed on CPU: what is written into them is compared by the answers of tests/rl/test_ppo.py
         wrong += [
-            name for name in expected if name in found and not name.endswith(("w13_weight", "w2_weight"))
-            and not all(torch.equal(found[name].narrow(b.dim, b.offset, b.length), reader.read(b)) for b in expected[name])
-        ]  # fmt: skip
-        results[directory.name] = {"vllm": [list(o.outputs[0].token_ids) for o in outputs], "hf": wanted[directory], "wrong": wrong}
+            name
+            for name in expected
+            if name in found
+            and not name.endswith(("w13_weight", "w2_weight"))
+            and not all(
+                torch.equal(found[name].narrow(b.dim, b.offset, b.length), reader.read(b)) for b in expected[name]
+            )
+        ]
+        results[directory.name] = {
+            "vllm": [list(o.outputs[0].token_ids) for o in outputs],
+            "hf": wanted[directory],
+            "wrong": wrong,
+        }
         llm.llm_engine.engine_core.shutdown()
         groups.destroy_model_parallel()
         groups._WORLD = None

@@ -1,4 +1,6 @@
-"""vLLM's life inside a run: its memory is checked first, its lines are kept, and a rank that stops in mid-step ends the run by its name."""
+"""vLLM's life inside a run: its memory is checked first, its lines are kept,
+and a rank that stops in mid-step ends the run by its name.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def test_memory_is_checked_before_it_is_taken(monkeypatch: pytest.MonkeyPatch, t
         budget = vllm_engine.check_vllm_memory(spec, dtype="float32", tp=1, kv_cache_mib=64)
         assert budget.cache == 64 << 20 and budget.weights == pytest.approx(spec.num_parameters * 4, rel=0.01)
         with pytest.raises(
-            ConfigError, match=r"vLLM does not fit: 0.08 GiB of weights and 0.20 GiB of cache on each rank, 0.20 GiB were free"
+            ConfigError,
+            match=r"vLLM does not fit: 0.08 GiB of weights and 0.20 GiB of cache on each rank, 0.20 GiB were free",
         ) as caught:
             vllm_engine.check_vllm_memory(spec, dtype="float32", tp=1, kv_cache_mib=200)
         room = (200 << 20) - budget.weights >> 20
@@ -59,12 +62,21 @@ def process_of_rank(launcher: int, rank: int) -> int:
 
 def test_a_stopped_rank_ends_the_run_by_its_name(world: Path, reward_model: Path, tmp_path: Path) -> None:  # noqa: F811
     """Both ranks make up one vLLM replica: its shared memory has no time-out of its own."""
-    changes = {"parallel.tensor_model_parallel_size": 2, "rollout.tensor_parallel_size": 2, "train.output_dir": tmp_path,
-               "train.max_steps": 10_000, "train.num_epochs": 10_000, "parallel.silence_seconds": 5}  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-               "-m", "mrlhf", "ppo", *options(world, reward_model, **changes)]  # fmt: skip
+    changes = {
+        "parallel.tensor_model_parallel_size": 2,
+        "rollout.tensor_parallel_size": 2,
+        "train.output_dir": tmp_path,
+        "train.max_steps": 10_000,
+        "train.num_epochs": 10_000,
+        "parallel.silence_seconds": 5,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "localhost:0", "-m", "mrlhf", "ppo",
+               *options(world, reward_model, **changes)]  # fmt: skip
     with (tmp_path / "out.txt").open("w") as out:
-        launcher = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT)
+        launcher = subprocess.Popen(
+            [str(c) for c in command], cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT
+        )
     stopped = None
     try:
         deadline = time.monotonic() + 200
@@ -86,9 +98,11 @@ def test_a_stopped_rank_ends_the_run_by_its_name(world: Path, reward_model: Path
     text = (tmp_path / "out.txt").read_text()
     assert f"pid {stopped}) has given no sign of life" in text and "of step" in text.split("RankProblem")[1]
     assert f"exitcode  : {EXIT_STATUS}" in text
-    assert "rank 0: sends" in text and "GiB of cache on each rank" in text, "bytes of the plan and vLLM's memory are stated at the start"
-    assert "[INFO]" not in text and "vllm" not in text.split("RankProblem")[0].lower().replace("vllm: 1 replica", "").replace(
-        "--rollout", ""
+    assert "rank 0: sends" in text and "GiB of cache on each rank" in text, (
+        "bytes of the plan and vLLM's memory are stated at the start"
     )
+    assert "[INFO]" not in text and "vllm" not in text.split("RankProblem")[0].lower().replace(
+        "vllm: 1 replica", ""
+    ).replace("--rollout", "")
     assert (tmp_path / "logs/stacks_rank_0.txt").is_file()
     assert "KV cache" in (tmp_path / "logs/vllm_rank_0.log").read_text()

@@ -124,13 +124,16 @@ def test_turns_tokens_masks_and_rewards(file: Path, tokenizer: Any) -> None:
         for start, stop in reversed(answer.observed):
             del written[start:stop]
         assert tokenizer.decode(written) == "".join(script) and len(answer.logps) == len(written)
-        # what the model read is what the template makes of the conversation, but that the tool's text cannot close a turn
+        # what the model read is what the template makes of the conversation,
+        # but that the tool's text cannot close a turn
         messages = [{"role": "user", "content": tokenizer.decode(prompt).split("user\n")[1][0]}]
         for i, turn in enumerate(script):
             messages.append({"role": "assistant", "content": turn.removesuffix(END)})
             if i < len(script) - 1:
                 messages += [{"role": "tool", "content": f"a {END} b"}, {"role": "user", "content": "go on"}]
-        assert tokenizer.decode(prompt + answer.tokens) + "\n" == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(prompt + answer.tokens) + "\n" == tokenizer.apply_chat_template(
+            messages, tokenize=False
+        )
         assert answer.tokens.count(tokenizer.eos_token_id) == len(script) + 2 * len(answer.observed)
     assert [a.observed == () for a in answers] == [False, True, False]
 
@@ -139,7 +142,9 @@ def test_turns_tokens_masks_and_rewards(file: Path, tokenizer: Any) -> None:
     assert rollout.lengths_B().tolist() == [len(a.logps) for a in answers] == batch.sum_N(batch.mask_BT).tolist()
     values_BA = torch.arange(3 * int(rollout.lengths_B().max())).view(3, -1).float() + 1
     placed = gather_table(batch, values_BA)
-    assert placed[batch.mask_BT.bool()].tolist() == [v for b in range(3) for v in values_BA[b, : len(answers[b].logps)].tolist()]
+    assert placed[batch.mask_BT.bool()].tolist() == [
+        v for b in range(3) for v in values_BA[b, : len(answers[b].logps)].tolist()
+    ]
     targets = batch.targets_BT[batch.mask_BT.bool()].tolist()
     assert tokenizer.decode(targets) == "".join(turn for script in scripts for turn in script)
     model = SimpleNamespace(forward=lambda batches, fn, channels: [placed[None]], groups=None)
@@ -153,10 +158,14 @@ def test_bounds(file: Path, tokenizer: Any) -> None:
     forever = [f"listen{END}"] * 9
     (answer,), engine, _ = talk(file, tokenizer, [forever], max_turns=3)
     assert answer.turns == 3 and len(engine.calls) == 3 and not answer.stopped and answer.reward == 0.75
-    assert answer.tokens[-1] == tokenizer.eos_token_id and len(answer.observed) == 2, "the last turn is not followed by an observation"
+    assert answer.tokens[-1] == tokenizer.eos_token_id and len(answer.observed) == 2, (
+        "the last turn is not followed by an observation"
+    )
     one = len(tokenizer(forever[0], add_special_tokens=False)["input_ids"])
     (answer,), _, _ = talk(file, tokenizer, [forever], limit=one + 2)
-    assert answer.turns == 1 and len(answer.tokens) == one and not answer.stopped, "an observation that does not fit ends it"
+    assert answer.turns == 1 and len(answer.tokens) == one and not answer.stopped, (
+        "an observation that does not fit ends it"
+    )
     (answer,), _, _ = talk(file, tokenizer, [forever], limit=one - 1)
     assert answer.reward == 0 and len(answer.tokens) == one - 1, "a turn that was cut is not shown to the environment"
 

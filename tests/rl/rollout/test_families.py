@@ -1,4 +1,6 @@
-"""vLLM loads every family that it supports, answers like transformers, and has its parameters where the family's map says."""
+"""vLLM loads every family that it supports, answers like transformers,
+and has its parameters where the family's map says.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ FAMILIES = sorted({family for family, _ in KINDS.values()})
 
 @pytest.fixture(scope="module")
 def answers(zoo: Path) -> dict[str, Any]:
-    done = python(TESTS / "rl/rollout/families_program.py", *(zoo / family for family in FAMILIES), vllm=True, timeout=600)
+    done = python(
+        TESTS / "rl/rollout/families_program.py", *(zoo / family for family in FAMILIES), vllm=True, timeout=600
+    )
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
 
 

@@ -21,9 +21,18 @@ from mrlhf.rl.shaping import RunningStd
 
 def config(**changes: object) -> PPOStage:
     values = {
-        "model.path": "m", "data.train": "p", "train.output_dir": "o", "train.global_batch_size": 6, "rollout.batch_size": 3, "rollout.n": 2,
-        "reward.sources": "f.py:f", "ppo.estimator": "grpo", "rollout.dynamic_sampling": "true", "rollout.max_refills": 3, **changes,
-    }  # fmt: skip
+        "model.path": "m",
+        "data.train": "p",
+        "train.output_dir": "o",
+        "train.global_batch_size": 6,
+        "rollout.batch_size": 3,
+        "rollout.n": 2,
+        "reward.sources": "f.py:f",
+        "ppo.estimator": "grpo",
+        "rollout.dynamic_sampling": "true",
+        "rollout.max_refills": 3,
+        **changes,
+    }
     return load_config(PPOStage, None, [str(part) for key, value in values.items() for part in (f"--{key}", value)])
 
 
@@ -47,7 +56,9 @@ def make(equal: set[int], **changes: object) -> Any:
         return Rollout([[row] for row, _ in keys], [Answer([i], [0.0], True) for _, i in keys], [None] * len(keys))
 
     def score(rollout: Rollout) -> tuple[torch.Tensor, dict[str, float]]:
-        scores = [0.5 if p[0] in equal else float(a.tokens[0]) for p, a in zip(rollout.prompts, rollout.answers, strict=True)]
+        scores = [
+            0.5 if p[0] in equal else float(a.tokens[0]) for p, a in zip(rollout.prompts, rollout.answers, strict=True)
+        ]
         return torch.tensor(scores), {"reward/f": sum(scores) / len(scores)}
 
     ppo.generate, ppo.score, ppo.sampling = generate, score, None
@@ -63,7 +74,9 @@ def test_groups_without_signal_are_replaced_by_the_next_prompts() -> None:
     ppo = make({order[1], order[3], order[4]})
     rollout, scores, log = ppo.collect(1)
     assert rows_of(rollout) == [order[0], order[2], order[5]] and scores.tolist() == [0.0, 1.0] * 3
-    assert ppo.calls == [(1, 0, order[:3]), (1, 3, [order[3]]), (1, 4, [order[4]]), (1, 5, [order[5]])], "exactly what was missing is drawn"
+    assert ppo.calls == [(1, 0, order[:3]), (1, 3, [order[3]]), (1, 4, [order[4]]), (1, 5, [order[5]])], (
+        "exactly what was missing is drawn"
+    )
     assert (log["rollout/prompts_drawn"], log["rollout/groups_dropped"], log["rollout/groups_equal"]) == (6, 3, 0)
     assert log["reward/f"] == pytest.approx(0.5), "over all that were scored"
     second, _, log = ppo.collect(2)
@@ -99,7 +112,13 @@ def test_more_rollouts_than_prompts_go_on_into_new_epochs() -> None:
 
 def test_scores_are_shaped_before_they_are_clipped() -> None:
     ppo = make(
-        set(), **{"reward.overlong_buffer": 4, "reward.overlong_penalty": 2.0, "rollout.max_new_tokens": 8, "reward.scaling": "running_std"}
+        set(),
+        **{
+            "reward.overlong_buffer": 4,
+            "reward.overlong_penalty": 2.0,
+            "rollout.max_new_tokens": 8,
+            "reward.scaling": "running_std",
+        },
     )
     ppo.running_std = RunningStd()
     answers = [Answer([1] * n, [0.0] * n, True) for n in (4, 6, 8)]
@@ -113,7 +132,10 @@ def test_contradictions_are_refused() -> None:
         ({"ppo.estimator": "gae"}, "rollout.dynamic_sampling compares"),
         ({"reward.overlong_buffer": 1000}, "longer than an answer"),
         ({"ptx.coef": 0.1}, "needs a data set"),
-        ({"ptx.coef": 0.1, "ptx.data": "d", "ptx.batch_size": 6, "ptx.micro_batch_size": 4}, "ptx.micro_batch_size = 4 does not divide"),
+        (
+            {"ptx.coef": 0.1, "ptx.data": "d", "ptx.batch_size": 6, "ptx.micro_batch_size": 4},
+            "ptx.micro_batch_size = 4 does not divide",
+        ),
     ):
         with pytest.raises(MrlhfError, match=message):
             config(**changes)

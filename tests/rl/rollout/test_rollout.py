@@ -1,4 +1,6 @@
-"""Micro-batches of a rollout: every answer once, and its table's values at the positions that predict it, whole or cut."""
+"""Micro-batches of a rollout: every answer once, and its table's values at the positions that predict it,
+whole or cut.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Generation on ranks of its own: one rollout ahead with older weights, killed and resumed to the last bit. (In turns: ../test_ppo.py.)"""
+"""Generation on ranks of its own: one rollout ahead with older weights, killed and resumed to the last bit.
+(In turns: ../test_ppo.py.)
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,14 @@ from mrlhf.errors import ConfigError, MrlhfError
 from mrlhf.rl.rollout.remote import decode_message, encode_message
 from mrlhf.rl.rollout.vllm_engine import Answer
 
-AHEAD = {"rollout.placement": "separate", "rollout.num_ranks": 1, "rollout.max_staleness": 1, "rollout.correction": "tis",
-         "rollout.correction_high": 10, "checkpoint.keep_last": 10}  # fmt: skip
+AHEAD = {
+    "rollout.placement": "separate",
+    "rollout.num_ranks": 1,
+    "rollout.max_staleness": 1,
+    "rollout.correction": "tis",
+    "rollout.correction_high": 10,
+    "checkpoint.keep_last": 10,
+}
 
 
 def test_one_rollout_ahead_killed_and_resumed(world: Path, tmp_path: Path) -> None:
@@ -52,15 +60,23 @@ def test_messages_keep_every_digit() -> None:
         Answer([], [], False),
         Answer([4, 5, 6], [-1 / 3], False, ((1, 3),), 0.1, 2),
     ]
-    assert decode_message(encode_message({"what": "x", "key": (1, 2)}, answers)) == ({"what": "x", "key": [1, 2]}, answers)
+    assert decode_message(encode_message({"what": "x", "key": (1, 2)}, answers)) == (
+        {"what": "x", "key": [1, 2]},
+        answers,
+    )
     assert decode_message(encode_message({})) == ({}, [])
 
 
 def config(**changes: object) -> PPOStage:
     values = {
-        "model.path": "m", "data.train": "p", "train.output_dir": "o", "train.global_batch_size": 8, "rollout.batch_size": 8,
-        "reward.sources": "f.py:f", **changes,
-    }  # fmt: skip
+        "model.path": "m",
+        "data.train": "p",
+        "train.output_dir": "o",
+        "train.global_batch_size": 8,
+        "rollout.batch_size": 8,
+        "reward.sources": "f.py:f",
+        **changes,
+    }
     return load_config(PPOStage, None, [str(part) for key, value in values.items() for part in (f"--{key}", value)])
 
 
@@ -84,8 +100,12 @@ def test_contradictions_are_refused() -> None:
 def test_sizes_that_do_not_fit_the_ranks_are_refused(world: Path) -> None:
     from mrlhf.rl.ppo_checks import check_ppo
 
-    given = {"model.path": world / "qwen2", "data.train": world / "prompts", "reward.sources": "examples/rewards/length_penalty.py:length_penalty",
-             "rollout.placement": "separate"}  # fmt: skip
+    given = {
+        "model.path": world / "qwen2",
+        "data.train": world / "prompts",
+        "reward.sources": "examples/rewards/length_penalty.py:length_penalty",
+        "rollout.placement": "separate",
+    }
     with pytest.raises(ConfigError, match=r"rollout.num_ranks = 2 of 2 ranks leave none to train") as caught:
         check_ppo(config(**given, **{"rollout.num_ranks": 2, "parallel.tensor_model_parallel_size": 2}), 2)
     assert caught.value.expected == "torchrun with 4 ranks or more"
@@ -93,4 +113,7 @@ def test_sizes_that_do_not_fit_the_ranks_are_refused(world: Path) -> None:
         check_ppo(config(**given, **{"rollout.num_ranks": 3, "rollout.tensor_parallel_size": 2}), 5)
     with pytest.raises(MrlhfError, match="3"):
         check_ppo(config(**given, **{"rollout.num_ranks": 1, "parallel.tensor_model_parallel_size": 2}), 4)
-    assert check_ppo(config(**given, **{"rollout.num_ranks": 2, "rollout.tensor_parallel_size": 2}), 3).train.num_samples > 0
+    assert (
+        check_ppo(config(**given, **{"rollout.num_ranks": 2, "rollout.tensor_parallel_size": 2}), 3).train.num_samples
+        > 0
+    )

@@ -15,7 +15,14 @@ def test_fp8_made_anew_equals_a_fresh_start(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
         (tmp_path / name).mkdir()
         make_hf_model(tmp_path / name, "qwen2", vocab_size=323, seed=seed)
-    python(TESTS / "rl/rollout/weights_program.py", tmp_path / "result.json", tmp_path / "a", tmp_path / "b", ranks=2, vllm=True)
+    python(
+        TESTS / "rl/rollout/weights_program.py",
+        tmp_path / "result.json",
+        tmp_path / "a",
+        tmp_path / "b",
+        ranks=2,
+        vllm=True,
+    )
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["answers"][1] == found["fresh"], "tokens and log-probs, bit for bit"
     assert found["answers"][0] != found["answers"][1]
@@ -30,6 +37,7 @@ def test_what_cannot_be_is_said_before(tmp_path: Path) -> None:
     make_hf_model(tmp_path, "qwen3_moe", vocab_size=323, num_hidden_layers=1)
     spec = spec_from_hf(json.loads((tmp_path / "config.json").read_text()))
     assert [str(e).split(":")[1] for e in check_weights(spec, "fp8", dtype="float32")] == [
-        " rollout.weights = fp8", " rollout.weights = fp8"
-    ]  # fmt: skip
+        " rollout.weights = fp8",
+        " rollout.weights = fp8",
+    ]
     assert check_weights(spec, "packed", dtype="float32") == check_weights(spec, "plain", dtype="bfloat16") == []

@@ -1,5 +1,5 @@
-"""Under torchrun on 2 ranks (trainer PP 2, vLLM TP 2): weights of two HF directories into a live vLLM of fp8 layers, one after the other,
-against a fresh vLLM that loads the second; writes JSON.
+"""Under torchrun on 2 ranks (trainer PP 2, vLLM TP 2): weights of two HF directories into a live vLLM of fp8 layers,
+one after the other, against a fresh vLLM that loads the second; writes JSON.
 
 usage: weights_program.py OUTPUT.json DIRECTORY_A DIRECTORY_B
 """
@@ -14,7 +14,9 @@ BUCKET = 128 << 10
 
 
 def sampler_differences(own: object, logprobs: object) -> int:
-    """Steps of 150 in which our sampler's tokens, log-probs or random numbers are not those of vLLM's `own`, `logprobs`."""
+    """Steps of 150 in which our sampler's tokens, log-probs or random numbers are not those of vLLM's `own`,
+    `logprobs`.
+    """
     import torch
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
     from vllm.v1.sample.sampler import Sampler
@@ -77,10 +79,20 @@ def main() -> None:
         return [[a.tokens, a.logps] for a in engine.generate(prompts, [1] * len(prompts), greedy)]
 
     def addresses() -> list[int]:
-        return [p.data_ptr() for p in engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().parameters()]
+        return [
+            p.data_ptr()
+            for p in engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().parameters()
+        ]
 
     update = make_weight_update(
-        sources[0].spec, layout, rollout_tp=2, rank=rank, dtype=torch.bfloat16, made=engine.weights.made, bucket_bytes=BUCKET, node=2
+        sources[0].spec,
+        layout,
+        rollout_tp=2,
+        rank=rank,
+        dtype=torch.bfloat16,
+        made=engine.weights.made,
+        bucket_bytes=BUCKET,
+        node=2,
     )
     before, found, most = addresses(), [], [0]
 
@@ -93,18 +105,34 @@ def main() -> None:
         engine.weights_changed()
         found.append(answers())
     result = {
-        "answers": found, "moved": before != addresses(), "rounds": len(update.rounds), "made": len(engine.weights.made), "bucket": BUCKET,
-        "largest": most[0], "received": update.received,
-    }  # fmt: skip
+        "answers": found,
+        "moved": before != addresses(),
+        "rounds": len(update.rounds),
+        "made": len(engine.weights.made),
+        "bucket": BUCKET,
+        "largest": most[0],
+        "received": update.received,
+    }
     engine.shutdown()
     result["sampler_differences"] = sampler_differences(*own_sampler)
     groups.destroy_model_parallel()
     groups._WORLD = None
     fresh = vllm.LLM(
-        str(directories[1]), skip_tokenizer_init=True, dtype="bfloat16", quantization="fp8_per_channel", max_model_len=128,
-        tensor_parallel_size=2, distributed_executor_backend="external_launcher", kv_cache_memory_bytes=64 << 20, max_num_seqs=8,
-        logprobs_mode="processed_logprobs", enforce_eager=True, enable_chunked_prefill=False, disable_log_stats=True, seed=1,
-    )  # fmt: skip
+        str(directories[1]),
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        quantization="fp8_per_channel",
+        max_model_len=128,
+        tensor_parallel_size=2,
+        distributed_executor_backend="external_launcher",
+        kv_cache_memory_bytes=64 << 20,
+        max_num_seqs=8,
+        logprobs_mode="processed_logprobs",
+        enforce_eager=True,
+        enable_chunked_prefill=False,
+        disable_log_stats=True,
+        seed=1,
+    )
     engine.llm = fresh
     result["fresh"] = answers()
     if rank == 0:
