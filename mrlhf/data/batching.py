@@ -104,7 +104,7 @@ def split_by_tokens(rows: Sequence[Sequence[int]], plan: BatchPlan, *, max_token
         if cost > max_tokens:
             samples = ", ".join(map(str, row))
             raise DataError(
-                f"a row of {cost:,} tokens does not fit in a micro-batch of {max_tokens:,} (samples of {samples} tokens)",
+                f"a row of {cost:,} tokens does not fit in a micro-batch of {max_tokens:,} (samples of {samples})",
                 where="train.max_tokens_per_micro_batch",
                 expected=f"{cost} or more",
             )

@@ -21,10 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mrlhf.models.families.spec import Layer, ModelSpec
-from mrlhf.models.layers.attention import CoreAttention
+from mrlhf.models.layers.attention import CoreAttention, RotaryAttention
 from mrlhf.models.layers.latent import LatentAttention
 from mrlhf.models.layers.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
-from mrlhf.models.layers.rotary_attention import RotaryAttention
 from mrlhf.models.layers.router import MoE, Router
 
 

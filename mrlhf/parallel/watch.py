@@ -130,7 +130,8 @@ class Watch:
             bar = "=" * 100
             keys = "parallel.silence_seconds, parallel.timeout_minutes"
             fix = "look at that rank's machine; the same command resumes from the last checkpoint"
-            sys.stderr.write(f"{bar}\nRankProblem: {verdict}; all ranks end here ({keys}){where}\n  fix:      {fix}\n{bar}\n")
+            text = f"RankProblem: {verdict}; all ranks end here ({keys}){where}\n  fix:      {fix}"
+            sys.stderr.write(f"{bar}\n{text}\n{bar}\n")
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(EXIT_STATUS)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from mrlhf.config.load import help_text, load_config
+from mrlhf.config.load import load_config
 from mrlhf.config.options import PPOStage
+from mrlhf.config.schema import help_text
 from mrlhf.errors import ConfigError, MrlhfError
 from mrlhf.rl.advantages import compute_advantages, gae, group_scores
 from mrlhf.rl.estimators import ESTIMATORS, Estimator, markdown_table
@@ -122,7 +123,7 @@ def test_every_row_names_a_function() -> None:
         run(
             sys.executable,
             "-c",
-            "import sys, mrlhf.config.load as c; c.help_text('ppo'); print('torch' in sys.modules)",
+            "import sys, mrlhf.config.schema as c; c.help_text('ppo'); print('torch' in sys.modules)",
         ).stdout
         == "False\n"
     )

@@ -1,4 +1,4 @@
-"""Core attention: causal, dense or packed (THD), for the `core_attention` slot of Megatron's layer specs.
+"""Attention: the core, causal, dense or packed (THD), for Megatron's layer specs; rotary positions of each layer.
 
 Shapes: s tokens, b rows, t packed tokens, n query heads and g key/value heads on this rank, d head size.
   dense   query [s, b, n, d], key/value [s, b, g, d] -> [s, b, n*d]
@@ -8,6 +8,10 @@ size. With a `window` a token sees itself and window - 1 tokens before it. A `so
 tanh(score / cap); no kernel of torch has it, so the scores are then built whole, s x s for each head. Packed attention
 on CUDA in half precision uses torch's varlen kernel. On CPU, in fp32 and with a softcap, samples of similar length
 share a call. (One block mask over the whole pack costs 1.5 to 4 times as much as one call a sample.)
+
+Megatron computes one table of angles a forward pass and hands it to all layers. Here the table holds the angles of
+every kind of rotary positions in the model, [s, kinds, 1, d], and each layer's attention takes its own kind, or none.
+Kinds and their frequencies: models/families/rope_frequencies.py.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 
-from mrlhf.parallel.context import heads_to_tokens, tokens_to_heads
+from mrlhf.parallel.context import ContextParams, heads_to_tokens, tokens_to_heads
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -156,3 +162,41 @@ class CoreAttention(MegatronModule):
         mask = None if attention_mask is None else ~attention_mask
         out_sbnd = _attend(q, k, v, scale=self.scale, mask=mask, **limits).permute(2, 0, 1, 3)
         return out_sbnd.reshape(out_sbnd.size(0), out_sbnd.size(1), -1)
+
+
+class RotaryTable(RotaryEmbedding):
+    """Replaces GPTModel.rotary_pos_emb. inv_freq_KF: radians a token, for every kind and pair of dimensions.
+
+    interleaved: the pairs are dimensions (0, 1), (2, 3), ... instead of (0, F), (1, F + 1), ...
+    """
+
+    def __init__(self, inv_freq_KF: torch.Tensor, *, interleaved: bool) -> None:
+        torch.nn.Module.__init__(self)
+        self.inv_freq, self.interleaved = inv_freq_KF, interleaved
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
+        """Angles [s, kinds, 1, rotated dimensions]."""
+        position_S = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=torch.float32) + offset
+        angles_SKF = position_S[:, None, None] * self.inv_freq
+        angles_SK1F = angles_SKF[:, :, None]
+        return angles_SK1F.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles_SK1F,) * 2, dim=-1)
+
+
+class LayerRope:
+    """Mixin for Megatron's attention classes. rope: the layer's kind of rotary positions; None: none."""
+
+    def __init__(self, *args, rope: int | None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.rope = rope
+
+    def forward(self, hidden_states, attention_mask, rotary_pos_emb=None, **kwargs):
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = None if self.rope is None else rotary_pos_emb[:, self.rope : self.rope + 1]
+            packed = kwargs.get("packed_seq_params")
+            if rotary_pos_emb is not None and isinstance(packed, ContextParams):
+                rotary_pos_emb = rotary_pos_emb.index_select(0, packed.positions_s)
+        return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+
+class RotaryAttention(LayerRope, SelfAttention):
+    """Megatron's self-attention with the rotary positions of its layer."""

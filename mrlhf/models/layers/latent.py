@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import Attention
 
+from mrlhf.models.layers.attention import LayerRope
 from mrlhf.models.layers.norms import Norm
-from mrlhf.models.layers.rotary_attention import LayerRope
 
 
 class _SumGradient(torch.autograd.Function):
