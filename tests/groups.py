@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def leave_layout() -> None:
-    """Groups stay open until they are destroyed, and every gloo group keeps threads: after some layouts there are thousands."""
+    """Groups stay open until they are destroyed, and every gloo group keeps threads:
+    after some layouts there are thousands.
+    """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 

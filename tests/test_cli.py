@@ -44,7 +44,10 @@ def test_help_of_a_stage():
 
 
 def test_help_and_errors_do_not_import_torch():
-    code = "import sys; from mrlhf.cli import main; main(['ppo', '--help']); main(['sft', '--x', '1']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from mrlhf.cli import main; main(['ppo', '--help']); main(['sft', '--x', '1']); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert shell("-c", code, module=()).returncode == 0
 
 
@@ -52,7 +55,16 @@ def test_misspelt_key_in_a_file(tmp_path):
     path = tmp_path / "sft.yaml"
     path.write_text("model:\n  path: m\noptim:\n  learning_rat: 3\n  lrr: 1e-5\n")
     done = shell(
-        "sft", "--config", str(path), "--data.train", "d", "--train.output_dir=o", "--train.global_batch_size", "8", "--data.evl", "e"
+        "sft",
+        "--config",
+        str(path),
+        "--data.train",
+        "d",
+        "--train.output_dir=o",
+        "--train.global_batch_size",
+        "8",
+        "--data.evl",
+        "e",
     )
     assert done.returncode == 2 and done.stdout == ""
     text = done.stderr.splitlines()
@@ -66,7 +78,12 @@ def test_misspelt_key_in_a_file(tmp_path):
 def test_missing_file(tmp_path):
     done = shell("rm", "--config", str(tmp_path / "no.yaml"))
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [BAR, f"ConfigError: {tmp_path / 'no.yaml'}: no such file", "  expected: a YAML file", BAR]
+    assert done.stderr.splitlines() == [
+        BAR,
+        f"ConfigError: {tmp_path / 'no.yaml'}: no such file",
+        "  expected: a YAML file",
+        BAR,
+    ]
 
 
 def test_printed_once_under_torchrun(tmp_path):
@@ -115,7 +132,24 @@ def test_stage_gets_its_configuration(monkeypatch):
 def test_generate_from_flags_alone(monkeypatch):
     seen = []
     fake_module(monkeypatch, "commands.generate", seen.append)
-    assert cli.main(["generate", "--checkpoint", "c", "--prompts", "p", "--output", "o", "--max-new-tokens", "9", "--top-p", "0.9"]) == 0
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--checkpoint",
+                "c",
+                "--prompts",
+                "p",
+                "--output",
+                "o",
+                "--max-new-tokens",
+                "9",
+                "--top-p",
+                "0.9",
+            ]
+        )
+        == 0
+    )
     assert isinstance(seen[0], GenerateStage) and (seen[0].max_new_tokens, seen[0].top_p) == (9, 0.9)
 
 

@@ -20,13 +20,27 @@ def printed(text: str) -> list[dict[str, float]]:
 def test_sft(world: Path, tmp_path: Path) -> None:
     """Two ranks, TP 2 with sequence parallelism."""
     stage = {
-        "model.path": world / "qwen2", "model.dtype": "float32", "data.train": world / "sft", "train.output_dir": tmp_path / "run",
-        "train.global_batch_size": 2, "train.max_steps": STEPS, "optim.lr": 1e-3, "parallel.tensor_model_parallel_size": 2,
+        "model.path": world / "qwen2",
+        "model.dtype": "float32",
+        "data.train": world / "sft",
+        "train.output_dir": tmp_path / "run",
+        "train.global_batch_size": 2,
+        "train.max_steps": STEPS,
+        "optim.lr": 1e-3,
+        "parallel.tensor_model_parallel_size": 2,
         "parallel.sequence_parallel": "true",
-    }  # fmt: skip
+    }
     mrlhf("sft", *(part for key, value in stage.items() for part in (f"--{key}", value)), ranks=2)
-    loop = {"model": world / "qwen2", "data": world / "sft", "output": tmp_path / "loop", "tensor-parallel": 2, "dtype": "float32",
-            "global-batch-size": 2, "max-steps": STEPS, "lr": 1e-3}  # fmt: skip
+    loop = {
+        "model": world / "qwen2",
+        "data": world / "sft",
+        "output": tmp_path / "loop",
+        "tensor-parallel": 2,
+        "dtype": "float32",
+        "global-batch-size": 2,
+        "max-steps": STEPS,
+        "lr": 1e-3,
+    }
     args = [part for key, value in loop.items() for part in (f"--{key}", value)]
     steps = printed(python("examples/loops/sft_loop.py", *args, ranks=2).stdout)
     assert len(steps) == STEPS

@@ -23,8 +23,9 @@ from mrlhf.errors import MrlhfError, SeveralErrors  # noqa: E402
 
 def parser() -> argparse.ArgumentParser:
     """An option for each field of PreprocessConfig, which holds the defaults and the help texts."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                   allow_abbrev=False)
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     hints = get_type_hints(PreprocessConfig)
     for option in fields(PreprocessConfig):
         hint = hints[option.name]

@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 examples/loops/ppo_loop.py --actor DIR --critic DIR --prompts PREFIX \
         --reward examples/rewards/length_penalty.py:length_penalty --tensor-parallel 2 --steps 3
 
-Copy it and change what you like: the advantages, the losses, where answers come from. The stage (`mrlhf ppo`) computes the same numbers,
-and adds checkpoints, resume, offload, generation in ranks of its own, the other estimators, hang and memory reports.
-Legend: B answers of a rollout, A tokens of the longest answer, T tokens of a micro-batch, H hidden size.
+Copy it and change what you like: the advantages, the losses, where answers come from. The stage (`mrlhf ppo`) computes
+the same numbers, and adds checkpoints, resume, offload, generation in ranks of its own, the other estimators, hang and
+memory reports. Legend: B answers of a rollout, A tokens of the longest answer, T tokens of a micro-batch, H hidden
+size.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def configuration(args: argparse.Namespace) -> PPOStage:
         model=ModelConfig(path=args.actor, dtype=args.dtype),
         data=DataConfig(train=(DataSource(args.prompts),)),
         train=TrainConfig(
-            output_dir=args.output, global_batch_size=answers // 2, micro_batch_size=2, max_steps=args.steps, seed=args.seed
+            output_dir=args.output,
+            global_batch_size=answers // 2,
+            micro_batch_size=2,
+            max_steps=args.steps,
+            seed=args.seed,
         ),
         parallel=ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=tp > 1),
         rollout=RolloutConfig(
@@ -144,7 +149,9 @@ def main() -> None:
         sampler.write_weights(actor.parameters())
         if state.is_main():
             line = {"step": step, "score": float(scores_B.mean()), "kl": float((kl_BA.sum(1)).mean())}
-            line |= {f"critic/{k}": v for k, v in critic_metrics.items()} | {f"actor/{k}": v for k, v in actor_metrics.items()}
+            line |= {f"critic/{k}": v for k, v in critic_metrics.items()} | {
+                f"actor/{k}": v for k, v in actor_metrics.items()
+            }
             print(json.dumps(line), flush=True)
 
     rewards.close()

@@ -1,4 +1,6 @@
-"""The reshard plan: what arrives equals slicing, nothing moves that is held, both ends agree; and the exchange of 28 pairs of layouts on 8 ranks."""
+"""The reshard plan: what arrives equals slicing, nothing moves that is held, both ends agree;
+and the exchange of 28 pairs of layouts on 8 ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ import torch
 from conftest import TESTS, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reshard_program import CASES, minimum, shard_tensors
-from test_weight_maps import hf_shapes, specs
 
+from models.families.test_weight_maps import hf_shapes, specs
+from models.reshard_program import CASES, minimum, shard_tensors
 from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.reshard_plan import make_planner
 from mrlhf.parallel.reshard import Planner, Reshard
@@ -22,8 +24,8 @@ from mrlhf.parallel.state import Layout
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[Layout, int, int, int]:
-    """(a layout of at most 16 ranks, how many layers it wants the number of layers to be a multiple of, vLLM's tensor-parallel size,
-    ranks of vLLM's own or 0)."""
+    """(a layout of at most 16 ranks, how many layers it wants the number of layers to be a multiple of, vLLM's
+    tensor-parallel size, ranks of vLLM's own or 0)."""
     tp, pp, dp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     pieces = draw(st.sampled_from([1, 2])) if pp > 1 else 1
     ep = draw(st.sampled_from([n for n in (1, 2, 4) if tp * dp % n == 0]))
@@ -75,14 +77,22 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(
     totals = planner.bytes_of_ranks(2)
     for r, mine in enumerate(messages):
         pieces = [p for m in mine for p in m.transfers]
-        parts = [p for p in pieces if p.src == r], [p for p in pieces if p.dst == r], [p for p in planner.incoming(r) if p.src == r]
+        parts = (
+            [p for p in pieces if p.src == r],
+            [p for p in pieces if p.dst == r],
+            [p for p in planner.incoming(r) if p.src == r],
+        )
         assert totals[r] == tuple(sum(planner.nbytes(p, 2) for p in part) for part in parts)
 
 
 @given(data=st.data(), chosen=layouts(), limit=st.sampled_from([1, 300, 10**6]))
 @settings(max_examples=30, deadline=None)
-def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[Layout, int, int, int], limit: int) -> None:
-    """What is not written in place comes in rounds: every parameter once, few at a time, and no byte more than in one exchange."""
+def test_rounds_are_the_whole_plan_in_parts(
+    data: st.DataObject, chosen: tuple[Layout, int, int, int], limit: int
+) -> None:
+    """What is not written in place comes in rounds:
+    every parameter once, few at a time, and no byte more than in one exchange.
+    """
     layout, layers, rollout, _ = chosen
     rollout = math.gcd(rollout, layout.world)
     spec = data.draw(specs(splits=math.lcm(layout.tp, rollout, layout.ep), layers=layers))
@@ -91,12 +101,17 @@ def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[L
     rounds = planner.rounds(made, limit)
     assert sorted(n for names in rounds for n in names) == sorted(made)
     sizes = {n: math.prod(planner.shape(n)) for n in made}
-    assert all(sum(sorted(sizes[n] for n in names)[: -layout.pp]) <= limit for names in rounds), "one of each stage may be larger"
+    assert all(sum(sorted(sizes[n] for n in names)[: -layout.pp]) <= limit for names in rounds), (
+        "one of each stage may be larger"
+    )
     parts = [planner.restricted_to(names) for names in ({*planner.targets[0]} - made, *rounds)]
     for rank in range(layout.world):
         for pieces in (Planner.incoming, Planner.outgoing):
             assert Counter(p for part in parts for p in pieces(part, rank)) == Counter(pieces(planner, rank))
-        assert all(sum(b.length for b in planner.targets[rank][n]) == planner.shape(n)[planner.targets[rank][n][0].dim] for n in made)
+        assert all(
+            sum(b.length for b in planner.targets[rank][n]) == planner.shape(n)[planner.targets[rank][n][0].dim]
+            for n in made
+        )
 
 
 def sources_of(spec, layout: Layout) -> list[dict[str, list[TensorSlice]]]:
@@ -109,8 +124,15 @@ def test_every_holder_is_asked_alike_and_the_own_machine_first() -> None:
     """Four replicas of a tensor, two ranks without it: the near ones answer, and not all the same one."""
     block = TensorSlice("w", 0, 0, 8, 0)
     shards = [{"w": [block]}, {}, {"w": [block]}, {}]
-    planner = Planner(shards, [{"v": [block]}] * 4, shapes={"w": (8, 4)}, distance=lambda src, dst: (src // 2 != dst // 2, (src - dst) % 4))
-    assert Counter((p.src, p.dst) for r in range(4) for p in planner.incoming(r)) == Counter([(0, 0), (0, 1), (2, 2), (2, 3)])
+    planner = Planner(
+        shards,
+        [{"v": [block]}] * 4,
+        shapes={"w": (8, 4)},
+        distance=lambda src, dst: (src // 2 != dst // 2, (src - dst) % 4),
+    )
+    assert Counter((p.src, p.dst) for r in range(4) for p in planner.incoming(r)) == Counter(
+        [(0, 0), (0, 1), (2, 2), (2, 3)]
+    )
     assert planner.bytes_of_ranks(4) == [(128, 0, 128), (0, 128, 0), (128, 0, 128), (0, 128, 0)]
 
 
@@ -129,10 +151,18 @@ def test_buckets_are_bounded() -> None:
 
 
 def test_numbers_that_stay_in_fp32_travel_so() -> None:
-    """A bias that chooses experts beside bf16 weights: rank 0 sends, rank 1 receives what was sent, whether packed or straight."""
+    """A bias that chooses experts beside bf16 weights:
+    rank 0 sends, rank 1 receives what was sent, whether packed or straight.
+    """
     shapes = {"w": (4, 6), "c": (4, 3), "bias": (5,), "other": (3,)}
-    shard = {hf: [TensorSlice(hf, 1 if hf == "c" else 0, 0, shape[1] if hf == "c" else shape[0], 0)] for hf, shape in shapes.items()}
-    source = {hf: torch.randn(shape).to(torch.float32 if hf in ("bias", "other") else torch.bfloat16) for hf, shape in shapes.items()}
+    shard = {
+        hf: [TensorSlice(hf, 1 if hf == "c" else 0, 0, shape[1] if hf == "c" else shape[0], 0)]
+        for hf, shape in shapes.items()
+    }
+    source = {
+        hf: torch.randn(shape).to(torch.float32 if hf in ("bias", "other") else torch.bfloat16)
+        for hf, shape in shapes.items()
+    }
     target = {hf: torch.zeros_like(x) for hf, x in source.items()}
     planner = Planner([shard, {}], [{}, shard], shapes=shapes, distance=lambda src, dst: (0,), wide=("bias", "other"))
     on_the_wire: list[torch.Tensor] = []
@@ -153,7 +183,10 @@ def test_numbers_that_stay_in_fp32_travel_so() -> None:
         return [Arrived()]
 
     for bucket_bytes in (64, 4096):
-        plans = [Reshard(planner, rank=r, dtype=torch.bfloat16, bucket_bytes=bucket_bytes, start_messages=start) for r in (0, 1)]
+        plans = [
+            Reshard(planner, rank=r, dtype=torch.bfloat16, bucket_bytes=bucket_bytes, start_messages=start)
+            for r in (0, 1)
+        ]
         plans[0].exchange(source, {})
         plans[1].exchange({}, target)
         assert not on_the_wire and all(torch.equal(x, target[hf]) for hf, x in source.items())

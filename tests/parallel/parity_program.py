@@ -1,4 +1,5 @@
-"""Under torchrun, or alone: a few training steps of every case, one after another; rank 0 prints losses and norms as JSON.
+"""Under torchrun, or alone: a few training steps of every case, one after another;
+rank 0 prints losses and norms as JSON.
 
 usage: parity_program.py WORLD_DIR STEPS CASE ...
 A case is NAME:KEY=VALUE,... with parallel.* keys (without the prefix)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import load_benchmark
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import equivalence
-from equivalence import STEPS, TOLERANCE, Steps
-
+equivalence = load_benchmark("equivalence")
+STEPS, TOLERANCE, Steps = equivalence.STEPS, equivalence.TOLERANCE, equivalence.Steps
 CASES = equivalence.cases(tested=True)
 
 
