@@ -1,4 +1,4 @@
-"""Which rows a run takes, in which order, and what a checkpoint keeps of that."""
+"""The order in which a run reads its rows, and the data position in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DATA, TOKENIZER = "data", "tokenizer"  # names in train.allow_changes beside con
 
 
 def make_order(config: TrainingConfig, data: Dataset) -> Order:
-    """Rows of every step. The dry run and the checkpoint arithmetic use it too."""
+    """The order of a run: the rows of every step."""
     rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
     mix = Mix.from_weights(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
     return Order(mix, global_batch_size=config.train.global_batch_size, num_epochs=config.train.num_epochs,
@@ -24,7 +24,7 @@ def make_order(config: TrainingConfig, data: Dataset) -> Order:
 
 
 def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str, float]:
-    """data/<source>/epoch of a blend: passes over each source after `consumed` of its rows."""
+    """data/<source>/epoch of a blend: passes over each source after `consumed` of its rows; {} without a blend."""
     parts = sources_of(data)
     if len(parts) == 1:
         return {}
@@ -33,7 +33,7 @@ def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str,
 
 
 def tokenizer_fingerprint_or_none(hf_dir: Path) -> str | None:
-    """None without a tokenizer: pretraining on Megatron-LM's own data needs none."""
+    """The tokenizer's fingerprint. None without one: pretraining on Megatron-LM's own data needs none."""
     try:
         return fingerprint(hf_dir)
     except DataError:
@@ -41,17 +41,17 @@ def tokenizer_fingerprint_or_none(hf_dir: Path) -> str | None:
 
 
 def data_position(order: Order, data: Dataset, consumed: list[int]) -> dict[str, Any]:
-    """For the manifest: identity, number of rows and consumed rows of each source."""
+    """The manifest's entry: identity, number of rows and consumed rows of each source."""
     parts = zip(sources_of(data), order.mix.rows, consumed, strict=True)
     return {"data": [{"prefix": d.prefix, "identity": d.identity, "rows": rows, "consumed": n} for d, rows, n in parts]}
 
 
 def restore_position(order: Order, data: Dataset, manifest: dict[str, Any], *, where: str, position: int | None = None,
                      hf_dir: Path | None = None, allowed: Collection[str] = ()) -> None:
-    """Move the order to a checkpoint's position (None: that of its step).
+    """Moves the order to a checkpoint's position (None: the position of its step).
 
-    hf_dir: the model that the run starts from; its tokenizer must be the checkpoint's. allowed: train.allow_changes.
-    Raises CheckpointError, with all differences at once, if data or tokenizer changed since the checkpoint.
+    hf_dir: the model that the run starts from; its tokenizer must equal the checkpoint's. allowed: train.allow_changes.
+    Raises CheckpointError, with all differences together, if data or tokenizer changed since the checkpoint.
     """
     sources = manifest.get("data")
     if sources is None:
@@ -72,7 +72,7 @@ def restore_position(order: Order, data: Dataset, manifest: dict[str, Any], *, w
         start = order.position(manifest["step"]) if position is None else position
         order.resume_at(start, None if DATA in allowed else consumed)
     except ValueError as error:
-        what = f"its data position cannot be right: {error}"
+        what = f"its data position is wrong: {error}"
         raise CheckpointError(what, where=where, fix="take an earlier checkpoint") from error
 
 
