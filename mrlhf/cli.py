@@ -13,9 +13,10 @@ from typing import Any
 
 from mrlhf import __version__
 from mrlhf.commands.tool import show_user_errors
-from mrlhf.config.load import help_text, load_config
+from mrlhf.config.load import load_config
 from mrlhf.config.options import STAGES
 from mrlhf.config.process import USER_ERROR, prepare_environment
+from mrlhf.config.schema import help_text
 from mrlhf.errors import ConfigError
 
 SUMMARIES = {

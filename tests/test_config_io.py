@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mrlhf.config.load import diff, dump_yaml, help_text, load_config, options
+from mrlhf.config.dump import diff, dump_yaml
+from mrlhf.config.load import load_config
 from mrlhf.config.options import STAGES, DataSource, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
+from mrlhf.config.schema import help_text, options_of
 from mrlhf.errors import MrlhfError, SeveralErrors
 
 GOOD = """\
@@ -134,17 +136,20 @@ def test_everything_wrong_with_a_blend(write):
     path = write(GOOD.replace(" data/toy", text))
     assert [(e.where, e.what) for e in problems(SFTStage, path, [])] == [
         (f"{path}:5", "data.train: unknown key 'wieght'; did you mean 'weight'?"),
-        (f"{path}:7", "data.train: weight = 'x'"),
+        (f"{path}:7", "data.train: weight = 'x' of b"),
         (f"{path}:8", "data.train: an item without prefix"),
         (f"{path}:9", "data.train: prefix = a list of 1"),
     ]
     (twice,) = problems(SFTStage, write(GOOD.replace("data/toy", "{prefix: a, prefix: b}")), [])
-    assert twice.what == "prefix is given twice" and twice.where.endswith(":4")
+    assert twice.what.startswith("data.train.prefix is given twice") and twice.where.endswith(":4")
     flags = ["--data.train", "[{prefix: a, weight: 1}, b, {prefix: a, weight: 0, epochs: -1}]"]
     assert [e.what for e in problems(SFTStage, write(GOOD), flags)] == [
+        "data.train: weight = 0 of a",
+        "data.train: epochs = -1 of a",
+    ]
+    flags = ["--data.train", "[{prefix: a, weight: 1}, b, {prefix: a, weight: 2}]"]
+    assert [e.what for e in problems(SFTStage, write(GOOD), flags)] == [
         "data.train: a is given 2 times",
-        "data.train: weight = 0.0 of a",
-        "data.train: epochs = -1.0 of a",
         "data.train: b without a weight, the others with one",
     ]
     assert [e.what for e in problems(SFTStage, write(GOOD), ["--data.train", "[{prefix: a"])] == [
@@ -186,14 +191,14 @@ def test_misspelt_flag_and_key_of_another_section():
 @pytest.mark.parametrize(
     ("flag", "value", "what", "expected"),
     [
-        ("train.seed", "1.5", "train.seed = 1.5 (not a whole number)", "int"),
-        ("train.seed", "true", "train.seed = 'true'", "int"),
-        ("optim.lr", "nan", "optim.lr = nan", "float"),
+        ("train.seed", "1.5", "train.seed = 1.5 (not a whole number)", "int in [0, 2147483647]"),
+        ("train.seed", "true", "train.seed = 'true'", "int in [0, 2147483647]"),
+        ("optim.lr", "nan", "optim.lr = nan", "float > 0"),
         ("data.packing", "1", "data.packing = '1'", "true|false"),
         ("data.eval", "true", "data.eval = true (a boolean)", "text or null"),
         ("model.dtype", "bf16", "model.dtype = bf16 is not a choice; did you mean bfloat16?", "{float32,bfloat16}"),
         ("model.dtype", "BFLOAT16", "model.dtype = BFLOAT16 is not a choice; did you mean bfloat16?", "{float32,bfloat16}"),
-        ("train.seed", "null", "train.seed = null", "int"),
+        ("train.seed", "null", "train.seed = null", "int in [0, 2147483647]"),
     ],
 )
 def test_wrong_type(write, flag, value, what, expected):
@@ -293,7 +298,7 @@ def test_diff():
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_shows_every_option(stage):
     text = help_text(stage)
-    known = options(STAGES[stage])
+    known = options_of(STAGES[stage])
     assert all(f"--{key} {opt.type_name} (" in text and opt.help.split()[0] in text for key, opt in known.items())
 
 

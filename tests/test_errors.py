@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer, run, torchrun, write_jsonl
 
-from mrlhf.config.load import dump_yaml, load_config
+from mrlhf.config.dump import dump_yaml
+from mrlhf.config.load import load_config
 from mrlhf.config.options import STAGES
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.errors import MrlhfError, SeveralErrors
@@ -100,7 +101,7 @@ def value_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_option(stage: str) -> None:
     done = run(*MRLHF, stage, "--help")
     shown = {word[2:] for word in re.findall(r"--[\w.]+", done.stdout)}
-    from mrlhf.config.load import options as known
+    from mrlhf.config.schema import options_of as known
 
     assert set(known(STAGES[stage])) <= shown and done.stderr == ""
 
@@ -265,7 +266,7 @@ def test_loss_weights(problems: Callable[..., list[MrlhfError]], world: Path, tm
     one, other = world / "sft", tmp_path / "sft"
     assert not problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 0.5}}, {other}]")
     (error,) = problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 0}}, {other}]")
-    assert error.what == f"data.train: loss_weight = 0.0 of {one}"
+    assert error.what == f"data.train: loss_weight = 0 of {one}"
     (error,) = problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 2}}]")
     assert "of the only source changes nothing" in error.what
     (error,) = problems("dpo", data__train=f"[{{prefix: {one}, loss_weight: 2}}, {other}]")
@@ -332,7 +333,7 @@ def test_megatrons_own_text(problems: Callable[..., list[MrlhfError]], world: Pa
     (length,) = problems("pretrain", data__train=tmp_path / "x_text_document")
     assert length.what.startswith("this is Megatron-LM's own text") and length.expected == "data.seq_length"
     (other,) = problems("sft", data__train=tmp_path / "x_text_document", data__seq_length=64)
-    assert other.what.startswith("PREFIX.json is missing") and "the stage pretrain alone" in (other.expected or "")
+    assert other.what.startswith("PREFIX.json is missing") and "serves pretraining alone" in (other.expected or "")
 
 
 def test_data_that_is_not_there(problems: Callable[..., list[MrlhfError]], world: Path) -> None:

@@ -51,6 +51,7 @@ def configuration(args: argparse.Namespace) -> PPOStage:
             n=args.answers_per_prompt,
             max_new_tokens=args.max_new_tokens,
             tensor_parallel_size=tp,
+            kv_cache_mib=args.kv_cache_mib,
         ),
         reward=RewardConfig(sources=(args.reward,)),
         ppo=PPOConfig(critic=args.critic),
@@ -96,11 +97,12 @@ def main() -> None:
     sampler.write_weights(actor.parameters())
 
     def update(trainer: Trainer, loss_fn: LossFn, step: int) -> dict[str, float]:
-        """One pass over shuffled mini-batches. Returns the metrics of the first."""
+        """One pass over shuffled mini-batches. Returns the means of their metrics."""
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 101)
         order = torch.randperm(rollout.size, generator=generator).tolist()
         starts = range(0, rollout.size, size)
-        return [trainer.step(models.batches(trainer, rollout, order[i : i + size]), loss_fn) for i in starts][0]
+        updates = [trainer.step(models.batches(trainer, rollout, order[i : i + size]), loss_fn) for i in starts]
+        return {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
 
     for step in range(1, prompts.total_steps + 1):
         # generate: n answers to every prompt; all ranks get the answers of every vLLM replica
@@ -167,6 +169,7 @@ def arguments() -> argparse.Namespace:
     add("--prompts-per-rollout", type=int, default=8)
     add("--answers-per-prompt", type=int, default=2)
     add("--max-new-tokens", type=int, default=64)
+    add("--kv-cache-mib", type=int, default=256, help="vLLM's cache on each rank")
     add("--steps", type=int, help="rollouts; default: one pass over the prompts")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--seed", type=int, default=1)

@@ -1,4 +1,4 @@
-"""Writes a distributed checkpoint's index, and checks the pickles inside one before torch or Megatron load them.
+"""Checks the pickles inside a distributed checkpoint before torch or Megatron load them.
 
 torch reads a checkpoint's `.metadata` with plain pickle, and Megatron loads `common.pt` and the byte objects with
 weights_only=False: both run any code that the file holds. Here all three first go through torch's weights-only
@@ -108,11 +108,6 @@ def _as_protocol_2(pickled: bytes) -> bytes:
             case _:
                 out.append(pickled[start:end])
     return b"".join(out)
-
-
-def write_metadata(directory: Path, index: metadata.Metadata) -> None:
-    """Writes the index of a torch_dist directory, in the protocol that the weights-only unpickler reads."""
-    (directory / ".metadata").write_bytes(pickle.dumps(index, protocol=2))
 
 
 def read_metadata(directory: Path) -> metadata.Metadata:

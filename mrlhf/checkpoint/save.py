@@ -44,10 +44,9 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from mrlhf.checkpoint import manifest, rng
-from mrlhf.checkpoint.safe_pickle import write_metadata
-from mrlhf.checkpoint.source import CONTENT, sharded_state, sharding_metadata
-from mrlhf.checkpoint.tensor_archive import own_storage, save_tensor
+from mrlhf.checkpoint.tensor_archive import own_storage, save_tensor, write_metadata
 from mrlhf.errors import CheckpointError
+from mrlhf.models import gpt
 from mrlhf.models.hf_files import copy_side_files, write_from
 from mrlhf.parallel import megatron, state
 
@@ -201,15 +200,15 @@ class _WritePlan:
 
 def _plan_writes(part: Part, root: Path, *, copy: bool) -> _WritePlan:
     """Collective. Plans which tensors of a part this rank writes. copy: copies them, so that the model may change."""
-    state_dict = sharded_state(part.models)
+    state_dict = gpt.sharded_state(part.models)
     weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
     if part.optimizer is not None:
         # one that has not stepped yet (an actor while its critic warms up) makes its state here
         for one in part.optimizer.chained_optimizers:
             one.init_state_fn(one.optimizer, one.config)
-        metadata = sharding_metadata(part.models[0])
+        metadata = gpt.sharding_metadata(part.models[0])
         state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=metadata)
-    state_dict["content_metadata"] = dict(CONTENT)
+    state_dict["content_metadata"] = dict(gpt.CHECKPOINT_CONTENT)
     tensors, common = save_preprocess(state_dict, True)
     common_bytes = io.BytesIO()
     torch.save(common, common_bytes)
@@ -307,9 +306,8 @@ class Save:
         manifest.fsync(self.target.parent)
 
 
-def begin_save(
-    target: Path, parts: list[Part], content: dict[str, Any], *, copy: bool, files: Mapping[str, bytes] | None = None
-) -> Save:
+def begin_save(target: Path, parts: list[Part], content: dict[str, Any], *, copy: bool,
+               files: Mapping[str, bytes] | None = None) -> Save:
     """Collective. Starts to write `target` under a temporary name.
 
     content: goes into the manifest; has stage, step and dtype. copy: the models may change before `finish`.

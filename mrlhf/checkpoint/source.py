@@ -22,8 +22,6 @@ from mrlhf.models.hf_files import HFReader, resolve_hf
 
 log = logging.getLogger(__name__)
 
-_OPTIMIZER_FORMAT = "fully_reshardable"
-CONTENT = {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT}  # Megatron stores it in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -73,20 +71,6 @@ def open_source(path: str, *, verify: str = "size") -> ModelSource:
     return ModelSource(directory, directory, spec, "value" if is_value else "lm", {})
 
 
-def sharding_metadata(model: Any) -> dict[str, Any]:
-    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "dp_cp_group": model.pg_collection.dp_cp}
-
-
-def sharded_state(models: list[Any]) -> dict[str, Any]:
-    """The state of this rank's model chunks (several in an interleaved pipeline), by the chunk's name.
-
-    The names on disk do not contain the chunk's name, so a model with any number of chunks can load the state.
-    """
-    names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
-    named = zip(names, models, strict=True)
-    return {name: model.sharded_state_dict(metadata=sharding_metadata(model)) for name, model in named}
-
-
 def _dist_load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Fills `state`. Raises CheckpointError before it unpickles anything that a checkpoint does not hold."""
     from megatron.core import dist_checkpointing
@@ -101,14 +85,14 @@ def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int
     A value model takes everything but its head from an LM, and draws its head from `seed`. Raises CheckpointError for
     the other direction: a value model has no LM head.
     """
-    from mrlhf.models.gpt import RandomSource, fill
+    from mrlhf.models import gpt
 
     if head == "lm" and source.head == "value":
         what = "it holds a value model, which has no LM head"
         raise CheckpointError(what, where=str(source.path), expected="an LM checkpoint")
     new_head = head == "value" and source.head == "lm"
     if source.is_checkpoint:
-        state = sharded_state(models)
+        state = gpt.sharded_state(models)
         if new_head:
             for tensors in state.values():
                 for name in [name for name in tensors if name.startswith("output_layer.")]:
@@ -122,13 +106,14 @@ def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int
                 assert not missing and not unexpected, (missing, unexpected)
     else:
         reader = HFReader(source.path, source.spec, head=source.head)
-        values = _WithNewHead(reader, RandomSource(source.spec, head=head, seed=seed)) if new_head else reader
+        values = _WithNewHead(reader, gpt.RandomSource(source.spec, head=head, seed=seed)) if new_head else reader
         for model in models:
-            fill(model, source.spec, values, head=head)
+            gpt.fill(model, source.spec, values, head=head)
         reader.close()
     if new_head and source.is_checkpoint:
         for model in models:
-            fill(model, source.spec, RandomSource(source.spec, head=head, seed=seed), head=head, only="output_layer.")
+            random = gpt.RandomSource(source.spec, head=head, seed=seed)
+            gpt.fill(model, source.spec, random, head=head, only="output_layer.")
 
 
 @dataclass(frozen=True)
@@ -159,13 +144,14 @@ def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
 
     Raises CheckpointError where experts were over ranks and are not now, or reverse (`check_optimizer_names`).
     """
+    from mrlhf.models import gpt
     from mrlhf.parallel.state import on_any_rank
 
     spread = on_any_rank(len(optimizer.chained_optimizers) > 1)
     check_optimizer_names(read_metadata(directory / "dist").state_dict_metadata, spread=spread, where=str(directory))
-    state = sharded_state(models)
+    state = gpt.sharded_state(models)
     chunks, weights = list(state), state["model"] if len(models) == 1 else dict(state)
-    metadata = sharding_metadata(models[0])
+    metadata = gpt.sharding_metadata(models[0])
     state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
     with torch.no_grad():
         loaded = _dist_load(state, directory / "dist")

@@ -1,4 +1,4 @@
-"""One tensor as torch.save writes it: written without a copy of the values, and read by the place of its values alone.
+"""The files of a torch_dist directory as torch writes them: tensors, without a copy of the values, and the index.
 
 torch.save writes a zip archive: `data.pkl` describes the tensor, the member `data/0` holds its values, not compressed.
 """
@@ -11,9 +11,11 @@ import pickle
 import zipfile
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import metadata
 
 from mrlhf.models.hf_files import write_from
 
@@ -49,6 +51,11 @@ def save_tensor(tensor: torch.Tensor, fd: int, at: int) -> int:
             archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
         window.wait()
     return window.tell()
+
+
+def write_metadata(directory: Path, index: metadata.Metadata) -> None:
+    """Writes the index of a torch_dist directory, in the protocol that the weights-only unpickler reads."""
+    (directory / ".metadata").write_bytes(pickle.dumps(index, protocol=2))
 
 
 def own_storage(view: torch.Tensor) -> torch.Tensor:

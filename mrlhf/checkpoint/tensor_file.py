@@ -42,9 +42,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mrlhf.checkpoint.manifest import FileEntry, HashBehind
-from mrlhf.checkpoint.safe_pickle import read_metadata, write_metadata
-from mrlhf.checkpoint.source import CONTENT, sharding_metadata
-from mrlhf.checkpoint.tensor_archive import own_storage, read_tensor, save_tensor
+from mrlhf.checkpoint.safe_pickle import read_metadata
+from mrlhf.checkpoint.tensor_archive import own_storage, read_tensor, save_tensor, write_metadata
 from mrlhf.config.options import ParallelConfig
 from mrlhf.errors import CheckpointError
 from mrlhf.models import gpt
@@ -91,7 +90,7 @@ class Skeleton:
         # torch.empty: no page is touched
         model = gpt.build_model(spec, gpt.transformer_config(spec, parallel, dtype=dtype), head=head)
         self.dtype = dtype
-        state = {"model": model.sharded_state_dict(metadata=sharding_metadata(model))}
+        state = {"model": model.sharded_state_dict(metadata=gpt.sharding_metadata(model))}
         apply_factories(state)
         pieces: dict[int, list[Piece]] = {}
         self.objects: list[tuple[str, Any]] = []
@@ -240,7 +239,7 @@ class DistWriter:
         dist.all_gather_object(everyone, (self.file, self.items, dtypes, entry))
         if dist.get_rank() == 0:
             write_metadata(self.directory, _build_index([share[:3] for share in everyone]))
-            torch.save({"content_metadata": CONTENT}, self.directory / "common.pt")
+            torch.save({"content_metadata": gpt.CHECKPOINT_CONTENT}, self.directory / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
         dist.barrier()
         return {share[0]: share[3] for share in everyone}

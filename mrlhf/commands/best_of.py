@@ -21,9 +21,7 @@ class Choice:
     worst: int | None
 
 
-def choose_best_and_worst(
-    texts: Sequence[str], scores: Sequence[float], stopped: Sequence[bool]
-) -> Choice | None:
+def choose_best_and_worst(texts: Sequence[str], scores: Sequence[float], stopped: Sequence[bool]) -> Choice | None:
     """The answers with the highest and the lowest score; the first of equal ones. None if no answer can be the best.
 
     The best must have stopped by itself and not be empty: an answer that was cut off would teach the model not to stop.

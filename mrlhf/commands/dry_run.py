@@ -122,17 +122,14 @@ def _show_memory(
     print("memory   a rank, without activations: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in table))
     print(f"         together {together / GIB:.2f} GiB")
     update = update_activations(config, spec, data, world=world, critic=others.get("critic"))
-    print(
-        f"         an update on a GPU, estimated: activations {update.kept / GIB:.2f} GiB, "
-        f"a layer recomputed {update.again / GIB:.2f} GiB, log-prob buffers {update.head / GIB:.2f} GiB; "
-        f"with them {(together + update.total) / GIB:.2f} GiB"
-    )
+    print(f"         an update on a GPU, estimated: activations {update.kept / GIB:.2f} GiB, "
+          f"a layer recomputed {update.again / GIB:.2f} GiB, log-prob buffers {update.head / GIB:.2f} GiB; "
+          f"with them {(together + update.total) / GIB:.2f} GiB")
 
 
 def _show_reshard(config: PPOStage, spec: ModelSpec, *, world: int, generators: int) -> None:
-    planner = make_planner(
-        spec, Layout.from_config(config.parallel, world), rollout_tp=config.rollout.tensor_parallel_size,
-        node=state.ranks_of_a_node(), generators=generators,
-    )
+    planner = make_planner(spec, Layout.from_config(config.parallel, world),
+                           rollout_tp=config.rollout.tensor_parallel_size, node=state.ranks_of_a_node(),
+                           generators=generators)
     for line in reshard.traffic_summary(planner.bytes_of_ranks(4 if config.model.dtype == "float32" else 2)):
         print(line)

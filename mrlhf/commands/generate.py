@@ -77,10 +77,9 @@ def check_generate(config: GenerateStage, world: int) -> tuple[ModelSource, Para
     source = open_source(config.checkpoint)
     parallel = ParallelConfig(tensor_model_parallel_size=config.tensor_parallel_size)
     problems = Problems()
-    problems.extend(
-        check_vllm_model(source.spec, tp=config.tensor_parallel_size, world=world, key="tensor_parallel_size")
-        or check_layout(parallel, source.spec, world, trained=False)
-    )
+    problems.extend(check_vllm_model(source.spec, tp=config.tensor_parallel_size, world=world,
+                                     key="tensor_parallel_size")
+                    or check_layout(parallel, source.spec, world, trained=False))
     if source.head != "lm":
         what = "it holds a value model, which writes no text"
         problems.add(CheckpointError(what, where=config.checkpoint, expected="a language model"))
@@ -102,11 +101,10 @@ def main(config: GenerateStage) -> None:
     rank, tp = dist.get_rank(), config.tensor_parallel_size
     log.info(f"device: {device.current().summary()}")
     model = Model(source, parallel, head="lm", dtype=config.dtype, seed=config.seed)
-    engine = VLLMEngine(
-        source.spec, source.hf_dir, dtype=config.dtype, tp=tp,
-        max_model_len=max(len(row.ids) for row in rows) + config.max_new_tokens, kv_cache_mib=config.kv_cache_mib,
-        max_num_seqs=config.max_num_seqs, seed=config.seed, tokenizer_dir=source.hf_dir if config.stop else None,
-    )
+    engine = VLLMEngine(source.spec, source.hf_dir, dtype=config.dtype, tp=tp,
+                        max_model_len=max(len(row.ids) for row in rows) + config.max_new_tokens,
+                        kv_cache_mib=config.kv_cache_mib, max_num_seqs=config.max_num_seqs, seed=config.seed,
+                        tokenizer_dir=source.hf_dir if config.stop else None)
     weights = engine.weights
     dtype = DTYPES[config.dtype]
     update = make_weight_update(source.spec, layout, rollout_tp=tp, rank=rank, dtype=dtype, made=weights.made)
@@ -117,12 +115,10 @@ def main(config: GenerateStage) -> None:
     rollout = generate_rollout(
         engine, [row.ids for row in rows], n=config.best_of or config.n,
         sampling=Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens, ids, config.stop),
-        seed=config.seed, step=0, labels=[row.record.get("label") for row in rows],
-        replicas=layout.world // tp, replica=rank // tp,
-        environments=make_environments(
-            config.environment, tokenizer, ids, max_turns=config.max_turns, threads=16, timeout_s=60.0, tp=tp,
-            world=layout.world, rank=rank,
-        ),
+        seed=config.seed, step=0, labels=[row.record.get("label") for row in rows], replicas=layout.world // tp,
+        replica=rank // tp,
+        environments=make_environments(config.environment, tokenizer, ids, max_turns=config.max_turns, threads=16,
+                                       timeout_s=60.0, tp=tp, world=layout.world, rank=rank)
     )
     scores = score_answers(config, source, parallel, tokenizer, rollout)
     if state.is_main():
@@ -138,10 +134,8 @@ def score_answers(
     if not config.reward.sources and config.environment is None:
         return None
     environment = config.environment is not None
-    rewards = Rewards(
-        config.reward, source, tokenizer, parallel=parallel, dtype=config.dtype, seed=config.seed,
-        environment=environment,
-    )
+    rewards = Rewards(config.reward, source, tokenizer, parallel=parallel, dtype=config.dtype, seed=config.seed,
+                      environment=environment)
     plan = make_batch_plan(state.groups(), packing=True, micro_batch_size=config.micro_batch_size)
     rows = [*range(rollout.size), *[-1] * (-rollout.size % plan.rows_per_slice)]
     scores_B, _ = rewards.score(rollout, micro_batches(rollout, rows, plan))
@@ -149,9 +143,8 @@ def score_answers(
     return scores_B.tolist()
 
 
-def write_answers(
-    config: GenerateStage, tokenizer: Any, prompts: list[PromptRow], rollout: Rollout, scores: list[float] | None
-) -> str:
+def write_answers(config: GenerateStage, tokenizer: Any, prompts: list[PromptRow], rollout: Rollout,
+                  scores: list[float] | None) -> str:
     """Writes the output files and returns a line about them."""
     n = config.best_of or config.n
     # In a conversation the special tokens show the turns.
@@ -178,10 +171,8 @@ def write_answers(
     return line
 
 
-def _add_best(
-    config: GenerateStage, prompt: PromptRow, texts: list[str], scores: list[float], stopped: list[bool],
-    rows: list[Row], pairs: list[Row],
-) -> None:
+def _add_best(config: GenerateStage, prompt: PromptRow, texts: list[str], scores: list[float], stopped: list[bool],
+              rows: list[Row], pairs: list[Row]) -> None:
     """Appends the prompt's best answer to `rows`, its best and worst answers to `pairs`."""
     choice = choose_best_and_worst(texts, scores, stopped)
     if choice is None or (config.min_score is not None and scores[choice.best] < config.min_score):

@@ -71,7 +71,7 @@ def token_logprobs(model: Model, batches: list[MicroBatch], *, temperature: floa
 
     outputs = model.forward(batches, per_token, channels=1)
     pairs = zip(batches, outputs, strict=True)
-    return [[logps_T[:-1] for logps_T in batch.split(logps_1BT[0].cpu())] for batch, logps_1BT in pairs]
+    return [[logps_T[:-1] for logps_T in batch.per_sample(logps_1BT[0].cpu())] for batch, logps_1BT in pairs]
 
 
 def _score_slices(config: ScoreStage, model: Model, loader: Loader) -> Iterator[Results]:
@@ -119,10 +119,8 @@ def main(config: ScoreStage) -> None:
     source, data = check_score(config, state.world_size())
     state.initialize(config.parallel, seed=1)
     model = Model(source, config.parallel, head=source.head, dtype=config.dtype, seed=1)
-    plan = make_batch_plan(
-        state.groups(), packing=config.packing, micro_batch_size=config.micro_batch_size,
-        padding_side=config.padding_side,
-    )
+    plan = make_batch_plan(state.groups(), packing=config.packing, micro_batch_size=config.micro_batch_size,
+                           padding_side=config.padding_side)
     loader = Loader(data, plan)
     output = Path(config.output)
     temporary = output.with_name(output.name + ".tmp")

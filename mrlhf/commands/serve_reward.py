@@ -181,13 +181,11 @@ def main(config: ServeRewardStage) -> None:
         return state.shutdown()
     if config.normalize and "reward_mean" not in source.manifest:
         log.info(f"{source.path} has no score statistics: its scores are not normalised")
-    server = RewardServer(
-        (config.host, config.port), submit=scorer.submit, timeout_s=config.timeout_s,
-        tokenizer=load_tokenizer(source.hf_dir),
-        fingerprint=fingerprint(source.hf_dir), vocab_size=source.spec.vocab_size,
-        max_length=source.spec.max_position_embeddings, max_request_bytes=config.max_request_mib << 20,
-        max_batch_size=config.max_batch_size, token=token,
-    )
+    server = RewardServer((config.host, config.port), submit=scorer.submit, timeout_s=config.timeout_s,
+                          tokenizer=load_tokenizer(source.hf_dir), fingerprint=fingerprint(source.hf_dir),
+                          vocab_size=source.spec.vocab_size, max_length=source.spec.max_position_embeddings,
+                          max_request_bytes=config.max_request_mib << 20, max_batch_size=config.max_batch_size,
+                          token=token)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: scorer.stop())
     server.start()

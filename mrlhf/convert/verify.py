@@ -38,10 +38,8 @@ class Comparison:
 
     def summary(self) -> str:
         verdict = "ok" if self.ok else "FAILED"
-        return (
-            f"{self.what}: max |difference| {self.max_abs:.3e}, mean {self.mean_abs:.3e} of {self.count:,} values; "
-            f"tolerance {TOLERANCE:g}: {verdict}"
-        )
+        return (f"{self.what}: max |difference| {self.max_abs:.3e}, mean {self.mean_abs:.3e} of {self.count:,} values; "
+                f"tolerance {TOLERANCE:g}: {verdict}")
 
 
 def compare_models(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
@@ -102,7 +100,7 @@ def _megatron_outputs(
     by_packing = {}
     for packing in (True, False):
         batch = collate(samples, packing=packing)
-        per_channel = [batch.split(x_BT.cpu()) for x_BT in model.forward([batch], outputs, channels=channels)[0]]
+        per_channel = [batch.per_sample(x_BT.cpu()) for x_BT in model.forward([batch], outputs, channels=channels)[0]]
         by_packing[packing] = [torch.stack(of_sample, dim=-1) for of_sample in zip(*per_channel, strict=True)]
     return by_packing, model.parameters()["output_layer.weight"].cpu() if head == "value" else None
 

@@ -73,7 +73,7 @@ class MicroBatch:
             return x_BT.reshape(-1)[self.last_N]
         return self.over_ranks(torch.where(self.last_N >= 0, x_BT.reshape(-1)[self.last_N.clamp(min=0)], 0.0))
 
-    def split(self, x_BT: torch.Tensor) -> list[torch.Tensor]:
+    def per_sample(self, x_BT: torch.Tensor) -> list[torch.Tensor]:
         """The values of each sample, one tensor [tokens] per sample."""
         flat = x_BT.reshape(-1)
         return [flat[last - length + 1 : last + 1]

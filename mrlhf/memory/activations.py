@@ -196,10 +196,8 @@ class _ActivationCounter:
         return buffers + h * self.e * self.tokens + self.spec.padded_vocab_size / self.tp * h * (4 + half * 2)
 
 
-def estimate_activations(
-    spec: ModelSpec, parallel: ParallelConfig, shape: MicroBatchShape, *, dtype: str, head: str = "lm",
-    micro_batches: int | None = None, cuda: bool = True,
-) -> ActivationMemory:
+def estimate_activations(spec: ModelSpec, parallel: ParallelConfig, shape: MicroBatchShape, *, dtype: str,
+                         head: str = "lm", micro_batches: int | None = None, cuda: bool = True) -> ActivationMemory:
     """Activations of a rank during an update.
 
     micro_batches: of a rank per step; a pipeline may have fewer than it can have in flight. None: as many as it can.

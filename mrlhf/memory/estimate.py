@@ -13,9 +13,8 @@ from mrlhf.parallel.state import Layout
 GIB = 2**30
 
 
-def model_bytes(
-    spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, trained: bool, distributed_optimizer: bool, ep: int = 1
-) -> int:
+def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, trained: bool, distributed_optimizer: bool,
+                ep: int = 1) -> int:
     """Bytes on the rank that holds most.
 
     Weights; for a trained model also fp32 gradients, Adam's two moments and (bf16) fp32 master weights.

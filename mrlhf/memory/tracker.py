@@ -81,7 +81,7 @@ def requested_memory(text: str) -> str:
     return ", ".join(parts) or "the requested size is unknown"
 
 
-def _place(error: BaseException) -> str:
+def _innermost_frame(error: BaseException) -> str:
     """file:line of the innermost frame in this package."""
     lines = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(_PACKAGE)]
     return f"{Path(lines[-1].filename).relative_to(_PACKAGE.parent)}:{lines[-1].lineno}"
@@ -123,7 +123,7 @@ class Memory:
         name = f"cuda:{torch.cuda.current_device()}" if here.is_cuda else "CPU"
         where, request = f"rank {self.rank} ({name})", requested_memory(str(error))
         return OutOfMemory(
-            f"{where} is out of memory in '{phase_label(phase, step)}': {request} (at {_place(error)})",
+            f"{where} is out of memory in '{phase_label(phase, step)}': {request} (at {_innermost_frame(error)})",
             peaks=self.peaks,
             remedies=remedies(self.config, phase, spec=self.spec, world=self.world, cuda=here.is_cuda),
         )

@@ -39,14 +39,40 @@ from mrlhf.models.families.rope_frequencies import inverse_frequencies
 from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.layer_spec import layer_spec
-from mrlhf.models.layers.heads import ValueHead
+from mrlhf.models.layers.attention import RotaryTable
 from mrlhf.models.layers.logprobs import Head
 from mrlhf.models.layers.norms import Norm
-from mrlhf.models.layers.rotary_attention import RotaryTable
 from mrlhf.parallel import device, megatron, state
 from mrlhf.parallel.context import ContextParams, sum_over_ranks
 
+_OPTIMIZER_FORMAT = "fully_reshardable"
+CHECKPOINT_CONTENT = {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT}  # Megatron stores it in a checkpoint
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
+class ValueHead(torch.nn.Linear):
+    """Hidden states [s, b, h] (a slice of s under sequence parallelism) -> values [s, b, 1] in fp32, whole on every
+    rank.
+
+    group: tensor-parallel. Without sequence parallelism all its ranks have the same input and gradient. With it each
+    rank has the gradient of its own tokens, and the mark on the weight makes `finalize_model_grads` sum them.
+    """
+
+    def __init__(self, config, group: dist.ProcessGroup) -> None:
+        super().__init__(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+        self.sequence_parallel, self.group = config.sequence_parallel, group
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_SBH, weight=None, runtime_gather_output=None):
+        values_SB1 = F.linear(hidden_SBH, self.weight).float()
+        if self.sequence_parallel:
+            options = {"tensor_parallel_output_grad": False, "group": self.group}
+            values_SB1 = gather_from_sequence_parallel_region(values_SB1, **options)
+        return values_SB1, None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict.pop(prefix + "_extra_state", None)  # Megatron's output layer writes one
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torch.dtype) -> TransformerConfig:
@@ -126,9 +152,8 @@ class GPT(GPTModel):
     The loss applies the head itself, in chunks (models/layers/logprobs.py), so logits [T, V] are never whole.
     """
 
-    def tie_embeddings_and_output_weights_state_dict(
-        self, state_dict: dict[str, Any], output_layer_weight_key: str, first_stage_word_emb_key: str, metadata: dict
-    ) -> None:
+    def tie_embeddings_and_output_weights_state_dict(self, state_dict: dict[str, Any], output_layer_weight_key: str,
+                                                     first_stage_word_emb_key: str, metadata: dict) -> None:
         """As GPTModel's, which takes the data-parallel rank of the copy from Megatron's globals."""
         if self.post_process and not self.pre_process:
             dp_cp = metadata["dp_cp_group"]
@@ -152,14 +177,8 @@ def lm_head(model: GPTModel, spec: ModelSpec) -> Head:
     return Head(weight_WH, spec.vocab_size, model.pg_collection.tp, spec.logit_scale, spec.logit_softcap)
 
 
-def build_model(
-    spec: ModelSpec,
-    config: TransformerConfig,
-    *,
-    head: str,
-    vp_stage: int | None = None,
-    groups: state.Groups | None = None,
-) -> GPTModel:
+def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str, vp_stage: int | None = None,
+                groups: state.Groups | None = None) -> GPTModel:
     """This rank's part of the model, or its part number `vp_stage` in an interleaved pipeline, not yet filled.
 
     head: "lm" (hidden states come out, see `GPT`) or "value". groups: the run's own by default.
@@ -311,20 +330,13 @@ def local_part(batch: MicroBatch, cp: dist.ProcessGroup) -> MicroBatch:
     first = rank * part
     row_N, place_N = batch.last_N // width, batch.last_N % width - first
     per_token = {name: x for name, x in vars(batch).items() if name.endswith("_BT") and x is not None}
-    return replace(
-        batch, **{name: x_BT[:, first : first + part].contiguous() for name, x_BT in per_token.items()},
-        last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1), first=first,
-        over_ranks=functools.partial(sum_over_ranks, group=cp),
-    )
+    return replace(batch, **{name: x_BT[:, first : first + part].contiguous() for name, x_BT in per_token.items()},
+                   last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1), first=first,
+                   over_ranks=functools.partial(sum_over_ranks, group=cp))
 
 
-def forward(
-    model: torch.nn.Module,
-    batch: MicroBatch,
-    *,
-    noise: Callable[[], torch.Tensor] | None = None,
-    samples_BT: torch.Tensor | None = None,
-) -> torch.Tensor:
+def forward(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.Tensor] | None = None,
+            samples_BT: torch.Tensor | None = None) -> torch.Tensor:
     """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its
     slice) elsewhere.
 
@@ -353,3 +365,17 @@ def forward(
             embedded = embedded + added.to(embedded.dtype)
     options = {"decoder_input": embedded, "packed_seq_params": packed, "padding_mask": samples_BT}
     return model(tokens_BT, positions_BT, batch.attention_mask, **options)
+
+
+def sharding_metadata(model: Any) -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "dp_cp_group": model.pg_collection.dp_cp}
+
+
+def sharded_state(models: list[Any]) -> dict[str, Any]:
+    """The state of this rank's model chunks (several in an interleaved pipeline), by the chunk's name.
+
+    The names on disk do not contain the chunk's name, so a model with any number of chunks can load the state.
+    """
+    names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+    named = zip(names, models, strict=True)
+    return {name: model.sharded_state_dict(metadata=sharding_metadata(model)) for name, model in named}

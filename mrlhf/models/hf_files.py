@@ -198,10 +198,8 @@ def open_files(directory: Path) -> tuple[dict[str, str], dict[str, Header]]:
     index = directory / INDEX
     if not index.is_file():
         if not (directory / SINGLE).is_file():
-            raise CheckpointError(
-                "no safetensors weights", where=str(directory), expected=f"{SINGLE} or {INDEX}",
-                fix="save the model with safetensors",
-            )
+            raise CheckpointError("no safetensors weights", where=str(directory), expected=f"{SINGLE} or {INDEX}",
+                                  fix="save the model with safetensors")
         header = read_header(directory / SINGLE)
         return dict.fromkeys(header.tensors, SINGLE), {SINGLE: header}
     try:

@@ -21,10 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mrlhf.models.families.spec import Layer, ModelSpec
-from mrlhf.models.layers.attention import CoreAttention
+from mrlhf.models.layers.attention import CoreAttention, RotaryAttention
 from mrlhf.models.layers.latent import LatentAttention
 from mrlhf.models.layers.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
-from mrlhf.models.layers.rotary_attention import RotaryAttention
 from mrlhf.models.layers.router import MoE, Router
 
 
@@ -73,8 +72,7 @@ def layer_spec(
         linear_qkv=_ColumnWithoutBias if spec.mlp_bias and not spec.qkv_bias else ColumnParallelLinear,
         core_attention=ModuleSpec(module=CoreAttention, params=core),
         linear_proj=_RowWithBias if spec.output_bias else _RowWithoutBias,
-        q_layernorm=qk_norm(spec.num_attention_heads),
-        k_layernorm=qk_norm(spec.num_query_groups),
+        q_layernorm=qk_norm(spec.num_attention_heads), k_layernorm=qk_norm(spec.num_query_groups)
     )
     norm = Norm if spec.pre_norm else IdentityOp
 
@@ -83,17 +81,12 @@ def layer_spec(
         if not layer.moe:
             return ModuleSpec(module=MLP, submodules=linears)
         assert spec.experts is not None
-        parts = MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=linears),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
-            router=functools.partial(Router, experts=spec.experts),
-        )
+        parts = MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linears),
+                              shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
+                              router=functools.partial(Router, experts=spec.experts))
         return ModuleSpec(module=MoE, params={"pg_collection": collection}, submodules=parts)
 
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm, self_attention=attention(), self_attn_bda=residual_add(), pre_mlp_layernorm=norm,
-            mlp=mlp(), mlp_bda=residual_add(),
-        ),
-    )
+    return ModuleSpec(module=TransformerLayer,
+                      submodules=TransformerLayerSubmodules(input_layernorm=norm, self_attention=attention(),
+                                                            self_attn_bda=residual_add(), pre_mlp_layernorm=norm,
+                                                            mlp=mlp(), mlp_bda=residual_add()))

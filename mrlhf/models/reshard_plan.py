@@ -62,11 +62,9 @@ def make_planner(spec: ModelSpec, layout: Layout, *, rollout_tp: int, node: int,
     return Planner(sources, targets, shapes=shapes, distance=distance, wide=wide)
 
 
-def make_weight_update(
-    spec: ModelSpec, layout: Layout, *, rollout_tp: int, rank: int, dtype: torch.dtype, made: Collection[str] = (),
-    bucket_bytes: int = 256 << 20, node: int | None = None, generators: int = 0,
-    start_messages: StartMessages | None = None,
-) -> WeightUpdate:
+def make_weight_update(spec: ModelSpec, layout: Layout, *, rollout_tp: int, rank: int, dtype: torch.dtype,
+                       made: Collection[str] = (), bucket_bytes: int = 256 << 20, node: int | None = None,
+                       generators: int = 0, start_messages: StartMessages | None = None) -> WeightUpdate:
     """The plans of this rank.
 
     made: vLLM's parameters that are not written in place. generators: see `make_planner`; `rank` then counts the
@@ -74,6 +72,5 @@ def make_weight_update(
     """
     node = ranks_of_a_node() if node is None else node
     planner = make_planner(spec, layout, rollout_tp=rollout_tp, node=node, generators=generators)
-    return WeightUpdate(
-        planner, made=made, rank=rank, dtype=dtype, bucket_bytes=bucket_bytes, start_messages=start_messages
-    )
+    return WeightUpdate(planner, made=made, rank=rank, dtype=dtype, bucket_bytes=bucket_bytes,
+                        start_messages=start_messages)

@@ -9,11 +9,9 @@ from typing import Any
 SECRET_NAME = re.compile(
     r"(?i)(?:^|[._\-])(token|secret|password|passwd|api[_\-]?key|access[_\-]?key|credentials?|auth)$"
 )
-_VALUE = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[\w\-]{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,}"
-    r"|xox[abp]-[\w\-]{10,}|eyJ[\w\-]{10,}\.[\w\-]+\.[\w\-]+|(?<=://)[^/@\s]+(?=@)"
-    r"|(?i:(?<=bearer )\S+)|(?i:(?<=token=)[^&\s]+|(?<=api_key=)[^&\s]+)"
-)
+_VALUE = re.compile(r"hf_[A-Za-z0-9]{16,}|sk-[\w\-]{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,}"
+                    r"|xox[abp]-[\w\-]{10,}|eyJ[\w\-]{10,}\.[\w\-]+\.[\w\-]+|(?<=://)[^/@\s]+(?=@)"
+                    r"|(?i:(?<=bearer )\S+)|(?i:(?<=token=)[^&\s]+|(?<=api_key=)[^&\s]+)")
 
 
 def redact(value: Any) -> Any:

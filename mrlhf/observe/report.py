@@ -103,10 +103,8 @@ def build_report(
     curves = extra.get("curves") or {}
     sections = [_run_section(name, Path(folder), curves.get(name) or {}) for name, folder in run_dirs.items()]
     title = str(extra.get("title") or "mrlhf: " + ", ".join(run_dirs))
-    tiles = "".join(
-        f'<div class="tile"><span class="soft">{_e(k)}</span><b>{_e(_number(v))}</b></div>'
-        for k, v in (extra.get("summary") or {}).items()
-    )
+    tiles = "".join(f'<div class="tile"><span class="soft">{_e(k)}</span><b>{_e(_number(v))}</b></div>'
+                    for k, v in (extra.get("summary") or {}).items())
     nav = "".join(f'<a href="#{_anchor(name)}">{_e(name)}</a>' for name in run_dirs)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -153,9 +151,8 @@ class _Axes:
         for x, anchor in [(self.x0, "start"), (self.x1, "end")][: 1 + (self.x1 > self.x0)]:
             text = f'x="{self.x(x):.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}" fill="#6b7280"'
             parts.append(f"<text {text}>{x:{x_format}}</text>")
-        legend = "&ensp;".join(
-            f'<span style="color:{colour}">&#9632;</span> {_e(label)}' for colour, label in zip(cycle(_COLOURS), labels)
-        )
+        legend = "&ensp;".join(f'<span style="color:{colour}">&#9632;</span> {_e(label)}'
+                               for colour, label in zip(cycle(_COLOURS), labels))
         caption = f'{_e(title)} <span class="soft" style="font-weight:400">{legend}</span>'
         return f"<figure><figcaption>{caption}</figcaption>{''.join(parts + marks)}</svg></figure>"
 

@@ -83,21 +83,9 @@ class Tracker:
     its last checkpoint) are dropped, so metrics.jsonl has each step once.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        *,
-        config_yaml: str,
-        env: Mapping[str, Any] | None,
-        is_main: bool,
-        stage: str,
-        total_steps: int,
-        start_step: int,
-        log_interval: int,
-        tensorboard: bool,
-        wandb_project: str | None = None,
-        mlflow_experiment: str | None = None,
-    ):
+    def __init__(self, output_dir: str | Path, *, config_yaml: str, env: Mapping[str, Any] | None, is_main: bool,
+                 stage: str, total_steps: int, start_step: int, log_interval: int, tensorboard: bool,
+                 wandb_project: str | None = None, mlflow_experiment: str | None = None):
         self.output_dir, self.is_main, self.stage = Path(output_dir), is_main, stage
         self.total_steps, self.start_step, self.log_interval = total_steps, start_step, max(1, log_interval)
         self._sinks: dict[str, tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]] = {}

@@ -57,22 +57,13 @@ class _Cuda(types.ModuleType):
         no_ops = ("set_device", "synchronize", "empty_cache", "ipc_collect", "reset_peak_memory_stats")
         sizes = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
         vars(self).update(
-            is_available=lambda: False,
-            is_initialized=lambda: True,
-            current_device=lambda: _CPU,
-            device_count=lambda: 1,
-            stream=lambda stream: contextlib.nullcontext(),
-            current_stream=_NoStream,
-            default_stream=_NoStream,
-            is_current_stream_capturing=lambda: False,
-            Stream=_NoStream,
-            Event=_NoStream,
-            manual_seed=lambda seed: torch.default_generator.manual_seed(int(seed)),
-            get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
-            set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
-            memory_stats=lambda *args: {},
-            **{name: lambda *args, **kwargs: None for name in no_ops},
-            **{name: lambda *args, **kwargs: 0 for name in sizes},
+            is_available=lambda: False, is_initialized=lambda: True, current_device=lambda: _CPU,
+            device_count=lambda: 1, stream=lambda stream: contextlib.nullcontext(), current_stream=_NoStream,
+            default_stream=_NoStream, is_current_stream_capturing=lambda: False, Stream=_NoStream, Event=_NoStream,
+            manual_seed=lambda seed: torch.default_generator.manual_seed(int(seed)), get_rng_state=lambda *args,
+            **kwargs: torch.get_rng_state(), set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+            memory_stats=lambda *args: {}, **{name: lambda *args, **kwargs: None for name in no_ops},
+            **{name: lambda *args, **kwargs: 0 for name in sizes}
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -108,10 +108,8 @@ class Planner:
     sources, targets: the shards of every rank of the world, by rank. wide: tensors kept in fp32.
     """
 
-    def __init__(
-        self, sources: Sequence[Shard], targets: Sequence[Shard], *, shapes: Shapes, distance: Distance,
-        wide: Collection[str] = (),
-    ) -> None:
+    def __init__(self, sources: Sequence[Shard], targets: Sequence[Shard], *, shapes: Shapes, distance: Distance,
+                 wide: Collection[str] = ()) -> None:
         self.world, self.targets = len(sources), targets
         self.shapes, self.distance, self.wide = shapes, distance, frozenset(wide)
         self._holders: dict[str, list[tuple[int, str, SliceLike]]] = {}
@@ -297,10 +295,8 @@ class Reshard:
     dtype: of messages and of the generator. bucket_bytes: memory for packing and unpacking.
     """
 
-    def __init__(
-        self, planner: Planner, *, rank: int, dtype: torch.dtype, bucket_bytes: int,
-        start_messages: StartMessages | None = None,
-    ) -> None:
+    def __init__(self, planner: Planner, *, rank: int, dtype: torch.dtype, bucket_bytes: int,
+                 start_messages: StartMessages | None = None) -> None:
         self.rank, self.dtype, self.start_messages = rank, dtype, start_messages or _start_messages
         half = max(1, bucket_bytes // 2)  # two buckets are under way at once
         self.copies = [t for t in planner.incoming(rank) if t.src == rank]
@@ -354,9 +350,8 @@ class Reshard:
 class _Bucket:
     """Messages under way. `memory`: for packing, until `finish`."""
 
-    def __init__(
-        self, reshard: Reshard, messages: Sequence[Message], source: Tensors, target: Tensors, memory: torch.Tensor
-    ) -> None:
+    def __init__(self, reshard: Reshard, messages: Sequence[Message], source: Tensors, target: Tensors,
+                 memory: torch.Tensor) -> None:
         self._target_tensors, offset = target, 0
         self._to_unpack: list[tuple[Message, torch.Tensor]] = []
         operations = []

@@ -46,16 +46,10 @@ class Layout:
 
     @staticmethod
     def from_config(parallel: ParallelConfig, world: int) -> Layout:
-        return Layout(
-            world,
-            parallel.tensor_model_parallel_size,
-            parallel.pipeline_model_parallel_size,
-            parallel.expert_model_parallel_size,
-            parallel.context_parallel_size,
-            parallel.virtual_pipeline_model_parallel_size or 1,
-            parallel.num_layers_in_first_pipeline_stage,
-            parallel.num_layers_in_last_pipeline_stage,
-        )
+        return Layout(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size,
+                      parallel.expert_model_parallel_size, parallel.context_parallel_size,
+                      parallel.virtual_pipeline_model_parallel_size or 1, parallel.num_layers_in_first_pipeline_stage,
+                      parallel.num_layers_in_last_pipeline_stage)
 
     @property
     def ranks_per_replica(self) -> int:
@@ -92,10 +86,8 @@ class Layout:
             parts = f"micro-batches of up to {train.max_tokens_per_micro_batch:,} tokens"
         context = f" x cp {self.cp}" if self.cp > 1 else ""
         experts = f", experts over {self.ep}" if self.ep > 1 else ""
-        return (
-            f"global {train.global_batch_size} = {parts} x dp {self.dp}   "
-            f"({self.world} ranks = tp {self.tp} x pp {self.pp}{context} x dp {self.dp}{experts})"
-        )
+        return (f"global {train.global_batch_size} = {parts} x dp {self.dp}   "
+                f"({self.world} ranks = tp {self.tp} x pp {self.pp}{context} x dp {self.dp}{experts})")
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,8 @@ class WeightUpdate:
     the same again for the plain weights of a round. dtype: of messages and plain weights.
     """
 
-    def __init__(
-        self, planner: Planner, *, made: Collection[str], rank: int, dtype: torch.dtype, bucket_bytes: int,
-        start_messages: StartMessages | None = None,
-    ) -> None:
+    def __init__(self, planner: Planner, *, made: Collection[str], rank: int, dtype: torch.dtype, bucket_bytes: int,
+                 start_messages: StartMessages | None = None) -> None:
         def make_plan(names: Collection[str]) -> Reshard:
             part = planner.restricted_to(names) if made else planner
             return Reshard(part, rank=rank, dtype=dtype, bucket_bytes=bucket_bytes, start_messages=start_messages)

@@ -92,7 +92,7 @@ def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[L
     assert sorted(n for names in rounds for n in names) == sorted(made)
     sizes = {n: math.prod(planner.shape(n)) for n in made}
     assert all(sum(sorted(sizes[n] for n in names)[: -layout.pp]) <= limit for names in rounds), "one of each stage may be larger"
-    parts = [planner.only(names) for names in ({*planner.targets[0]} - made, *rounds)]
+    parts = [planner.restricted_to(names) for names in ({*planner.targets[0]} - made, *rounds)]
     for rank in range(layout.world):
         for pieces in (Planner.incoming, Planner.outgoing):
             assert Counter(p for part in parts for p in pieces(part, rank)) == Counter(pieces(planner, rank))

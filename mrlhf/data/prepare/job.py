@@ -34,7 +34,7 @@ from tqdm import tqdm
 from mrlhf import __version__
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset, token_dtype
 from mrlhf.data.prepare.assemble import Assembler, merged
-from mrlhf.data.prepare.options import PreprocessConfig, check
+from mrlhf.data.prepare.options import PreprocessConfig, check_options
 from mrlhf.data.prepare.ready_made import TEMPLATE_NAMES, ready_made
 from mrlhf.data.prepare.select import first_of_each, split_of, within_limits
 from mrlhf.data.prepare.shards import WorkDirectory, load_shard, read_shard
@@ -77,7 +77,7 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
 def _open_inputs(config: PreprocessConfig) -> tuple[Sources, Template]:
     """The inputs and the template. Raises all problems of options, inputs and tokenizer at once."""
     problems = Problems()
-    problems.extend(check(config))
+    problems.extend(check_options(config))
     opened: list[Any] = []
     for open_part in (lambda: Sources(config.input), lambda: _template(config)):
         try:

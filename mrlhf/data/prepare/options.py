@@ -1,12 +1,15 @@
-"""The options of tools/preprocess_data.py, and everything wrong with them that can be seen without opening the data."""
+"""The options of tools/preprocess_data.py, and the problems that can be seen without opening the data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from mrlhf.config.options import REQUIRED, option
+from msgspec import Meta
+
+from mrlhf.config.options import REQUIRED, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, option
+from mrlhf.config.schema import options_of
 from mrlhf.data.prepare.formats import Columns
 from mrlhf.data.prepare.ready_made import TEMPLATE_NAMES
 from mrlhf.data.prepare.select import SPLIT_NAMES
@@ -20,29 +23,42 @@ class PreprocessConfig:
         REQUIRED, "what the data is for (rm and dpo: preference, ppo: prompts)"
     )
     input: tuple[str, ...] = option(
-        REQUIRED, "JSON lines (also .gz, .bz2, .zst), JSON arrays, parquet, globs, directories, HF datasets (DIR or id[@config][:split]), - for stdin"
+        REQUIRED,
+        "JSON lines (also .gz, .bz2, .zst), JSON arrays, parquet, globs, directories, HF datasets "
+        "(DIR or id[@config][:split]), - for stdin",
     )
     tokenizer: str = option(REQUIRED, "directory (or hub id) of the HF tokenizer")
     output_prefix: str = option(REQUIRED, "the files written are PREFIX.bin, PREFIX.idx, ..., PREFIX.json")
-    seq_length: int = option(REQUIRED, "most tokens in a pack, and so in a sample; prompts: in a prompt")
+    seq_length: Annotated[int, Meta(ge=2)] = option(REQUIRED,
+                                                    "most tokens in a pack, and so in a sample; prompts: in a prompt")
     pack: bool = option(True, "several samples a pack; otherwise one sample (one pair) a pack")
-    pack_order: Literal["shuffled", "length"] = option("shuffled", "order of the packs in the file: by --seed, or longest samples first")
-    shuffle: bool = option(False, "without packs (--no-pack, prompts): samples by --seed instead of in the order of the input")
+    pack_order: Literal["shuffled", "length"] = option(
+        "shuffled", "order of the packs in the file: by --seed, or longest samples first"
+    )
+    shuffle: bool = option(False,
+                           "without packs (--no-pack, prompts): samples by --seed instead of in the order of the input")
     tokenizer_backend: Literal["auto", "hf", "gigatoken"] = option(
         "auto", "what encodes: gigatoken where it gives the tokenizer's own ids on a sample of the input, else hf"
     )
-    verify_tokens: int = option(2000, "texts of the input on which gigatoken must agree with hf before it is used; 0: none")
-    workers: int | None = option(None, "processes that tokenise; the output does not depend on it (default: the usable cores)")
+    verify_tokens: NonNegativeInt = option(
+        2000, "texts of the input on which gigatoken must agree with hf before it is used; 0: none"
+    )
+    workers: PositiveInt | None = option(
+        None, "processes that tokenise; the output does not depend on it (default: the usable cores)"
+    )
     loss_on: Literal["last", "all"] = option("last", "train the assistant's last turn, or every one")
     truncate: Literal["error", "drop", "left", "right"] | None = option(
         None,
-        "too long: stop, drop, keep the tail (left) or the head (right). Default: drop; pretrain: right, which splits and loses nothing",
+        "too long: stop, drop, keep the tail (left) or the head (right). Default: drop; pretrain: right, which splits "
+        "and loses nothing",
     )
     on_empty: Literal["error", "drop"] = option("error", "rows with an empty text or turn: stop, or drop and count")
     chat_template: str | None = option(
         None, f"instead of the tokenizer's: a file with a Jinja chat template, or one of {', '.join(TEMPLATE_NAMES)}"
     )
-    input_template: str | None = option(None, 'plain text with {} for the prompt instead of a chat template, like "User: {}\\nAssistant: "')
+    input_template: str | None = option(
+        None, 'plain text with {} for the prompt instead of a chat template, like "User: {}\\nAssistant: "'
+    )
     input_key: str | None = option(None, "column of the input (default: input; stands for the main column of any task)")
     output_key: str | None = option(None, "column of the answer (default: output)")
     prompt_key: str | None = option(None, "column of the prompt (default: prompt)")
@@ -53,16 +69,23 @@ class PreprocessConfig:
     text_key: str | None = option(None, "column of a pretraining text; also --text-column (default: text)")
     messages_key: str | None = option(None, "column of a conversation (default: messages)")
     tools_key: str | None = option(None, "column of the tools a conversation may call (default: tools)")
-    parse_special_in_text: bool = option(False, "read special tokens in the texts as special tokens instead of as text (prompt injection)")
+    parse_special_in_text: bool = option(
+        False, "read special tokens in the texts as special tokens instead of as text (prompt injection)"
+    )
     append_eos: bool = option(True, "end texts, and chats whose template has no end token, with the tokenizer's eos")
-    split: str | None = option(None, "fractions, like 0.98,0.01,0.01: PREFIX_train, PREFIX_valid, PREFIX_test by a hash of the prompt (or text)")
+    split: str | None = option(
+        None,
+        "fractions, like 0.98,0.01,0.01: PREFIX_train, PREFIX_valid, PREFIX_test by a hash of the prompt (or text)"
+    )
     dedup: bool = option(False, "keep only the first of rows with the same content")
-    limits: tuple[int, ...] | None = option(None, "for each --input: its first rows only, so many; 0: all")
-    weights: tuple[float, ...] | None = option(None, "for each --input: its share of the rows; the largest mixture without a repeated row is kept")
+    limits: tuple[NonNegativeInt, ...] | None = option(None, "for each --input: its first rows only, so many; 0: all")
+    weights: tuple[NonNegativeFloat, ...] | None = option(
+        None, "for each --input: its share of the rows; the largest mixture without a repeated row is kept"
+    )
     on_bad_row: Literal["error", "drop", "quarantine"] = option(
         "error", "rows that cannot be used: stop and show them, drop and count, or also write them to PREFIX_bad.jsonl"
     )
-    seed: int = option(1, "order of the packs, choice of rows for --weights")
+    seed: Seed = option(1, "order of the packs, choice of rows for --weights")
     resume: bool = option(False, "go on with an interrupted command; does nothing where it had finished")
     overwrite: bool = option(False, "replace existing output")
 
@@ -87,43 +110,61 @@ class PreprocessConfig:
         return self.truncate or ("right" if self.task == "pretrain" else "drop")
 
 
-def check(config: PreprocessConfig) -> list[MrlhfError]:
-    """Everything wrong that can be seen without opening the data."""
-    found: list[MrlhfError] = []
+def check_options(config: PreprocessConfig) -> list[MrlhfError]:
+    """Every problem that can be seen without opening the data."""
+    return [*_check_ranges(config), *_check_templates(config), *_check_inputs(config), *_check_outputs(config)]
 
-    def bad(what: str, expected: str | None = None, fix: str | None = None) -> None:
-        found.append(ConfigError(what, expected=expected, fix=fix))
 
-    if not config.input:
-        bad("no input files", fix="--input FILE")
-    if config.seq_length < 2:
-        bad(f"--seq-length {config.seq_length}", "2 or more: a token is trained given the ones before it")
-    if config.workers is not None and config.workers < 1:
-        bad(f"--workers {config.workers}", "1 or more")
+def _check_ranges(config: PreprocessConfig) -> list[ConfigError]:
+    """Numbers outside of the range in their option's type."""
+    errors = []
+    for name, described in options_of(PreprocessConfig).items():
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if described.limits is not None and not all(map(described.accepts, values)):
+            written = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
+            errors.append(ConfigError(written, expected=described.type_name.removesuffix(" or null").removesuffix(" ...")))
+    return errors
+
+
+def _check_templates(config: PreprocessConfig) -> list[ConfigError]:
+    errors, template = [], config.chat_template
     if config.task == "prompts" and config.truncate == "right":
-        bad("--truncate right would cut off the end of a prompt, where the answer begins", "error, drop or left")
-    if config.chat_template is not None and config.input_template is not None:
-        bad("--chat-template and --input-template exclude each other", fix="leave one out")
-    if config.chat_template is not None and config.chat_template not in TEMPLATE_NAMES and not Path(config.chat_template).is_file():
-        bad(f"--chat-template {config.chat_template}: no such file", f"a Jinja file, or one of {', '.join(TEMPLATE_NAMES)}")
-    if config.verify_tokens < 0:
-        bad(f"--verify-tokens {config.verify_tokens}", "0 or more")
+        what = "--truncate right would cut off the end of a prompt, where the answer begins"
+        errors.append(ConfigError(what, expected="error, drop or left"))
+    if template is not None and config.input_template is not None:
+        errors.append(ConfigError("--chat-template and --input-template exclude each other", fix="leave one out"))
+    if template is not None and template not in TEMPLATE_NAMES and not Path(template).is_file():
+        expected = f"a Jinja file, or one of {', '.join(TEMPLATE_NAMES)}"
+        errors.append(ConfigError(f"--chat-template {template}: no such file", expected=expected))
+    return errors
+
+
+def _check_inputs(config: PreprocessConfig) -> list[ConfigError]:
+    errors = [] if config.input else [ConfigError("no input files", fix="--input FILE")]
     for name, values in (("limits", config.limits), ("weights", config.weights)):
         if values is not None and len(values) != len(config.input):
-            bad(f"--{name} has {len(values)} numbers for {len(config.input)} arguments of --input", "one for each, in their order")
-        if values is not None and (any(not 0 <= v < float("inf") for v in values) or (name == "weights" and not sum(values) > 0)):
-            bad(f"--{name} {' '.join(map(str, values))}", "numbers that are not negative, and not all 0")
+            what = f"--{name} has {len(values)} numbers for {len(config.input)} arguments of --input"
+            errors.append(ConfigError(what, expected="one for each, in their order"))
+    if config.weights is not None and not any(config.weights):
+        what = f"--weights {' '.join(map(str, config.weights))}"
+        errors.append(ConfigError(what, expected="a weight above 0 for at least one input"))
+    return errors
+
+
+def _check_outputs(config: PreprocessConfig) -> list[MrlhfError]:
     try:
         fractions = config.fractions
     except ValueError:
-        bad(f"--split {config.split}", "up to three fractions, like 0.98,0.01,0.01")
-        return found
-    if not 1 <= len(fractions) <= len(SPLIT_NAMES) or any(not 0 < f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
-        bad(f"--split {config.split}", "up to three fractions (train, valid, test), each above 0, that sum to 1")
-    if not (config.overwrite or config.resume):
-        for prefix in config.prefixes:
-            try:
-                OutputSet.refuse_existing(Path(prefix))
-            except DataError as error:
-                found.append(error)
-    return found
+        return [ConfigError(f"--split {config.split}", expected="up to three fractions, like 0.98,0.01,0.01")]
+    errors: list[MrlhfError] = []
+    too_many, sums_up = len(fractions) > len(SPLIT_NAMES), abs(sum(fractions) - 1) <= 1e-6
+    if too_many or not sums_up or any(not 0 < f <= 1 for f in fractions):
+        expected = "up to three fractions (train, valid, test), each above 0, that sum to 1"
+        errors.append(ConfigError(f"--split {config.split}", expected=expected))
+    for prefix in () if config.overwrite or config.resume else config.prefixes:
+        try:
+            OutputSet.refuse_existing(Path(prefix))
+        except DataError as error:
+            errors.append(error)
+    return errors

@@ -33,26 +33,23 @@ def spec(f: Fields) -> ModelSpec:
             "and their index",
         )
     f.ignore("ep_size", "seq_aux", "aux_loss_alpha", "pretraining_tp", "qk_head_dim")
-    kv_rank, nope, rope_dim, v_dim, first_k = f.need(
-        "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "first_k_dense_replace"
-    )
+    kv_rank, nope, rope_dim, v_dim, first_k = f.need("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+                                                     "v_head_dim", "first_k_dense_replace")
     is_v3 = f.get("model_type") == "deepseek_v3"
     common = f.common()
     n, heads = common["num_layers"], common["num_attention_heads"]
     f.only("num_key_value_heads", heads)
     rope = f.rope(interleaved=bool(f.get("rope_interleave", True)) if is_v3 else True, yarn=True)
     layers, experts = tuple(Layer(moe=i >= first_k) for i in range(n)), _experts(f, is_v3=is_v3)
-    return ModelSpec(
-        **{**common, "num_query_groups": heads, "head_dim": v_dim, "layers": layers}, ropes=(rope,),
-        attention_scale=(nope + rope_dim) ** -0.5 * rope.scores_scale,
-        latent=Latent(kv_rank, f.get("q_lora_rank"), nope, rope_dim), experts=experts if first_k < n else None,
-    )
+    return ModelSpec(**{**common, "num_query_groups": heads, "head_dim": v_dim, "layers": layers}, ropes=(rope,),
+                     attention_scale=(nope + rope_dim) ** -0.5 * rope.scores_scale,
+                     latent=Latent(kv_rank, f.get("q_lora_rank"), nope, rope_dim),
+                     experts=experts if first_k < n else None)
 
 
 def _experts(f: Fields, *, is_v3: bool) -> Experts:
-    num, top_k, ffn, shared = f.need(
-        "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts"
-    )
+    num, top_k, ffn, shared = f.need("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+                                     "n_shared_experts")
     scale = float(f.get("routed_scaling_factor", 2.5 if is_v3 else 1.0))
     common = {"weight_scale": scale, "shared_ffn_hidden_size": ffn * shared}
     if is_v3:
@@ -60,9 +57,8 @@ def _experts(f: Fields, *, is_v3: bool) -> Experts:
         f.only("scoring_func", "sigmoid")
         groups, top_groups = f.need("n_group", "topk_group")
         renormalise = bool(f.get("norm_topk_prob", True))
-        return Experts(
-            num, top_k, ffn, renormalise, "sigmoid", groups, top_groups, "best_two", selection_bias=True, **common
-        )
+        return Experts(num, top_k, ffn, renormalise, "sigmoid", groups, top_groups, "best_two", selection_bias=True,
+                       **common)
     f.only("topk_method", "greedy", "group_limited_greedy")
     f.only("scoring_func", "softmax")
     f.only("norm_topk_prob", False)  # transformers ignores it, vLLM does not

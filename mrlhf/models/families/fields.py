@@ -72,17 +72,14 @@ class Fields:
         unknown = sorted(set(self._config) - self._read - _HARMLESS)
         if unknown:
             shown = ", ".join(f"{key} = {self._config[key]!r}" for key in unknown[:5])
-            raise CheckpointError(
-                f"not known for model_type = {self._config.get('model_type')!r}: {shown}", where=self.where,
-                expected="fields that transformers writes for this architecture",
-                fix="remove them from config.json if they change nothing",
-            )
+            raise CheckpointError(f"not known for model_type = {self._config.get('model_type')!r}: {shown}",
+                                  where=self.where, expected="fields that transformers writes for this architecture",
+                                  fix="remove them from config.json if they change nothing")
 
     def common(self) -> dict[str, Any]:
         """The fields of ModelSpec that most families read from the same keys."""
-        layers, hidden, ffn, heads, vocab = self.need(
-            "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"
-        )
+        layers, hidden, ffn, heads, vocab = self.need("num_hidden_layers", "hidden_size", "intermediate_size",
+                                                      "num_attention_heads", "vocab_size")
         return {
             "family": self.get("model_type"),
             "num_layers": layers,
@@ -99,10 +96,8 @@ class Fields:
             "layers": (Layer(),) * layers,
         }
 
-    def rope(
-        self, *, theta: float = 10000.0, partial: float | None = None, interleaved: bool = False,
-        key: str | None = None, yarn: bool = False,
-    ) -> Rope:
+    def rope(self, *, theta: float = 10000.0, partial: float | None = None, interleaved: bool = False,
+             key: str | None = None, yarn: bool = False) -> Rope:
         """transformers >= 5 writes rope_parameters (per kind of layer: `key`), older ones rope_theta and rope_scaling.
 
         partial: the default fraction of rotated dimensions; None: the architecture always rotates all of them.

@@ -16,10 +16,8 @@ CLASSIFIERS = {
     "gemma2": "Gemma2ForSequenceClassification",
     "gemma3_text": "Gemma3TextForSequenceClassification",
 }
-_GEMMA2 = Names(
-    attention_post_norm="post_attention_layernorm", mlp_norm="pre_feedforward_layernorm",
-    mlp_post_norm="post_feedforward_layernorm",
-)
+_GEMMA2 = Names(attention_post_norm="post_attention_layernorm", mlp_norm="pre_feedforward_layernorm",
+                mlp_post_norm="post_feedforward_layernorm")
 NAMES = {"gemma": Names(), "gemma2": _GEMMA2, "gemma3_text": _GEMMA2}
 VLLM = VLLM_LLAMA
 
@@ -38,13 +36,11 @@ def spec(f: Fields) -> ModelSpec:
     if kind == "gemma":
         return ModelSpec(**common, ropes=(f.rope(),))
     ropes, layers = _layers(f, common["num_layers"], kind)
-    return ModelSpec(
-        **{**common, "layers": layers}, ropes=ropes, post_norm=True,
-        qk_norm="head" if kind == "gemma3_text" else "none",
-        attention_scale=f.get("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=f.get("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
-        logit_softcap=f.get("final_logit_softcapping", 30.0 if kind == "gemma2" else None),
-    )
+    return ModelSpec(**{**common, "layers": layers}, ropes=ropes, post_norm=True,
+                     qk_norm="head" if kind == "gemma3_text" else "none",
+                     attention_scale=f.get("query_pre_attn_scalar", 256) ** -0.5,
+                     attention_softcap=f.get("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
+                     logit_softcap=f.get("final_logit_softcapping", 30.0 if kind == "gemma2" else None))
 
 
 def _layers(f: Fields, n: int, kind: str) -> tuple[tuple[Rope, ...], tuple[Layer, ...]]:

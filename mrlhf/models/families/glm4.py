@@ -7,9 +7,8 @@ from mrlhf.models.families.names import VLLM_LLAMA, Names
 from mrlhf.models.families.spec import ModelSpec
 
 CLASSIFIERS = {"glm4": "Glm4ForSequenceClassification"}
-NAMES = Names(
-    attention_post_norm="post_self_attn_layernorm", fc1=("mlp.gate_up_proj",), mlp_post_norm="post_mlp_layernorm"
-)
+NAMES = Names(attention_post_norm="post_self_attn_layernorm", fc1=("mlp.gate_up_proj",),
+              mlp_post_norm="post_mlp_layernorm")
 VLLM = VLLM_LLAMA
 
 

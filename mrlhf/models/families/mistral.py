@@ -8,11 +8,8 @@ from mrlhf.models.families.spec import Experts, Layer, ModelSpec
 
 CLASSIFIERS = {"mistral": "MistralForSequenceClassification", "mixtral": "MixtralForSequenceClassification"}
 _MOE = "block_sparse_moe."
-NAMES = Names(
-    router=_MOE + "gate",
-    expert_fc1=(_MOE + "experts.{e}.w1", _MOE + "experts.{e}.w3"),
-    expert_fc2=_MOE + "experts.{e}.w2",
-)
+NAMES = Names(router=_MOE + "gate", expert_fc1=(_MOE + "experts.{e}.w1", _MOE + "experts.{e}.w3"),
+              expert_fc2=_MOE + "experts.{e}.w2")
 VLLM = VLLMNames(experts=_MOE + "experts.")
 
 

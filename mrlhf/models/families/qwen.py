@@ -29,10 +29,8 @@ def spec(f: Fields) -> ModelSpec:
     windows = {"sliding_attention": size if f.get("use_sliding_window", False) else None}
     layers = tuple(Layer(window=windows.get(t), moe=m) for t, m in zip(types, moe, strict=True))
     bias = bool(f.get("attention_bias", False)) and kind != "qwen2"
-    return ModelSpec(
-        **{**common, "layers": layers}, ropes=(f.rope(),), qkv_bias=bias or kind == "qwen2", output_bias=bias,
-        qk_norm="none" if kind == "qwen2" else "head", experts=experts,
-    )
+    return ModelSpec(**{**common, "layers": layers}, ropes=(f.rope(),), qkv_bias=bias or kind == "qwen2",
+                     output_bias=bias, qk_norm="none" if kind == "qwen2" else "head", experts=experts)
 
 
 def _experts(f: Fields, n: int) -> tuple[Experts, list[bool]]:

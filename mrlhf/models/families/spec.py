@@ -196,13 +196,9 @@ def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, train
     tp, pp, cp = _parallel_sizes(parallel)
     if world % (tp * pp * cp):
         context = f" x context {cp}" if cp > 1 else ""
-        errors.append(
-            ConfigError(
-                f"{world} ranks cannot be divided into tensor {tp} x pipeline {pp}{context}", where="parallel",
-                expected=f"a multiple of {tp * pp * cp} ranks",
-                fix=f"torchrun --nproc-per-node {tp * pp * cp} -m mrlhf ...",
-            )
-        )
+        errors.append(ConfigError(f"{world} ranks cannot be divided into tensor {tp} x pipeline {pp}{context}",
+                                  where="parallel", expected=f"a multiple of {tp * pp * cp} ranks",
+                                  fix=f"torchrun --nproc-per-node {tp * pp * cp} -m mrlhf ..."))
     return errors + _experts_errors(parallel, spec, world, trained=trained)
 
 

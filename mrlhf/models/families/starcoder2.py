@@ -20,7 +20,5 @@ def spec(f: Fields) -> ModelSpec:
     common = f.common()
     common |= {"norm_eps": float(f.get("norm_epsilon", 1e-5)), "tied": bool(f.get("tie_word_embeddings", True))}
     common["layers"] = (Layer(window=f.get("sliding_window")),) * common["num_layers"]
-    return ModelSpec(
-        **common, ropes=(f.rope(),), norm="layer", gated=False, activation="gelu_tanh",
-        qkv_bias=bias, output_bias=bias, mlp_bias=bias,
-    )
+    return ModelSpec(**common, ropes=(f.rope(),), norm="layer", gated=False, activation="gelu_tanh", qkv_bias=bias,
+                     output_bias=bias, mlp_bias=bias)

@@ -1,4 +1,4 @@
-"""Core attention: causal, dense or packed (THD), for the `core_attention` slot of Megatron's layer specs.
+"""Attention: the core, causal, dense or packed (THD), for Megatron's layer specs; rotary positions of each layer.
 
 Shapes: s tokens, b rows, t packed tokens, n query heads and g key/value heads on this rank, d head size.
   dense   query [s, b, n, d], key/value [s, b, g, d] -> [s, b, n*d]
@@ -8,6 +8,10 @@ size. With a `window` a token sees itself and window - 1 tokens before it. A `so
 tanh(score / cap); no kernel of torch has it, so the scores are then built whole, s x s for each head. Packed attention
 on CUDA in half precision uses torch's varlen kernel. On CPU, in fp32 and with a softcap, samples of similar length
 share a call. (One block mask over the whole pack costs 1.5 to 4 times as much as one call a sample.)
+
+Megatron computes one table of angles a forward pass and hands it to all layers. Here the table holds the angles of
+every kind of rotary positions in the model, [s, kinds, 1, d], and each layer's attention takes its own kind, or none.
+Kinds and their frequencies: models/families/rope_frequencies.py.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 
-from mrlhf.parallel.context import heads_to_tokens, tokens_to_heads
+from mrlhf.parallel.context import ContextParams, heads_to_tokens, tokens_to_heads
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -27,16 +33,8 @@ def _visible(length: int, window: int | None, device: torch.device) -> torch.Ten
     return ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
 
 
-def _attend(
-    q_bnsd: torch.Tensor,
-    k_bgsd: torch.Tensor,
-    v_bgsd: torch.Tensor,
-    *,
-    scale: float | None,
-    mask: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
+def _attend(q_bnsd: torch.Tensor, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor, *, scale: float | None,
+            mask: torch.Tensor | None = None, window: int | None = None, softcap: float | None = None) -> torch.Tensor:
     """mask: [b, 1, s, s], True where a query may see a key, already causal; None: plain causal."""
     s = q_bnsd.size(2)
     if window is not None and window < s:
@@ -57,15 +55,8 @@ def _attend(
 
 
 def packed_attention(
-    q_tnd: torch.Tensor,
-    k_tgd: torch.Tensor,
-    v_tgd: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    scale: float | None,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
+    q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+    scale: float | None, *, window: int | None = None, softcap: float | None = None
 ) -> torch.Tensor:
     """Causal attention within each sample. The samples must cover all t tokens."""
     if q_tnd.is_cuda and q_tnd.dtype != torch.float32 and softcap is None:
@@ -123,10 +114,8 @@ def _by_length(cu: tuple[int, ...], device: torch.device) -> tuple[list[tuple[to
 class CoreAttention(MegatronModule):
     """Replaces Megatron's DotProductAttention, which materialises s x s scores and refuses packed input."""
 
-    def __init__(
-        self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
-        cp_comm_type=None, pg_collection=None, window: int | None = None, softcap: float | None = None, **_,
-    ):
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
+                 cp_comm_type=None, pg_collection=None, window: int | None = None, softcap: float | None = None, **_):
         super().__init__(config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         assert dropout == 0, "no attention dropout in RLHF"
@@ -156,3 +145,41 @@ class CoreAttention(MegatronModule):
         mask = None if attention_mask is None else ~attention_mask
         out_sbnd = _attend(q, k, v, scale=self.scale, mask=mask, **limits).permute(2, 0, 1, 3)
         return out_sbnd.reshape(out_sbnd.size(0), out_sbnd.size(1), -1)
+
+
+class RotaryTable(RotaryEmbedding):
+    """Replaces GPTModel.rotary_pos_emb. inv_freq_KF: radians a token, for every kind and pair of dimensions.
+
+    interleaved: the pairs are dimensions (0, 1), (2, 3), ... instead of (0, F), (1, F + 1), ...
+    """
+
+    def __init__(self, inv_freq_KF: torch.Tensor, *, interleaved: bool) -> None:
+        torch.nn.Module.__init__(self)
+        self.inv_freq, self.interleaved = inv_freq_KF, interleaved
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
+        """Angles [s, kinds, 1, rotated dimensions]."""
+        position_S = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=torch.float32) + offset
+        angles_SKF = position_S[:, None, None] * self.inv_freq
+        angles_SK1F = angles_SKF[:, :, None]
+        return angles_SK1F.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles_SK1F,) * 2, dim=-1)
+
+
+class LayerRope:
+    """Mixin for Megatron's attention classes. rope: the layer's kind of rotary positions; None: none."""
+
+    def __init__(self, *args, rope: int | None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.rope = rope
+
+    def forward(self, hidden_states, attention_mask, rotary_pos_emb=None, **kwargs):
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = None if self.rope is None else rotary_pos_emb[:, self.rope : self.rope + 1]
+            packed = kwargs.get("packed_seq_params")
+            if rotary_pos_emb is not None and isinstance(packed, ContextParams):
+                rotary_pos_emb = rotary_pos_emb.index_select(0, packed.positions_s)
+        return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+
+class RotaryAttention(LayerRope, SelfAttention):
+    """Megatron's self-attention with the rotary positions of its layer."""

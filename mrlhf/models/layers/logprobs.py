@@ -161,10 +161,8 @@ class _HeadLogProbs(torch.autograd.Function):
         return grad_hidden_NH, grad_weight, None, None, None, None
 
 
-def head_logprobs(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, temperature: float = 1.0, with_entropy: bool = False,
-    keep: torch.Tensor | None = None,
-) -> TargetLogProbs:
+def head_logprobs(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, temperature: float = 1.0,
+                  with_entropy: bool = False, keep: torch.Tensor | None = None) -> TargetLogProbs:
     """Log-probs under softmax(logits / temperature) at every target.
 
     hidden: [..., H], whole on every tensor-parallel rank. targets: [...], token ids.

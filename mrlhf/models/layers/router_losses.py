@@ -124,10 +124,8 @@ class Balancer:
         self.balance, self.scale = balance, 0.0
         self.sums = torch.zeros(2, dtype=torch.float64, device=device.current().name)
 
-    def attach(
-        self, weights: torch.Tensor, logits_TE: torch.Tensor, scores_TE: torch.Tensor, chosen_TK: torch.Tensor,
-        sample_T: torch.Tensor, group: Any,
-    ) -> torch.Tensor:
+    def attach(self, weights: torch.Tensor, logits_TE: torch.Tensor, scores_TE: torch.Tensor, chosen_TK: torch.Tensor,
+               sample_T: torch.Tensor, group: Any) -> torch.Tensor:
         aux, z = balancing_sum(scores_TE, chosen_TK, sample_T, group=group), z_sum(logits_TE, sample_T)
         self.sums += torch.stack([aux, z]).detach()
         return _Attach.apply(weights, self.scale * (self.balance.aux_coeff * aux + self.balance.z_coeff * z))

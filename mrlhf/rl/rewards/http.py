@@ -86,11 +86,9 @@ class HttpReward:
     Raises ConfigError for a bad URL, a number out of range or a missing token; `score` raises RewardError.
     """
 
-    def __init__(
-        self, urls: Sequence[str], *, timeout_s: float = 30.0, total_s: float = 600.0, retries: int = 4,
-        backoff_s: float = 0.5, batch_size: int = 64, concurrency: int = 8, token_env: str | None = None,
-        first_endpoint: int = 0,
-    ):
+    def __init__(self, urls: Sequence[str], *, timeout_s: float = 30.0, total_s: float = 600.0, retries: int = 4,
+                 backoff_s: float = 0.5, batch_size: int = 64, concurrency: int = 8, token_env: str | None = None,
+                 first_endpoint: int = 0):
         if not urls:
             raise ConfigError("an HTTP reward needs at least one URL")
         for url in urls:
@@ -114,11 +112,9 @@ class HttpReward:
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))
         self._client = httpx.Client(timeout=timeout, headers=headers, limits=limits, follow_redirects=False)
 
-    def score(
-        self, prompts: Sequence[str], completions: Sequence[str], *, labels: Sequence[Any],
-        prompt_ids: Sequence[list[int]] | None = None, completion_ids: Sequence[list[int]] | None = None,
-        tokenizer: str | None = None,
-    ) -> list[float]:
+    def score(self, prompts: Sequence[str], completions: Sequence[str], *, labels: Sequence[Any],
+              prompt_ids: Sequence[list[int]] | None = None, completion_ids: Sequence[list[int]] | None = None,
+              tokenizer: str | None = None) -> list[float]:
         """One score a completion, in order.
 
         The ids are what the model read and wrote, `tokenizer` is the fingerprint of their tokenizer: a server with the

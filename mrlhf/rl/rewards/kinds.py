@@ -80,26 +80,22 @@ def load_function(source: RewardSource) -> RewardFunction:
         own = inspect.getmembers(module, lambda f: inspect.isfunction(f) and f.__module__ == module.__name__)
         names = [own_name for own_name, _ in own if not own_name.startswith("_")]
         close = difflib.get_close_matches(name, names, n=1)
-        raise ConfigError(
-            f"reward file {path_text!r} has no function {name!r}",
-            expected=f"one of {', '.join(names)}" if names else "a file that defines a function",
-            fix=f"did you mean {path_text}:{close[0]} ?" if close else None,
-        )
+        raise ConfigError(f"reward file {path_text!r} has no function {name!r}",
+                          expected=f"one of {', '.join(names)}" if names else "a file that defines a function",
+                          fix=f"did you mean {path_text}:{close[0]} ?" if close else None)
     try:
         inspect.signature(function).bind(prompts=[], completions=[], label=[], prompt_ids=[], completion_ids=[])
     except TypeError as error:
         raise ConfigError(
             f"reward function {source.spec!r} does not take the columns label, prompt_ids, completion_ids: {error}",
-            expected="def f(prompts, completions, **columns) -> list[float]",
-            fix="add **columns to its parameters",
+            expected="def f(prompts, completions, **columns) -> list[float]", fix="add **columns to its parameters"
         ) from error
     return function
 
 
-def score_with_function(
-    function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], *, labels: Sequence[Any],
-    prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], source: str,
-) -> list[float]:
+def score_with_function(function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], *,
+                        labels: Sequence[Any], prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]],
+                        source: str) -> list[float]:
     """One score a completion, from `function(prompts=, completions=, label=, prompt_ids=, completion_ids=)`.
 
     prompts, completions: decoded texts; the ids are what the model read and wrote. source: the name for errors.
@@ -108,10 +104,8 @@ def score_with_function(
     if not completions:
         return []
     try:
-        answer = function(
-            prompts=list(prompts), completions=list(completions), label=list(labels),
-            prompt_ids=list(prompt_ids), completion_ids=list(completion_ids),
-        )
+        answer = function(prompts=list(prompts), completions=list(completions), label=list(labels),
+                          prompt_ids=list(prompt_ids), completion_ids=list(completion_ids))
     except Exception as error:
         raise RewardError(f"reward function {source!r} raised {type(error).__name__}: {error}") from error
     return check_scores(answer, expected=len(completions), source=source)
@@ -128,9 +122,8 @@ def check_scores(answer: Any, *, expected: int, source: str, first: int = 0) -> 
         raise RewardError(what, expected=f"a list of {expected} numbers")
     if len(answer) != expected:
         what = f"{len(answer)} scores for the {expected} completions from index {first}"
-        raise RewardError(
-            f"reward source {source!r} answered with {what}", expected="one score a completion, in the same order"
-        )
+        raise RewardError(f"reward source {source!r} answered with {what}",
+                          expected="one score a completion, in the same order")
     return [_check_score(value, index=first + i, source=source) for i, value in enumerate(answer)]
 
 
@@ -164,10 +157,8 @@ def check_url(url: str) -> None:
     secrets = ["a user name or password"] if user is not None else []
     secrets += [f"a key ({key}=...)" for key, _ in parse_qsl(parts.query) if SECRET_NAME.search(key)]
     if secrets:
-        raise ConfigError(
-            f"the reward URL for {host!r} holds {secrets[0]}, which logs would show",
-            fix="pass a bearer token by an environment variable",
-        )
+        raise ConfigError(f"the reward URL for {host!r} holds {secrets[0]}, which logs would show",
+                          fix="pass a bearer token by an environment variable")
 
 
 def shorten(value: Any) -> str:

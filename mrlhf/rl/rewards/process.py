@@ -40,9 +40,8 @@ class RewardProcess:
     Raises ConfigError if the function cannot be loaded or a variable is not set.
     """
 
-    def __init__(
-        self, source: RewardSource, *, timeout_s: float = 300.0, memory_mib: int = 8192, env: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, source: RewardSource, *, timeout_s: float = 300.0, memory_mib: int = 8192,
+                 env: Sequence[str] = ()) -> None:
         self.spec, self.timeout_s, self.memory_mib, self._ended = source.spec, timeout_s, memory_mib, False
         for name in env:
             if name not in os.environ:
@@ -56,9 +55,8 @@ class RewardProcess:
         limits = json.dumps({"memory_mib": memory_mib})
         arguments = [self.spec, limits, str(request_read), str(answer_write)]
         command = [sys.executable, "-m", "mrlhf.rl.reward_child", *arguments]
-        self._process = subprocess.Popen(
-            command, env=passed, stdin=subprocess.DEVNULL, pass_fds=(request_read, answer_write), start_new_session=True
-        )
+        self._process = subprocess.Popen(command, env=passed, stdin=subprocess.DEVNULL,
+                                         pass_fds=(request_read, answer_write), start_new_session=True)
         os.close(request_read)
         os.close(answer_write)
         os.set_blocking(self._write, False)
@@ -68,10 +66,8 @@ class RewardProcess:
         except RewardError as error:
             raise ConfigError(error.what, where=error.where, expected=error.expected, fix=error.fix) from error
 
-    def score(
-        self, prompts: Sequence[str], completions: Sequence[str], *, labels: Sequence[Any],
-        prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]],
-    ) -> list[float]:
+    def score(self, prompts: Sequence[str], completions: Sequence[str], *, labels: Sequence[Any],
+              prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> list[float]:
         """One score a completion. Raises RewardError, which names the function, if it fails, is too slow or exits."""
         if not completions:
             return []

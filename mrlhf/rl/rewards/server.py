@@ -68,11 +68,9 @@ class RewardServer:
     max_batch_size completions of max_length tokens.
     """
 
-    def __init__(
-        self, address: tuple[str, int], *, submit: Callable[[Sequences], Future[list[float]]], timeout_s: float,
-        tokenizer: Any, fingerprint: str, vocab_size: int, max_length: int, max_request_bytes: int,
-        max_batch_size: int, token: str | None,
-    ) -> None:
+    def __init__(self, address: tuple[str, int], *, submit: Callable[[Sequences], Future[list[float]]],
+                 timeout_s: float, tokenizer: Any, fingerprint: str, vocab_size: int, max_length: int,
+                 max_request_bytes: int, max_batch_size: int, token: str | None) -> None:
         self.submit, self.timeout_s = submit, timeout_s
         self.tokenizer, self.fingerprint, self.vocab_size = tokenizer, fingerprint, vocab_size
         self.max_length, self.max_request_bytes, self.max_batch_size = max_length, max_request_bytes, max_batch_size
@@ -82,12 +80,11 @@ class RewardServer:
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}/score" if ":" in host else f"http://{host}:{port}/score"
         routes = [Route("/health", self._health, methods=["GET"]), Route("/score", self._score, methods=["POST"])]
-        config = uvicorn.Config(
-            Starlette(routes=routes, exception_handlers={HTTPException: _refuse}), http=_Protocol, ws="none",
-            loop="asyncio", lifespan="off", log_config=None, log_level="error", access_log=False, server_header=False,
-            proxy_headers=False, limit_concurrency=CONNECTIONS + 1, timeout_keep_alive=IDLE_S,
-            timeout_graceful_shutdown=1,
-        )
+        config = uvicorn.Config(Starlette(routes=routes, exception_handlers={HTTPException: _refuse}), http=_Protocol,
+                                ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="error",
+                                access_log=False, server_header=False, proxy_headers=False,
+                                limit_concurrency=CONNECTIONS + 1, timeout_keep_alive=IDLE_S,
+                                timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True)
 

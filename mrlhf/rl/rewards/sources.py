@@ -37,13 +37,10 @@ def model_sources(reward: RewardConfig) -> list[str]:
 
 def _start_source(r: RewardConfig, source: RewardSource) -> RewardProcess | HttpReward:
     if source.kind == "function":
-        return RewardProcess(
-            source, timeout_s=r.function_timeout_s, memory_mib=r.function_memory_mib, env=r.function_env
-        )
-    return HttpReward(
-        source.urls, timeout_s=r.http_timeout_s, total_s=r.http_total_timeout_s, retries=r.http_retries,
-        batch_size=r.http_batch_size, token_env=r.http_token_env,
-    )
+        return RewardProcess(source, timeout_s=r.function_timeout_s, memory_mib=r.function_memory_mib,
+                             env=r.function_env)
+    return HttpReward(source.urls, timeout_s=r.http_timeout_s, total_s=r.http_total_timeout_s, retries=r.http_retries,
+                      batch_size=r.http_batch_size, token_env=r.http_token_env)
 
 
 def critic_source(config: PPOStage, actor: ModelSource) -> ModelSource:
@@ -54,9 +51,8 @@ def critic_source(config: PPOStage, actor: ModelSource) -> ModelSource:
     return open_source(local[0]) if local else actor
 
 
-def check_reward_sources(
-    config: RewardConfig, actor: ModelSource, *, parallel: ParallelConfig, world: int, critic: str | None = None
-) -> list[MrlhfError]:
+def check_reward_sources(config: RewardConfig, actor: ModelSource, *, parallel: ParallelConfig, world: int,
+                         critic: str | None = None) -> list[MrlhfError]:
     """Every problem of the reward sources and of the checkpoint that the critic starts from. Builds no model."""
     try:
         sources = _parse_sources(config)
@@ -109,10 +105,8 @@ class Rewards:
     environment: adds the reward that the environment gave to each answer.
     """
 
-    def __init__(
-        self, config: RewardConfig, actor: ModelSource, tokenizer: Any, *, parallel: ParallelConfig, dtype: str,
-        seed: int, environment: bool = False,
-    ) -> None:
+    def __init__(self, config: RewardConfig, actor: ModelSource, tokenizer: Any, *, parallel: ParallelConfig,
+                 dtype: str, seed: int, environment: bool = False) -> None:
         self.config, self.tokenizer, self.environment = config, tokenizer, environment
         self.sources, self.fingerprint = _parse_sources(config), fingerprint(actor.hf_dir)
         self.models: dict[str, Model] = {}
