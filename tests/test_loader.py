@@ -181,7 +181,8 @@ def test_the_ranks_share_a_step_of_a_blend(numbered: PackedDataset, tmp_path: Pa
         for dp in (1, 2, 4):
             loaders = [Loader(blend, BatchPlan(packing=packing, micro_batch_size=1, dp_rank=r, dp_size=dp)) for r in range(dp)]
             batches = [batch for loader in loaders for batch in loader.micro_batches(order.rows(k))]
-            found.append(Counter((i, int(t[0])) for b in batches if b.weights_N.all() for i, t in zip(b.index_N.tolist(), b.per_sample(b.tokens_BT), strict=True)))
+            real = [b for b in batches if b.weights_N.all()]
+            found.append(Counter((i, int(t[0])) for b in real for i, t in zip(b.index_N.tolist(), b.per_sample(b.tokens_BT), strict=True)))
         assert found[0] == found[1] == found[2]
         met += [i for (i, token), n in found[0].items() for _ in range(n)]
         assert all(token == (i if i < numbered.num_samples else 200 + i - numbered.num_samples) for i, token in found[0])
