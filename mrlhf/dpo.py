@@ -1,8 +1,8 @@
-"""Direct preference optimisation against a frozen reference: the model the run starts from.
+"""Direct preference optimisation against a frozen reference: the model that the run starts from.
 
 Legend: B rows, T tokens, H hidden size, N samples, P pairs.
-The reference's log-probs are computed once, before the first step, by the policy itself (it still is the
-reference then), and kept beside the data (references.py); `dpo.reference: online` keeps a second model instead.
+Before the first step the policy, which then still equals the reference, computes the reference's log-probs once, and
+training/reference_cache.py stores them beside the data. `dpo.reference: online` keeps a second model instead.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mrlhf.training.trainer import LossFn, Model, Trainer
 
 
 def answer_logps(model: Model, hidden_BTH: torch.Tensor, batch: MicroBatch, *, mean: bool) -> torch.Tensor:
-    """[N]: log-prob of each answer, summed over its trained tokens (or their mean)."""
+    """Log-prob [N] of each answer: the sum over its trained tokens, or their mean."""
     logps_BT = model.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT).logps
     sums_N = batch.sum_N(logps_BT * batch.mask_BT)
     return sums_N / batch.sum_N(batch.mask_BT).clamp(min=1) if mean else sums_N
 
 
 def _logps_of(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
-    """[N] of every micro-batch, summed over each answer's trained tokens, without gradient."""
+    """Log-probs [N] of every micro-batch, summed over each answer's trained tokens, without gradient."""
 
     def per_token(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         logps_BT = model.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT).logps
@@ -41,9 +41,7 @@ def _logps_of(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
 
 
 def reference_logps(model: Model, loader: Loader) -> torch.Tensor:
-    """[samples of the dataset]: each answer's summed log-prob under the model as it is. Collective; the same on all
-    ranks.
-    """
+    """Summed log-prob [samples] of each answer of the data set, under `model`. The same on all ranks. Collective."""
     logps = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
     for rows in loader.in_order():
         batches = loader.micro_batches(rows)
@@ -81,8 +79,8 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
 class Reference:
     """Summed log-probs of every answer under the reference, by sample index of a data set.
 
-    precompute: computed once by the policy while it still has the starting weights, and kept beside the data. online:
-    by a second model, step by step (`update`).
+    precompute: the policy computes them once, before its first update, and they are stored beside the data. online: a
+    second model computes them step by step (`update`).
     """
 
     def __init__(self, run: SupervisedRun, config: DPOStage) -> None:
@@ -95,7 +93,7 @@ class Reference:
             self.fingerprint = model_fingerprint(source, dtype=dtype)
 
     def logps(self, loader: Loader) -> torch.Tensor:
-        """[samples of the loader's data set]; online: zeros until `update` fills them in."""
+        """Log-probs [samples] of the loader's data set. online: zeros, which `update` replaces."""
         if self.model is not None:
             return torch.zeros(loader.dataset.num_samples)
         trainer, run_dir = self.run.trainer, self.run.output_dir
@@ -104,7 +102,7 @@ class Reference:
                           for data in sources_of(loader.dataset)])
 
     def update(self, logps: torch.Tensor, batches: list[MicroBatch]) -> None:
-        """online: fill in the log-probs of these micro-batches' answers."""
+        """online: writes the log-probs of these micro-batches' answers into `logps`."""
         if self.model is not None:
             for batch, logps_N in zip(batches, _logps_of(self.model, batches), strict=True):
                 logps[batch.index_N] = logps_N

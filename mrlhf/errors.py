@@ -5,7 +5,7 @@
       fix:      --parallel.tensor_model_parallel_size 4
 
 `Problems` collects errors, so that one run shows all of them. The command line prints an `MrlhfError` once (rank 0)
-without a traceback and exits with status 2; any other exception is a bug of ours and keeps its traceback.
+without a traceback and exits with status 2; any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class ConfigError(MrlhfError):
 
 
 class DataError(MrlhfError):
-    """A data file, record, template or tokenizer is missing, malformed or does not fit the model."""
+    """A data file, record, template or tokenizer is missing or malformed, or does not fit the model."""
 
 
 class RowProblem(DataError):
-    """A row that cannot be used. Rows of the same `kind` are counted and shown together; `fix` names a flag."""
+    """A row is unusable. Rows of the same `kind` are counted and shown together. `fix` names a flag."""
 
     def __init__(self, kind: str, what: str, *, expected: str | None = None, fix: str | None = None):
         self.kind = kind
@@ -49,7 +49,7 @@ class RowProblem(DataError):
 
 
 class CheckpointError(MrlhfError):
-    """A checkpoint or HF directory is missing, damaged or of another kind."""
+    """A checkpoint or HF directory is missing or damaged, or has the wrong kind."""
 
 
 class RewardError(MrlhfError):
@@ -57,7 +57,7 @@ class RewardError(MrlhfError):
 
 
 class ToolError(MrlhfError):
-    """An environment (rollout.environment) raised, took too long or gave an answer of a wrong type."""
+    """An environment (rollout.environment) raised an error, timed out or returned a wrong type."""
 
 
 class EnvironmentProblem(MrlhfError):
@@ -65,9 +65,9 @@ class EnvironmentProblem(MrlhfError):
 
 
 class OutOfMemory(MrlhfError):
-    """A rank has too little memory for a phase.
+    """A rank ran out of memory in a phase.
 
-    peaks: GiB of every phase so far, with this one. remedies: what to change, one line each.
+    peaks: GiB of every phase so far, including this one. remedies: one line for each possible change.
     """
 
     def __init__(self, what: str, *, peaks: dict[str, float], remedies: list[str]):
@@ -77,7 +77,7 @@ class OutOfMemory(MrlhfError):
     def render(self) -> str:
         lines = [self.what, "  peaks:    " + ", ".join(f"{phase} {gib:.2f} GiB" for phase, gib in self.peaks.items())]
         lines += [f"  fix:      {remedy}" for remedy in self.remedies]
-        kept = "the last checkpoint, and nothing of this step; a resume with other keys than parallel. needs"
+        kept = "the last checkpoint, but nothing of this step; a resume that changes a key outside of parallel. needs"
         return "\n".join([*lines, f"  kept:     {kept} --train.allow_changes '[KEY]'"])
 
 

@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction over every token of every document, with the loop and the loss of SFT."""
+"""Pretraining: next-token prediction on every token of every document, with the loop and the loss of SFT."""
 
 from __future__ import annotations
 

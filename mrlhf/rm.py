@@ -1,4 +1,4 @@
-"""Reward model: a scalar head at the token that closes each answer, trained on pairs (Bradley-Terry).
+"""Reward model: a scalar head at the last token of each answer, trained on pairs (Bradley-Terry).
 
 Legend: B rows, T tokens, N samples, P pairs.
 """
@@ -18,14 +18,11 @@ from mrlhf.losses import accuracy_by_margin, pairwise_loss
 from mrlhf.models.layers.router_losses import trained_pairs
 from mrlhf.parallel import state
 from mrlhf.training.run import SupervisedRun
-from mrlhf.training.scoring import score_micro_batches
-from mrlhf.training.trainer import LossFn, Trainer
+from mrlhf.training.trainer import LossFn, Trainer, score_micro_batches
 
 
 def reward_loss(trainer: Trainer, loader: Loader, *, kind: str, by_margin: bool = False) -> LossFn:
-    """Mean over the step's pairs of -log sigmoid(chosen - rejected - margin). by_margin: measures `accuracy_by_margin`
-    too.
-    """
+    """Mean over the step's pairs of -log sigmoid(chosen - rejected - margin). by_margin: adds `accuracy_by_margin`."""
 
     def loss(values_BT1: torch.Tensor, batch: MicroBatch):
         scores_N = batch.last(values_BT1.squeeze(-1))
@@ -43,7 +40,7 @@ def reward_loss(trainer: Trainer, loader: Loader, *, kind: str, by_margin: bool 
 
 
 def all_scores(trainer: Trainer, loader: Loader) -> torch.Tensor:
-    """float64 [samples] of a preference set: chosen, rejected, chosen, ... Collective; the same on all ranks."""
+    """Scores, float64 [samples], of a preference set: chosen, rejected, ... The same on all ranks. Collective."""
     scores = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
     for rows in loader.in_order():
         batches = loader.micro_batches(rows)
@@ -54,9 +51,7 @@ def all_scores(trainer: Trainer, loader: Loader) -> torch.Tensor:
 
 
 def score_statistics(scores: torch.Tensor) -> dict[str, float]:
-    """Mean and (biased) standard deviation of the scores of all answers: {"reward_mean", "reward_std",
-    "reward_count"}.
-    """
+    """Mean, (biased) standard deviation and number of all scores: {"reward_mean", "reward_std", "reward_count"}."""
     return {
         "reward_mean": float(scores.mean()),
         "reward_std": max(float(scores.var(correction=0)), 1e-12) ** 0.5,
@@ -65,9 +60,7 @@ def score_statistics(scores: torch.Tensor) -> dict[str, float]:
 
 
 def score_histogram(scores: torch.Tensor, *, bins: int = 30) -> dict[str, list[float]]:
-    """How many chosen and rejected answers have which score: {"edges" [bins + 1], "chosen" [bins], "rejected" [bins]},
-    for the report.
-    """
+    """Counts of chosen and rejected answers by score: {"edges" [bins + 1], "chosen" [bins], "rejected" [bins]}."""
     edges = np.histogram_bin_edges(scores.numpy(), bins)
     counts = {name: np.histogram(scores[at::2].numpy(), edges)[0].tolist()
               for at, name in enumerate(("chosen", "rejected"))}
@@ -75,7 +68,7 @@ def score_histogram(scores: torch.Tensor, *, bins: int = 30) -> dict[str, list[f
 
 
 def write_histogram(output_dir: Path, scores: torch.Tensor) -> None:
-    """rewards.json of the run, for the report; on rank 0."""
+    """Rank 0 writes rewards.json, for the report."""
     if state.is_main():
         write_text(output_dir / "rewards.json", json.dumps(score_histogram(scores)) + "\n")
 
@@ -93,7 +86,7 @@ def main(config: RMStage) -> int:
         run.log_step(step, metrics)
         if run.due_evaluation(step):
             run.evaluate(step, eval_loss_fn)
-        if step == run.total_steps:  # the statistics by which others normalize the model's scores
+        if step == run.total_steps:  # users of the model normalize its scores by these statistics
             scores = all_scores(run.trainer, measured)
             write_histogram(run.output_dir, scores)
             run.save(step, score_statistics(scores))

@@ -18,11 +18,10 @@ from mrlhf.training.trainer import LossFn, Trainer
 
 
 def language_model_loss(trainer: Trainer, *, aggregation: str, z_loss: float = 0.0) -> LossFn:
-    """-log p of each trained token given those before it in its sample; the mean is over the step's tokens or
-    sequences.
+    """Weighted mean of -log p of the trained tokens, over all tokens or sequences of the step.
 
-    It is weighted by what a sample counts (`loss_weight` of its source): sum of weight x loss / sum of weights. z_loss:
-    weight of the mean of log(sum of exp(logits))^2 beside it (PaLM, section 5), which keeps logits from drifting.
+    The weight of a sample is its source's `loss_weight`: sum of weight x loss / sum of weights. z_loss: coefficient of
+    the mean of log(sum of exp(logits))^2, which keeps logits from drifting (PaLM, section 5).
     """
 
     def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):

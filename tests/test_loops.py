@@ -54,15 +54,37 @@ def test_ppo(world: Path, tmp_path: Path) -> None:
     """Two ranks, TP 2 for the trainer and for vLLM, a critic, a reference, a Python reward."""
     reward = "examples/rewards/length_penalty.py:length_penalty"
     stage = {
-        "model.path": world / "qwen2", "model.dtype": "float32", "data.train": world / "prompts", "train.output_dir": tmp_path / "run",
-        "train.global_batch_size": 4, "train.micro_batch_size": 2, "train.max_steps": 2, "parallel.tensor_model_parallel_size": 2,
-        "parallel.sequence_parallel": "true", "rollout.batch_size": 4, "rollout.n": 2, "rollout.max_new_tokens": 8,
-        "rollout.tensor_parallel_size": 2, "rollout.kv_cache_mib": 64, "reward.sources": reward, "ppo.critic": world / "qwen2",
-    }  # fmt: skip
+        "model.path": world / "qwen2",
+        "model.dtype": "float32",
+        "data.train": world / "prompts",
+        "train.output_dir": tmp_path / "run",
+        "train.global_batch_size": 4,
+        "train.micro_batch_size": 2,
+        "train.max_steps": 2,
+        "parallel.tensor_model_parallel_size": 2,
+        "parallel.sequence_parallel": "true",
+        "rollout.batch_size": 4,
+        "rollout.n": 2,
+        "rollout.max_new_tokens": 8,
+        "rollout.tensor_parallel_size": 2,
+        "rollout.kv_cache_mib": 64,
+        "reward.sources": reward,
+        "ppo.critic": world / "qwen2",
+    }
     mrlhf("ppo", *(part for key, value in stage.items() for part in (f"--{key}", value)), ranks=2)
-    loop = {"actor": world / "qwen2", "critic": world / "qwen2", "prompts": world / "prompts", "reward": reward, "dtype": "float32",
-            "output": tmp_path / "loop", "tensor-parallel": 2, "prompts-per-rollout": 4, "answers-per-prompt": 2,
-            "max-new-tokens": 8, "steps": 2}  # fmt: skip
+    loop = {
+        "actor": world / "qwen2",
+        "critic": world / "qwen2",
+        "prompts": world / "prompts",
+        "reward": reward,
+        "dtype": "float32",
+        "output": tmp_path / "loop",
+        "tensor-parallel": 2,
+        "prompts-per-rollout": 4,
+        "answers-per-prompt": 2,
+        "max-new-tokens": 8,
+        "steps": 2,
+    }
     args = [part for key, value in loop.items() for part in (f"--{key}", value)]
     steps = printed(python("examples/loops/ppo_loop.py", *args, ranks=2, vllm=True).stdout)
     assert len(steps) == 2

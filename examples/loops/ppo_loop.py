@@ -3,10 +3,9 @@
     torchrun --nproc-per-node 2 examples/loops/ppo_loop.py --actor DIR --critic DIR --prompts PREFIX \
         --reward examples/rewards/length_penalty.py:length_penalty --tensor-parallel 2 --steps 3
 
-Copy it and change what you like: the advantages, the losses, where answers come from. The stage (`mrlhf ppo`) computes
-the same numbers, and adds checkpoints, resume, offload, generation in ranks of its own, the other estimators, hang and
-memory reports. Legend: B answers of a rollout, A tokens of the longest answer, T tokens of a micro-batch, H hidden
-size.
+Copy it and change what you like: the advantages, the losses, the sampler. The stage (`mrlhf ppo`) computes the same
+numbers and adds checkpoints, resume, offload, separate generating ranks, other estimators, hang and memory reports.
+Legend: B answers of a rollout, A tokens of the longest answer, T tokens of a micro-batch, H hidden size.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ BETA, GAMMA, LAMBDA, CLIP, REWARD_CLIP = 0.05, 1.0, 0.95, 0.2, 10.0
 
 
 def configuration(args: argparse.Namespace) -> PPOStage:
-    """The options that the parts below read; everything else has the stage's defaults."""
+    """The configuration for the parts below, with the stage's defaults for everything else."""
     tp, answers = args.tensor_parallel, args.prompts_per_rollout * args.answers_per_prompt
     return PPOStage(
         model=ModelConfig(path=args.actor, dtype=args.dtype),
@@ -84,7 +83,7 @@ def main() -> None:
     data, prompts = inputs.train, Prompts(config, inputs.train)
     size, answers = config.train.global_batch_size, config.rollout.batch_size * config.rollout.n
 
-    # actor, critic and frozen reference on Megatron; vLLM in the same ranks
+    # actor, critic and frozen reference on Megatron; vLLM on the same ranks
     models = PPOModels(config, inputs, updates=prompts.total_steps * (answers // size))
     actor, critic, reference = models.actor, models.critic, models.reference
     assert critic is not None and reference is not None
@@ -98,7 +97,7 @@ def main() -> None:
     sampler.write_weights(actor.parameters())
 
     def update(trainer: Trainer, loss_fn: LossFn, step: int) -> dict[str, float]:
-        """One pass over shuffled mini-batches; the means of their metrics."""
+        """One pass over shuffled mini-batches. Returns the means of their metrics."""
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 101)
         order = torch.randperm(rollout.size, generator=generator).tolist()
         starts = range(0, rollout.size, size)
@@ -106,7 +105,7 @@ def main() -> None:
         return {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
 
     for step in range(1, prompts.total_steps + 1):
-        # generate: n answers to every prompt, from every vLLM replica to all ranks
+        # generate: n answers to every prompt; all ranks get the answers of every vLLM replica
         rows = prompts.draw(config.rollout.batch_size)
         tokens, labels = [data.sample(i)[1].tolist() for i in rows], [data.label(i) for i in rows]
         rollout = sampler.generate(tokens, labels, n=config.rollout.n, sampling=sampling, step=step)
@@ -145,13 +144,12 @@ def main() -> None:
         critic_metrics = update(critic, critic_loss, step)
         actor_metrics = update(actor, actor_loss, step)
 
-        # reshard: the new actor into vLLM, slice by slice
+        # reshard: send the new actor to vLLM, slice by slice
         sampler.write_weights(actor.parameters())
         if state.is_main():
             line = {"step": step, "score": float(scores_B.mean()), "kl": float((kl_BA.sum(1)).mean())}
-            line |= {f"critic/{k}": v for k, v in critic_metrics.items()} | {
-                f"actor/{k}": v for k, v in actor_metrics.items()
-            }
+            line |= {f"critic/{k}": v for k, v in critic_metrics.items()}
+            line |= {f"actor/{k}": v for k, v in actor_metrics.items()}
             print(json.dumps(line), flush=True)
 
     rewards.close()

@@ -1,11 +1,10 @@
-"""Supervised fine-tuning with the loop written out:
-every line that `mrlhf sft` needs to compute the same numbers, and nothing else.
+"""Supervised fine-tuning with the loop written out. It computes the same numbers as `mrlhf sft`, and does nothing else.
 
     torchrun --nproc-per-node 2 examples/loops/sft_loop.py --model DIR --data PREFIX --output DIR --tensor-parallel 2
 
-Copy it and change what you like: the loss, the schedule, what is logged. The stage (`mrlhf sft`) adds resume,
-evaluation, background saves, a stop on SIGTERM, memory and hang reports around the same parts. Legend: B rows, T
-tokens, H hidden size.
+Copy it and change what you like: the loss, the schedule, the log. The stage (`mrlhf sft`) adds resume, evaluation,
+background saves, a stop on SIGTERM, memory and hang reports around the same parts.
+Legend: B rows, T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ def main() -> None:
     from mrlhf.data.loader import Loader, MicroBatch
     from mrlhf.data.order import Mix, Order
     from mrlhf.parallel import state
-    from mrlhf.training.batch_plan import make_batch_plan
-    from mrlhf.training.trainer import Trainer
+    from mrlhf.training.batches import make_batch_plan
+    from mrlhf.training.trainer import Partials, Trainer
 
-    # Ranks: torchrun's world, cut into tensor- and data-parallel groups.
+    # Ranks: torchrun's world, divided into tensor- and data-parallel groups.
     tp = args.tensor_parallel
     parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=tp > 1)
     state.initialize(parallel, seed=args.seed)
@@ -62,10 +61,8 @@ def main() -> None:
         total_steps=order.total_steps,
     )
 
-    def loss_fn(
-        hidden_BTH: torch.Tensor, batch: MicroBatch
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum of -log p over the trained tokens, and how many they are: the step divides once, by the global number."""
+    def loss_fn(hidden_BTH: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Partials]:
+        """Sum of -log p over the trained tokens, and their number. The step divides once, by the global number."""
         logps_BT = trainer.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT).logps
         return -(logps_BT * batch.mask_BT).sum(), batch.mask_BT.sum(), {}
 

@@ -1,6 +1,4 @@
-"""The checkpoints of one run: when a save is complete, what is kept, what happens where one fails, and the HF
-exports.
-"""
+"""The checkpoints of one run: starts and completes saves, removes old ones, handles failed saves, exports to HF."""
 
 from __future__ import annotations
 
@@ -26,21 +24,21 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAST
                    "ROLE_RANK")
 
 
-def best_of(config: CheckpointConfig) -> Best | None:
+def best_criterion(config: CheckpointConfig) -> Best | None:
     return Best(config.best_metric, config.best_is == "highest") if config.best_metric else None
 
 
 class Saver:
-    """Saves step after step into RUN/checkpoints; at most one save is under way, and the next one waits for it.
+    """Saves to RUN/checkpoints. At most one save is in progress; the next one waits for it.
 
-    Made once when a run starts: rank 0 then removes what killed saves have left.
+    Made once when a run starts. Rank 0 then removes the leftovers of killed saves.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self.run_dir, self.directory, self.config = run_dir, run_dir / "checkpoints", config
-        self.keep = Keep(config.keep_last, config.keep_every, best_of(config))
-        self.last_step = 0  # of the newest checkpoint that is complete or under way; 0 where the last try failed
-        self.seconds = 0.0  # what the longest save so far took, from its beginning to its rename
+        self.retention = Keep(config.keep_last, config.keep_every, best_criterion(config))
+        self.last_step = 0  # step of the newest checkpoint, complete or in progress; 0 after a failed save
+        self.seconds = 0.0  # duration of the longest save so far, from start to rename
         self._waited = 0.0
         self._under_way: Save | None = None
         if state.is_main():
@@ -50,11 +48,11 @@ class Saver:
 
     def save(self, step: int, parts: list[Part], content: dict[str, Any], *, last: bool = False,
              files: Mapping[str, bytes] | None = None) -> None:
-        """Collective. With checkpoint.async_save it returns when the tensors are copied; the `last` one is complete
-        when this returns.
+        """Saves a checkpoint. With checkpoint.async_save it returns when the tensors are copied, except for the `last`
+        one. Collective.
 
-        Raises CheckpointError where it, or the one before it, cannot be written and checkpoint.on_save_error is stop;
-        the last always.
+        Raises CheckpointError if this save or the one before fails and checkpoint.on_save_error is stop, or if it is
+        the last.
         """
         start = time.perf_counter()
         self._save(step, parts, content, last, files)
@@ -70,7 +68,7 @@ class Saver:
             copy = self.config.async_save and not last
             self._under_way = begin_save(target, parts, {**content, "step": step}, copy=copy, files=files)
         except CheckpointError as error:
-            self._failed(error, last)
+            self._handle_failure(error, last)
             return
         self._under_way.began = start
         self.last_step = step
@@ -78,7 +76,7 @@ class Saver:
             self.finish(last=last)
 
     def poll(self) -> None:
-        """Collective, after every step: completes the save under way when all ranks have written, or one has failed."""
+        """Completes the save in progress once all ranks have written it or one has failed. Collective."""
         if self._under_way is None:
             return
         start = time.perf_counter()
@@ -88,22 +86,22 @@ class Saver:
             self.finish()
         self._waited += time.perf_counter() - start
 
-    def waited(self) -> dict[str, float]:
-        """time/save_s: what saves have held up the run since this was asked last."""
+    def take_wait_metrics(self) -> dict[str, float]:
+        """time/save_s: seconds that the run waited for saves since the last call."""
         waited, self._waited = self._waited, 0.0
         return {"time/save_s": waited} if waited else {}
 
     def finish(self, *, last: bool = False) -> None:
-        """Collective. Waits for the save under way, points `latest` and `best`, drops what is not kept, exports."""
+        """Waits for the save in progress, sets `latest` and `best`, removes old checkpoints, exports. Collective."""
         save, self._under_way = self._under_way, None
         if save is None:
             return
         try:
             save.finish()
-            on_main(lambda: retain(self.directory, save.target.name, self.keep), save.target)
+            on_main(lambda: retain(self.directory, save.target.name, self.retention), save.target)
         except CheckpointError as error:
             save.abandon()
-            self._failed(error, last)
+            self._handle_failure(error, last)
             return
         self.seconds = max(self.seconds, time.perf_counter() - save.began)
         every = self.config.export_hf_interval
@@ -111,16 +109,16 @@ class Saver:
             self._export(save.target)
         dist.barrier()
 
-    def _failed(self, error: CheckpointError, last: bool) -> None:
-        self.last_step = 0  # a signal at this step saves once more
+    def _handle_failure(self, error: CheckpointError, last: bool) -> None:
+        self.last_step = 0  # a stop request at this step saves again
         if last or self.config.on_save_error == "stop":
             raise error
         if state.is_main():
-            log.warning(f"{error}\n  the run goes on without it (checkpoint.on_save_error)")
+            log.warning(f"{error}\n  the run continues without it (checkpoint.on_save_error)")
 
     def _export(self, checkpoint: Path) -> None:
-        """On rank 0, in a process of its own: a conversion has another layout than the run. A failure is a warning, the
-        checkpoint is there.
+        """Exports on rank 0, in a separate process, since a conversion needs another layout than the run. A failure is
+        only a warning: the checkpoint exists.
         """
         target = self.run_dir / "hf" / checkpoint.name
         if not state.is_main() or target.exists():
@@ -131,6 +129,6 @@ class Saver:
         done = subprocess.run([sys.executable, "-m", "mrlhf.export", str(checkpoint), str(target)], env=environment,
                               capture_output=True, text=True, check=False)
         if done.returncode:
-            log.warning(f"no HF export of {checkpoint}: {done.stderr.strip()[-2000:]}")
+            log.warning(f"the HF export of {checkpoint} failed: {done.stderr.strip()[-2000:]}")
         else:
             log.info(f"HF export: {target}")

@@ -21,8 +21,8 @@ from mrlhf.models.reshard_plan import make_planner
 from mrlhf.parallel import reshard, state
 from mrlhf.parallel.state import Layout
 from mrlhf.training import preflight
+from mrlhf.training.batches import make_order
 from mrlhf.training.resume import check_resume
-from mrlhf.training.row_order import make_order
 
 
 def main(config: StageConfig) -> None:

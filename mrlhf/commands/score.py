@@ -25,10 +25,9 @@ from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.errors import CheckpointError, ConfigError, Problems
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import device, state
-from mrlhf.training.batch_plan import make_batch_plan
+from mrlhf.training.batches import make_batch_plan
 from mrlhf.training.preflight import open_data
-from mrlhf.training.scoring import score_micro_batches
-from mrlhf.training.trainer import Model
+from mrlhf.training.trainer import Model, score_micro_batches
 
 Results = dict[int, Any]  # sample index -> float32 log-probs [T - 1], or a score
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def token_logprobs(model: Model, batches: list[MicroBatch], *, temperature: floa
 
     outputs = model.forward(batches, per_token, channels=1)
     pairs = zip(batches, outputs, strict=True)
-    return [[logps_T[:-1] for logps_T in batch.split(logps_1BT[0].cpu())] for batch, logps_1BT in pairs]
+    return [[logps_T[:-1] for logps_T in batch.per_sample(logps_1BT[0].cpu())] for batch, logps_1BT in pairs]
 
 
 def _score_slices(config: ScoreStage, model: Model, loader: Loader) -> Iterator[Results]:

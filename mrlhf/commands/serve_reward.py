@@ -30,8 +30,7 @@ from mrlhf.errors import CheckpointError, ConfigError, Problems
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import device, state
 from mrlhf.rl.rewards.server import RewardServer, is_loopback
-from mrlhf.training.scoring import score_micro_batches
-from mrlhf.training.trainer import Model
+from mrlhf.training.trainer import Model, score_micro_batches
 
 Sequences = list[list[int]]
 _IDLE_S = 60.0  # without work, rank 0 broadcasts an empty batch after this time: else the collective would time out

@@ -100,7 +100,7 @@ def _megatron_outputs(
     by_packing = {}
     for packing in (True, False):
         batch = collate(samples, packing=packing)
-        per_channel = [batch.split(x_BT.cpu()) for x_BT in model.forward([batch], outputs, channels=channels)[0]]
+        per_channel = [batch.per_sample(x_BT.cpu()) for x_BT in model.forward([batch], outputs, channels=channels)[0]]
         by_packing[packing] = [torch.stack(of_sample, dim=-1) for of_sample in zip(*per_channel, strict=True)]
     return by_packing, model.parameters()["output_layer.weight"].cpu() if head == "value" else None
 

@@ -1,9 +1,9 @@
-"""Micro-batches by tokens: which rows of an optimizer step go to which data-parallel rank, and in which micro-batch.
+"""Assigns the rows of an optimizer step to data-parallel ranks and micro-batches, by rows or by tokens.
 
-A pure function of the rows' lengths, computed alike on every rank, so that nothing has to be sent. Rows are shared out
-over the ranks by Karmarkar and Karp's largest differencing; each rank then makes micro-batches of at most so many
-tokens, and all ranks equally many of them, as collectives and pipeline schedules need. A row's samples (the two answers
-of a pair) stay together.
+A pure function of the rows' lengths: every rank computes the same result without communication. By tokens, Karmarkar
+and Karp's largest differencing divides the rows over the ranks. Each rank then makes micro-batches of at most
+`max_tokens` tokens, and all ranks make equally many, as collectives and pipeline schedules need. The samples of a row
+(the two answers of a pair) stay together.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from mrlhf.errors import DataError
 
 
 def largest_differencing(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Indices of `costs` (each 0 or more) in `parts` groups of nearly equal sums, the greatest sum first; groups may be
-    empty.
+    """Divides the indices of `costs` (each >= 0) into `parts` groups of nearly equal sums, in descending order of sums.
 
-    Every item starts as a solution of its own: it alone, and parts - 1 empty groups. The two solutions with the largest
-    spread (greatest minus least sum) are laid over each other, the greatest sum of one on the least of the other, until
-    one is left. Its spread is at most the largest cost. Cost: O(n log n) and at most n x parts additions; equal input
-    gives equal output.
+    Groups may be empty. Every item starts as one solution: a group of this item and parts - 1 empty groups. The
+    algorithm joins the two solutions with the largest spread (largest minus smallest sum), the largest group of one
+    with the smallest of the other, until one solution is left. Its spread is at most the largest cost. Complexity:
+    O(n log n), and at most n x parts additions. Deterministic.
     """
-    Groups = list[tuple[int, list[int]]]  # (sum, indices), descending; empty groups are left out
+    Groups = list[tuple[int, list[int]]]  # (sum, indices), descending, without empty groups
 
     def spread(groups: Groups) -> int:
         return groups[0][0] - (groups[-1][0] if len(groups) == parts else 0)
@@ -37,7 +36,7 @@ def largest_differencing(costs: Sequence[int], parts: int) -> list[list[int]]:
     number = len(solutions)
     while len(solutions) > 1:
         a, b = heapq.heappop(solutions)[2], heapq.heappop(solutions)[2]
-        free = parts - len(b)  # so many of a's groups meet an empty one of b
+        free = parts - len(b)  # as many groups of a join an empty group of b
         met = max(0, len(a) - free)
         joined = [(x + y, i + j) for (x, i), (y, j) in zip(a[free:], reversed(b), strict=False)]
         groups = sorted([*a[:free], *joined, *b[: len(b) - met]], key=lambda group: (-group[0], group[1]))
@@ -49,13 +48,12 @@ def largest_differencing(costs: Sequence[int], parts: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a data-parallel rank turns rows into micro-batches. Made once for a layout (training/batch_plan.py), then
-    passed around.
+    """How a data-parallel rank makes micro-batches of rows. training/batches.py makes it for a layout.
 
-    packing: a micro-batch is one row of whole samples; otherwise a row per sample, padded on `padding_side` to the
-    longest. micro_batch_size: rows of a micro-batch. max_tokens: tokens of a micro-batch with its padding, instead of
-    micro_batch_size. pad_multiple: T is a multiple of it (context and sequence parallelism cut rows).
-    micro_batch_multiple: the number of micro-batches of a forward pass is a multiple of it (interleaved pipelines).
+    packing: a micro-batch is one row of whole samples; otherwise it has a row per sample, padded on `padding_side` to
+    the longest. micro_batch_size: rows of a micro-batch. max_tokens: replaces micro_batch_size by a limit on the tokens
+    of a micro-batch, with padding. pad_multiple: T is a multiple of it (context and sequence parallelism split rows).
+    micro_batch_multiple: a forward pass has a multiple of so many micro-batches (interleaved pipelines).
     """
 
     packing: bool
@@ -74,11 +72,11 @@ class BatchPlan:
         return rows * self.dp_size * self.micro_batch_multiple
 
     def split(self, rows: Sequence[int], lengths_of: Callable[[int], Sequence[int]]) -> list[list[int]]:
-        """The rows of every micro-batch of this rank, -1 for a filler.
+        """The rows of each of this rank's micro-batches, -1 for a filler.
 
-        With `max_tokens` by `split_by_tokens`, without the fillers among `rows`; else `micro_batch_size` rows each, in
-        the order of `rows`, whose number is then a multiple of micro_batch_size x dp_size. lengths_of(row): token
-        lengths of the row's samples.
+        With `max_tokens`, `split_by_tokens` divides the rows and ignores fillers among them. Otherwise each micro-batch
+        has `micro_batch_size` rows in the order of `rows`, and their number must be a multiple of micro_batch_size x
+        dp_size. lengths_of(row): token lengths of the row's samples.
         """
         if self.max_tokens is not None:
             real = [row for row in rows if row >= 0]
@@ -91,32 +89,29 @@ class BatchPlan:
 
 
 def split_by_tokens(rows: Sequence[Sequence[int]], plan: BatchPlan, *, max_tokens: int) -> list[list[list[int]]]:
-    """Micro-batches of every rank, each a list of indices into `rows`; all ranks get equally many, a multiple of
+    """The micro-batches of every rank, as lists of indices into `rows`. All ranks get equally many, a multiple of
     `micro_batch_multiple`.
 
-    rows: token lengths of each row's samples. A micro-batch has at most `max_tokens` tokens with its padding: packed
-    the sum of its lengths, padded the number of its samples x the longest, either rounded up to `pad_multiple`. A rank
-    that runs out of rows gets micro-batches without any: the caller fills them with rows of weight 0. Raises DataError
-    where a row alone has more tokens.
+    rows: token lengths of each row's samples. A micro-batch has at most `max_tokens` tokens with padding: packed, the
+    sum of its lengths; padded, the number of its samples x the longest; each rounded up to `pad_multiple`. Micro-
+    batches without rows are possible: the caller fills them with rows of weight 0. Raises DataError for a row that
+    exceeds `max_tokens`.
     """
     costs = [_cost(row, plan.packing, plan.pad_multiple) for row in rows]
     for row, cost in zip(rows, costs, strict=True):
         if cost > max_tokens:
-            samples = ", ".join(map(str, row))
-            raise DataError(
-                f"a row of {cost:,} tokens does not fit in a micro-batch of {max_tokens:,} (samples of {samples})",
-                where="train.max_tokens_per_micro_batch",
-                expected=f"{cost} or more",
-            )
+            samples, limit = ", ".join(map(str, row)), f"{max_tokens:,}"
+            what = f"a row of {cost:,} tokens does not fit in a micro-batch of {limit} (samples of {samples} tokens)"
+            raise DataError(what, where="train.max_tokens_per_micro_batch", expected=f"{cost} or more")
     shares = largest_differencing(costs, plan.dp_size)
     if plan.packing:  # the capacity is the last multiple of pad_multiple below max_tokens
         capacity = max_tokens // plan.pad_multiple * plan.pad_multiple
-        ranks = [_packed([sum(rows[i]) for i in share], share, capacity) for share in shares]
+        ranks = [_pack_rows([sum(rows[i]) for i in share], share, capacity) for share in shares]
     else:
-        ranks = [_padded([(len(rows[i]), costs[i] // len(rows[i])) for i in share], share, max_tokens)
+        ranks = [_group_by_length([(len(rows[i]), costs[i] // len(rows[i])) for i in share], share, max_tokens)
                  for share in shares]
     count = -(-max(map(len, ranks)) // plan.micro_batch_multiple) * plan.micro_batch_multiple
-    return [[sorted(group) for group in _widen(groups, count, costs)] for groups in ranks]
+    return [[sorted(group) for group in _split_to_count(groups, count, costs)] for groups in ranks]
 
 
 def _cost(row: Sequence[int], packing: bool, pad_multiple: int) -> int:
@@ -124,8 +119,8 @@ def _cost(row: Sequence[int], packing: bool, pad_multiple: int) -> int:
     return -(-tokens // pad_multiple) * pad_multiple * (1 if packing else len(row))
 
 
-def _packed(costs: list[int], places: list[int], capacity: int) -> list[list[int]]:
-    """As few groups as best-fit-decreasing needs, made equal where they can be."""
+def _pack_rows(costs: list[int], places: list[int], capacity: int) -> list[list[int]]:
+    """Groups of at most `capacity`: as many as best-fit decreasing needs, of nearly equal sums if that is possible."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, bin), ascending
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -141,10 +136,8 @@ def _packed(costs: list[int], places: list[int], capacity: int) -> list[list[int
     return [[places[i] for i in group] for group in equal]
 
 
-def _padded(shapes: list[tuple[int, int]], places: list[int], capacity: int) -> list[list[int]]:
-    """Rows of similar length together: the fewest groups, cut from the longest row on. shapes: (samples, width) of each
-    row.
-    """
+def _group_by_length(shapes: list[tuple[int, int]], places: list[int], capacity: int) -> list[list[int]]:
+    """The fewest groups of rows of similar length, from the longest row on. shapes: (samples, width) of each row."""
     groups: list[list[int]] = []
     width = samples = 0
     for i in sorted(range(len(shapes)), key=lambda i: -shapes[i][1]):
@@ -156,8 +149,8 @@ def _padded(shapes: list[tuple[int, int]], places: list[int], capacity: int) -> 
     return groups
 
 
-def _widen(groups: list[list[int]], count: int, costs: list[int]) -> list[list[int]]:
-    """`count` groups: the costliest that has two rows is halved, then empty ones are added."""
+def _split_to_count(groups: list[list[int]], count: int, costs: list[int]) -> list[list[int]]:
+    """Makes `count` groups: halves the costliest group of several rows repeatedly, then adds empty groups."""
     groups = [group for group in groups if group]
     while len(groups) < count:
         divisible = [group for group in groups if len(group) > 1]

@@ -1,9 +1,9 @@
-"""Samples -> micro-batches, packed or padded. Which rows they are is order.py's matter.
+"""Samples -> micro-batches, packed or padded. order.py decides which rows a step reads.
 
 Legend: B rows, T tokens of a row, N samples of the micro-batch, P pairs.
-Packed: one row [1, T] of all samples and cu_seqlens; unpacked: a row a sample. Either way a sample is found
-by `segments_BT` (its number at each of its tokens, N at padding) and `last_N` (flat index of its last token),
-so that a loss is written once for both.
+Packed: one row [1, T] of all samples, and cu_seqlens. Unpacked: one row per sample. In both, `segments_BT` (a sample's
+number at each of its tokens, N at padding) and `last_N` (flat index of its last token) locate a sample, so one loss
+serves both.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from mrlhf.data.blend import Blend, Dataset, rows_of
 
 @dataclass(frozen=True)
 class Sample:
-    """`mask[t]` = 1 where token t is trained; `index` in the dataset; weight: what it counts in the loss, 0 = a filler
-    that counts nowhere.
-    """
+    """mask[t]: 1 if token t is trained. index: in the data set. weight: in the loss; 0 marks a filler."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -32,7 +30,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Position t predicts `targets_BT[t]` (the next token of the same sample) and counts by `mask_BT[t]`."""
+    """Position t predicts `targets_BT[t]` (the next token of the same sample) with the weight `mask_BT[t]`."""
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
@@ -45,13 +43,13 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
     attention_mask: torch.Tensor | None
-    place_BT: torch.Tensor | None = None  # rollouts: which token of its answer a position predicts
-    # a context-parallel rank's part: the [B, T] fields hold tokens first .. first + T of every row, and last_N is -1
-    # where the sample ends on another rank; cu_seqlens and attention_mask stay those of the whole rows; over_ranks sums
-    # over the ranks, with gradient
+    place_BT: torch.Tensor | None = None  # rollouts: index, in its answer, of the token that a position predicts
+    # A context-parallel rank's part: the [B, T] fields hold tokens first .. first + T of every row, and last_N is -1 if
+    # the sample ends on another rank. cu_seqlens and attention_mask describe whole rows. over_ranks sums over the
+    # ranks, with gradient.
     first: int = 0
     over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ptx: bool = False  # of the pretraining data that is mixed into an update of PPO's actor
+    ptx: bool = False  # holds pretraining data, mixed into an update of PPO's actor
 
     @property
     def num_samples(self) -> int:
@@ -64,28 +62,28 @@ class MicroBatch:
         return replace(self, **moved)
 
     def sum_N(self, x_BT: torch.Tensor) -> torch.Tensor:
-        """Sum over each sample's tokens, on whatever context-parallel rank they are: [N]."""
+        """Sum over each sample's tokens on all context-parallel ranks: [N]."""
         out = torch.zeros(self.num_samples + 1, dtype=x_BT.dtype, device=x_BT.device)
         out = out.index_add(0, self.segments_BT.reshape(-1), x_BT.reshape(-1))[:-1]
         return out if self.over_ranks is None else self.over_ranks(out)
 
     def last(self, x_BT: torch.Tensor) -> torch.Tensor:
-        """The value at each sample's last token, on whatever context-parallel rank it is: [N]."""
+        """The value at each sample's last token, from the context-parallel rank that holds it: [N]."""
         if self.over_ranks is None:
             return x_BT.reshape(-1)[self.last_N]
         return self.over_ranks(torch.where(self.last_N >= 0, x_BT.reshape(-1)[self.last_N.clamp(min=0)], 0.0))
 
-    def split(self, x_BT: torch.Tensor) -> list[torch.Tensor]:
-        """Each sample's own values, first token first."""
+    def per_sample(self, x_BT: torch.Tensor) -> list[torch.Tensor]:
+        """The values of each sample, one tensor [tokens] per sample."""
         flat = x_BT.reshape(-1)
         return [flat[last - length + 1 : last + 1]
                 for last, length in zip(self.last_N.tolist(), self.lengths, strict=True)]
 
 
 def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padding_side: str = "right") -> MicroBatch:
-    """One micro-batch. `pad_multiple`: T becomes a multiple of it (context and sequence parallelism cut rows).
+    """Makes one micro-batch. pad_multiple: T is a multiple of it (context and sequence parallelism split rows).
 
-    Padding of a pack is a sample of its own to the attention. Left-padded rows get an attention mask.
+    Attention treats the padding of a pack as a separate sample. Left-padded rows get an attention mask.
     """
     lengths = [len(s.tokens) for s in samples]
     n = len(samples)
@@ -114,11 +112,9 @@ def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padd
         max_seqlen = int((cu[1:] - cu[:-1]).max())
     elif padding_side == "left":
         real = torch.from_numpy(segments.reshape(rows, width) < n)
-        # a padding query looks at itself, or its softmax would have nothing to sum over
-        may_look = (real[:, None, :] & torch.ones(width, width, dtype=torch.bool).tril()) | torch.eye(
-            width, dtype=torch.bool
-        )
-        attention_mask = ~may_look[:, None]
+        # a padding query attends to itself, since a softmax over no key is NaN
+        causal, itself = torch.ones(width, width, dtype=torch.bool).tril(), torch.eye(width, dtype=torch.bool)
+        attention_mask = ~((real[:, None, :] & causal) | itself)[:, None]
     shape = (rows, width)
     return MicroBatch(
         tokens_BT=torch.from_numpy(tokens.reshape(shape)), targets_BT=torch.from_numpy(targets.reshape(shape)),
@@ -131,9 +127,7 @@ def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padd
 
 
 class Loader:
-    """Micro-batches of this data-parallel rank, by a BatchPlan. A row is a pack, or a sample (a pair for preference
-    data).
-    """
+    """Makes this data-parallel rank's micro-batches by a BatchPlan. A row is a pack, a pair or a sample."""
 
     def __init__(self, dataset: Dataset, plan: BatchPlan) -> None:
         self.dataset, self.plan = dataset, plan
@@ -144,7 +138,7 @@ class Loader:
         return rows_of(self.dataset, packing=self.plan.packing)
 
     def samples(self, row: int) -> list[Sample]:
-        """Of one row; row -1 is a filler: the first row with weight 0. Prompts have no mask: nothing is trained."""
+        """The samples of a row. Row -1 is a filler: the first row with weight 0."""
         is_real, row = row >= 0, max(row, 0)
         d, first = self.dataset, row * self.group
         samples = d.pack(row) if self.plan.packing else [d.sample(i) for i in range(first, first + self.group)]
@@ -154,7 +148,7 @@ class Loader:
         return self.dataset.loss_weight(i) if isinstance(self.dataset, Blend) else 1.0
 
     def micro_batches(self, rows: list[int]) -> list[MicroBatch]:
-        """This rank's share of a global batch."""
+        """This rank's micro-batches of a global batch."""
         parts = self.plan.split(rows, lambda row: self.dataset.row_lengths(row, packing=self.plan.packing))
         return [self._collate([s for row in part for s in self.samples(row)]) for part in parts]
 
@@ -165,20 +159,20 @@ class Loader:
         return collate(samples, packing=plan.packing, pad_multiple=plan.pad_multiple, padding_side=plan.padding_side)
 
     def pairs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices [P] into the samples of a preference micro-batch: the chosen, the rejected."""
+        """Sample indices [P] of the chosen and the rejected answers of a preference micro-batch."""
         n = torch.arange(batch.num_samples)
         return (n[0::2], n[1::2]) if self.plan.packing else (n[: len(n) // 2], n[len(n) // 2 :])
 
     def margins(self, batch: MicroBatch) -> torch.Tensor | None:
-        """[P] of a preference micro-batch, or None where the data has none."""
+        """The margins [P] of a preference micro-batch; None if the data has none."""
         chosen, _ = self.pairs(batch)
         values = [self.dataset.margin(int(i) // 2) for i in batch.index_N[chosen.to(batch.index_N.device)].tolist()]
         return None if values[0] is None else torch.tensor(values, dtype=torch.float32)
 
     def in_order(self) -> Iterator[list[int]]:
-        """Rows of the whole set once, for evaluation and scoring, in slices every rank takes part in."""
+        """All rows once, for evaluation and scoring, in slices that give every rank equally many micro-batches."""
         unit = self.plan.rows_per_slice
-        if self.plan.max_tokens is not None:  # a few micro-batches at a time, so that rows of similar length meet
+        if self.plan.max_tokens is not None:  # several micro-batches per slice, to group rows by length
             unit *= max(1, 4 * self.plan.max_tokens * self.num_rows // self.dataset.num_tokens)
         for at in range(0, self.num_rows, unit):
             rows = list(range(at, min(at + unit, self.num_rows)))

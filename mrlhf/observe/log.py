@@ -1,8 +1,8 @@
-"""Where log records go: what a run says on stdout as bare lines of rank 0, warnings on stderr.
+"""Where log records go: information on stdout as bare lines of rank 0, warnings on stderr.
 
-Modules use `logging.getLogger(__name__)`. INFO and DEBUG are shown by rank 0 alone, WARNING and above by whichever rank
-logs them. Nothing is set up on import: the command line calls `set_up`, and a library user may configure the logger
-"mrlhf" as any other.
+Modules use `logging.getLogger(__name__)`. Rank 0 alone shows INFO and DEBUG; every rank shows its WARNING and above.
+Importing this module sets up nothing: the command line calls `set_up`, and a library user configures the logger
+"mrlhf" like any other.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import sys
 
 
 class _Console(logging.Handler):
-    """Writes to what sys.stdout and sys.stderr are at that moment, flushed: the lines land in SLURM logs in their
-    order.
-    """
+    """Writes to the current sys.stdout or sys.stderr and flushes, so that SLURM logs keep the order of the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
@@ -26,7 +24,7 @@ class _Console(logging.Handler):
 
 
 def set_up() -> None:
-    """Once a process, however often it is called."""
+    """Adds the console handler to the logger "mrlhf". Further calls do nothing."""
     logger = logging.getLogger("mrlhf")
     if not any(isinstance(handler, _Console) for handler in logger.handlers):
         logger.addHandler(_Console())

@@ -108,7 +108,8 @@ def split_world(generators: int, *, timeout_minutes: float, silence_s: float) ->
     if rank == 0:
         store.set("watch", uuid.uuid4().hex)
     attempt = store.get("watch").decode()
-    watch.start(attempt=attempt, silence_s=silence_s, behind_s=54 * timeout_minutes, rank=rank, world=world, side=side)
+    watch.start_watch(attempt=attempt, silence_s=silence_s, behind_s=54 * timeout_minutes, rank=rank, world=world,
+                      side=side)
     control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, world, _FOR_EVER)
     group = dist.ProcessGroupNCCL if here.is_cuda else dist.ProcessGroupGloo
     weights = group(dist.PrefixStore("weights", store), rank, world, timeout)

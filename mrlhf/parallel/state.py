@@ -247,7 +247,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
         name = [uuid.uuid4().hex]
         dist.broadcast_object_list(name, src=0)
         # 54 s a minute: before the collective's own time-out, whose error names no rank
-        watch.start(attempt=name[0], silence_s=parallel.silence_seconds, behind_s=54 * parallel.timeout_minutes)
+        watch.start_watch(attempt=name[0], silence_s=parallel.silence_seconds, behind_s=54 * parallel.timeout_minutes)
     return _groups.layout
 
 
@@ -259,7 +259,7 @@ def shutdown() -> None:
     """
     if dist.is_initialized():
         dist.barrier()
-    watch.stop()
+    watch.stop_watch()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,15 +1,16 @@
-"""Ranks watch each other: one that gives no sign of life, or does not get on, ends the run on all ranks, with its name.
+"""Ranks watch each other. When a rank is lost or hangs, all ranks end with an error that names it.
 
-A thread of every rank writes its rank's sign (a counter, the phase of the main thread) to torch's store and reads that
-of the next rank, in a ring: a read and a write a rank and period, whatever the world's size. The store is that of the
-rendezvous, outside of the ranks under torchrun. What the thread can see and a collective's time-out cannot: which rank
-it is, what it was doing, and ranks that wait without any time-out (vLLM's shared memory on CPU).
+A thread on every rank writes its rank's sign (a counter, the phase of the main thread) to torch's store and reads the
+sign of the next rank, in a ring: one read and one write per rank and period, whatever the world size. Under torchrun
+the store belongs to the rendezvous, outside of the ranks. A collective's time-out does not tell which rank is lost or
+what it was doing, and it misses ranks that wait without a time-out (vLLM's shared memory on CPU). The thread sees all
+three.
 
-  silent     no new sign for `silence_s`: killed, stopped (SIGSTOP), or its machine is gone
-  behind     its sign goes on, but it is in an earlier phase than its neighbour for `behind_s`: the main thread hangs
+  silent     no new sign for `silence_s`: the rank was killed or stopped (SIGSTOP), or its machine is gone
+  behind     new signs, but for `behind_s` an earlier phase than its neighbour's: the main thread hangs
 
-A rank that stops being watched before the others (generating ranks, when the trainer still saves) says so: it has left,
-and is not missed.
+A rank that ends before the others (a generating rank, while the trainer still saves) sets `left` in its last sign, and
+its neighbour stops watching it.
 """
 
 from __future__ import annotations
@@ -29,46 +30,42 @@ from typing import Any
 
 import torch.distributed as dist
 
-EXIT_STATUS = 70  # of every rank, when one hangs
+EXIT_STATUS = 70  # every rank exits with it when one rank is lost or hangs
 
 
 class Watch:
-    """Of this rank. `phase` is called by the main thread, alike on all ranks; everything else happens in the thread.
+    """Watches the next rank, in a thread. The main thread calls `set_phase`, in the same order on all ranks.
 
-    store: any that all ranks share; the thread needs a connection of its own, as the main one may wait in it.
+    store: shared by all ranks. The thread needs its own connection, since the main thread may block in another one.
     """
 
     def __init__(
         self, store: dist.Store, *, rank: int, world: int, silence_s: float, behind_s: float, side: str = ""
     ) -> None:
-        """side: the phases of ranks are compared within one only."""
+        """side: only ranks of the same side have comparable phases."""
         self.store, self.rank, self.world = dist.PrefixStore("mrlhf/watch", store), rank, world
         self.silence_s, self.behind_s, self.side = silence_s, behind_s, side
-        self.directory: Path | None = None  # where stacks are written, from when it is known
+        self.directory: Path | None = None  # for the stacks, once the run's directory is known
         self._phase = (0, "start-up")
-        self._since = time.monotonic()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch_next_rank, name="watch", daemon=True)
         self._thread.start()
 
-    def phase(self, name: str) -> None:
-        """The main thread begins `name`. The order of phases is the same on all ranks."""
+    def set_phase(self, name: str) -> None:
+        """The main thread enters `name`. The order of phases is the same on all ranks."""
         self._phase = (self._phase[0] + 1, name)
-        self._since = time.monotonic()
 
-    def stop(self) -> None:
-        """Before an orderly end: the others may leave at any time from now on. Not collective."""
+    def stop_watch(self) -> None:
+        """Ends the watch in an orderly way: from now on the other ranks may leave at any time. Not collective."""
         self._stopped.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
         if self.side:
-            with contextlib.suppress(dist.DistError):  # torchrun has gone too
+            with contextlib.suppress(dist.DistError):  # torchrun has ended too
                 self.store.set(f"sign {self.rank}", self._sign(-1))
 
-    def leave(self) -> None:
-        """At Python's end, where nobody has called `stop`. The thread may wait for a machine that is out of reach: the
-        end does not.
-        """
+    def end_thread(self) -> None:
+        """Ends the thread at Python's exit. Waits at most 2 s, since the thread may wait for an unreachable machine."""
         self._stopped.set()
         self._thread.join(2.0)
 
@@ -76,7 +73,7 @@ class Watch:
         who = {"side": self.side, "host": socket.gethostname(), "pid": os.getpid()}
         return json.dumps({"beats": beats, "phase": self._phase, "left": self._stopped.is_set(), **who})
 
-    def _run(self) -> None:
+    def _watch_next_rank(self) -> None:
         other, beats = (self.rank + 1) % self.world, 0
         period = min(5.0, self.silence_s / 5)
         last, last_new, behind_since = "", time.monotonic(), None
@@ -84,30 +81,31 @@ class Watch:
             try:
                 self.store.set(f"sign {self.rank}", self._sign(beats))
                 if self.store.check(["verdict"]):
-                    self._end(self.store.get("verdict").decode(), told=True)
+                    self._end_process(self.store.get("verdict").decode(), reported=True)
                 sign = self.store.get(f"sign {other}").decode() if self.store.check([f"sign {other}"]) else ""
             except dist.DistError as error:
                 if self._stopped.is_set():
                     return
-                self._end(f"the rendezvous of torchrun does not answer any more ({str(error).splitlines()[0]})",
-                          told=False)
+                self._end_process(f"the rendezvous of torchrun does not answer any more ({str(error).splitlines()[0]})",
+                                  reported=False)
             beats, now = beats + 1, time.monotonic()
             seen: dict[str, Any] = json.loads(sign) if sign else {"phase": (0, ""), "side": None, "left": False}
             if sign != last or seen["left"]:
                 last, last_new = sign, now
             if now - last_new > self.silence_s:
-                self._accuse(last, f"has given no sign of life for {now - last_new:.0f} s")
-            # ahead of the neighbour: only then is the neighbour the one that others wait for
+                self._report_next_rank(last, f"has given no sign of life for {now - last_new:.0f} s")
+            # Other ranks wait for the neighbour only if it is in an earlier phase than this rank.
             if seen["side"] == self.side and not seen["left"] and seen["phase"][0] < self._phase[0]:
                 behind_since = now if behind_since is None else behind_since
             else:
                 behind_since = None
             if behind_since is not None and now - behind_since > self.behind_s:
                 waited = f"has waited for it in '{self._phase[1]}' for {now - behind_since:.0f} s"
-                self._accuse(last, f"does not get on: rank {self.rank} {waited}")
+                self._report_next_rank(last, f"makes no progress: rank {self.rank} {waited}")
             self._stopped.wait(period)
 
-    def _accuse(self, sign: str, what: str) -> None:
+    def _report_next_rank(self, sign: str, what: str) -> None:
+        """Ends this process, and all others by the verdict in the store. The first rank's verdict counts."""
         unknown = {"host": "?", "pid": "?", "phase": (0, "start-up")}
         who, rank = json.loads(sign) if sign else unknown, (self.rank + 1) % self.world
         text = f"rank {rank} ({who['host']}, pid {who['pid']}) {what}; it was in '{who['phase'][1]}'"
@@ -115,10 +113,10 @@ class Watch:
             verdict = self.store.compare_set("verdict", "", text).decode()
         except dist.DistError:
             verdict = text
-        self._end(verdict, told=verdict != text)
+        self._end_process(verdict, reported=verdict != text)
 
-    def _end(self, verdict: str, *, told: bool) -> None:
-        """Leaves without the main thread, which may wait for ever. `told`: another rank prints it."""
+    def _end_process(self, verdict: str, *, reported: bool) -> None:
+        """Exits without the main thread, which may wait for ever. reported: another rank prints the verdict."""
         where = ""
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -126,12 +124,12 @@ class Watch:
             with file.open("w") as f:
                 faulthandler.dump_traceback(f, all_threads=True)
             where = f"\n  where every rank was: {self.directory}/stacks_rank_*.txt"
-        if not told:
+        if not reported:
             bar = "=" * 100
             keys = "parallel.silence_seconds, parallel.timeout_minutes"
             fix = "look at that rank's machine; the same command resumes from the last checkpoint"
-            text = f"RankProblem: {verdict}; all ranks end here ({keys}){where}\n  fix:      {fix}"
-            sys.stderr.write(f"{bar}\n{text}\n{bar}\n")
+            problem = f"RankProblem: {verdict}; all ranks end here ({keys}){where}"
+            sys.stderr.write(f"{bar}\n{problem}\n  fix:      {fix}\n{bar}\n")
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(EXIT_STATUS)
@@ -140,11 +138,13 @@ class Watch:
 _current: Watch | None = None
 
 
-def start(*, attempt: str, silence_s: float, behind_s: float, rank: int | None = None, world: int | None = None,
-          side: str = "") -> None:
-    """After init_process_group, in a world of more than one rank; once. The connection is to torchrun's own store;
-    attempt: a name that no earlier ranks have used in it. rank, world: torchrun's, where they are not
-    torch.distributed's."""
+def start_watch(*, attempt: str, silence_s: float, behind_s: float, rank: int | None = None, world: int | None = None,
+                side: str = "") -> None:
+    """Starts this process's watch, after init_process_group in a world of several ranks. Further calls do nothing.
+
+    It connects to torchrun's own store. attempt: a name that no earlier attempt used in this store. rank, world: those
+    of torchrun, if they differ from torch.distributed's.
+    """
     global _current
     if _current is not None:
         return
@@ -153,24 +153,25 @@ def start(*, attempt: str, silence_s: float, behind_s: float, rank: int | None =
     rank, world = dist.get_rank() if rank is None else rank, dist.get_world_size() if world is None else world
     _current = Watch(dist.PrefixStore(attempt, store), rank=rank, world=world, silence_s=silence_s, behind_s=behind_s,
                      side=side)
-    # A thread that returns from the store's C++ code while Python ends would abort the process.
-    atexit.register(_current.leave)
+    # A thread that returns from the store's C++ code while Python shuts down would abort the process.
+    atexit.register(_current.end_thread)
 
 
-def phase(name: str) -> None:
-    """Says what the main thread does now; nothing in a world of one."""
+def set_phase(name: str) -> None:
+    """The main thread enters `name`. Does nothing in a world of one rank."""
     if _current is not None:
-        _current.phase(name)
+        _current.set_phase(name)
 
 
-def log_to(directory: Path) -> None:
-    """Where the stacks of all ranks are written when one hangs."""
+def write_stacks_to(directory: Path) -> None:
+    """Sets the directory for the stacks that all ranks write when one hangs."""
     if _current is not None:
         _current.directory = directory
 
 
-def stop() -> None:
+def stop_watch() -> None:
+    """Ends this process's watch; see `Watch.stop_watch`."""
     global _current
     if _current is not None:
-        _current.stop()
+        _current.stop_watch()
         _current = None

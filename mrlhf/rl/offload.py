@@ -1,4 +1,4 @@
-"""What the device need not hold in every phase of a PPO step."""
+"""Moves models, gradients and optimizer state to the host in the phases of a PPO step that do not use them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from mrlhf.training.trainer import Model, Trainer
 
 
 class Offload:
-    """Keeps on the host what `offload` names, but for the phases that use it.
+    """Keeps the tensors that `offload.*` names on the host, except in the phases that use them.
 
-    trainers and frozen: by role (actor, critic; reference, and reward models under any other name).
+    trainers, frozen: models by role. Trainers are "actor" and "critic"; frozen models are "reference" and, under any
+    other name, reward models.
     """
 
     def __init__(self, config: OffloadConfig, *, trainers: Mapping[str, Trainer], frozen: Mapping[str, Model]) -> None:
@@ -35,20 +36,20 @@ class Offload:
                     parking.park(model.tensors(kind))
 
     def park_all(self) -> None:
-        """Before the first step; what is away already stays there."""
+        """Moves every role to the host. Tensors on the host already stay there."""
         self._park(self.parked)
         if device.current().is_cuda and any(self.parked.values()):
-            torch.cuda.empty_cache()  # for vLLM, whose memory is outside of torch's cache
+            torch.cuda.empty_cache()  # vLLM allocates outside of torch's cache
 
     def fetch(self, *roles: str) -> None:
-        """These are on the device until the next `park_all`; roles that do not exist in this run need nothing."""
+        """Brings these roles to the device until the next `park_all`. Ignores roles that this run does not have."""
         for role in roles:
             for parking, _, _ in self.parked.get(role, []):
                 parking.fetch()
 
     @contextlib.contextmanager
     def using(self, *roles: str) -> Iterator[None]:
-        """These are on the device inside."""
+        """These roles are on the device inside the `with`."""
         self.fetch(*roles)
         yield
         self._park(role for role in roles if role in self.parked)

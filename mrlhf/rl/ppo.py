@@ -1,7 +1,7 @@
-"""PPO and its critic-free relatives: actor, critic, reference and reward models on Megatron, vLLM in the same ranks or
-in others.
+"""PPO and its critic-free relatives: actor, critic, reference and reward models on Megatron, vLLM on the same ranks or
+on separate ones.
 
-A step (semantics of every number: docs/rl.md):
+A step (docs/rl.md defines every number):
     generate -> score -> log-probs -> values -> advantages -> update critic -> update actor -> reshard
 Legend: B answers of a rollout, A tokens of the longest answer.
 """
@@ -35,10 +35,10 @@ from mrlhf.rl.rollout.remote import RemoteSampler, run_generator, start_generato
 from mrlhf.rl.rollout.sampler import Sampler
 from mrlhf.rl.rollout.tables import Rollout
 from mrlhf.rl.rollout.vllm_engine import Sampling
-from mrlhf.rl.rollout_metrics import Tables, mismatch_warning, rollout_metrics
+from mrlhf.rl.rollout_metrics import Tables, answers_as_text, mismatch_warning, rollout_metrics
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
-from mrlhf.training.batch_plan import training_batch_plan
+from mrlhf.training.batches import training_batch_plan
 from mrlhf.training.preflight import RunInputs
 from mrlhf.training.resume import check_resume
 from mrlhf.training.run import Run
@@ -47,10 +47,10 @@ from mrlhf.training.trainer import LossFn, Trainer
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
-AHEAD = "ahead.bin"  # in a checkpoint: answers of the next rollout, where they were made ahead
+PENDING_ANSWERS = "ahead.bin"  # in a checkpoint: answers to the next rollout's prompts that no step has used
 PHASES = ("gen", "reward", "logprobs", "values", "adv", "update_critic", "update_actor", "reshard")  # timed
 CRITIC_METRICS = ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "moe_z_loss")
-# Rounding between the pass that gave the old log-probs and the training pass, no change of the policy.
+# Rounding differences between the pass for the old log-probs and the training pass; the policy is the same.
 _FIRST_RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 
 
@@ -67,7 +67,7 @@ def main(config: PPOStage) -> int:
         before = run.sampling_state()
         try:
             metrics, samples = run.step(step)
-        except Interrupted:  # the run is to stop, and only the rollout was under way: it is drawn again from its seeds
+        except Interrupted:  # only the rollout was in progress: the resumed run draws it again from its seeds
             run.restore_sampling_state(before)
             run.stop_after(step - 1)
             continue
@@ -80,7 +80,7 @@ def main(config: PPOStage) -> int:
 
 
 def make_bridge(config: PPOStage) -> Bridge | None:
-    """Starts torch.distributed where generation has ranks of its own."""
+    """With separate generating ranks: starts torch.distributed and connects both sides. Else None."""
     if config.rollout.num_ranks is None:
         return None
     parallel = config.parallel
@@ -89,12 +89,12 @@ def make_bridge(config: PPOStage) -> Bridge | None:
 
 
 class PPO(Run):
-    """A run with its models, sampler and rewards; `step` is one rollout and its updates."""
+    """A run with its models, sampler and rewards. `step` does one rollout and its updates."""
 
     config: PPOStage
 
     def __init__(self, config: PPOStage, inputs: RunInputs, bridge: Bridge | None, *, began: float) -> None:
-        """bridge: to the ranks that generate, where they are others."""
+        """bridge: the connection to separate generating ranks, if there are any."""
         layout = state.initialize(config.parallel, seed=config.train.seed)
         self.prompts, self.bridge = Prompts(config, inputs.train), bridge
         store = None if bridge is None else bridge.store
@@ -106,10 +106,9 @@ class PPO(Run):
         with self.phase("build"):
             self._build()
         tp, ranks = config.rollout.tensor_parallel_size, config.rollout.num_ranks
-        where = "" if ranks is None else f" on {ranks} ranks of their own"
-        log.info(
-            f"vLLM: {(ranks or layout.world) // tp} replica(s) of tensor parallel {tp}{where}; {self.sampler.memory}"
-        )
+        where = "" if ranks is None else f" on {ranks} separate ranks"
+        replicas = (ranks or layout.world) // tp
+        log.info(f"vLLM: {replicas} replica(s) of tensor parallel {tp}{where}; {self.sampler.memory}")
         for line in reshard.traffic_summary(self.sampler.bytes_of_ranks()):
             log.info(line)
         if self.resumed is not None:
@@ -125,6 +124,7 @@ class PPO(Run):
         config, inputs, rollout, seed = self.config, self.inputs, self.config.rollout, self.config.train.seed
         answers, mini_batch = rollout.batch_size * rollout.n, config.train.global_batch_size
         self.updates_per_rollout = config.ppo.epochs * (answers // mini_batch)
+        self.estimator = config.ppo.estimator_row
         self.models = PPOModels(config, inputs, updates=self.total_steps * self.updates_per_rollout)
         kl = config.kl
         self.kl = FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, target=kl.target, horizon=kl.horizon)
@@ -151,7 +151,7 @@ class PPO(Run):
     # ------------------------------------------------------------------ one step
 
     def step(self, step: int) -> tuple[Metrics, list[dict[str, Any]]]:
-        """One rollout and its updates: metrics, and a few samples for the log."""
+        """One rollout and its updates. Returns the metrics, and a few samples for the log."""
         models = self.models
         with self.phase("offload", step):
             self.offload.park_all()
@@ -174,14 +174,14 @@ class PPO(Run):
             models.actor.scheduler.step(increment=self.updates_per_rollout)
         with self.phase("reshard", step):
             metrics |= self.sync_weights()
-        return self.summarize(step, rollout, tables, metrics), self.samples(rollout, tables)
+        samples = answers_as_text(rollout, tables, self.tokenizer.decode, most=self.config.rollout.samples_to_log)
+        return self.step_metrics(step, rollout, tables, metrics), samples
 
     def collect(self, step: int) -> tuple[Rollout, torch.Tensor, Metrics]:
-        """Answers to `rollout.batch_size` prompts, their scores [B], and each source's mean.
+        """Answers to `rollout.batch_size` prompts, their scores [B], and the mean of each reward source.
 
-        With `rollout.dynamic_sampling` groups of equal scores are dropped, and as many further prompts drawn as are
-        then missing, at most `rollout.max_refills` times: the last refill is kept whatever its scores (DAPO, section
-        3.2).
+        `rollout.dynamic_sampling` (DAPO, section 3.2) drops groups of equal scores and draws new prompts in their
+        place, at most `rollout.max_refills` times. It keeps every group of the last refill.
         """
         config, n = self.config.rollout, self.config.rollout.n
         metrics: Metrics = {}
@@ -195,7 +195,7 @@ class PPO(Run):
                 rollout = self.generate(self.inputs.train, prompts, step=step, n=n, sampling=self.sampling, first=drawn)
                 self.sampler.sleep()
             if not refills_left:
-                self.ask_ahead(step + 1)
+                self.request_rollout(step + 1)
             with self.phase("reward", step), self.offload.using(*self.rewards.models):
                 new_B, parts = self.score(rollout)
             for name, mean in parts.items():
@@ -215,33 +215,31 @@ class PPO(Run):
             metrics["rollout/prompts_drawn"] = float(drawn)
             metrics["rollout/groups_dropped"] = float(drawn - config.batch_size)
             metrics["rollout/groups_equal"] = float((~informative_groups(scores_B, group_size=n)).sum())
-            self.ask_ahead(step + 1)
+            self.request_rollout(step + 1)
         if seconds:
             metrics |= {"rollout/staleness": stale / kept.size, "timing_s/generators": seconds}
         return kept, scores_B, metrics
 
-    def generate(
-        self, data: Dataset, rows: list[int], *, step: int, n: int, sampling: Sampling, first: int = 0
-    ) -> Rollout:
-        return self.sampler.generate(*_read(data, rows), n=n, sampling=sampling, step=step, first=first)
+    def generate(self, data: Dataset, rows: list[int], *, step: int, n: int, sampling: Sampling,
+                 first: int = 0) -> Rollout:
+        """`n` answers to each prompt of `rows`. first: the number of the first prompt within rollout `step`."""
+        return self.sampler.generate(*_prompts_and_labels(data, rows), n=n, sampling=sampling, step=step, first=first)
 
-    def ask_ahead(self, step: int) -> None:
-        """Have the answers of rollout `step` made meanwhile, where other ranks generate. Its prompts count as drawn
-        when it is used.
-        """
+    def request_rollout(self, step: int) -> None:
+        """Lets separate generating ranks start rollout `step` now. Its prompts count as drawn when the step uses it."""
         rollout = self.config.rollout
         if rollout.max_staleness and step <= self.total_steps:
-            prompts, labels = _read(self.inputs.train, self.prompts.peek(rollout.batch_size))
+            prompts, labels = _prompts_and_labels(self.inputs.train, self.prompts.peek(rollout.batch_size))
             self.sampler.request_rollout(prompts, labels, n=rollout.n, sampling=self.sampling, step=step)
 
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, Metrics]:
-        """[B] of every answer, and each source's mean."""
+        """The score of every answer [B], and the mean of each reward source."""
         unit = training_batch_plan(self.config, self.models.actor.groups).rows_per_slice
         rows = [*range(rollout.size), *[-1] * (-rollout.size % unit)]
         return self.rewards.score(rollout, self.models.batches(self.models.actor, rollout, rows))
 
     def shape_scores(self, rollout: Rollout, scores_B: torch.Tensor) -> torch.Tensor:
-        """[B]: with the overlong penalty, then scaled. They are clipped later."""
+        """Scores [B] plus the overlong penalty, then scaled. `compute_advantages` clips them."""
         reward, limit = self.config.reward, self.config.rollout.max_new_tokens
         if reward.overlong_buffer:
             buffer, factor = reward.overlong_buffer, reward.overlong_penalty
@@ -250,7 +248,7 @@ class PPO(Run):
 
     def advantages(self, rollout: Rollout, scores_B: torch.Tensor, old_BA: torch.Tensor, entropy_BA: torch.Tensor,
                    ref_BA: torch.Tensor | None, values_BA: torch.Tensor | None) -> tuple[Tables, torch.Tensor]:
-        """Every table of the rollout, and the advantages [B, A] as the policy loss takes them."""
+        """All tables of the rollout, and the advantages [B, A] for the policy loss (whitened if configured)."""
         config, ppo, mask_BA = self.config, self.config.ppo, rollout.mask_BA()
         kl_BA = torch.zeros_like(old_BA)
         if ref_BA is not None:
@@ -262,7 +260,7 @@ class PPO(Run):
         rollout_BA = rollout.rollout_logps_BA()
         tables = Tables(scores_B, mask_BA, rollout_BA, old_BA, entropy_BA, ref_BA, values_BA, rewards_BA, raw_BA,
                         returns_BA)
-        whiten = ppo.whiten_advantages and ppo.estimator_row.whitens
+        whiten = ppo.whiten_advantages and self.estimator.whitens
         return tables, adv.whiten(raw_BA, mask_BA) if whiten else raw_BA
 
     def update_critic(self, step: int, critic: Trainer, rollout: Rollout, tables: Tables) -> Metrics:
@@ -277,11 +275,11 @@ class PPO(Run):
         metrics = self.update(self.models.actor, rollout, loss, step=step, ptx=self.ptx)
         return {f"actor/{name}": value for name, value in metrics.items() if name != "loss"}
 
-    def update(
-        self, trainer: Trainer, rollout: Rollout, loss: LossFn, *, step: int, ptx: Pretraining | None = None
-    ) -> Metrics:
-        """`ppo.epochs` passes over shuffled mini-batches: the updates' means, and the first update's largest |ratio -
-        1|.
+    def update(self, trainer: Trainer, rollout: Rollout, loss: LossFn, *, step: int,
+               ptx: Pretraining | None = None) -> Metrics:
+        """`ppo.epochs` passes over shuffled mini-batches. Returns the metrics' means over the updates.
+
+        ratio_max_dev is the first update's largest |ratio - 1|. Raises FloatingPointError if it exceeds rounding.
         """
         size = self.config.train.global_batch_size
         updates: list[Metrics] = []
@@ -298,23 +296,22 @@ class PPO(Run):
                 updates.append(trainer.step(batches, mixed))
             first = updates[0].get("ratio_max_dev", 0.0)
             if first > _FIRST_RATIO_TOLERANCE[self.config.model.dtype]:
-                raise FloatingPointError(
-                    f"the first ratio of a rollout is off 1 by {first}: training and scoring passes disagree"
-                )
+                raise FloatingPointError(f"a rollout's first ratio differs from 1 by {first}: the training pass and "
+                                         "the pass for the old log-probs disagree")
         means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
         return means | ({"ratio_max_dev": updates[0]["ratio_max_dev"]} if "ratio_max_dev" in means else {})
 
     def sync_weights(self) -> Metrics:
-        """The actor's weights into vLLM. Collective."""
+        """Sends the actor's weights to vLLM. Collective."""
         received, seconds = self.sampler.write_weights(self.models.actor.parameters())
         worst = torch.tensor([received, seconds], dtype=torch.float64, device=device.current().name)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return {"reshard/bytes": float(worst[0]), "reshard/seconds": float(worst[1])}
 
-    # ------------------------------------------------------------------ what is logged
+    # ------------------------------------------------------------------ metrics and evaluation
 
-    def summarize(self, step: int, rollout: Rollout, tables: Tables, metrics: Metrics) -> Metrics:
-        """All metrics of a step. Adapts the KL coefficient, after it was logged."""
+    def step_metrics(self, step: int, rollout: Rollout, tables: Tables, metrics: Metrics) -> Metrics:
+        """All metrics of a step. Adapts the KL coefficient after recording it."""
         phases, config = self.phase.metrics(PHASES), self.config.rollout
         gen_seconds = metrics.get("timing_s/generators", phases["timing_s/gen"])
         with_environment = config.environment is not None
@@ -323,24 +320,10 @@ class PPO(Run):
         metrics |= phases
         corrected = config.correction != "none"
         warning = mismatch_warning(metrics, limit=config.mismatch_warning, corrected=corrected)
-        if warning is not None:
-            log.info(f"step {step}: {warning}")
+        if warning is not None and state.is_main():
+            log.warning(f"step {step}: {warning}")
         self.kl.update(float(tables.kl_B().mean()), rollout.size)
         return metrics
-
-    def samples(self, rollout: Rollout, tables: Tables) -> list[dict[str, Any]]:
-        kl_B = tables.kl_B()
-        return [
-            {
-                "prompt": self.tokenizer.decode(rollout.prompts[b]),
-                "completion": self.tokenizer.decode(rollout.answers[b].tokens),
-                "score": float(tables.scores_B[b]),
-                "kl": float(kl_B[b]),
-                "label": rollout.labels[b],
-                "stopped": rollout.answers[b].stopped,
-            }
-            for b in range(min(self.config.rollout.samples_to_log, rollout.size))
-        ]
 
     def log_step(self, step: int, metrics: Metrics, samples: list[dict[str, Any]]) -> None:
         assert self.tracker is not None
@@ -348,10 +331,10 @@ class PPO(Run):
         self.tracker.samples(step, samples)
 
     def evaluate(self, step: int) -> None:
-        """Greedy answers to every prompt of the evaluation set: their mean score and length."""
+        """Logs mean score and length of greedy answers to every prompt of the evaluation set."""
         assert self.inputs.eval is not None
         greedy, rows = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1), range(self.inputs.eval.num_samples)
-        # where the run is to stop, the step itself is done: it is saved, and the loop ends
+        # a stop request ends the evaluation only: the step is complete, the loop saves it and ends
         with contextlib.suppress(Interrupted), self.phase("evaluate", step):
             rollout = self.generate(self.inputs.eval, list(rows), step=0, n=1, sampling=greedy)
             with self.offload.using(*self.rewards.models):
@@ -362,7 +345,7 @@ class PPO(Run):
     # ------------------------------------------------------------------ checkpoints
 
     def sampling_state(self) -> tuple[int, dict[str, Any]]:
-        """What a rollout changes before the first update."""
+        """The state that a rollout changes before its first update."""
         return self.prompts.drawn, self.running_std.state_dict()
 
     def restore_sampling_state(self, before: tuple[int, dict[str, Any]]) -> None:
@@ -370,9 +353,7 @@ class PPO(Run):
         self.running_std.load_state_dict(before[1])
 
     def save(self, step: int) -> None:
-        """Answer i to prompt p of rollout s is drawn from the seed (train.seed, s, p, i): the manifest needs no more of
-        the sampling.
-        """
+        # The seed of answer i to prompt p of rollout s is (train.seed, s, p, i): the manifest needs no further state.
         with self.phase("save", step):
             self.offload.fetch("actor", "critic")
             content = {
@@ -383,14 +364,12 @@ class PPO(Run):
                 **self.prompts.state(),
             }
             ahead = self.sampler.pending_answers()
-            files = None if ahead is None else {AHEAD: ahead}
+            files = None if ahead is None else {PENDING_ANSWERS: ahead}
             parts = self.models.parts(with_optimizer=self.with_optimizer(step))
             self.write_checkpoint(step, parts, content, files=files)
 
     def _resume(self, source: ModelSource) -> None:
-        """Continue after the rollout of a checkpoint. One that was under way is drawn again from its seeds, or its
-        answers were saved.
-        """
+        """Continues after the checkpoint's step; answers that it holds for the next rollout are not drawn again."""
         manifest, where = source.manifest, str(source.path)
         updates = manifest["step"] * self.updates_per_rollout
         self.models.resume(source.path, updates_done=updates, scheduler=manifest["scheduler"])
@@ -400,12 +379,11 @@ class PPO(Run):
         if self.config.reward.scaling == "running_std":
             self.running_std.load_state_dict(manifest["running_std"])
         restore_randomness(source)
-        ahead, rollout = source.path / AHEAD, self.config.rollout
+        ahead, rollout = source.path / PENDING_ANSWERS, self.config.rollout
         if ahead.is_file() and isinstance(self.sampler, RemoteSampler) and rollout.max_staleness:
-            prompts, labels = _read(self.inputs.train, self.prompts.peek(rollout.batch_size))
-            next_step = manifest["step"] + 1
+            prompts, labels = _prompts_and_labels(self.inputs.train, self.prompts.peek(rollout.batch_size))
             self.sampler.restore_pending(ahead.read_bytes(), prompts, labels, n=rollout.n, sampling=self.sampling,
-                                         step=next_step)
+                                         step=manifest["step"] + 1)
 
     def close(self) -> int:
         if not self.finished:
@@ -416,6 +394,6 @@ class PPO(Run):
         return super().close()
 
 
-def _read(data: Dataset, rows: list[int]) -> tuple[list[list[int]], list[Any]]:
-    """Prompts and labels."""
+def _prompts_and_labels(data: Dataset, rows: list[int]) -> tuple[list[list[int]], list[Any]]:
+    """Token ids and label of the prompts in `rows`."""
     return [data.sample(i)[1].tolist() for i in rows], [data.label(i) for i in rows]

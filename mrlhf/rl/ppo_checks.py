@@ -1,4 +1,4 @@
-"""What can be wrong with a PPO run, found before anything is built."""
+"""Checks a PPO run's configuration, models and data before it builds anything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mrlhf.training import preflight
 
 
 def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfError]]:
-    """The data set of ptx.data: made for sft or for pretrain."""
+    """Opens the data set of ptx.data, which must be made for sft or pretrain. Returns it, and its problems."""
     assert config.ptx.data is not None
     data, problems = preflight.open_data(config.ptx.data, key="ptx.data", task=None, source=source, seq_length=None)
     if data is not None and data.task not in ("sft", "pretrain"):
@@ -29,28 +29,28 @@ def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfErro
 
 
 def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[MrlhfError]:
-    """The critic's layout against its model, and one of its own against the batch."""
+    """Checks the critic's layout against its model, and a separate layout also against the batch."""
     parallel = config.critic_parallel
     if not config.ppo.estimator_row.needs_critic:
         return []
     try:
         spec = critic_source(config, actor).spec
     except CheckpointError:
-        return []  # check_reward_sources has it
+        return []  # check_reward_sources reports it
 
     if parallel == config.parallel:
         return [] if spec == actor.spec else [*check_layout(parallel, spec, world)]
 
-    def own(text: str | None) -> str | None:
+    def critic_keys(text: str | None) -> str | None:
         return text and text.replace("parallel.", "ppo.critic_")
 
     problems = [*check_layout(parallel, spec, world), *state.check_batch(config.train, parallel, world)]
-    return [ConfigError(f"critic: {own(e.what)}", where=own(e.where), expected=own(e.expected), fix=own(e.fix))
-            for e in problems]
+    return [ConfigError(f"critic: {critic_keys(e.what)}", where=critic_keys(e.where), expected=critic_keys(e.expected),
+                        fix=critic_keys(e.fix)) for e in problems]
 
 
 def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
-    """Opens model and data. world: all of torchrun's ranks. Raises every problem, together."""
+    """Opens model and data. world: all of torchrun's ranks. Raises all problems together."""
     generators = config.rollout.num_ranks or 0
     if generators >= world:
         smallest = state.Layout.from_config(config.parallel, 1).ranks_per_replica

@@ -18,18 +18,16 @@ from mrlhf.models.layers.router_losses import count_for, make_balance, trained_t
 from mrlhf.parallel import state
 from mrlhf.rl.rewards.sources import critic_source
 from mrlhf.rl.rollout.tables import Rollout, compute_tables, micro_batches
-from mrlhf.training.batch_plan import training_batch_plan
+from mrlhf.training.batches import training_batch_plan
 from mrlhf.training.preflight import RunInputs
 from mrlhf.training.trainer import Model, Trainer
 
 
 class PPOModels:
-    """Actor and reference, and a critic where the estimator needs one. `critic` and `reference` are None where the run
-    has none.
-    """
+    """Actor, critic and reference. `critic` is None if the estimator needs none, `reference` if kl.coef is 0."""
 
     def __init__(self, config: PPOStage, inputs: RunInputs, *, updates: int) -> None:
-        """updates: optimizer steps of the whole run, for the schedules. Collective."""
+        """updates: number of optimizer steps of the whole run, for the schedules. Collective."""
         self.config, dtype, seed = config, config.model.dtype, config.train.seed
         common: dict[str, Any] = {"dtype": dtype, "seed": seed, "total_steps": updates}
         balance = make_balance(config.model, count_for(config.loss))
@@ -51,7 +49,7 @@ class PPOModels:
         return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
 
     def parts(self, *, with_optimizer: bool) -> list[Part]:
-        """Of a checkpoint: the actor at its top, the critic in critic/."""
+        """The parts of a checkpoint: the actor at the top level, the critic in critic/."""
         parts = [self.actor.part(with_optimizer=with_optimizer)]
         return parts if self.critic is None else [*parts, self.critic.part("critic", with_optimizer=with_optimizer)]
 
@@ -61,13 +59,11 @@ class PPOModels:
             self.critic.resume(path / "critic", updates_done, scheduler)
 
     def batches(self, model: Model, rollout: Rollout, rows: list[int] | range) -> list[MicroBatch]:
-        """This rank's share of the rows, by the groups of `model`."""
+        """This rank's micro-batches of the rows, by the process groups of `model`."""
         return micro_batches(rollout, rows, training_batch_plan(self.config, model.groups))
 
     def logprobs(self, model: Model, rollout: Rollout, *, with_entropy: bool = False) -> list[torch.Tensor]:
-        """[B, A] log-probs of the answers under `model` at the rollout's temperature; with_entropy: then the entropies
-        [B, A] too.
-        """
+        """Log-probs [B, A] of the answers at the rollout's temperature, and with_entropy the entropies [B, A]."""
 
         def fn(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
             logps_BT, entropy_BT, *_ = model.logprobs(hidden_BTH, batch, temperature=self.config.rollout.temperature,
@@ -79,7 +75,7 @@ class PPOModels:
         return compute_tables(model, batches, fn, shape=shape, channels=2 if with_entropy else 1)
 
     def values(self, critic: Trainer, rollout: Rollout) -> torch.Tensor:
-        """[B, A]: the critic's value before each answer token, at the position that predicts it."""
+        """The critic's values [B, A]: entry t is the value at the position that predicts answer token t."""
         shape = (rollout.size, int(rollout.lengths_B().max()))
         batches = self.batches(critic, rollout, range(rollout.size))
         return compute_tables(critic, batches, lambda v_BT1, batch: v_BT1.squeeze(-1).float()[None], shape=shape)[0]

@@ -5,7 +5,9 @@ Letters as in rollout/tables.py. Only tokens that the model wrote are counted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,11 +64,21 @@ def mismatch_warning(metrics: dict[str, float], *, limit: float, corrected: bool
         else "the loss is not corrected for it (rollout.correction none)"
     )
     return (
-        f"WARNING: vLLM samples from another policy than the trainer's{age}: rollout/kl_mismatch {kl:.3g} > {limit:g} "
+        f"vLLM samples from another policy than the trainer's{age}: rollout/kl_mismatch {kl:.3g} > {limit:g} "
         f"nats a token, |log-prob difference| {metrics['rollout/logprob_abs_diff_mean']:.3g} mean, "
         f"{metrics['rollout/logprob_abs_diff_max']:.3g} max; {treatment}. Possible causes: weights not updated, "
         "top_p/top_k on, another dtype or kernel (rollout.mismatch_warning sets the limit)"
     )
+
+
+def answers_as_text(
+    rollout: Rollout, tables: Tables, decode: Callable[[list[int]], str], *, most: int
+) -> list[dict[str, Any]]:
+    """The first `most` answers with prompt, score and KL, for people to read."""
+    kl_B, answers = tables.kl_B(), rollout.answers
+    return [{"prompt": decode(rollout.prompts[b]), "completion": decode(answers[b].tokens),
+             "score": float(tables.scores_B[b]), "kl": float(kl_B[b]), "label": rollout.labels[b],
+             "stopped": answers[b].stopped} for b in range(min(most, rollout.size))]
 
 
 def rollout_metrics(

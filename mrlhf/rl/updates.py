@@ -20,7 +20,7 @@ from mrlhf.parallel import state
 from mrlhf.rl.kl import kl_estimate
 from mrlhf.rl.policy_loss import policy_loss, value_loss
 from mrlhf.rl.rollout.tables import Rollout, gather_table
-from mrlhf.training.batch_plan import make_batch_plan
+from mrlhf.training.batches import make_batch_plan
 from mrlhf.training.trainer import LossFn, Model, Partials
 
 

@@ -1,4 +1,4 @@
-"""Where a run is: one `with` tells the watch, the heartbeat and the memory tracker, and measures the time."""
+"""The phases of a run: one `with` informs the watch, the heartbeat and the memory tracker, and measures the time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mrlhf.parallel import device, watch
 
 
 class Phases:
-    """`with phase("rollout", step): ...`, in the same order on all ranks. A name may come several times in a step.
+    """`with phase("gen", step): ...`, in the same order on all ranks. A step may enter a phase several times.
 
-    Inside, a hang is reported with the phase (parallel/watch.py), RUN/heartbeat/ shows it, and out of memory becomes an
-    OutOfMemory error with the peaks of all phases. Afterwards `seconds` and `peaks` hold its time and its memory peak
-    in GiB.
+    Inside, the watch reports a hang with the phase (parallel/watch.py), RUN/heartbeat/ shows the phase, and running out
+    of memory raises OutOfMemory with the peaks of all phases. `seconds` and `peaks` hold, by phase, its time in this
+    step and its memory peak in GiB.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -29,24 +29,24 @@ class Phases:
         self.step_start = time.perf_counter()
 
     def start_step(self, step: int) -> None:
-        """Forget the times and peaks of the step before. Until its first phase, the watch knows the step alone."""
-        watch.phase(phase_label("step", step))
+        """Clears the times and peaks of the step before. Until its first phase, the watch shows the step alone."""
+        watch.set_phase(phase_label("step", step))
         self.seconds, self.peaks, self.step_start = {}, {}, time.perf_counter()
 
     @contextlib.contextmanager
     def __call__(self, name: str, step: int | None = None) -> Iterator[None]:
-        watch.phase(phase_label(name, step))
+        watch.set_phase(phase_label(name, step))
         start = time.perf_counter()
-        with heartbeat.phase(name, step or 0), self.memory(name, step):
+        with heartbeat.in_phase(name, step or 0), self.memory(name, step):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.peaks[name] = max(self.peaks.get(name, 0.0), self.memory.last)
+        self.peaks[name] = max(self.peaks.get(name, 0.0), self.memory.last_peak)
 
     def step_seconds(self) -> float:
         return time.perf_counter() - self.step_start
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
-        """timing_s/<name>, timing_s/step, and memory/<name>_gib and memory/peak_gib of the fullest rank. Collective."""
+        """This rank's timing_s/*, and memory/<name>_gib and memory/peak_gib as maxima over the ranks. Collective."""
         names = [name for name in names if name in self.seconds]
         peaks = torch.tensor([self.peaks[name] for name in names], dtype=torch.float64, device=device.current().name)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)

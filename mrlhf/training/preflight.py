@@ -1,6 +1,6 @@
-"""Opens model and data of a run and finds every problem before it starts.
+"""Opens model and data of a run and reports every problem before the run starts.
 
-Every stage and `--dry-run` use it. It opens files and builds nothing.
+Every stage and `--dry-run` use it. It opens files and builds no model.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ class RunInputs:
     source: ModelSource
     train: Dataset
     eval: Dataset | None
-    notes: tuple[str, ...] = ()  # lines to show before the run
+    notes: tuple[str, ...] = ()  # lines to log before the run
 
 
 @dataclass
 class Opened:
-    """What could be opened of a run's inputs, and every problem so far. A stage adds its own, then asks for
-    `inputs`.
-    """
+    """The inputs of a run that could be opened, and all problems so far. A stage adds its own, then calls `inputs`."""
 
     config: TrainingConfig
     problems: Problems
@@ -46,12 +44,12 @@ class Opened:
     eval: Dataset | None = None
 
     def datasets(self) -> list[tuple[str, Dataset]]:
-        """(configuration key, data) of those that could be opened."""
+        """(configuration key, data) of each data set that could be opened."""
         both = (("data.train", self.train), ("data.eval", self.eval))
         return [(key, data) for key, data in both if data is not None]
 
     def inputs(self) -> RunInputs:
-        """Raises every problem, together."""
+        """Raises all problems together."""
         self.problems.raise_if_any()
         assert self.source is not None and self.train is not None
         parts = [part for _, data in self.datasets() for part in sources_of(data)]
@@ -61,10 +59,9 @@ class Opened:
         return RunInputs(self.source, self.train, self.eval, tuple(notes))
 
 
-def open_train(
-    sources: Sequence[DataSource], *, task: str, source: ModelSource | None, seq_length: int | None
-) -> tuple[Dataset | None, list[MrlhfError]]:
-    """data.train, one data set or a blend, and everything in which its parts do not fit the run or each other."""
+def open_train(sources: Sequence[DataSource], *, task: str, source: ModelSource | None,
+               seq_length: int | None) -> tuple[Dataset | None, list[MrlhfError]]:
+    """Opens data.train, one data set or a blend. Returns it, and where its parts do not fit the run or each other."""
     opened, weights, problems = [], [], []
     for item in sources:
         data, errors = open_data(item.prefix, key="data.train", task=task, source=source, seq_length=seq_length)
@@ -80,16 +77,15 @@ def open_train(
 
 def _open_megatron(prefix: str, *, key: str, source: ModelSource | None, seq_length: int | None) -> MegatronText:
     if seq_length is None:
-        raise DataError("this is Megatron-LM's own text, which has no length of its own", where=f"{key} = {prefix}",
+        raise DataError("this is Megatron-LM's own text, which sets no sequence length", where=f"{key} = {prefix}",
                         expected="data.seq_length", fix="--data.seq_length 4096")
     return MegatronText(prefix, seq_length=seq_length,
                         vocab_size=source.spec.vocab_size if source is not None else 1 << 62)
 
 
-def open_data(
-    prefix: str, *, key: str, task: str | None, source: ModelSource | None, seq_length: int | None
-) -> tuple[Dataset | None, list[MrlhfError]]:
-    """The dataset, and everything in which it does not fit the run. `key`: where the user wrote the prefix."""
+def open_data(prefix: str, *, key: str, task: str | None, source: ModelSource | None,
+              seq_length: int | None) -> tuple[Dataset | None, list[MrlhfError]]:
+    """Opens a data set. Returns it, and all problems between it and the run. key: the option that names the prefix."""
     data: Dataset
     try:
         if task == "pretrain" and is_megatron(prefix):
@@ -100,20 +96,20 @@ def open_data(
         return None, [error]
     problems: list[MrlhfError] = []
 
-    def bad(what: str, expected: str, fix: str | None = None) -> None:
+    def add_problem(what: str, expected: str, fix: str | None = None) -> None:
         problems.append(DataError(what, where=f"{key} = {prefix}", expected=expected, fix=fix))
 
     if task is not None and data.task != task:
-        bad(f"the data was made with --task {data.task}", f"--task {task}",
-            f"tools/preprocess_data.py --task {task} ...")
+        add_problem(f"the data was made with --task {data.task}", f"--task {task}",
+                    f"tools/preprocess_data.py --task {task} ...")
     if seq_length is not None and data.meta["seq_length"] != seq_length:
-        bad(f"the data was made with --seq-length {data.meta['seq_length']}", f"data.seq_length = {seq_length}",
-            f"--data.seq_length {data.meta['seq_length']}")
+        add_problem(f"the data was made with --seq-length {data.meta['seq_length']}", f"data.seq_length = {seq_length}",
+                    f"--data.seq_length {data.meta['seq_length']}")
     if source is not None:
         limit = source.spec.max_position_embeddings
         if data.max_length > limit:
-            bad(f"its longest sample has {data.max_length} tokens",
-                f"at most max_position_embeddings = {limit} of {source.path}")
+            add_problem(f"its longest sample has {data.max_length} tokens",
+                        f"at most max_position_embeddings = {limit} of {source.path}")
         if isinstance(data, MegatronText):
             return data, problems
         try:
@@ -122,19 +118,16 @@ def open_data(
             return data, [*problems, error]
         if theirs != ours:
             made_with = f"{data.meta['tokenizer']}, fingerprint {theirs[:12]}"
-            bad(
-                f"the data's tokenizer ({made_with}) is not the model's ({source.hf_dir}, {ours[:12]})",
-                "one tokenizer for data and model",
-                f"tools/preprocess_data.py --tokenizer {source.hf_dir} ...",
-            )
+            add_problem(f"the data's tokenizer ({made_with}) is not the model's ({source.hf_dir}, {ours[:12]})",
+                        "one tokenizer for data and model", f"tools/preprocess_data.py --tokenizer {source.hf_dir} ...")
         elif data.meta["vocab_size"] > source.spec.vocab_size:
-            bad(f"the tokenizer has {data.meta['vocab_size']} ids",
-                f"at most vocab_size = {source.spec.vocab_size} of {source.path}")
+            add_problem(f"the tokenizer has {data.meta['vocab_size']} ids",
+                        f"at most vocab_size = {source.spec.vocab_size} of {source.path}")
     return data, problems
 
 
 def open_run(config: TrainingConfig, *, world: int) -> Opened:
-    """Open model and data of a training stage and check what all stages have in common. world: the ranks that train."""
+    """Opens model and data and does the checks that all training stages share. world: number of training ranks."""
     opened = Opened(config, problems := Problems())
     try:
         source: ModelSource | None = open_source(config.model.path)
@@ -159,7 +152,7 @@ def open_run(config: TrainingConfig, *, world: int) -> Opened:
 
 
 def check_run(config: TrainingConfig, *, world: int) -> RunInputs:
-    """Inputs of a supervised stage. Raises every problem, together."""
+    """The inputs of a supervised stage. Raises all problems together."""
     return open_run(config, world=world).inputs()
 
 
@@ -185,9 +178,7 @@ def _check_model(config: TrainingConfig, source: ModelSource) -> list[ConfigErro
 
 
 def check_micro_batches(config: TrainingConfig, data: Dataset, *, key: str) -> list[MrlhfError]:
-    """Under train.max_tokens_per_micro_batch the largest row must fit; of a rollout, the longest prompt with the
-    longest answer.
-    """
+    """Checks that train.max_tokens_per_micro_batch holds the largest row (PPO: longest prompt plus longest answer)."""
     limit, multiple = config.train.max_tokens_per_micro_batch, state.pad_multiple(config.parallel)
     if limit is None:
         return []
@@ -201,29 +192,19 @@ def check_micro_batches(config: TrainingConfig, data: Dataset, *, key: str) -> l
     if tokens <= limit:
         return []
     key_of_limit = "train.max_tokens_per_micro_batch"
-    return [
-        ConfigError(
-            f"{key_of_limit} = {limit:,} is less than the largest {what} takes: {tokens:,} tokens with padding",
-            where=key,
-            expected=f"{tokens} or more",
-            fix=f"--train.max_tokens_per_micro_batch {tokens}",
-        )
-    ]
+    problem = f"{key_of_limit} = {limit:,} is less than the largest {what} takes: {tokens:,} tokens with padding"
+    return [ConfigError(problem, where=key, expected=f"{tokens} or more", fix=f"--{key_of_limit} {tokens}")]
 
 
 def check_prompt_budget(config: PPOStage, source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
-    """The longest prompt and answer together must fit the model."""
+    """Checks that the longest prompt plus the longest answer fit the model's positions."""
     problems: list[MrlhfError] = []
     limit = source.spec.max_position_embeddings
     answers = f"rollout.max_new_tokens = {config.rollout.max_new_tokens}"
     for key, data in sets:
         if data.max_length + config.rollout.max_new_tokens > limit:
-            problems.append(
-                ConfigError(
-                    f"the longest prompt ({data.max_length} tokens) and {answers} exceed {limit}",
-                    where=key,
-                    expected=f"max_position_embeddings = {limit} of {source.path}",
-                    fix=f"--rollout.max_new_tokens {max(1, limit - data.max_length)}",
-                )
-            )
+            what = f"the longest prompt ({data.max_length} tokens) and {answers} exceed {limit}"
+            expected = f"max_position_embeddings = {limit} of {source.path}"
+            fix = f"--rollout.max_new_tokens {max(1, limit - data.max_length)}"
+            problems.append(ConfigError(what, where=key, expected=expected, fix=fix))
     return problems

@@ -1,10 +1,10 @@
-"""Reference log-probs of DPO, computed once and kept beside the data under the reference's fingerprint, so that later
-runs read them.
+"""Reference log-probs of DPO: computed once and stored beside the data, so that later runs read them.
 
-    PREFIX_reference_<16 digits>.safetensors    "logps" float32 [samples]: each answer's log-prob, summed over its
-    trained tokens
-The file says which data, which reference and which dtype it is of, and the SHA-256 of its values; what does not fit is
-computed anew. A blend has a file beside each of its sources.
+    PREFIX_reference_<16 digits of the reference's fingerprint>.safetensors
+        "logps" float32 [samples]: each answer's log-prob, summed over its trained tokens
+
+The metadata identifies data and reference (with its dtype) and has the SHA-256 of the values. A run that needs other
+values, or finds a damaged file, computes them again. A blend has one file beside each of its sources.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 def model_fingerprint(source: ModelSource, *, dtype: str) -> str:
-    """SHA-256 over config and weights of a model as they are on disk, and the dtype it is run in. Collective.
+    """SHA-256 over a model's config and weight files and the dtype of the run. Collective.
 
-    Every file is read once, shared out over the ranks: about 1.5 GB/s a rank. A checkpoint with optimizer state has
-    another fingerprint than the same weights without it.
+    The ranks divide the files among them (about 1.5 GB/s each). A checkpoint with optimizer state has another
+    fingerprint than the same weights without it.
     """
     weights = source.path / "dist" if source.is_checkpoint else source.path
     files = [
@@ -47,7 +47,7 @@ def model_fingerprint(source: ModelSource, *, dtype: str) -> str:
 
 
 def read_logps(path: Path, *, facts: dict[str, str], samples: int) -> torch.Tensor | str | None:
-    """[samples] as they were written, None without a file, or what is wrong with it."""
+    """The log-probs [samples] of a file, None without a file, or a text that says what is wrong with it."""
     if not path.is_file():
         return None
     try:
@@ -68,9 +68,9 @@ def _values_sha256(logps: torch.Tensor) -> str:
 
 
 def write_logps(path: Path, logps: torch.Tensor, *, facts: dict[str, str]) -> None:
-    """Whole or not at all: temporary name, fsync, rename. Raises OSError where the directory cannot be written."""
+    """Writes atomically: temporary name, fsync, rename. Raises OSError if the directory is not writable."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # safetensors reports a file that it cannot make in a way of its own
+    # raises OSError, where safetensors would raise an error of its own
     temporary.touch()
     try:
         save_file({"logps": logps.contiguous()}, temporary, metadata={**facts, "sha256": _values_sha256(logps)})
@@ -82,16 +82,15 @@ def write_logps(path: Path, logps: torch.Tensor, *, facts: dict[str, str]) -> No
 
 
 def cache_paths(data: Dataset, run_dir: Path, reference: str) -> list[Path]:
-    """Where the file of one data set may lie: beside the data, or, where that cannot be written, in the run's
-    directory.
-    """
+    """Possible files for one data set: beside the data; in the run's directory, if the former is not writable."""
     beside = Path(f"{data.prefix}_reference_{reference[:16]}.safetensors")
     return [beside, run_dir / f"{beside.stem}_{data.identity[:16]}.safetensors"]
 
 
 def cached_logps(data: Dataset, *, reference: str, run_dir: Path, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """[samples] of one data set, on every rank: read where they are whole, else computed and written. Collective, as
-    `compute` is.
+    """Log-probs [samples] of one data set, on every rank: from an intact file, else from `compute`, and then stored.
+
+    Collective, like `compute`.
     """
     facts = {"data": data.identity, "reference": reference}
     box: list[torch.Tensor | None] = [None]
@@ -103,11 +102,11 @@ def cached_logps(data: Dataset, *, reference: str, run_dir: Path, compute: Calla
                 box = [stored]
                 break
             if stored is not None:
-                log.info(f"reference log-probs: {path} {stored}; computed anew")
+                log.info(f"reference log-probs: {path} {stored}; computing it again")
     dist.broadcast_object_list(box, src=0)
     if box[0] is not None:
         return box[0]
-    log.info(f"reference log-probs of {data.num_samples:,} answers of {data.prefix}")
+    log.info(f"computing reference log-probs of {data.num_samples:,} answers of {data.prefix}")
     logps = compute()
     if state.is_main():
         write_to_first(cache_paths(data, run_dir, reference), logps, facts=facts)
@@ -115,14 +114,14 @@ def cached_logps(data: Dataset, *, reference: str, run_dir: Path, compute: Calla
 
 
 def write_to_first(paths: list[Path], logps: torch.Tensor, *, facts: dict[str, str]) -> Path:
-    """Writes to the first of `paths` that can be written; says so where it is not the first."""
+    """Writes the first of `paths`, or else the second, with a line in the log. Returns the one written."""
     first, last = paths
     try:
         write_logps(first, logps, facts=facts)
         return first
     except OSError as error:
-        why = f"{first.parent} cannot be written ({error.strerror})"
-        log.info(f"{why}: reference log-probs are kept in {last}, for this run alone")
+        why = f"{first.parent} is not writable ({error.strerror})"
+        log.info(f"{why}: reference log-probs go to {last}, for this run alone")
     last.parent.mkdir(parents=True, exist_ok=True)
     write_logps(last, logps, facts=facts)
     return last

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of its run, and the configuration that a resumed run must have."""
+"""The run's part of a checkpoint's manifest, and the check of a resumed run's configuration."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mrlhf.config.options import TrainingConfig
 from mrlhf.errors import ConfigError
 from mrlhf.observe.redaction import redact
 from mrlhf.parallel.state import Layout
-from mrlhf.training.row_order import tokenizer_fingerprint_or_none
+from mrlhf.training.batches import tokenizer_fingerprint_or_none
 
-# what may differ between the first command and the one that resumes it
+# keys that may differ between the first command and the one that resumes the run
 _FREE_TO_CHANGE = ("parallel.", "logging.", "checkpoint.", "train.output_dir", "train.eval_interval",
                    "train.allow_changes", "train.exit_duration_minutes")
 
 
 def check_resume(config: TrainingConfig, output_dir: Path) -> None:
-    """Refuse to go on with a run under another configuration, showing what differs."""
+    """Raises ConfigError, with all differences, if the run in `output_dir` has another configuration."""
     before = output_dir / "config.yaml"
     if before.is_file():
         free = (*_FREE_TO_CHANGE, *config.train.allow_changes)
@@ -33,14 +33,12 @@ def check_resume(config: TrainingConfig, output_dir: Path) -> None:
             keys = ", ".join(dict.fromkeys(line.partition(":")[0] for line in changed))
             raise ConfigError(f"the run in {output_dir} was started with another configuration: {'; '.join(changed)}",
                               where="train.output_dir",
-                              expected=f"the same, or --train.allow_changes '[{keys}]' where the change is meant",
+                              expected=f"the same, or --train.allow_changes '[{keys}]' if the change is intended",
                               fix="the first command again, or another --train.output_dir")
 
 
 def run_manifest(config: TrainingConfig, layout: Layout, hf_dir: Path) -> dict[str, Any]:
-    """The part of a manifest that is the same for every checkpoint of a run: stage, dtype, layout, configuration,
-    tokenizer, versions.
-    """
+    """The manifest entries that all checkpoints of a run share: stage, dtype, layout, configuration, versions, ..."""
     return {"stage": config.stage, "dtype": config.model.dtype,
             "layout": {**asdict(layout), "dp": layout.dp,
                        "virtual_pp": config.parallel.virtual_pipeline_model_parallel_size},

@@ -1,4 +1,4 @@
-"""A run: what a training stage opens once, and what it does at every step around its own computation.
+"""A run: opens the parts that every training stage needs, and does the work around each step's computation.
 
 A stage is a loop over `steps()`, or over `batches()` of a `SupervisedRun`:
 
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mrlhf.checkpoint.manager import Saver, best_of
+from mrlhf.checkpoint.manager import Saver, best_criterion
 from mrlhf.checkpoint.save import Part
 from mrlhf.checkpoint.source import restore_randomness, to_resume
 from mrlhf.config.dump import dump_yaml
@@ -44,11 +44,10 @@ from mrlhf.observe import heartbeat, metrics
 from mrlhf.observe.loss_spikes import SpikeDetector
 from mrlhf.observe.tracker import Tracker
 from mrlhf.parallel import device, state, watch
-from mrlhf.training.batch_plan import training_batch_plan
+from mrlhf.training.batches import data_position, make_order, restore_position, source_epochs, training_batch_plan
 from mrlhf.training.phases import Phases
 from mrlhf.training.preflight import RunInputs, check_run
 from mrlhf.training.resume import check_resume, run_manifest
-from mrlhf.training.row_order import data_position, make_order, restore_position, source_epochs
 from mrlhf.training.stopping import EXIT_STOPPED, Stopper
 from mrlhf.training.trainer import LossFn, Trainer
 
@@ -57,19 +56,19 @@ _H100_BF16_TFLOPS = 989.0  # dense, SXM
 
 
 class Run:
-    """The parts that every training stage has: directory, stopper, checkpoints, tracker, phases, the range of steps.
+    """The parts of every training stage: directory, stopper, checkpoints, tracker, phases, the range of steps.
 
-    Started again with the same configuration it continues after its newest checkpoint (`resumed`, `done`); `finished`:
-    nothing is left to do, and the run only has to be closed.
+    With the configuration of an earlier run in the same directory it continues after the newest checkpoint (`resumed`,
+    of step `done`). `finished`: no step is left, and the stage only closes the run.
     """
 
     def __init__(self, config: TrainingConfig, inputs: RunInputs, layout: state.Layout, *, total_steps: int,
                  began: float, store: dist.Store | None = None) -> None:
-        """After torch.distributed was started. began: time.monotonic() of the process's start. store: see Stopper."""
+        """Needs torch.distributed. began: time.monotonic() at the process's start. store: see Stopper."""
         self.config, self.inputs, self.layout, self.total_steps = config, inputs, layout, total_steps
         self.output_dir = Path(config.train.output_dir)
-        watch.log_to(self.output_dir / "logs")
-        heartbeat.start(self.output_dir, rank=dist.get_rank())
+        watch.write_stacks_to(self.output_dir / "logs")
+        heartbeat.start_beating(self.output_dir, rank=dist.get_rank())
         self.stopper = Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store)
         for line in (f"device: {device.current().summary()}", layout.batch_summary(config.train), *inputs.notes):
             log.info(line)
@@ -78,18 +77,19 @@ class Run:
         self.done = 0 if self.resumed is None else int(self.resumed.manifest["step"])
         self.finished = self.done >= total_steps
         self.status = 0
-        self.last_words = f"{'already ' if self.finished else ''}finished: {self.output_dir / 'checkpoints'}"
+        self.manifest = run_manifest(config, layout, inputs.source.hf_dir)  # the same in every checkpoint
+        self.closing_line = f"{'already ' if self.finished else ''}finished: {self.output_dir / 'checkpoints'}"
         self.phase = Phases(Memory(config, spec=inputs.source.spec, rank=dist.get_rank(), world=layout.world))
         self.tracker: Tracker | None = None
         self._evaluation: tuple[int, dict[str, float]] = 0, {}
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left. Saves and ends early where the run is to stop."""
+        """The remaining steps. On a stop request it saves and ends early."""
         if self.finished:
             return
         self.tracker = self._make_tracker()
-        # Objects of the start-up live as long as the run: collections, a full one in each of Megatron's saves, skip
-        # them (0.2 s).
+        # Objects from the start live as long as the run. Freezing them saves 0.2 s in each full garbage collection,
+        # and every save of Megatron does one.
         gc.collect()
         gc.freeze()
         for step in range(self.done + 1, self.total_steps + 1):
@@ -97,41 +97,42 @@ class Run:
             yield step
             if self.status:
                 return
-            if step < self.total_steps and self.stopper.agreed(next_s=self.phase.step_seconds() + self.saver.seconds):
+            next_s = self.phase.step_seconds() + self.saver.seconds
+            if step < self.total_steps and self.stopper.agree_to_stop(next_s=next_s):
                 self._evaluation = 0, {}
                 self.stop_after(step)
                 return
 
     def stop_after(self, step: int) -> None:
-        """Save `step` unless it is saved, and let `steps()` end."""
+        """Saves `step` unless a checkpoint of it exists, and ends `steps()`."""
         if step not in (self.done, self.saver.last_step):
             self.save(step)
-        self.status, self.last_words = EXIT_STOPPED, self.stopper.describe(step)
+        self.status, self.closing_line = EXIT_STOPPED, self.stopper.message(step)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl; completes a background save that all ranks have written."""
+        """Writes a line of metrics.jsonl, and completes a background save once all ranks have written theirs."""
         assert self.tracker is not None
-        self.tracker.log(step, {**values, **self.saver.waited()})
+        self.tracker.log(step, {**values, **self.saver.take_wait_metrics()})
         self.saver.poll()
 
     def log_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """eval/* of a step; a checkpoint of the same step keeps them."""
+        """Logs eval/* of a step. A checkpoint of the same step stores them."""
         assert self.tracker is not None
         self.tracker.log(step, values)
-        # JSON has no nan
+        # JSON has no NaN
         self._evaluation = step, {key: value for key, value in values.items() if math.isfinite(value)}
 
     def due_evaluation(self, step: int) -> bool:
         if self.inputs.eval is None:
             return False
-        interval, best = self.config.train.eval_interval, best_of(self.config.checkpoint)
-        return step == self.total_steps or _due(step, interval) or (best is not None and self.due_save(step))
+        interval, best = self.config.train.eval_interval, best_criterion(self.config.checkpoint)
+        return step == self.total_steps or _is_multiple(step, interval) or (best is not None and self.due_save(step))
 
     def due_save(self, step: int) -> bool:
-        return step == self.total_steps or _due(step, self.config.checkpoint.save_interval)
+        return step == self.total_steps or _is_multiple(step, self.config.checkpoint.save_interval)
 
     def save(self, step: int) -> None:
-        """The checkpoint of a step: a stage says by `write_checkpoint` what is in it."""
+        """Saves the checkpoint of a step. A stage passes its content to `write_checkpoint`."""
         raise NotImplementedError
 
     def with_optimizer(self, step: int) -> bool:
@@ -139,19 +140,19 @@ class Run:
 
     def write_checkpoint(self, step: int, parts: list[Part], content: dict[str, Any], *,
                          files: Mapping[str, bytes] | None = None) -> None:
-        """content: what the manifest says beyond `run_manifest`; files: further files of the checkpoint by name."""
-        manifest = run_manifest(self.config, self.layout, self.inputs.source.hf_dir) | content
+        """content: the manifest's entries besides `self.manifest`. files: further files of the checkpoint, by name."""
+        manifest = self.manifest | content
         if self._evaluation[0] == step:
             manifest["eval"] = self._evaluation[1]
         self.saver.save(step, parts, manifest, last=step == self.total_steps, files=files)
 
     def close(self) -> int:
-        """The end of a run, complete or stopped; returns the exit status."""
+        """Ends a run, complete or stopped. Returns the exit status."""
         self.saver.finish()
         if self.tracker is not None:
             self.tracker.close()
-        heartbeat.stop()
-        log.info(self.last_words)
+        heartbeat.stop_beating()
+        log.info(self.closing_line)
         state.shutdown()
         return self.status
 
@@ -165,10 +166,10 @@ class Run:
 
 
 class SupervisedRun(Run):
-    """A run over a data set in order, with one model: pretrain, sft, rm, dpo."""
+    """A run of one model over a data set: pretrain, sft, rm, dpo."""
 
     def __init__(self, config: TrainingConfig, *, head: str, count: Count) -> None:
-        """head: "lm" or "value". count: what a sample counts in the routers' losses (models/layers/router_losses.py).
+        """head: "lm" or "value". count: the weight of a micro-batch in the routers' losses (layers/router_losses.py).
 
         Raises ConfigError, DataError and CheckpointError, all problems together.
         """
@@ -202,10 +203,10 @@ class SupervisedRun(Run):
                        balance=make_balance(config.model, count))
 
     def batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """(step, this rank's micro-batches) of the steps that are left.
+        """(step, this rank's micro-batches) of the remaining steps.
 
-        A resumed run loads its checkpoint here: until the first batch the trainer has the starting weights (DPO's
-        reference).
+        A resumed run loads its checkpoint here. Before the first batch the trainer has the starting weights, which DPO
+        needs for its reference.
         """
         if self.resumed is not None:
             with self.phase("build"):
@@ -219,7 +220,7 @@ class SupervisedRun(Run):
             yield step, batches
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """train/* of what the optimizer step returned, with loss spikes, epochs, throughput and memory."""
+        """Logs the optimizer step's metrics as train/*, with loss spikes, epochs, throughput and memory."""
         if self.config.train.loss_spike_threshold:
             values |= report_spike(self.spikes, values["loss"], step=step, trainer=self.trainer, data=self.inputs.train)
         logged = {f"train/{name}": value for name, value in values.items()}
@@ -228,7 +229,7 @@ class SupervisedRun(Run):
         self.log_metrics(step, logged | self._performance(self.phase.step_seconds()))
 
     def _performance(self, seconds: float) -> dict[str, float]:
-        """perf/*, time/step_s and memory/*. This rank's tokens stand for those of the others."""
+        """perf/*, time/step_s and memory/*, from this rank's tokens times the data-parallel size."""
         tokens, world = sum(self._lengths) * self.layout.dp, self.layout.world
         flops = self.trainer.spec.flops_per_token(sum(self._lengths) / len(self._lengths))
         tflops = flops * tokens / seconds / world / 1e12
@@ -243,9 +244,7 @@ class SupervisedRun(Run):
         return values
 
     def evaluate(self, step: int, loss_fn: LossFn, prepare: Callable[[list[MicroBatch]], None] | None = None) -> None:
-        """Every row of the evaluation set once; logs eval/*. prepare: called with each slice's micro-batches before
-        they run.
-        """
+        """Logs eval/* over every row of the evaluation set. prepare: called with micro-batches before they run."""
         assert self.eval_loader is not None
         results = []
         with self.phase("evaluate", step):
@@ -257,7 +256,7 @@ class SupervisedRun(Run):
         self.log_evaluation(step, {f"eval/{k}": v for k, v in metrics.finalize(metrics.merge(results)).items()})
 
     def save(self, step: int, extra: Mapping[str, Any] | None = None) -> None:
-        """extra: what the stage adds to the manifest."""
+        """Saves model, data position and recent losses. extra: the stage's own entries of the manifest."""
         content = {
             "scheduler": self.trainer.scheduler.num_steps,
             **data_position(self.order, self.inputs.train, self.order.consumed(step)),
@@ -268,16 +267,15 @@ class SupervisedRun(Run):
             self.write_checkpoint(step, [self.trainer.part(with_optimizer=self.with_optimizer(step))], content)
 
 
-def _due(step: int, interval: int) -> bool:
+def _is_multiple(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def report_spike(
-    detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer, data: Dataset
-) -> dict[str, float]:
-    """train/loss_spike of one step; for a spike also a line with the samples of the worst micro-batches. Collective."""
+def report_spike(detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer,
+                 data: Dataset) -> dict[str, float]:
+    """{"loss_spike": 0 or 1} of a step. Logs the samples of the worst micro-batches if it is a spike. Collective."""
     spike = detector.check_loss(loss)
-    is_spike = state.on_any_rank(spike is not None)  # losses of tensor-parallel ranks may differ in the last bit
+    is_spike = state.on_any_rank(spike is not None)  # tensor-parallel ranks' losses may differ in the last bit
     if is_spike:
         losses = trainer.micro_batch_losses()
         high = [entry for entry in losses if entry[0] > loss / 2] or losses  # often one micro-batch among many

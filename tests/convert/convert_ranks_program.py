@@ -54,7 +54,7 @@ def main() -> None:
                 whole_BTV = gather_from_tensor_model_parallel_region(logits_BTV, model.collection.tp)
                 return whole_BTV[..., :VOCAB].float().permute(2, 0, 1).contiguous()
 
-            per_channel = [batch.split(x) for x in model.forward([batch], logits, channels=VOCAB)[0]]
+            per_channel = [batch.per_sample(x) for x in model.forward([batch], logits, channels=VOCAB)[0]]
             ours = [torch.stack(of_sample, -1) for of_sample in zip(*per_channel, strict=True)]
             errors = [float((a - b).abs().max()) for a, b in zip(ours, torch.load(zoo / f"{kind}.pt"), strict=True)]
             found[f"{kind} tp {layout.tensor_model_parallel_size} ep {layout.expert_model_parallel_size}"] = max(errors)

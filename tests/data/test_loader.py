@@ -128,7 +128,7 @@ def test_per_sample_views(packing: bool, side: str) -> None:
     tokens = batch.tokens_BT
     assert batch.sum_N(tokens).tolist() == [18, 17]
     assert batch.last(tokens).tolist() == [7, 9]
-    assert [s.tolist() for s in batch.split(tokens)] == [[5, 6, 7], [8, 9]]
+    assert [s.tolist() for s in batch.per_sample(tokens)] == [[5, 6, 7], [8, 9]]
 
 
 def test_fillers_are_read_and_count_nowhere(numbered: PackedDataset) -> None:
@@ -208,12 +208,12 @@ def test_the_ranks_share_a_step_of_a_blend(numbered: PackedDataset, tmp_path: Pa
                 Loader(blend, BatchPlan(packing=packing, micro_batch_size=1, dp_rank=r, dp_size=dp)) for r in range(dp)
             ]
             batches = [batch for loader in loaders for batch in loader.micro_batches(order.rows(k))]
+            real = [b for b in batches if b.weights_N.all()]
             found.append(
                 Counter(
                     (i, int(t[0]))
-                    for b in batches
-                    if b.weights_N.all()
-                    for i, t in zip(b.index_N.tolist(), b.split(b.tokens_BT), strict=True)
+                    for b in real
+                    for i, t in zip(b.index_N.tolist(), b.per_sample(b.tokens_BT), strict=True)
                 )
             )
         assert found[0] == found[1] == found[2]

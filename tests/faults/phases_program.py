@@ -43,14 +43,14 @@ _now = "start"
 
 
 def follow_phases() -> None:
-    phase = watch.phase
+    phase = watch.set_phase
 
     def followed(name: str) -> None:
         global _now
         _now = name
         phase(name)
 
-    watch.phase = followed
+    watch.set_phase = followed
 
 
 def kill() -> None:

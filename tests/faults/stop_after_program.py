@@ -14,13 +14,13 @@ def main() -> int:
 
     left = int(sys.argv[1])
 
-    def agreed(self: Stopper, *, next_s: float = 0.0) -> bool:
+    def agree_to_stop(self: Stopper, *, next_s: float = 0.0) -> bool:
         nonlocal left
         left -= 1
         self.reason = "the test"
         return left == 0
 
-    Stopper.agreed = agreed  # type: ignore[method-assign]
+    Stopper.agree_to_stop = agree_to_stop  # type: ignore[method-assign]
     return mrlhf(sys.argv[2:])
 
 

@@ -62,7 +62,7 @@ def test_a_full_disk_does_not_end_a_run_that_may_go_on(whole: Run, tmp_path: Pat
             def seen() -> bool:
                 fill(disk)
                 return (
-                    "the run goes on without it" in run.output()
+                    "the run continues without it" in run.output()
                     and "metrics.jsonl cannot be written: No space left" in run.output()
                 )
 
@@ -143,10 +143,8 @@ def check_out_of_memory(log: str, where: str, phases: list[str]) -> None:
     """One framed message, with what a person needs."""
     lines = log[log.index("OutOfMemory: ") :].splitlines()
     said = re.fullmatch(
-        (
-            rf"OutOfMemory: rank 0 \(CPU\) is out of memory in '{where}': "
-            rf"([\d.]+) [KM]iB more were asked for \(at mrlhf/\S+\.py:\d+\)"
-        ),
+        rf"OutOfMemory: rank 0 \(CPU\) is out of memory in '{where}': "
+        r"([\d.]+) [KM]iB more were requested \(at mrlhf/\S+\.py:\d+\)",
         lines[0],
     )
     assert said and float(said[1]) > 0, log[-4000:]

@@ -17,7 +17,7 @@ from mrlhf.config.load import load_config
 from mrlhf.config.options import ParallelConfig, PPOStage, SFTStage
 from mrlhf.errors import OutOfMemory
 from mrlhf.memory.advice import remedies
-from mrlhf.memory.tracker import Memory, is_out_of_memory, what_was_asked
+from mrlhf.memory.tracker import Memory, is_out_of_memory, requested_memory
 from mrlhf.models.families.spec import Layer, ModelSpec
 
 CUDA = (
@@ -59,10 +59,10 @@ def test_who_says_it_and_what_was_asked_for() -> None:
     with pytest.raises(MemoryError) as numpys:
         np.empty(1 << 50, dtype=np.uint8)
     for error in (torchs.value, numpys.value):
-        assert is_out_of_memory(error) and what_was_asked(str(error)) == "1 PiB more were asked for", str(error)
+        assert is_out_of_memory(error) and requested_memory(str(error)) == "1 PiB more were requested", str(error)
     assert is_out_of_memory(torch.OutOfMemoryError(CUDA))
-    assert what_was_asked(CUDA) == "2.5 GiB more were asked for, 1.20 GiB of 79.11 GiB are free"
-    assert what_was_asked("CUDA error: out of memory") == "how much was asked for is not known"
+    assert requested_memory(CUDA) == "2.5 GiB more were requested, 1.20 GiB of 79.11 GiB are free"
+    assert requested_memory("CUDA error: out of memory") == "the requested size is unknown"
     assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory")) and not is_out_of_memory(
         OSError(errno.ENOSPC, "No space left")
     )

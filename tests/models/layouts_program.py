@@ -49,7 +49,7 @@ def main() -> None:
             return whole[..., :channels].float().permute(2, 0, 1).contiguous()
 
         batch = collate(rows, packing=packing, pad_multiple=model.collection.tp.size())
-        per_channel = [batch.split(x) for x in model.forward([batch], fn, channels=channels)[0]]
+        per_channel = [batch.per_sample(x) for x in model.forward([batch], fn, channels=channels)[0]]
         return [torch.stack(of_sample, -1) for of_sample in zip(*per_channel)]
 
     def logprobs_error() -> dict[str, float]:

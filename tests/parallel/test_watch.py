@@ -80,7 +80,7 @@ def test_a_rank_that_hangs_is_named_and_shows_where(ranks: Ranks, tmp_path: Path
     tell(ranks, "hang")
     text = verdict(ranks)
     assert (
-        f"pid {ranks[1].pid}) does not get on: rank 0 has waited for it in 'third'" in text
+        f"pid {ranks[1].pid}) makes no progress: rank 0 has waited for it in 'third'" in text
         and "it was in 'second'" in text
     )
     assert "watch_program.py" in (tmp_path / "logs/stacks_rank_1.txt").read_text()

@@ -26,14 +26,14 @@ def main() -> None:
     order = sys.stdin.readline().strip()
     watch = Watch(store, rank=rank, world=world, silence_s=2.0, behind_s=2.0, side="all")
     watch.directory = Path(sys.argv[4])
-    watch.phase("first")
-    watch.phase("second")
+    watch.set_phase("first")
+    watch.set_phase("second")
     while order == "hang" and rank == 1:
         time.sleep(0.1)
-    watch.phase("third")
+    watch.set_phase("third")
     print("third", flush=True)
     if sys.stdin.readline().strip() == "leave":
-        watch.stop()
+        watch.stop_watch()
         print("left", flush=True)
         return
     time.sleep(60)

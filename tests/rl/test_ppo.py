@@ -100,7 +100,7 @@ def results(world: Path, reward_model: Path, tmp_path_factory: pytest.TempPathFa
         args = options(world, reward_model, **layout, **{"train.output_dir": out / "checkpoint"})
         done = python(TESTS / "rl/ppo_program.py", out / "result.json", *args, ranks=ranks, vllm=True)
         found[name] = (json.loads((out / "result.json").read_text()), out)
-        (out / "stdout.txt").write_text(done.stdout)
+        (out / "stderr.txt").write_text(done.stderr)
     return found
 
 
@@ -119,10 +119,10 @@ def test_a_sampler_that_is_not_the_policy_raises_a_warning(results: dict[str, tu
     for result, out in results.values():
         found = result["logs"][2]
         assert found["rollout/kl_mismatch"] > 0.01 > 1e-6 > result["logs"][1]["rollout/kl_mismatch"]
-        warnings = [line for line in (out / "stdout.txt").read_text().splitlines() if "WARNING" in line]
+        warnings = [line for line in (out / "stderr.txt").read_text().splitlines() if "kl_mismatch" in line]
         assert len(warnings) == 1, warnings
         assert (
-            warnings[0].startswith("step 3: ")
+            warnings[0].startswith("warning: step 3: ")
             and f"rollout/kl_mismatch {found['rollout/kl_mismatch']:.3g} > 0.01" in warnings[0]
         )
         assert "not corrected" in warnings[0]

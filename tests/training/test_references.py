@@ -42,7 +42,7 @@ def test_where_the_data_cannot_be_written_the_run_keeps_it(tmp_path: Path, capsy
     paths = [Path("/proc/pref_reference_0.safetensors"), tmp_path / "run/pref_reference_0_d.safetensors"]
     assert write_to_first(paths, LOGPS, facts=FACTS) == paths[1]
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and said[0].startswith("/proc cannot be written (") and str(paths[1]) in said[0]
+    assert len(said) == 1 and said[0].startswith("/proc is not writable (") and str(paths[1]) in said[0]
     found = read_logps(paths[1], facts=FACTS, samples=3)
     assert isinstance(found, torch.Tensor) and torch.equal(found, LOGPS)
 

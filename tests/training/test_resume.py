@@ -173,7 +173,7 @@ class Rows:
 def test_a_position_that_cannot_be_right_is_refused() -> None:
     from mrlhf.config.load import load_config
     from mrlhf.config.options import SFTStage
-    from mrlhf.training.row_order import data_position, make_order, restore_position
+    from mrlhf.training.batches import data_position, make_order, restore_position
 
     flags = [
         "--model.path",
@@ -195,7 +195,7 @@ def test_a_position_that_cannot_be_right_is_refused() -> None:
     restore_position(resumed, data, manifest, where="c")
     assert resumed.rows(4) == order.rows(4)
     restore_position(make_order(config, data), data, {"step": 3}, where="c")  # a checkpoint of an earlier version
-    with pytest.raises(CheckpointError, match="its data position cannot be right"):
+    with pytest.raises(CheckpointError, match="its data position is wrong"):
         restore_position(make_order(config, data), data, {**manifest, "step": 2}, where="c")
     for other in (Rows(31), Rows(30, identity="y" * 64)):
         with pytest.raises(CheckpointError, match="the data at data/x was changed"):
@@ -211,7 +211,7 @@ def test_another_tokenizer_is_refused_and_another_batch_goes_on_where_it_stood(w
     from mrlhf.config.load import load_config
     from mrlhf.config.options import SFTStage
     from mrlhf.data.tokenizers.hf import fingerprint
-    from mrlhf.training.row_order import data_position, make_order, restore_position
+    from mrlhf.training.batches import data_position, make_order, restore_position
 
     flags = [
         "--model.path",

@@ -123,7 +123,8 @@ def _check_ranges(config: PreprocessConfig) -> list[ConfigError]:
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         if described.limits is not None and not all(map(described.accepts, values)):
             written = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
-            errors.append(ConfigError(written, expected=described.type_name.removesuffix(" or null").removesuffix(" ...")))
+            expected = described.type_name.removesuffix(" or null").removesuffix(" ...")
+            errors.append(ConfigError(written, expected=expected))
     return errors
 
 

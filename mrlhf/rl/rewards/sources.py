@@ -19,8 +19,7 @@ from mrlhf.rl.rewards.http import HttpReward
 from mrlhf.rl.rewards.kinds import RewardSource, parse_source
 from mrlhf.rl.rewards.process import RewardProcess
 from mrlhf.rl.rollout.tables import Rollout
-from mrlhf.training.scoring import score_micro_batches
-from mrlhf.training.trainer import Model
+from mrlhf.training.trainer import Model, score_micro_batches
 
 log = logging.getLogger(__name__)
 

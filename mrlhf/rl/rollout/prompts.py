@@ -10,7 +10,7 @@ from typing import Any
 from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.order import Order
-from mrlhf.training.row_order import data_position, make_order, restore_position, source_epochs
+from mrlhf.training.batches import data_position, make_order, restore_position, source_epochs
 
 
 def make_prompt_order(config: PPOStage, data: Dataset) -> Order:

@@ -29,6 +29,7 @@ from mrlhf.rl.rollout.sampler import Sampler, make_vllm_update
 from mrlhf.rl.rollout.tables import Rollout
 from mrlhf.rl.rollout.vllm_engine import Answer, Sampling
 from mrlhf.training import preflight
+from mrlhf.training.phases import Phases
 from mrlhf.training.stopping import Interrupted, Stopper
 
 Key = tuple[int, int]  # step of the rollout, its first prompt
@@ -155,7 +156,7 @@ class RemoteSampler:
         if self.bridge.rank == 0:
             box[0] = self.bridge.receive(self.bridge.generators[0])
             self._finish_sending()
-        watch.phase("waiting for the answers")
+        watch.set_phase("waiting for the answers")
         dist.broadcast_object_list(box, src=0)
         return decode_message(box[0])
 
@@ -216,7 +217,7 @@ def _serve_request(sampler: Sampler, request: dict[str, Any]) -> bytes:
     header: dict[str, Any] = {"error": None, "interrupted": False}
     sampling: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in request["sampling"].items()}
     try:
-        with heartbeat.phase("rollout", request["step"]):
+        with heartbeat.in_phase("rollout", request["step"]):
             answers = sampler.generate(**{**request, "sampling": Sampling(**sampling)}).answers
     except ToolError as error:
         header["error"] = {name: getattr(error, name) for name in ("what", "where", "expected", "fix")}
@@ -232,9 +233,9 @@ def _serve_commands(sampler: Sampler, bridge: Bridge) -> None:
     ready = {"memory": sampler.memory, "bytes": (update.sent, update.received, update.copied)}
     wait_for(bridge.send(encode_message(ready), 0))
     while True:
-        watch.phase("waiting for the trainer")
+        watch.set_phase("waiting for the trainer")
         header, _ = decode_message(bridge.receive(0))
-        watch.phase(header["command"])
+        watch.set_phase(header["command"])
         if header["command"] == "stop":
             return
         if header["command"] == "weights":
@@ -252,17 +253,17 @@ def _serve_commands(sampler: Sampler, bridge: Bridge) -> None:
 def run_generator(config: PPOStage, run: preflight.RunInputs, bridge: Bridge, *, began: float) -> None:
     """The program of a rank that only generates. began: time.monotonic() at the process's start."""
     output_dir = Path(config.train.output_dir)
-    watch.log_to(output_dir / "logs")
-    heartbeat.start(output_dir, rank=bridge.rank)
+    watch.write_stacks_to(output_dir / "logs")
+    heartbeat.start_beating(output_dir, rank=bridge.rank)
     stopper = Stopper(budget_minutes=None, began=began, store=bridge.store, rank=bridge.rank)
     if decode_message(bridge.receive(0))[0]["command"] == "start":
         layout = state.Layout.from_config(config.parallel, bridge.trainers)
-        memory = Memory(config, spec=run.source.spec, rank=bridge.rank, world=bridge.trainers)
-        with memory("build"):
+        phase = Phases(Memory(config, spec=run.source.spec, rank=bridge.rank, world=bridge.trainers))
+        with phase("build"):
             sampler = Sampler(config, run, load_tokenizer(run.source.hf_dir), layout, bridge)
         sampler.engine.should_stop = stopper.requested
-        with memory("gen"):
+        with phase("gen"):
             _serve_commands(sampler, bridge)
         sampler.shutdown()
-    heartbeat.stop()
+    heartbeat.stop_beating()
     state.shutdown()

@@ -124,7 +124,7 @@ def _gather_answers(requests: list[Request], generate: Callable[[], list[Answer]
         part = error
     except Interrupted:
         interrupted = True
-    watch.phase("waiting for the other replicas' answers")
+    watch.set_phase("waiting for the other replicas' answers")
     if state.on_any_rank(interrupted):
         raise Interrupted
     parts: list[Any] = [None] * dist.get_world_size()

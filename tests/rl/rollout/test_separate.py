@@ -39,7 +39,7 @@ def test_one_rollout_ahead_killed_and_resumed(world: Path, tmp_path: Path) -> No
     assert lines[0]["rollout/logprob_abs_diff_max"] < 1e-3
     assert all(1e-3 < line["rollout/logprob_abs_diff_max"] < 2 for line in lines[1:])
     assert all(line["reshard/bytes"] > 0 and line["timing_s/generators"] > 0 for line in lines)
-    assert "1 replica(s) of tensor parallel 1 on 1 ranks of their own" in whole.output()
+    assert "1 replica(s) of tensor parallel 1 on 1 separate ranks" in whole.output()
     assert "rank 0: sends" in whole.output() and "rank 1: sends 0.0, receives" in whole.output()
     saved = [p.name for p in (whole.directory / "checkpoints").glob("step_*") if (p / "ahead.bin").is_file()]
     assert sorted(saved) == ["step_1", "step_2", "step_3"]

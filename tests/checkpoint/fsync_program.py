@@ -29,7 +29,11 @@ def main() -> None:
     for name in ("fsync", "fdatasync"):
         setattr(os, name, recorded("fsync", getattr(os, name), lambda fd: [os.readlink(f"/proc/self/fd/{fd}")]))
     for name in ("rename", "replace"):
-        setattr(os, name, recorded("rename", getattr(os, name), lambda old, new: [os.path.abspath(old), os.path.abspath(new)]))
+        setattr(
+            os,
+            name,
+            recorded("rename", getattr(os, name), lambda old, new: [os.path.abspath(old), os.path.abspath(new)]),
+        )
     status = cli.main(sys.argv[1:])
     print("RESULT " + json.dumps(events))
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Which rows a run takes, in which order, and what a checkpoint keeps of that."""
+"""The rows of every step, this rank's BatchPlan for them, and the data position in a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf.config.options import TrainingConfig
+from mrlhf.data.batching import BatchPlan
 from mrlhf.data.blend import Dataset, names_of, rows_of, sources_of
 from mrlhf.data.order import Mix, Order
 from mrlhf.data.tokenizers.hf import fingerprint
 from mrlhf.errors import CheckpointError, DataError, Problems
+from mrlhf.parallel.state import Groups, pad_multiple, slice_multiple
 
 DATA, TOKENIZER = "data", "tokenizer"  # names in train.allow_changes beside configuration keys
 
 
 def make_order(config: TrainingConfig, data: Dataset) -> Order:
-    """Rows of every step. The dry run and the checkpoint arithmetic use it too."""
+    """The order of a run: the rows of every step."""
     rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
     mix = Mix.from_weights(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
     return Order(mix, global_batch_size=config.train.global_batch_size, num_epochs=config.train.num_epochs,
@@ -24,7 +26,7 @@ def make_order(config: TrainingConfig, data: Dataset) -> Order:
 
 
 def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str, float]:
-    """data/<source>/epoch of a blend: passes over each source after `consumed` of its rows."""
+    """data/<source>/epoch of a blend: passes over each source after `consumed` of its rows; {} without a blend."""
     parts = sources_of(data)
     if len(parts) == 1:
         return {}
@@ -33,7 +35,7 @@ def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str,
 
 
 def tokenizer_fingerprint_or_none(hf_dir: Path) -> str | None:
-    """None without a tokenizer: pretraining on Megatron-LM's own data needs none."""
+    """The tokenizer's fingerprint. None without one: pretraining on Megatron-LM's own data needs none."""
     try:
         return fingerprint(hf_dir)
     except DataError:
@@ -41,17 +43,17 @@ def tokenizer_fingerprint_or_none(hf_dir: Path) -> str | None:
 
 
 def data_position(order: Order, data: Dataset, consumed: list[int]) -> dict[str, Any]:
-    """For the manifest: identity, number of rows and consumed rows of each source."""
+    """The manifest's entry: identity, number of rows and consumed rows of each source."""
     parts = zip(sources_of(data), order.mix.rows, consumed, strict=True)
     return {"data": [{"prefix": d.prefix, "identity": d.identity, "rows": rows, "consumed": n} for d, rows, n in parts]}
 
 
 def restore_position(order: Order, data: Dataset, manifest: dict[str, Any], *, where: str, position: int | None = None,
                      hf_dir: Path | None = None, allowed: Collection[str] = ()) -> None:
-    """Move the order to a checkpoint's position (None: that of its step).
+    """Moves the order to a checkpoint's position (None: the position of its step).
 
-    hf_dir: the model that the run starts from; its tokenizer must be the checkpoint's. allowed: train.allow_changes.
-    Raises CheckpointError, with all differences at once, if data or tokenizer changed since the checkpoint.
+    hf_dir: the model that the run starts from; its tokenizer must equal the checkpoint's. allowed: train.allow_changes.
+    Raises CheckpointError, with all differences together, if data or tokenizer changed since the checkpoint.
     """
     sources = manifest.get("data")
     if sources is None:
@@ -72,7 +74,7 @@ def restore_position(order: Order, data: Dataset, manifest: dict[str, Any], *, w
         start = order.position(manifest["step"]) if position is None else position
         order.resume_at(start, None if DATA in allowed else consumed)
     except ValueError as error:
-        what = f"its data position cannot be right: {error}"
+        what = f"its data position is wrong: {error}"
         raise CheckpointError(what, where=where, fix="take an earlier checkpoint") from error
 
 
@@ -91,3 +93,18 @@ def _changed_data(order: Order, data: Dataset, sources: list[dict[str, Any]], wh
                 )
             )
     return problems
+
+
+def make_batch_plan(groups: Groups, *, packing: bool, micro_batch_size: int, max_tokens: int | None = None,
+                    padding_side: str = "right") -> BatchPlan:
+    """The plan of this rank in `groups`."""
+    return BatchPlan(packing=packing, micro_batch_size=micro_batch_size, max_tokens=max_tokens, dp_rank=groups.dp_rank,
+                     dp_size=groups.layout.dp, pad_multiple=pad_multiple(groups.parallel),
+                     micro_batch_multiple=slice_multiple(groups.parallel), padding_side=padding_side)
+
+
+def training_batch_plan(config: TrainingConfig, groups: Groups) -> BatchPlan:
+    """A training stage's plan for this rank in `groups`. A critic may have separate groups."""
+    data, train = config.data, config.train
+    return make_batch_plan(groups, packing=data.packing, micro_batch_size=train.micro_batch_size,
+                           max_tokens=train.max_tokens_per_micro_batch, padding_side=data.padding_side)
