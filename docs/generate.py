@@ -14,8 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from mrlhf.config.load import Option, options  # noqa: E402
 from mrlhf.config.options import STAGES  # noqa: E402
+from mrlhf.config.schema import Option, options_of  # noqa: E402
 from mrlhf.data.prepare.options import PreprocessConfig  # noqa: E402
 from mrlhf.observe.metrics import markdown_table  # noqa: E402
 
@@ -48,7 +48,7 @@ def option_tables() -> str:
     sections: dict[str, dict[str, Option]] = {}
     stages: dict[str, list[str]] = {}
     for stage, cls in STAGES.items():
-        for key, option in options(cls).items():
+        for key, option in options_of(cls).items():
             section = key.rpartition(".")[0] or stage
             sections.setdefault(section, {})[key] = option
             if stage not in stages.setdefault(section, []):

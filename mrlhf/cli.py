@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf import __version__
-from mrlhf.config.load import help_text, load_config
+from mrlhf.config.load import load_config
 from mrlhf.config.options import STAGES
 from mrlhf.config.process import USER_ERROR, prepare_environment
+from mrlhf.config.schema import help_text
 from mrlhf.errors import ConfigError, MrlhfError, SeveralErrors
 
 PATIENCE_S = 15.0

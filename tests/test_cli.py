@@ -39,7 +39,7 @@ def fake_module(monkeypatch, name: str, main) -> None:
 
 def test_help_of_a_stage():
     done = shell("sft", "--help")
-    assert done.returncode == 0 and "--optim.lr float (1e-05)" in done.stdout and done.stderr == ""
+    assert done.returncode == 0 and "--optim.lr float > 0 (1e-05)" in done.stdout and done.stderr == ""
 
 
 def test_help_and_errors_do_not_import_torch():

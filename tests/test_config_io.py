@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mrlhf.config.load import diff, dump_yaml, help_text, load_config, options
-from mrlhf.config.options import STAGES, DataSource, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
+from mrlhf.config.dump import diff, dump_yaml
+from mrlhf.config.load import load_config
+from mrlhf.config.options import OTHERWISE, STAGES, DataSource, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
+from mrlhf.config.schema import Option, help_text, options_of
+from mrlhf.data.prepare.options import PreprocessConfig, check_preprocess
 from mrlhf.errors import MrlhfError, SeveralErrors
 
 GOOD = """\
@@ -139,13 +142,16 @@ def test_everything_wrong_with_a_blend(write):
         (f"{path}:9", "data.train: prefix = a list of 1"),
     ]
     (twice,) = problems(SFTStage, write(GOOD.replace("data/toy", "{prefix: a, prefix: b}")), [])
-    assert twice.what == "prefix is given twice" and twice.where.endswith(":4")
-    flags = ["--data.train", "[{prefix: a, weight: 1}, b, {prefix: a, weight: 0, epochs: -1}]"]
+    assert twice.what == f"data.train.prefix is given twice; first at {path}:4" and twice.where.endswith(":4")
+    flags = ["--data.train", "[{prefix: a, weight: 1}, b, {prefix: a, weight: 2}]"]
     assert [e.what for e in problems(SFTStage, write(GOOD), flags)] == [
         "data.train: a is given 2 times",
-        "data.train: weight = 0.0 of a",
-        "data.train: epochs = -1.0 of a",
         "data.train: b without a weight, the others with one",
+    ]
+    flags = ["--data.train", "[{prefix: a, weight: 1}, b, {prefix: a, weight: 0, epochs: -1}]"]
+    assert [(e.what, e.expected) for e in problems(SFTStage, write(GOOD), flags)] == [
+        ("data.train: weight = 0", "float > 0 or null"),
+        ("data.train: epochs = -1", "float > 0 or null"),
     ]
     assert [e.what for e in problems(SFTStage, write(GOOD), ["--data.train", "[{prefix: a"])] == [
         "data.train = [{prefix: a (not valid YAML)"
@@ -183,17 +189,20 @@ def test_misspelt_flag_and_key_of_another_section():
     assert errors[0].where == "--optm.lr on the command line"
 
 
+SEED = "int in [0, 2147483647]"
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "what", "expected"),
     [
-        ("train.seed", "1.5", "train.seed = 1.5 (not a whole number)", "int"),
-        ("train.seed", "true", "train.seed = 'true'", "int"),
-        ("optim.lr", "nan", "optim.lr = nan", "float"),
+        ("train.seed", "1.5", "train.seed = 1.5 (not a whole number)", SEED),
+        ("train.seed", "true", "train.seed = 'true'", SEED),
+        ("optim.lr", "nan", "optim.lr = nan", "float > 0"),
         ("data.packing", "1", "data.packing = '1'", "true|false"),
         ("data.eval", "true", "data.eval = true (a boolean)", "text or null"),
         ("model.dtype", "bf16", "model.dtype = bf16 is not a choice; did you mean bfloat16?", "{float32,bfloat16}"),
         ("model.dtype", "BFLOAT16", "model.dtype = BFLOAT16 is not a choice; did you mean bfloat16?", "{float32,bfloat16}"),
-        ("train.seed", "null", "train.seed = null", "int"),
+        ("train.seed", "null", "train.seed = null", SEED),
     ],
 )
 def test_wrong_type(write, flag, value, what, expected):
@@ -293,10 +302,116 @@ def test_diff():
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_shows_every_option(stage):
     text = help_text(stage)
-    known = options(STAGES[stage])
+    known = options_of(STAGES[stage])
     assert all(f"--{key} {opt.type_name} (" in text and opt.help.split()[0] in text for key, opt in known.items())
 
 
 def test_score_has_options_of_its_own_and_of_a_section():
     config = load_config(ScoreStage, None, [*MINIMAL["score"], "--parallel.tensor_model_parallel_size", "2", "--padding-side", "left"])
     assert config.parallel.tensor_model_parallel_size == 2 and config.padding_side == "left"
+
+
+NUMERIC = [(stage, key) for stage, cls in STAGES.items() for key, o in options_of(cls).items() if o.kind in (int, float)]
+
+
+def edges(option: Option) -> tuple[list[str], list[str]]:
+    """Numbers at the bounds of an option's range and just outside, as (accepted, refused)."""
+    limits, is_int = option.limits, option.kind is int
+    assert limits is not None, f"{option.key} has no range"
+    below, above = (-1 if is_int else -1e-6), (1 if is_int else 1e-6)
+    accepted, refused = [], ["nan", "-inf", "-.inf"]
+    for bound, outside in ((limits.ge, below), (limits.le, above)):
+        if bound is not None:
+            accepted.append(bound)
+            refused.append(bound + outside)
+    for bound, inside in ((limits.gt, above), (limits.lt, below)):
+        if bound is not None:
+            accepted.append(bound + inside)
+            refused.append(bound)
+    assert accepted or limits.description, f"{option.key} has no range, and says no reason"
+    special = (limits.extra or {}).get(OTHERWISE)
+    refused += [] if special == math.inf else ["inf", ".inf", "1e999"]
+    accepted += [special] if special is not None else ["-1e9"] if limits.description else []
+    return [str(n) for n in accepted], [str(n) for n in refused if n != special]
+
+
+@pytest.mark.parametrize(("stage", "key"), NUMERIC)
+def test_every_number_of_a_stage_has_a_range(stage, key, write):
+    cls, option = STAGES[stage], options_of(STAGES[stage])[key]
+    accepted, refused = edges(option)
+    base = MINIMAL[stage]
+    at = base.index(f"--{key}") if f"--{key}" in base else len(base)
+    flags = base[:at] + base[at + 2 :]
+    *sections, leaf = key.split(".")
+    yaml = "".join(f"{section}: " + "{" for section in sections) + f"{leaf}: %s" + "}" * len(sections)
+    for number in accepted + refused:
+        for path, more in ((None, [f"--{key}={number}"]), (write(yaml % number), [])):
+            try:
+                load_config(cls, path, flags + more)
+                errors = []
+            except SeveralErrors as several:
+                errors = several.errors
+            except MrlhfError as one:
+                errors = [one]
+            where = f"{path}:1" if path else f"--{key} on the command line"
+            mine = [e for e in errors if e.what.startswith(f"{key} = {number}") and e.expected == option.type_name]
+            assert [e.where for e in mine] == ([where] if number in refused else []), (number, errors)
+    assert option.type_name in help_text(stage)
+
+
+@pytest.mark.parametrize("name", [name for name, o in options_of(DataSource).items() if o.kind is float])
+def test_every_number_of_a_source_has_a_range(name, write):
+    option = options_of(DataSource)[name]
+    accepted, refused = edges(option)
+    for number in accepted:
+        source = f"[{{prefix: a, {name}: 1}}, {{prefix: b, {name}: {number}}}]"
+        config = load_config(SFTStage, None, [*MINIMAL["sft"], f"--data.train={source}"])
+        assert getattr(config.data.train[1], name) == float(number)
+    for number in refused:
+        path = write(GOOD.replace("data/toy", f"[{{prefix: a, {name}: 1}}, {{prefix: b, {name}: {number}}}]"))
+        (error,) = problems(SFTStage, path, [])
+        assert (error.what, error.where, error.expected) == (f"data.train: {name} = {number}", f"{path}:4", "float > 0 or null")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("ppo.lam", "-2", "float in [0, 1]"),
+        ("ppo.gamma", "3", "float in [0, 1]"),
+        ("optim.adam_beta1", "1.5", "float in [0, 1)"),
+        ("rollout.top_p", "7", "float in (0, 1]"),
+        ("rollout.top_k", "0", "int >= 1 or -1"),
+        ("rollout.temperature", "0", "float in (0, 2]"),
+        ("kl.target", "-1", "float > 0 or null"),
+        ("ppo.dual_clip", "1", "float > 1 or null"),
+        ("rollout.correction_high", "0", "float > 0 or inf"),
+        ("rollout.stop_token_ids", "-1", "int >= 0 ..."),
+    ],
+)
+def test_ranges_as_they_are_shown(key, value, expected):
+    (error,) = problems(PPOStage, None, [*MINIMAL["ppo"], f"--{key}={value}"])
+    assert (error.what, error.where, error.expected) == (f"{key} = {value}", f"--{key} on the command line", expected)
+
+
+def test_the_decay_ends_below_its_start(write):
+    path = write(GOOD + "  min_lr: 1e-4\n")
+    (error,) = problems(SFTStage, path, [])
+    assert (error.what, error.where) == ("optim.min_lr = 0.0001 is above optim.lr = 1e-05", f"{path}:10")
+    assert error.expected == "float in [0, 1e-05]"
+
+
+PREPROCESS = {"task": "sft", "input": ("x",), "tokenizer": "t", "output_prefix": "nowhere/p", "seq_length": 8}
+
+
+@pytest.mark.parametrize("name", [name for name, o in options_of(PreprocessConfig).items() if o.kind in (int, float)])
+def test_every_number_of_preprocessing_has_a_range(name):
+    option = options_of(PreprocessConfig)[name]
+    accepted, refused = edges(option)
+    for text in accepted + refused:
+        if option.kind is int and not text.lstrip("-").isdigit():
+            continue  # argparse's int refuses it
+        number = option.kind(text.replace(".inf", "inf"))
+        value = (number,) if option.several else number
+        errors = check_preprocess(PreprocessConfig(**{**PREPROCESS, name: value}))
+        mine = [e for e in errors if e.what == f"--{name.replace('_', '-')} {number}" and e.expected == option.type_name]
+        assert len(mine) == (text in refused), (text, errors)

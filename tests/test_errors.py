@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer, run, torchrun, write_jsonl
 
-from mrlhf.config.load import dump_yaml, load_config
+from mrlhf.config.dump import dump_yaml
+from mrlhf.config.load import load_config
 from mrlhf.config.options import STAGES
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.errors import MrlhfError, SeveralErrors
@@ -100,7 +101,7 @@ def value_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_option(stage: str) -> None:
     done = run(*MRLHF, stage, "--help")
     shown = {word[2:] for word in re.findall(r"--[\w.]+", done.stdout)}
-    from mrlhf.config.load import options as known
+    from mrlhf.config.schema import options_of as known
 
     assert set(known(STAGES[stage])) <= shown and done.stderr == ""
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, metrics
 
-from mrlhf.config.load import dump_yaml, load_config
+from mrlhf.config.dump import dump_yaml
+from mrlhf.config.load import load_config
 from mrlhf.config.options import STAGES
 from mrlhf.observe.metrics import EVALUATED
 

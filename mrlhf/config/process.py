@@ -1,4 +1,4 @@
-"""What every process of ours needs before it imports torch: its environment variables, and the exit status of a user error."""
+"""What each process needs before it imports torch: environment variables and logging; the exit status of a user error."""
 
 from __future__ import annotations
 

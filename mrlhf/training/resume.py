@@ -8,7 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mrlhf.config.load import diff, load_config
+from mrlhf.config.dump import diff
+from mrlhf.config.load import load_config
 from mrlhf.config.options import TrainingConfig
 from mrlhf.errors import ConfigError
 from mrlhf.observe.redaction import redact

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from mrlhf.checkpoint.manager import Saver, best_of
 from mrlhf.checkpoint.save import Part
 from mrlhf.checkpoint.source import restore_randomness, to_resume
-from mrlhf.config.load import dump_yaml
+from mrlhf.config.dump import dump_yaml
 from mrlhf.config.options import SFTStage, TrainingConfig
 from mrlhf.data.blend import Dataset, describe_samples
 from mrlhf.data.loader import Loader, MicroBatch

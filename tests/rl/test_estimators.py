@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from mrlhf.config.load import help_text, load_config
+from mrlhf.config.load import load_config
 from mrlhf.config.options import PPOStage
+from mrlhf.config.schema import help_text
 from mrlhf.errors import ConfigError, MrlhfError
 from mrlhf.rl.advantages import compute_advantages, gae, group_scores
 from mrlhf.rl.estimators import ESTIMATORS, Estimator, markdown_table
@@ -84,4 +85,4 @@ def test_the_docs_have_the_table() -> None:
 
 def test_every_row_names_a_function() -> None:
     assert all(callable(row.resolve()) and name == row.name for name, row in ESTIMATORS.items())
-    assert run(sys.executable, "-c", "import sys, mrlhf.config.load as c; c.help_text('ppo'); print('torch' in sys.modules)").stdout == "False\n"
+    assert run(sys.executable, "-c", "import sys, mrlhf.config.schema as c; c.help_text('ppo'); print('torch' in sys.modules)").stdout == "False\n"

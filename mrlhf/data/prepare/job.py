@@ -32,7 +32,7 @@ from tqdm import tqdm
 from mrlhf import __version__
 from mrlhf.data.indexed import FORMAT_VERSION, PackedDataset, token_dtype
 from mrlhf.data.prepare.assemble import Assembler, merged
-from mrlhf.data.prepare.options import PreprocessConfig, check
+from mrlhf.data.prepare.options import PreprocessConfig, check_preprocess
 from mrlhf.data.prepare.ready_made import TEMPLATE_NAMES, ready_made
 from mrlhf.data.prepare.select import first_of_each, split_of, within_limits
 from mrlhf.data.prepare.shards import WorkDirectory, load_shard, read_shard
@@ -54,7 +54,7 @@ def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None
     Raises ConfigError/DataError (several at once as SeveralErrors) and then leaves no output behind.
     """
     problems = Problems()
-    problems.extend(check(config))
+    problems.extend(check_preprocess(config))
     sources = template = None
     try:
         sources = Sources(config.input)

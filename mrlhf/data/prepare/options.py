@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from mrlhf.config.options import REQUIRED, option
+from msgspec import Meta
+
+from mrlhf.config.options import REQUIRED, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, option
+from mrlhf.config.schema import options_of
 from mrlhf.data.prepare.formats import Columns
 from mrlhf.data.prepare.ready_made import TEMPLATE_NAMES
 from mrlhf.data.prepare.select import SPLIT_NAMES
@@ -24,15 +27,15 @@ class PreprocessConfig:
     )
     tokenizer: str = option(REQUIRED, "directory (or hub id) of the HF tokenizer")
     output_prefix: str = option(REQUIRED, "the files written are PREFIX.bin, PREFIX.idx, ..., PREFIX.json")
-    seq_length: int = option(REQUIRED, "most tokens in a pack, and so in a sample; prompts: in a prompt")
+    seq_length: Annotated[int, Meta(ge=2)] = option(REQUIRED, "most tokens in a pack, and so in a sample; prompts: in a prompt")
     pack: bool = option(True, "several samples a pack; otherwise one sample (one pair) a pack")
     pack_order: Literal["shuffled", "length"] = option("shuffled", "order of the packs in the file: by --seed, or longest samples first")
     shuffle: bool = option(False, "without packs (--no-pack, prompts): samples by --seed instead of in the order of the input")
     tokenizer_backend: Literal["auto", "hf", "gigatoken"] = option(
         "auto", "what encodes: gigatoken where it gives the tokenizer's own ids on a sample of the input, else hf"
     )
-    verify_tokens: int = option(2000, "texts of the input on which gigatoken must agree with hf before it is used; 0: none")
-    workers: int | None = option(None, "processes that tokenise; the output does not depend on it (default: the usable cores)")
+    verify_tokens: NonNegativeInt = option(2000, "texts of the input on which gigatoken must agree with hf before it is used; 0: none")
+    workers: PositiveInt | None = option(None, "processes that tokenise; the output does not depend on it (default: the usable cores)")
     loss_on: Literal["last", "all"] = option("last", "train the assistant's last turn, or every one")
     truncate: Literal["error", "drop", "left", "right"] | None = option(
         None,
@@ -57,12 +60,12 @@ class PreprocessConfig:
     append_eos: bool = option(True, "end texts, and chats whose template has no end token, with the tokenizer's eos")
     split: str | None = option(None, "fractions, like 0.98,0.01,0.01: PREFIX_train, PREFIX_valid, PREFIX_test by a hash of the prompt (or text)")
     dedup: bool = option(False, "keep only the first of rows with the same content")
-    limits: tuple[int, ...] | None = option(None, "for each --input: its first rows only, so many; 0: all")
-    weights: tuple[float, ...] | None = option(None, "for each --input: its share of the rows; the largest mixture without a repeated row is kept")
+    limits: tuple[NonNegativeInt, ...] | None = option(None, "for each --input: its first rows only, so many; 0: all")
+    weights: tuple[NonNegativeFloat, ...] | None = option(None, "for each --input: its share of the rows; the largest mixture without a repeated row is kept")
     on_bad_row: Literal["error", "drop", "quarantine"] = option(
         "error", "rows that cannot be used: stop and show them, drop and count, or also write them to PREFIX_bad.jsonl"
     )
-    seed: int = option(1, "order of the packs, choice of rows for --weights")
+    seed: Seed = option(1, "order of the packs, choice of rows for --weights")
     resume: bool = option(False, "go on with an interrupted command; does nothing where it had finished")
     overwrite: bool = option(False, "replace existing output")
 
@@ -87,43 +90,49 @@ class PreprocessConfig:
         return self.truncate or ("right" if self.task == "pretrain" else "drop")
 
 
-def check(config: PreprocessConfig) -> list[MrlhfError]:
-    """Everything wrong that can be seen without opening the data."""
-    found: list[MrlhfError] = []
+def check_preprocess(config: PreprocessConfig) -> list[MrlhfError]:
+    """All errors in the options that show without opening the data."""
+    errors: list[MrlhfError] = _out_of_range(config)
 
-    def bad(what: str, expected: str | None = None, fix: str | None = None) -> None:
-        found.append(ConfigError(what, expected=expected, fix=fix))
+    def add(what: str, expected: str | None = None, fix: str | None = None) -> None:
+        errors.append(ConfigError(what, expected=expected, fix=fix))
 
     if not config.input:
-        bad("no input files", fix="--input FILE")
-    if config.seq_length < 2:
-        bad(f"--seq-length {config.seq_length}", "2 or more: a token is trained given the ones before it")
-    if config.workers is not None and config.workers < 1:
-        bad(f"--workers {config.workers}", "1 or more")
+        add("no input files", fix="--input FILE")
     if config.task == "prompts" and config.truncate == "right":
-        bad("--truncate right would cut off the end of a prompt, where the answer begins", "error, drop or left")
-    if config.chat_template is not None and config.input_template is not None:
-        bad("--chat-template and --input-template exclude each other", fix="leave one out")
-    if config.chat_template is not None and config.chat_template not in TEMPLATE_NAMES and not Path(config.chat_template).is_file():
-        bad(f"--chat-template {config.chat_template}: no such file", f"a Jinja file, or one of {', '.join(TEMPLATE_NAMES)}")
-    if config.verify_tokens < 0:
-        bad(f"--verify-tokens {config.verify_tokens}", "0 or more")
+        add("--truncate right would cut off the end of a prompt, where the answer begins", "error, drop or left")
+    template, files = config.chat_template, len(config.input)
+    if template is not None and config.input_template is not None:
+        add("--chat-template and --input-template exclude each other", fix="leave one out")
+    if template is not None and template not in TEMPLATE_NAMES and not Path(template).is_file():
+        add(f"--chat-template {template}: no such file", f"a Jinja file, or one of {', '.join(TEMPLATE_NAMES)}")
     for name, values in (("limits", config.limits), ("weights", config.weights)):
-        if values is not None and len(values) != len(config.input):
-            bad(f"--{name} has {len(values)} numbers for {len(config.input)} arguments of --input", "one for each, in their order")
-        if values is not None and (any(not 0 <= v < float("inf") for v in values) or (name == "weights" and not sum(values) > 0)):
-            bad(f"--{name} {' '.join(map(str, values))}", "numbers that are not negative, and not all 0")
+        if values is not None and len(values) != files:
+            what = f"--{name} has {len(values)} numbers for {files} arguments of --input"
+            add(what, "one for each, in their order")
+    if config.weights is not None and not any(config.weights):
+        add(f"--weights {' '.join(map(str, config.weights))}", "numbers that are not all 0")
     try:
         fractions = config.fractions
     except ValueError:
-        bad(f"--split {config.split}", "up to three fractions, like 0.98,0.01,0.01")
-        return found
+        fractions = ()
     if not 1 <= len(fractions) <= len(SPLIT_NAMES) or any(not 0 < f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
-        bad(f"--split {config.split}", "up to three fractions (train, valid, test), each above 0, that sum to 1")
-    if not (config.overwrite or config.resume):
+        add(f"--split {config.split}", "up to three fractions (train, valid, test), each above 0, that sum to 1")
+    elif not (config.overwrite or config.resume):
         for prefix in config.prefixes:
             try:
                 OutputSet.refuse_existing(Path(prefix))
             except DataError as error:
-                found.append(error)
-    return found
+                errors.append(error)
+    return errors
+
+
+def _out_of_range(config: PreprocessConfig) -> list[MrlhfError]:
+    errors: list[MrlhfError] = []
+    for name, opt in options_of(PreprocessConfig).items():
+        value = getattr(config, name)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if opt.limits is not None and not all(map(opt.accepts, numbers)):
+            flag = f"--{name.replace('_', '-')}"
+            errors.append(ConfigError(f"{flag} {' '.join(map(str, numbers))}", expected=opt.type_name))
+    return errors
