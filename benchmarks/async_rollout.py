@@ -1,10 +1,13 @@
-"""Where vLLM is and how far it may be ahead: a PPO step colocated, on ranks of its own in turns, and there one rollout ahead.
+"""Where vLLM is and how far it may be ahead: a PPO step colocated, on ranks of its own in turns,
+and there one rollout ahead.
 
     python examples/quickstart/run.py                      # once: its SFT and reward models are where every run starts
-    python benchmarks/async_rollout.py [--ranks 2] [--generators 1] [--steps 12] [--new-tokens 64] [--repeats 3] [--output FILE.md]
+    python benchmarks/async_rollout.py [--ranks 2] [--generators 1] [--steps 12] [--new-tokens 64] [--repeats 3]
+                                       [--output FILE.md]
 
-The same ranks in every arm, the arms in turns; medians over the steps of all repeats but the first two steps of each. Colocated, every
-rank trains and generates (data parallel, one vLLM replica a rank); apart, the generators take their ranks from training.
+The same ranks in every arm, the arms in turns; medians over the steps of all repeats but the first two steps of each.
+Colocated, every rank trains and generates (data parallel, one vLLM replica a rank); apart, the generators take their
+ranks from training.
 """
 
 from __future__ import annotations
@@ -35,12 +38,18 @@ def arms(generators: int) -> dict[str, dict[str, Any]]:
 def run(args: argparse.Namespace, options: dict[str, Any], out: Path) -> list[dict[str, float]]:
     """Metrics of every step but the first two."""
     common = {
-        "parallel.tensor_model_parallel_size": 1, "rollout.tensor_parallel_size": 1, "rollout.max_new_tokens": args.new_tokens,
-        "ppo.critic_warmup_steps": 0, "train.max_steps": args.steps, "train.micro_batch_size": 64 // args.ranks,
-        "train.output_dir": out, "logging.tensorboard": "false",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.ranks, "-m", "mrlhf", "ppo",
-               "--config", "examples/quickstart/ppo.yaml", *(part for k, v in {**common, **options}.items() for part in (f"--{k}", v))]  # fmt: skip
+        "parallel.tensor_model_parallel_size": 1,
+        "rollout.tensor_parallel_size": 1,
+        "rollout.max_new_tokens": args.new_tokens,
+        "ppo.critic_warmup_steps": 0,
+        "train.max_steps": args.steps,
+        "train.micro_batch_size": 64 // args.ranks,
+        "train.output_dir": out,
+        "logging.tensorboard": "false",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.ranks,
+               "-m", "mrlhf", "ppo", "--config", "examples/quickstart/ppo.yaml",
+               *(part for k, v in {**common, **options}.items() for part in (f"--{k}", v))]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:

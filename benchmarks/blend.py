@@ -2,9 +2,9 @@
 
     python benchmarks/blend.py [--samples 100000000] [--output benchmarks/results/blend.md]
 
-The index files are real (2.6 GB for 100 million samples, in a temporary directory), the token files are sparse: opening looks at their
-size only. Each line of the table is measured in a process of its own; RSS is anonymous memory (RssAnon) above that of the imports,
-which leaves out pages of mapped files that the kernel may drop.
+The index files are real (2.6 GB for 100 million samples, in a temporary directory), the token files are sparse: opening
+looks at their size only. Each line of the table is measured in a process of its own; RSS is anonymous memory (RssAnon)
+above that of the imports, which leaves out pages of mapped files that the kernel may drop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ SHARES, WEIGHTS, A_PACK, BATCH = (0.5, 0.3, 0.2), (0.6, 0.25, 0.15), 8, 1024
 
 
 def write_source(prefix: Path, samples: int, seed: int) -> None:
-    """Indices of `samples` samples of 64 to 1023 tokens, eight a pack, and token and mask files of the right size without content."""
+    """Indices of `samples` samples of 64 to 1023 tokens, eight a pack,
+    and token and mask files of the right size without content.
+    """
     from mrlhf.data.indexed import FORMAT_VERSION, seal
 
     samples -= samples % A_PACK
@@ -46,8 +48,17 @@ def write_source(prefix: Path, samples: int, seed: int) -> None:
             file.truncate(total * size)
         for kind in (".bin", ".idx"):
             files[part + kind] = {"bytes": os.path.getsize(f"{prefix}{part}{kind}"), "sha256": ""}
-    meta = {"format": FORMAT_VERSION, "task": "sft", "seq_length": 8192, "num_samples": samples, "num_packs": len(documents) - 1,
-            "tokenizer": "none", "tokenizer_fingerprint": "0" * 64, "vocab_size": 65000, "files": files}  # fmt: skip
+    meta = {
+        "format": FORMAT_VERSION,
+        "task": "sft",
+        "seq_length": 8192,
+        "num_samples": samples,
+        "num_packs": len(documents) - 1,
+        "tokenizer": "none",
+        "tokenizer_fingerprint": "0" * 64,
+        "vocab_size": 65000,
+        "files": files,
+    }
     Path(f"{prefix}.json").write_bytes(seal(meta))
 
 
@@ -66,7 +77,7 @@ def measure(name: str, folder: Path, samples: int) -> dict[str, float]:
     before, start, started = anonymous_mib(), time.perf_counter(), time.process_time()
 
     def order() -> Order:
-        mix = Mix.of(rows, WEIGHTS, [None] * 3)
+        mix = Mix.from_weights(rows, WEIGHTS, [None] * 3)
         return Order(mix, global_batch_size=BATCH, num_epochs=1, max_steps=None, seed=1, shuffle=True)
 
     if name == "open":
@@ -85,7 +96,7 @@ def measure(name: str, folder: Path, samples: int) -> dict[str, float]:
         position = step * BATCH
         counts = [int(position * w) for w in WEIGHTS]
         counts[0] += position - sum(counts)
-        kept.go_on(step, counts)
+        kept.resume_after_step(step, counts)
         kept.rows(step + 1)
         done, used = time.perf_counter(), time.process_time() - started
     elif name == "rows":
@@ -95,7 +106,14 @@ def measure(name: str, folder: Path, samples: int) -> dict[str, float]:
         done, used = time.perf_counter(), time.process_time() - started
         return {"rows_s": 200 * BATCH / used, "mib": anonymous_mib() - before}
     elif name == "replay":
-        kept = Order(Mix.of(rows, [None] * 3, [None] * 3), global_batch_size=BATCH, num_epochs=1, max_steps=None, seed=1, shuffle=True)
+        kept = Order(
+            Mix.from_weights(rows, [None] * 3, [None] * 3),
+            global_batch_size=BATCH,
+            num_epochs=1,
+            max_steps=None,
+            seed=1,
+            shuffle=True,
+        )
         kept.consumed(1000)
         done, used = time.perf_counter(), time.process_time() - started
         return {"rows_s": 1000 * BATCH / used, "mib": anonymous_mib() - before}
@@ -130,24 +148,29 @@ def main() -> None:
     lines = [
         "# Blends",
         "",
-        f"`python benchmarks/blend.py --samples {args.samples}` on {os.cpu_count()} shared cores ({platform.machine()}), medians of 3, each in "
-        f"its own process. Three sources, weights {WEIGHTS}, {BATCH} rows a step. Indices are real, token files sparse (nothing reads them here).",
+        f"`python benchmarks/blend.py --samples {args.samples}` on {os.cpu_count()} shared cores "
+        f"({platform.machine()}), medians of 3, each in "
+        f"its own process. Three sources, weights {WEIGHTS}, {BATCH} rows a step. Indices are real, "
+        "token files sparse (nothing reads them here).",
         "",
         "| what | seconds (CPU seconds) | memory (anonymous) |",
         "|---|---|---|",
-        *(f"| {text} | {median(name, 'seconds'):.3g} ({median(name, 'cpu'):.3g}) | {median(name, 'mib'):.0f} MiB |" for name, text in (
-            ("open", f"open and check the indices of {args.samples:,} samples"),
-            ("start", "the order, from nothing to the rows of step 1"),
-            ("resume", "the order, from a checkpoint in the middle to the rows of the next step"),
-            ("permutations", "(for comparison) `numpy` permutations of the three sources"),
-        )),
+        *(
+            f"| {text} | {median(name, 'seconds'):.3g} ({median(name, 'cpu'):.3g}) | {median(name, 'mib'):.0f} MiB |"
+            for name, text in (
+                ("open", f"open and check the indices of {args.samples:,} samples"),
+                ("start", "the order, from nothing to the rows of step 1"),
+                ("resume", "the order, from a checkpoint in the middle to the rows of the next step"),
+                ("permutations", "(for comparison) `numpy` permutations of the three sources"),
+            )
+        ),
         "",
         "| rate | rows per CPU second |",
         "|---|---|",
         f"| rows of a step: source, epoch, permuted row | {median('rows', 'rows_s'):,.0f} |",
         f"| counting anew where a checkpoint has no counts | {median('replay', 'rows_s'):,.0f} |",
         "",
-    ]  # fmt: skip
+    ]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("\n".join(lines))
     print("\n".join(lines))

@@ -2,9 +2,9 @@
 
     python benchmarks/convert.py [--layers 4 16] [--repeats 5] [--output benchmarks/results/convert.md]
 
-A Llama-shaped bf16 checkpoint of random values (16 layers: 1.7 GiB in two files); every arm runs in its own process, one after
-the other within a repeat, reads files that are in the page cache, and ends with its output on the disk (fsync). Rates leave out the
-interpreter's start and imports. Needs about 8 GiB of disk under runs/benchmark.
+A Llama-shaped bf16 checkpoint of random values (16 layers: 1.7 GiB in two files); every arm runs in its own process,
+one after the other within a repeat, reads files that are in the page cache, and ends with its output on the disk
+(fsync). Rates leave out the interpreter's start and imports. Needs about 8 GiB of disk under runs/benchmark.
 """
 
 from __future__ import annotations
@@ -31,16 +31,23 @@ def make(directory: Path, layers: int) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from mrlhf.models.families import hf_shapes, spec_from_hf
+    from mrlhf.models.families import hf_tensors, spec_from_hf
 
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FFN,
-        "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "vocab_size": VOCAB,
-        "rms_norm_eps": 1e-5, "dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": GROUPS,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-5,
+        "dtype": "bfloat16",
+    }
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = list(hf_shapes(spec_from_hf(config), head="lm").items())
+    shapes = [(name, tensor.shape) for name, tensor in hf_tensors(spec_from_hf(config), head="lm").items()]
     total, weight_map = 0, {}
     for i, part in enumerate((shapes[::2], shapes[1::2])):
         tensors = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in part}
@@ -48,7 +55,9 @@ def make(directory: Path, layers: int) -> int:
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
     return total
 
 
@@ -67,7 +76,7 @@ def worker(arm: str, source: Path, target: Path) -> None:
     from mrlhf.convert import hf
     from mrlhf.parallel import state
 
-    hf.start()
+    hf.initialize_groups()
     for file in (f for f in source.rglob("*") if f.is_file()):  # every arm reads from the page cache
         with file.open("rb", buffering=0) as f:
             while f.read(1 << 24):
@@ -84,7 +93,11 @@ def worker(arm: str, source: Path, target: Path) -> None:
     else:
         hf.megatron_to_hf(str(source), target)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "cpu": time.process_time() - cpu, "peak_bytes": peak_bytes(), "base_bytes": base}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "cpu": time.process_time() - cpu, "peak_bytes": peak_bytes(), "base_bytes": base}
+        )
+    )
     state.shutdown()
 
 
@@ -136,15 +149,23 @@ def main() -> None:
             memory = median(row["peak_bytes"] - row["base_bytes"] for row in rows)
             rate = nbytes / GIB / median(seconds)
             cpu = median(row["cpu"] for row in rows)
-            lines.append(f"| {layers} | {nbytes / GIB:.2f} | {arm} | {rate:.2f} | {100 * ratio:.0f} % | {cpu:.1f} | {memory / GIB:.2f} |")
+            lines.append(
+                f"| {layers} | {nbytes / GIB:.2f} | {arm} | {rate:.2f} | {100 * ratio:.0f} % | {cpu:.1f} | "
+                f"{memory / GIB:.2f} |"
+            )
     text = "\n".join(
         [
             "# Conversion",
             "",
-            f"`python benchmarks/convert.py --layers {' '.join(map(str, args.layers))} --repeats {args.repeats}` on {os.cpu_count()} cores "
+            f"`python benchmarks/convert.py --layers {' '.join(map(str, args.layers))} "
+            f"--repeats {args.repeats}` on {os.cpu_count()} cores "
             f"({platform.machine()}), one process an arm, arms interleaved.",
-            "`plain` is safetensors' load and save of the same files; `import` is HF to Megatron, `export` Megatron to HF (checksums compared).",
-            f"The largest tensor has {largest / GIB:.2f} GiB. `of plain` is the median of the ratios within a repeat. Load average at the "
+            (
+                "`plain` is safetensors' load and save of the same files; `import` is HF to Megatron, "
+                "`export` Megatron to HF (checksums compared)."
+            ),
+            f"The largest tensor has {largest / GIB:.2f} GiB. "
+            "`of plain` is the median of the ratios within a repeat. Load average at the "
             f"end: {os.getloadavg()[1]:.0f}.",
             "",
             *lines,

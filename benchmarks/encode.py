@@ -1,9 +1,11 @@
-"""What masks, templates and arrays cost beside the tokenizer itself, on one core: text -> (ids, mask) against bare `encode_batch_fast`.
+"""What masks, templates and arrays cost beside the tokenizer itself, on one core:
+text -> (ids, mask) against bare `encode_batch_fast`.
 
     python benchmarks/encode.py [--megabytes 4] [--rounds 7] [--output benchmarks/results/encode.md]
 
-The tokenizer (byte-level BPE, Llama-3's way of cutting words, 16k ids) and the texts (Zipf words, numbers, punctuation) are made here from a seed.
-Each round runs every variant once, in turn; figures are medians over the rounds and their ratios.
+The tokenizer (byte-level BPE, Llama-3's way of cutting words, 16k ids) and the texts (Zipf words, numbers, punctuation)
+are made here from a seed. Each round runs every variant once, in turn; figures are medians over the rounds and their
+ratios.
 """
 
 from __future__ import annotations
@@ -26,12 +28,17 @@ from mrlhf.data.prepare.ready_made import ready_made
 from mrlhf.data.prepare.template import Template
 from mrlhf.data.tokenizers.encoder import choose_encoder
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def make_texts(rng: np.random.Generator, number: int, words: int) -> list[str]:
-    """`number` texts of about `words` words each: 40,000 different words by Zipf's law, with numbers, accents and line ends."""
+    """`number` texts of about `words` words each: 40,000 different words by Zipf's law, with numbers,
+    accents and line ends.
+    """
     syllables = np.asarray("ba be ci do fu ga hi jo ka le mi no pu ra sé ti vo wa xy zu er in on an th st".split())
     lexicon = np.asarray(["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(40_000)])
     ends = np.asarray([" ", " ", " ", " ", " ", " ", ", ", ". ", ".\n\n", " 1984 ", " (", "'s "])
@@ -49,16 +56,24 @@ def make_tokenizer(texts: list[str]) -> Any:
 
     tokenizer = Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=16_000, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=16_000, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], additional_special_tokens=SPECIAL[1:])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPECIAL[0], additional_special_tokens=SPECIAL[1:]
+    )
 
 
 def measure(variants: dict[str, Callable[[], int]], rounds: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Median seconds of CPU (one thread; other programs do not count) and tokens of each; the first round is not counted."""
+    """Median seconds of CPU (one thread; other programs do not count) and tokens of each;
+    the first round is not counted.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     tokens = {}
     for _ in range(rounds + 1):
@@ -71,7 +86,11 @@ def measure(variants: dict[str, Callable[[], int]], rounds: int) -> tuple[dict[s
 
 def in_chunks(items: list[Any], encode: Callable[[list[Any]], list[Any]], size: int = 256) -> int:
     """Tokens of all items, encoded `size` at a time as the pipeline does."""
-    return sum(len(r[0]) if isinstance(r, tuple) else len(r) for i in range(0, len(items), size) for r in encode(items[i : i + size]))
+    return sum(
+        len(r[0]) if isinstance(r, tuple) else len(r)
+        for i in range(0, len(items), size)
+        for r in encode(items[i : i + size])
+    )
 
 
 def table(title: str, megabytes: float, documents: int, seconds: dict[str, float], tokens: dict[str, int]) -> list[str]:
@@ -98,7 +117,10 @@ def main() -> None:
     # turns of 60 words, four a conversation
     turns = make_texts(rng, max(4, int(args.megabytes * 1e6 / 480)) // 4 * 4, 60)
     roles = ("user", "assistant") * 2
-    chats = [[{"role": r, "content": t} for r, t in zip(roles, turns[i : i + 4], strict=True)] for i in range(0, len(turns), 4)]
+    chats = [
+        [{"role": r, "content": t} for r, t in zip(roles, turns[i : i + 4], strict=True)]
+        for i in range(0, len(turns), 4)
+    ]
 
     chat_hf = Template(tokenizer, chat_template=ready_made("chatml", tokenizer))
     rendered = [chat_hf.conversation(c).text for c in chats]
@@ -141,8 +163,19 @@ def main() -> None:
         "",
         f"`python benchmarks/encode.py --megabytes {args.megabytes:g} --rounds {args.rounds}`, ",
     ]
-    lines[-1] += f"{platform.machine()}, Python {platform.python_version()}; {note}. Seconds are of CPU; medians of interleaved rounds."
-    lines += ["", *table("Chats: ChatML rendered, ids and masks", sum(len(t.encode()) for t in rendered) / 1e6, len(chats), *chat_figures)]
+    lines[-1] += (
+        f"{platform.machine()}, Python {platform.python_version()}; {note}. Seconds are of CPU; "
+        "medians of interleaved rounds."
+    )
+    lines += [
+        "",
+        *table(
+            "Chats: ChatML rendered, ids and masks",
+            sum(len(t.encode()) for t in rendered) / 1e6,
+            len(chats),
+            *chat_figures,
+        ),
+    ]
     lines += table("Plain text: ids with eos", sum(len(t.encode()) for t in texts) / 1e6, len(texts), *text_figures)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("\n".join(lines))

@@ -2,8 +2,9 @@
 
 usage: python benchmarks/equivalence.py [--write]      (--write: into docs/parallelism.md; else to the screen)
 
-Toy model and data are those of the tests, the steps are tests/parallel/parity_program.py's, and tests/parallel/test_parity.py holds the
-cases marked `tested` to TOLERANCE. A number is the largest relative difference of loss or gradient norm over the steps, in fp32.
+Toy model and data are those of the tests, the steps are tests/parallel/parity_program.py's, and
+tests/parallel/test_parity.py holds the cases marked `tested` to TOLERANCE. A number is the largest relative difference
+of loss or gradient norm over the steps, in fp32.
 """
 
 from __future__ import annotations
@@ -87,14 +88,20 @@ def cases(*, tested: bool) -> list[tuple[str, str]]:
     """(layout, stage)."""
 
     def wanted(layout: Layout, stage: str) -> bool:
-        everywhere = layout.model == "qwen2" and layout.options.get("side") != "left" and not {"neftune", "blend"} & set(layout.options)
+        everywhere = (
+            layout.model == "qwen2"
+            and layout.options.get("side") != "left"
+            and not {"neftune", "blend"} & set(layout.options)
+        )
         return stage in layout.tested or (everywhere and not tested)
 
     return [(name, stage) for name, layout in LAYOUTS.items() for stage in STAGES if wanted(layout, stage)]
 
 
 def run(world: Path, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], Steps]:
-    """All cases, one start of processes for each number of ranks. `world`: the directory of tests/conftest.py's `make_world`."""
+    """All cases, one start of processes for each number of ranks. `world`:
+    the directory of tests/conftest.py's `make_world`.
+    """
     from conftest import python
 
     program, found = ROOT / "tests/parallel/parity_program.py", {}
@@ -102,7 +109,8 @@ def run(world: Path, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], Ste
         mine = [(name, stage) for name, stage in wanted if LAYOUTS[name].ranks == ranks]
         arguments = []
         for i, (name, stage) in enumerate(mine):
-            # Adam moves parameters whose true gradient is 0 by +-lr on rounding noise; a small lr keeps that below the tolerance
+            # Adam moves parameters whose true gradient is 0 by +-lr on rounding noise;
+            # a small lr keeps that below the tolerance
             options = {"stage": stage, "model": LAYOUTS[name].model, "lr": 1e-4, **LAYOUTS[name].options}
             arguments.append(f"{i}:" + ",".join(f"{k}={v}" for k, v in options.items()))
         done = python(program, world, STEPS, *arguments, ranks=ranks, timeout=1200)

@@ -1,11 +1,14 @@
-"""vLLM inside mrlhf against bare `LLM.generate` on the same prompts, in the same process and run; and where a PPO step's time goes.
+"""vLLM inside mrlhf against bare `LLM.generate` on the same prompts, in the same process and run;
+and where a PPO step's time goes.
 
-    python benchmarks/generate.py [--prompts 64] [--new-tokens 64] [--repeats 9] [--metrics runs/quickstart/ppo/metrics.jsonl]
+    python benchmarks/generate.py [--prompts 64] [--new-tokens 64] [--repeats 9]
+                                  [--metrics runs/quickstart/ppo/metrics.jsonl]
                                   [--output benchmarks/results/generate.md]
 
-One engine, three ways in turns, the order turning too: `LLM.generate` as a user would call it (no seeds, no log-probs); with the
-seeds and log-probs that PPO needs; and a whole rollout of mrlhf, from prompts to the gathered answers. The first round does not count.
-The table of a step is made from the metrics of a run that is already there (make quickstart).
+One engine, three ways in turns, the order turning too: `LLM.generate` as a user would call it (no seeds, no log-probs);
+with the seeds and log-probs that PPO needs; and a whole rollout of mrlhf, from prompts to the gathered answers. The
+first round does not count. The table of a step is made from the metrics of a run that is already there (make
+quickstart).
 """
 
 from __future__ import annotations
@@ -38,17 +41,30 @@ def throughput(args: argparse.Namespace) -> list[str]:
     from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine
 
     config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": args.hidden, "intermediate_size": 2 * args.hidden,
-        "num_hidden_layers": 4, "num_attention_heads": args.hidden // 64, "num_key_value_heads": args.hidden // 64, "vocab_size": 1024,
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
-    }  # fmt: skip
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": args.hidden,
+        "intermediate_size": 2 * args.hidden,
+        "num_hidden_layers": 4,
+        "num_attention_heads": args.hidden // 64,
+        "num_key_value_heads": args.hidden // 64,
+        "vocab_size": 1024,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+    }
     state.initialize(ParallelConfig(), seed=1)
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(config))
         engine = VLLMEngine(
-            spec_from_hf(config), Path(directory), dtype="float32", tp=1, max_model_len=32 + args.new_tokens, kv_cache_mib=256,
-            max_num_seqs=args.prompts, seed=1,
-        )  # fmt: skip
+            spec_from_hf(config),
+            Path(directory),
+            dtype="float32",
+            tp=1,
+            max_model_len=32 + args.new_tokens,
+            kv_cache_mib=256,
+            max_num_seqs=args.prompts,
+            seed=1,
+        )
     from vllm import SamplingParams
 
     prompts = [[(7 * i + 3 * j) % 1000 + 5 for j in range(12 + i % 16)] for i in range(args.prompts)]
@@ -58,11 +74,16 @@ def throughput(args: argparse.Namespace) -> list[str]:
     plain = {"temperature": 1.0, "max_tokens": args.new_tokens, "detokenize": False}
 
     def bare(**more: object) -> int:
-        params = [SamplingParams(**plain, **{k: v[i] if isinstance(v, list) else v for k, v in more.items()}) for i in range(len(prompts))]
+        params = [
+            SamplingParams(**plain, **{k: v[i] if isinstance(v, list) else v for k, v in more.items()})
+            for i in range(len(prompts))
+        ]
         return sum(len(o.outputs[0].token_ids) for o in engine.llm.generate(texts, params, use_tqdm=False))
 
     def ours() -> int:
-        rollout = generate(engine, prompts, n=1, sampling=sampling, seed=1, step=1, labels=[None] * len(prompts), replicas=1, replica=0)
+        rollout = generate(
+            engine, prompts, n=1, sampling=sampling, seed=1, step=1, labels=[None] * len(prompts), replicas=1, replica=0
+        )
         return sum(len(a.tokens) for a in rollout.answers)
 
     arms: dict[str, Callable[[], int]] = {
@@ -86,8 +107,16 @@ def throughput(args: argparse.Namespace) -> list[str]:
     state.shutdown()
     rows = [f"| {name} | {median(wall[name]):,.0f} | {median(cpu[name]):,.0f} |" for name in arms]
     for name in list(arms)[:2]:
-        pairs = [sorted(a / b for a, b in zip(table["mrlhf rollout"], table[name], strict=True)) for table in (wall, cpu)]
-        rows.append("| mrlhf / " + name + " | " + " | ".join(f"{median(p):.3f} ({p[0]:.3f} to {p[-1]:.3f})" for p in pairs) + " |")
+        pairs = [
+            sorted(a / b for a, b in zip(table["mrlhf rollout"], table[name], strict=True)) for table in (wall, cpu)
+        ]
+        rows.append(
+            "| mrlhf / "
+            + name
+            + " | "
+            + " | ".join(f"{median(p):.3f} ({p[0]:.3f} to {p[-1]:.3f})" for p in pairs)
+            + " |"
+        )
     return rows
 
 
@@ -102,7 +131,14 @@ def step_table(file: Path) -> list[str]:
     lines += [f"| {name} | {share[name] * total / len(steps):.3f} | {share[name]:.1%} |" for name in names]
     lines.append(f"| what no phase has | {rest * total / len(steps):.3f} | {rest:.1%} |")
     overhead = 1 - sum(share.get(name, 0.0) for name in WORK)
-    return [*lines, "", f"{len(steps)} steps. Everything that is not generation, a forward pass or an update: {overhead:.2%} of a step."]
+    return [
+        *lines,
+        "",
+        (
+            f"{len(steps)} steps. Everything that is not generation, a forward pass or an update: "
+            f"{overhead:.2%} of a step."
+        ),
+    ]
 
 
 def main() -> None:
@@ -117,15 +153,22 @@ def main() -> None:
     lines = [
         "# Generation inside mrlhf",
         "",
-        f"`python benchmarks/generate.py --prompts {args.prompts} --new-tokens {args.new_tokens} --hidden {args.hidden} --repeats {args.repeats}`; "
+        f"`python benchmarks/generate.py --prompts {args.prompts} --new-tokens {args.new_tokens} "
+        f"--hidden {args.hidden} --repeats {args.repeats}`; "
         "Qwen2 of 4 layers, fp32, one process on one thread; medians, and ratios of the same round.",
         "",
         "| | tokens / s | tokens / CPU s |",
         "|---|---|---|",
         *throughput(args),
         "",
-        "The second way is what PPO asks of vLLM, token for token the same work: what mrlhf adds to it is the last line. The line before has vLLM's own",
-        "price of a seed for every request (answers that do not depend on the number of ranks) and of the sampled tokens' log-probs.",
+        (
+            "The second way is what PPO asks of vLLM, token for token the same work: "
+            "what mrlhf adds to it is the last line. The line before has vLLM's own"
+        ),
+        (
+            "price of a seed for every request (answers that do not depend on the number of ranks) and of the "
+            "sampled tokens' log-probs."
+        ),
     ]
     if args.metrics:
         lines += [

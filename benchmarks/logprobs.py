@@ -1,9 +1,12 @@
-"""Log-probs from hidden states: the chunked head against whole logits; memory and time, forward and backward, in fp32 on CPU.
+"""Log-probs from hidden states: the chunked head against whole logits;
+memory and time, forward and backward, in fp32 on CPU.
 
-usage: python benchmarks/logprobs.py [--tokens 8192] [--vocab 151936] [--hidden 64] [--entropy-tokens 2048] [--repeats 3] [--output FILE]
+usage: python benchmarks/logprobs.py [--tokens 8192] [--vocab 151936] [--hidden 64] [--entropy-tokens 2048]
+                                      [--repeats 3] [--output FILE]
 
 Each measurement is a process of its own, so that its peak resident size says what it took; the two ways take turns.
-With the entropy the whole way holds five times [T, V], which at 8192 tokens no ordinary machine has: hence fewer tokens there.
+With the entropy the whole way holds five times [T, V], which at 8192 tokens no ordinary machine has: hence fewer tokens
+there.
 """
 
 from __future__ import annotations
@@ -22,12 +25,16 @@ WAYS = ("whole", "chunked")
 
 
 def measure(way: str, tokens: int, vocab: int, hidden_size: int, *, with_entropy: bool) -> dict[str, float]:
-    """Peak extra memory in MiB and seconds of forward and backward, after a warm-up on few tokens; and sums of the results to compare."""
+    """Peak extra memory in MiB and seconds of forward and backward, after a warm-up on few tokens;
+    and sums of the results to compare.
+    """
     import torch
 
     from mrlhf.models.layers.logprobs import Head, head_logprobs
 
-    def run(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def run(
+        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if way == "chunked":
             logps, entropy, *_ = head_logprobs(hidden, targets, Head(weight, vocab), with_entropy=with_entropy)
         else:
@@ -69,7 +76,11 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure[0], args.tokens, args.vocab, args.hidden, with_entropy=args.measure[1] == "1")))
+        print(
+            json.dumps(
+                measure(args.measure[0], args.tokens, args.vocab, args.hidden, with_entropy=args.measure[1] == "1")
+            )
+        )
         return
     sizes = ("--vocab", str(args.vocab), "--hidden", str(args.hidden))
     lines = [
@@ -77,7 +88,8 @@ def main() -> None:
         "",
         f"`python benchmarks/logprobs.py --tokens {args.tokens} --vocab {args.vocab} --hidden {args.hidden} "
         f"--entropy-tokens {args.entropy_tokens} --repeats {args.repeats}`; "
-        f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), fp32, CPU; forward and backward, each run a process of its own, in turns; medians.",
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), fp32, CPU; forward and backward, "
+        "each run a process of its own, in turns; medians.",
         "",
         "| result | way | extra memory, MiB | wall s | CPU s (with start-up) |",
         "|---|---|---|---|---|",
@@ -86,8 +98,21 @@ def main() -> None:
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for _ in range(args.repeats):
             for way in WAYS:
-                command = [sys.executable, __file__, *sizes, "--tokens", str(tokens), "--measure", way, str(int(entropy))]
-                runs[way].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+                command = [
+                    sys.executable,
+                    __file__,
+                    *sizes,
+                    "--tokens",
+                    str(tokens),
+                    "--measure",
+                    way,
+                    str(int(entropy)),
+                ]
+                runs[way].append(
+                    json.loads(
+                        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+                    )
+                )
         median = {way: {k: statistics.median(r[k] for r in found) for k in found[0]} for way, found in runs.items()}
         for way in WAYS:
             m = median[way]
@@ -96,7 +121,8 @@ def main() -> None:
         whole, chunked = median["whole"], median["chunked"]
         worst = max(abs(chunked[k] / whole[k] - 1) for k in ("logps", "grad_hidden", "grad_weight"))
         lines.append(
-            f"| | chunked / whole | {chunked['extra_mib'] / whole['extra_mib']:.4f} | {chunked['seconds'] / whole['seconds']:.2f} | "
+            f"| | chunked / whole | {chunked['extra_mib'] / whole['extra_mib']:.4f} | "
+            f"{chunked['seconds'] / whole['seconds']:.2f} | "
             f"{chunked['cpu_seconds'] / whole['cpu_seconds']:.2f} (results differ by {worst:.0e} relative) |"
         )
     text = "\n".join(lines) + "\n"

@@ -2,10 +2,11 @@
 
     python benchmarks/preprocess.py [--only throughput packing memory] [--mb 200] [--gigabytes 5] [--repeats 3]
 
-Text is what this environment's own packages hold (source code, documentation), cut into documents of a few kilobytes; the tokenizer is a
-32k byte-level BPE with Qwen2's split, trained on a part of it. Arms of a repeat run one after another, and medians over the repeats are
-compared, so that a noisy machine slows all of them. Commands are timed as a whole, on the text and on its first row alone: the difference
-is what the text costs, and is what the rates are made of. About 15 minutes on 2 cores.
+Text is what this environment's own packages hold (source code, documentation), cut into documents of a few kilobytes;
+the tokenizer is a 32k byte-level BPE with Qwen2's split, trained on a part of it. Arms of a repeat run one after
+another, and medians over the repeats are compared, so that a noisy machine slows all of them. Commands are timed as a
+whole, on the text and on its first row alone: the difference is what the text costs, and is what the rates are made of.
+About 15 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def documents() -> Iterator[str]:
     """Real text, the same on every call."""
     rng = random.Random(0)
     files = sorted(
-        f for f in Path(sysconfig.get_paths()["purelib"]).rglob("*") if f.suffix in (".py", ".md", ".rst", ".txt", ".pyi") and f.is_file()
+        f
+        for f in Path(sysconfig.get_paths()["purelib"]).rglob("*")
+        if f.suffix in (".py", ".md", ".rst", ".txt", ".pyi") and f.is_file()
     )
     rng.shuffle(files)
     for file in files:
@@ -87,12 +90,18 @@ def make_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=32768, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=32768,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     size, texts = 0, []
     for text in documents():
@@ -101,12 +110,14 @@ def make_tokenizer(directory: Path) -> None:
         if size > 12e6:
             break
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", additional_special_tokens=special[1:])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", additional_special_tokens=special[1:]
+    )
     fast.chat_template = CHATML
     fast.save_pretrained(directory)
 
 
-# ---- arms ------------------------------------------------------------------------------------------------------------------------
+# ---- arms ----------------------------------------------------------------------------------------
 
 
 def bare(tokenizer_dir: Path, path: Path, kind: str) -> tuple[float, float]:
@@ -133,10 +144,33 @@ def bare(tokenizer_dir: Path, path: Path, kind: str) -> tuple[float, float]:
 
 def tool(tokenizer_dir: Path, path: Path, kind: str, backend: str, out: Path) -> float:
     """Seconds of the whole command."""
-    command = [sys.executable, "tools/preprocess_data.py", "--task", "pretrain" if kind == "plain" else "sft", "--input", str(path)]
-    command += ["--tokenizer", str(tokenizer_dir), "--output-prefix", str(out), "--seq-length", "8192", "--workers", str(CORES), "--overwrite"]
+    command = [
+        sys.executable,
+        "tools/preprocess_data.py",
+        "--task",
+        "pretrain" if kind == "plain" else "sft",
+        "--input",
+        str(path),
+    ]
+    command += [
+        "--tokenizer",
+        str(tokenizer_dir),
+        "--output-prefix",
+        str(out),
+        "--seq-length",
+        "8192",
+        "--workers",
+        str(CORES),
+        "--overwrite",
+    ]
     start = time.perf_counter()
-    subprocess.run([*command, "--tokenizer-backend", backend], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [*command, "--tokenizer-backend", backend],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     return time.perf_counter() - start
 
 
@@ -155,11 +189,16 @@ def _encode(line: str) -> list[int]:
 
 
 def megatron_way(tokenizer_dir: Path, path: Path, out: Path) -> None:
-    """What Megatron-LM's preprocess_data.py does: a pool encodes line by line, one process writes what comes back as lists."""
+    """What Megatron-LM's preprocess_data.py does: a pool encodes line by line,
+    one process writes what comes back as lists.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{out}.bin", dtype=np.uint16)
-    with open(path, encoding="utf-8") as file, multiprocessing.Pool(CORES, initializer=_start, initargs=(str(tokenizer_dir),)) as pool:
+    with (
+        open(path, encoding="utf-8") as file,
+        multiprocessing.Pool(CORES, initializer=_start, initargs=(str(tokenizer_dir),)) as pool,
+    ):
         import torch
 
         for ids in pool.imap(_encode, file, 32):
@@ -203,7 +242,11 @@ def throughput(folder: Path, megabytes: float, repeats: int) -> list[str]:
             times.setdefault(f"{kind} bare", []).append(bare_rate(path, kind))
             print(f"  {kind} bare: {times[f'{kind} bare'][-1]:.1f} s for all of the text", flush=True)
             for backend in ("hf", "gigatoken"):
-                timed(f"{kind} {backend}", path, lambda p, k=kind, b=backend: tool(tokenizer_dir, p, k, b, folder / f"{k}_{b}"))
+                timed(
+                    f"{kind} {backend}",
+                    path,
+                    lambda p, k=kind, b=backend: tool(tokenizer_dir, p, k, b, folder / f"{k}_{b}"),
+                )
         timed("plain megatron", plain, megatron)
     middle = {name: median(seconds) for name, seconds in times.items()}
     tokens = {kind: json.loads((folder / f"{kind}_hf.json").read_text())["num_tokens"] / 1e6 for kind in size}
@@ -215,7 +258,8 @@ def throughput(folder: Path, megabytes: float, repeats: int) -> list[str]:
     lines = [
         "## Throughput",
         "",
-        f"{megabytes:.0f} MB of text, {CORES} workers, medians of {repeats} interleaved repeats. Seconds are those of the command less those"
+        f"{megabytes:.0f} MB of text, {CORES} workers, medians of {repeats} interleaved repeats. "
+        "Seconds are those of the command less those"
         f" of the same command on the first row alone. hf and gigatoken wrote the same bytes: {same}.",
         "",
         "| arm | s | MB/s | docs/s | Mtok/s | s with start-up |",
@@ -223,7 +267,13 @@ def throughput(folder: Path, megabytes: float, repeats: int) -> list[str]:
     ]
     for name, seconds in sorted(middle.items()):
         kind, arm = name.split()
-        label = "one core's bare encode_batch_fast" if arm == "bare" else "Megatron-LM's way" if arm == "megatron" else f"mrlhf, {arm}"
+        label = (
+            "one core's bare encode_batch_fast"
+            if arm == "bare"
+            else "Megatron-LM's way"
+            if arm == "megatron"
+            else f"mrlhf, {arm}"
+        )
         rates = f"{size[kind] / seconds:.2f} | {docs[kind] / seconds:,.0f} | {tokens[kind] / seconds:.2f}"
         total = f"{median(whole[name]):.1f}" if name in whole else ""
         lines.append(f"| {kind}: {label} | {seconds:.1f} | {rates} | {total} |")
@@ -232,9 +282,14 @@ def throughput(folder: Path, megabytes: float, repeats: int) -> list[str]:
         value = middle[f"{kind} bare"] / (CORES * middle[f"{kind} hf"])
         lines.append(f"| {kind}, hf: of {CORES} x one bare core | {value:.2f} | >= {wanted} |")
     for kind, wanted in (("plain", 8), ("chat", 3)):
-        lines.append(f"| {kind}, gigatoken : hf | {middle[f'{kind} hf'] / middle[f'{kind} gigatoken']:.1f} | >= {wanted} |")
+        lines.append(
+            f"| {kind}, gigatoken : hf | {middle[f'{kind} hf'] / middle[f'{kind} gigatoken']:.1f} | >= {wanted} |"
+        )
     for arm, wanted in (("hf", 1.3), ("gigatoken", 8)):
-        lines.append(f"| plain, {arm} : Megatron-LM's way | {middle['plain megatron'] / middle[f'plain {arm}']:.2f} | >= {wanted} |")
+        lines.append(
+            f"| plain, {arm} : Megatron-LM's way | {middle['plain megatron'] / middle[f'plain {arm}']:.2f} | "
+            f">= {wanted} |"
+        )
     return [*lines, ""]
 
 
@@ -245,7 +300,7 @@ def _texts(path: Path) -> Iterator[str]:
             yield row["text"] if "text" in row else "".join(m["content"] for m in row["messages"])
 
 
-# ---- packing ---------------------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 def packing(count: int = 1_000_000, capacity: int = 4096) -> list[str]:
@@ -256,13 +311,18 @@ def packing(count: int = 1_000_000, capacity: int = 4096) -> list[str]:
     cases = {
         "log-normal (median 365)": rng.lognormal(5.9, 1.0, count),
         "uniform 1..4096": rng.integers(1, capacity + 1, count),
-        "bimodal (90 % near 220, 10 % near 2900)": np.where(short, rng.normal(220, 60, count), rng.normal(2900, 300, count)),
+        "bimodal (90 % near 220, 10 % near 2900)": np.where(
+            short, rng.normal(220, 60, count), rng.normal(2900, 300, count)
+        ),
         "all just over half": rng.integers(capacity // 2 + 1, capacity // 2 + 60, count),
     }
     lines = [
         "## Packing",
         "",
-        f"{count:,} lengths, capacity {capacity}, one core; the bound is ceil(sum / capacity). Two samples of more than half never share a pack, so that",
+        (
+            f"{count:,} lengths, capacity {capacity}, one core; the bound is ceil(sum / capacity). "
+            "Two samples of more than half never share a pack, so that"
+        ),
         "the last case's optimum is a pack a sample.",
         "",
         "| lengths | CPU s | packs | packs : bound | fill rate |",
@@ -274,17 +334,21 @@ def packing(count: int = 1_000_000, capacity: int = 4096) -> list[str]:
         packs = len(pack(lengths, capacity=capacity))
         seconds = time.process_time() - start
         bound = -(-int(lengths.sum()) // capacity)
-        lines.append(f"| {name} | {seconds:.2f} | {packs:,} | {packs / bound:.4f} | {lengths.sum() / (packs * capacity):.2%} |")
+        lines.append(
+            f"| {name} | {seconds:.2f} | {packs:,} | {packs / bound:.4f} | {lengths.sum() / (packs * capacity):.2%} |"
+        )
     return [*lines, ""]
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def peak_pss(command: list[str]) -> tuple[float, float]:
     """(largest sum of the proportional set sizes of the command and its children in MiB, seconds)."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     peak = 0
     while process.poll() is None:
         total = 0
@@ -312,7 +376,8 @@ def memory(folder: Path, gigabytes: float) -> list[str]:
     lines = [
         "## Memory",
         "",
-        f"Largest sum of proportional set sizes of the command and its {CORES} workers (pretrain, gigatoken, seq-length 8192);"
+        f"Largest sum of proportional set sizes of the command and its {CORES} workers (pretrain, gigatoken, "
+        "seq-length 8192);"
         f" allowed: 1 GiB + {CORES} x 300 MiB = {1024 + 300 * CORES} MiB.",
         "",
         "| input | peak MiB | seconds |",
@@ -323,8 +388,25 @@ def memory(folder: Path, gigabytes: float) -> list[str]:
         with open(big, "wb") as file:
             for _ in range(max(1, round(share * gigabytes * 1e9 / len(data)))):
                 file.write(data)
-        command = [sys.executable, "tools/preprocess_data.py", "--task", "pretrain", "--input", str(big), "--tokenizer", str(tokenizer_dir)]
-        command += ["--output-prefix", str(folder / "big"), "--seq-length", "8192", "--workers", str(CORES), "--overwrite"]
+        command = [
+            sys.executable,
+            "tools/preprocess_data.py",
+            "--task",
+            "pretrain",
+            "--input",
+            str(big),
+            "--tokenizer",
+            str(tokenizer_dir),
+        ]
+        command += [
+            "--output-prefix",
+            str(folder / "big"),
+            "--seq-length",
+            "8192",
+            "--workers",
+            str(CORES),
+            "--overwrite",
+        ]
         peak, seconds = peak_pss([*command, "--tokenizer-backend", "gigatoken"])
         lines.append(f"| {big.stat().st_size / 1e9:.2f} GB | {peak:.0f} | {seconds:.0f} |")
         print(lines[-1], flush=True)
@@ -333,7 +415,9 @@ def memory(folder: Path, gigabytes: float) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("throughput", "packing", "memory"), default=["throughput", "packing", "memory"])
+    parser.add_argument(
+        "--only", nargs="+", choices=("throughput", "packing", "memory"), default=["throughput", "packing", "memory"]
+    )
     parser.add_argument("--mb", type=float, default=200, help="megabytes of text for the throughput")
     parser.add_argument("--gigabytes", type=float, default=5, help="largest input for the memory")
     parser.add_argument("--repeats", type=int, default=3)
@@ -343,7 +427,13 @@ def main() -> None:
     if args.megatron_way:
         return megatron_way(*args.megatron_way)
     arguments = " ".join(sys.argv[1:])
-    lines = ["# Preprocessing", "", f"`python benchmarks/preprocess.py {arguments}`".replace(" `", "`") + f" on {CORES} cores ({platform.machine()}).", ""]
+    lines = [
+        "# Preprocessing",
+        "",
+        f"`python benchmarks/preprocess.py {arguments}`".replace(" `", "`")
+        + f" on {CORES} cores ({platform.machine()}).",
+        "",
+    ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "packing" in args.only:

@@ -25,12 +25,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/quickstart.md")
     args = parser.parse_args()
-    lines = ["| seed | gold before | gold after | gain | answer length after | KL | RM accuracy | seconds |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| seed | gold before | gold after | gain | answer length after | KL | RM accuracy | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     gains = []
     for seed in args.seeds:
         out = ROOT / f"runs/benchmark/seed_{seed}"
         start = time.monotonic()
-        command = [sys.executable, "examples/quickstart/run.py", "--seed", str(seed), "--output-dir", str(out), "--fresh"]
+        command = [
+            sys.executable,
+            "examples/quickstart/run.py",
+            "--seed",
+            str(seed),
+            "--output-dir",
+            str(out),
+            "--fresh",
+        ]
         subprocess.run(command, cwd=ROOT, check=True)
         seconds = time.monotonic() - start
         before, after = (json.loads((out / f"eval/{name}.json").read_text()) for name in ("sft", "ppo"))
@@ -39,15 +50,22 @@ def main() -> None:
         kl = [row["objective/kl"] for row in rollouts if "objective/kl" in row][-5:]
         gains.append(after["gold_reward"] - before["gold_reward"])
         lines.append(
-            f"| {seed} | {before['gold_reward']:.3f} | {after['gold_reward']:.3f} | {gains[-1]:+.3f} | {after['response_length']:.2f} "
+            f"| {seed} | {before['gold_reward']:.3f} | {after['gold_reward']:.3f} | {gains[-1]:+.3f} | "
+            f"{after['response_length']:.2f} "
             f"| {sum(kl) / len(kl):.2f} | {rm[-1]['eval/accuracy']:.3f} | {seconds:.0f} |"
         )
     text = "\n".join(
         [
             "# Quickstart",
             "",
-            f"`python benchmarks/quickstart.py --seeds {' '.join(map(str, args.seeds))}` on {os.cpu_count()} cores ({platform.machine()}), CPU, fp32.",
-            "Gold is the program's check of greedy answers to 300 held-out prompts; KL is nats an answer, mean of the last 5 rollouts.",
+            (
+                f"`python benchmarks/quickstart.py --seeds {' '.join(map(str, args.seeds))}` on {os.cpu_count()} "
+                f"cores ({platform.machine()}), CPU, fp32."
+            ),
+            (
+                "Gold is the program's check of greedy answers to 300 held-out prompts; KL is nats an answer, "
+                "mean of the last 5 rollouts."
+            ),
             "",
             *lines,
             "",

@@ -1,10 +1,12 @@
-"""What a checkpoint costs: the quickstart's SFT and PPO without saves, with saves in the background, and in the foreground, in turns.
+"""What a checkpoint costs: the quickstart's SFT and PPO without saves, with saves in the background,
+and in the foreground, in turns.
 
     python examples/quickstart/run.py                          # once: its models are where these runs start
     python benchmarks/save.py [--repeats 5] [--stages sft ppo] [--output benchmarks/results/save.md]
 
-Every run has the same steps. `added` is what all steps and saves of a run took more than those of the run without saves beside it,
-by the saves; `blocked` is the part in which the run stood still for them (time/save_s). Then one save alone: a state of `--mib`.
+Every run has the same steps. `added` is what all steps and saves of a run took more than those of the run without saves
+beside it, by the saves; `blocked` is the part in which the run stood still for them (time/save_s). Then one save alone:
+a state of `--mib`.
 """
 
 from __future__ import annotations
@@ -38,8 +40,14 @@ def run(stage: str, arm: str) -> dict[str, float]:
     ranks, steps, interval, step_time = STAGES[stage]
     out = WHERE / f"{stage}_{arm}"
     shutil.rmtree(out, ignore_errors=True)
-    options = {"train.output_dir": out, "train.max_steps": steps, "checkpoint.save_interval": interval, "checkpoint.save_optimizer": "true",
-               "logging.tensorboard": "false", **ARMS[arm]}  # fmt: skip
+    options = {
+        "train.output_dir": out,
+        "train.max_steps": steps,
+        "checkpoint.save_interval": interval,
+        "checkpoint.save_optimizer": "true",
+        "logging.tensorboard": "false",
+        **ARMS[arm],
+    }
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "mrlhf", stage, "--config", f"examples/quickstart/{stage}.yaml",
                *(str(part) for key, value in options.items() for part in (f"--{key}", value))]  # fmt: skip
@@ -73,7 +81,8 @@ def costs(stage: str, repeats: int) -> list[str]:
         blocked = median(one[arm]["blocked"] / saves for one in found)
         spread = f"{1000 * median(added):.0f} ({1000 * min(added):.0f} to {1000 * max(added):.0f})"
         lines.append(
-            f"| {stage} | {interval} steps | {arm} | {found[0][arm]['bytes'] / 1e6:.1f} | {1000 * step:.0f} | {1000 * blocked:.0f} | {spread} "
+            f"| {stage} | {interval} steps | {arm} | {found[0][arm]['bytes'] / 1e6:.1f} | {1000 * step:.0f} | "
+            f"{1000 * blocked:.0f} | {spread} "
             f"| {median(added) / step:.2f} | {median(added) / step / interval:.1%} |"
         )
     return lines
@@ -84,13 +93,13 @@ def one_save(mib: int, repeats: int) -> list[str]:
     import torch
     import torch.distributed as dist
 
-    from mrlhf.checkpoint.save import _Plan, _Writer
+    from mrlhf.checkpoint.save import _WritePlan, _Writer
 
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29777", rank=0, world_size=1)
     items = [(i, torch.full(((mib << 20) // 16 // 4,), float(i))) for i in range(16)]
     walls, cpus = [], []
     for _ in range(repeats):
-        writer = _Writer(WHERE / "one", [_Plan("dist", items, b"", None)], {})
+        writer = _Writer(WHERE / "one", [_WritePlan("dist", items, b"", None)], {})
         wall, cpu = time.perf_counter(), time.process_time()
         writer.run()
         walls.append(time.perf_counter() - wall)
@@ -99,7 +108,10 @@ def one_save(mib: int, repeats: int) -> list[str]:
         shutil.rmtree(WHERE / "one")
     dist.destroy_process_group()
     return [
-        f"One save of {mib} MiB on one rank, written, hashed and on the disk: {median(walls):.2f} s, {median(cpus):.2f} s of CPU (medians of {repeats})."
+        (
+            f"One save of {mib} MiB on one rank, written, hashed and on the disk: {median(walls):.2f} s, "
+            f"{median(cpus):.2f} s of CPU (medians of {repeats})."
+        )
     ]
 
 
@@ -114,19 +126,27 @@ def main() -> None:
         sys.exit("the quickstart's models are missing: python examples/quickstart/run.py")
     WHERE.mkdir(parents=True, exist_ok=True)
     lines = [line for stage in args.stages for line in costs(stage, args.repeats)]
-    text = "\n".join([
-        "# What a checkpoint costs",
-        "",
-        f"`python benchmarks/save.py --repeats {args.repeats}` on {os.cpu_count()} cores ({platform.machine()}), fp32; SFT on one rank, PPO with its",
-        "critic on two; weights and optimizer state. Medians, in turns; in brackets smallest and largest.",
-        "",
-        "| stage | saved every | how | MB | ms a step | ms blocked a save | ms added a save | of a step | of the run |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *lines,
-        "",
-        *one_save(args.mib, args.repeats),
-        "",
-    ])  # fmt: skip
+    text = "\n".join(
+        [
+            "# What a checkpoint costs",
+            "",
+            (
+                f"`python benchmarks/save.py --repeats {args.repeats}` on {os.cpu_count()} cores "
+                f"({platform.machine()}), fp32; SFT on one rank, PPO with its"
+            ),
+            "critic on two; weights and optimizer state. Medians, in turns; in brackets smallest and largest.",
+            "",
+            (
+                "| stage | saved every | how | MB | ms a step | ms blocked a save | ms added a save | of a step | "
+                "of the run |"
+            ),
+            "|---|---|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            *one_save(args.mib, args.repeats),
+            "",
+        ]
+    )
     args.output.write_text(text)
     print(text)
 

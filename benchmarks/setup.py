@@ -1,6 +1,6 @@
 """Seconds and size of a cold `make setup` in a fresh clone, and seconds of the second one.
 
-    python benchmarks/setup.py [--output benchmarks/results/setup.md]
+python benchmarks/setup.py [--output benchmarks/results/setup.md]
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def main() -> None:
         cold, again = timed("make", "setup", cwd=clone), timed("make", "setup", cwd=clone)
         size = sum(f.lstat().st_size for f in (clone / ".venv").rglob("*") if f.is_file()) / 1e9
     text = (
-        f"# Set-up\n\n`python benchmarks/setup.py` on {os.cpu_count()} cores ({platform.machine()}), pip's cache as it was.\n\n"
+        f"# Set-up\n\n`python benchmarks/setup.py` on {os.cpu_count()} cores ({platform.machine()}), "
+        "pip's cache as it was.\n\n"
         f"| cold `make setup` | again | `.venv` |\n|---|---|---|\n| {cold:.0f} s | {again:.1f} s | {size:.2f} GB |\n"
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)

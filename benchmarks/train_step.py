@@ -1,9 +1,11 @@
 """An optimizer step of mrlhf against a hand-written transformers + AdamW loop of the same model, in fp32 on CPU.
 
-    python benchmarks/train_step.py [--sizes 4x256 8x512] [--vocab 8192] [--rows 4] [--tokens 512] [--repeats 15] [--profile] [--output FILE]
+    python benchmarks/train_step.py [--sizes 4x256 8x512] [--vocab 8192] [--rows 4] [--tokens 512] [--repeats 15]
+                                    [--profile] [--output FILE]
 
-Dense batches (rows of equal length, every token trained). Both loops run in one process on two threads and take turns, step by step;
-then two tensor-parallel ranks with one thread each run by themselves (they would disturb the others), before and after. Medians.
+Dense batches (rows of equal length, every token trained). Both loops run in one process on two threads and take turns,
+step by step; then two tensor-parallel ranks with one thread each run by themselves (they would disturb the others),
+before and after. Medians.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ sys.path.insert(0, str(ROOT))
 THREADS = 2
 LR, CLIP = 1e-4, 1.0
 # what every process of the benchmark must have before torch is imported
-QUIET = {"TORCH_COMPILE_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
+QUIET = {
+    "TORCH_COMPILE_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 def make_model(folder: Path, layers: int, hidden: int, vocab: int, tokens: int) -> None:
@@ -56,7 +63,9 @@ def batches(vocab: int, rows: int, tokens: int) -> Any:
 
 
 def plain_loop(folder: Path) -> Callable[[Any], float]:
-    """What a person writes: forward with labels, backward, clip, AdamW, zero_grad. Returns the step, which returns the loss."""
+    """What a person writes: forward with labels, backward, clip, AdamW, zero_grad.
+    Returns the step, which returns the loss.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -126,7 +135,9 @@ def measure(folder: Path, way: str, args: argparse.Namespace) -> None:
             with torch.profiler.profile() as profile:
                 for i in range(3):
                     step(ids[i])
-            profiles[name] = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=45)
+            profiles[name] = profile.key_averages().table(
+                sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=45
+            )
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps({"seconds": seconds, "losses": losses, "profiles": profiles}))
     dist.destroy_process_group()
@@ -136,13 +147,26 @@ def run(folder: Path, way: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable]
     if way == "tp2":
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [__file__, "--measure", way, str(folder), "--vocab", str(args.vocab), "--rows", str(args.rows), "--tokens", str(args.tokens)]
+    command += [
+        __file__,
+        "--measure",
+        way,
+        str(folder),
+        "--vocab",
+        str(args.vocab),
+        "--rows",
+        str(args.rows),
+        "--tokens",
+        str(args.tokens),
+    ]
     command += ["--repeats", str(args.repeats), *(["--profile"] if args.profile else [])]
     threads = {"OMP_NUM_THREADS": str(THREADS if way == "both" else 1)}
     done = subprocess.run(command, env={**os.environ, **QUIET, **threads}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout[-3000:] + done.stderr[-6000:])
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
+    return json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT ")
+    )
 
 
 def main() -> None:
@@ -161,10 +185,12 @@ def main() -> None:
     lines = [
         "# One optimizer step",
         "",
-        f"`python benchmarks/train_step.py --sizes {' '.join(args.sizes)} --vocab {args.vocab} --rows {args.rows} --tokens {args.tokens}"
+        f"`python benchmarks/train_step.py --sizes {' '.join(args.sizes)} --vocab {args.vocab} --rows {args.rows} "
+        f"--tokens {args.tokens}"
         f" --repeats {args.repeats}` on {len(os.sched_getaffinity(0))} cores ({platform.machine()}), fp32.",
         "",
-        f"Llama, {args.rows} rows of {args.tokens} tokens a step, vocabulary {args.vocab}; medians of {args.repeats} steps in turns (TP2: of twice"
+        f"Llama, {args.rows} rows of {args.tokens} tokens a step, vocabulary {args.vocab}; "
+        f"medians of {args.repeats} steps in turns (TP2: of twice"
         " as many, before and after).",
         "",
         "| layers x hidden | loop | ms a step | of transformers |",

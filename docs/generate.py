@@ -1,4 +1,5 @@
-"""Writes what the docs take from the code: docs/metrics.md, and the option tables at the end of docs/configuration.md and docs/data.md.
+"""Writes what the docs take from the code: docs/metrics.md, and the option tables at the end of docs/configuration.md
+and docs/data.md.
 
     python docs/generate.py
 
@@ -21,7 +22,8 @@ from mrlhf.observe.metrics import markdown_table  # noqa: E402
 
 MARK = "<!-- from here on written by docs/generate.py -->\n"
 METRICS = (
-    "# Metrics\n\nEvery number that a run logs, to the console, `metrics.jsonl` and the trackers. Written by docs/generate.py from\n"
+    "# Metrics\n\nEvery number that a run logs, to the console, `metrics.jsonl` and the trackers. "
+    "Written by docs/generate.py from\n"
     "`mrlhf/observe/metrics.py`; a key that is not in this table cannot be logged.\n\n"
 )
 
@@ -44,7 +46,9 @@ def _rows(found: dict[str, Option]) -> list[str]:
 
 
 def option_tables() -> str:
-    """A table for each section, under the stages that have it, then the options of score and generate that have no section."""
+    """A table for each section, under the stages that have it,
+    then the options of score and generate that have no section.
+    """
     sections: dict[str, dict[str, Option]] = {}
     stages: dict[str, list[str]] = {}
     for stage, cls in STAGES.items():
@@ -55,7 +59,11 @@ def option_tables() -> str:
                 stages[section].append(stage)
     lines: list[str] = []
     for section, found in sections.items():
-        title = f"the command `{section}`" if stages[section] == [section] and "." not in next(iter(found)) else f"`{section}`"
+        title = (
+            f"the command `{section}`"
+            if stages[section] == [section] and "." not in next(iter(found))
+            else f"`{section}`"
+        )
         lines += [f"### {title}", "", f"Stages: {', '.join(stages[section])}.", "", *_rows(found), ""]
     return "\n".join(lines)
 
@@ -64,10 +72,14 @@ def preprocess_table() -> str:
     """The options of tools/preprocess_data.py."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for field in fields(PreprocessConfig):
-        default = "required" if field.default is MISSING else "" if field.default is None else str(field.default).lower()
+        default = (
+            "required" if field.default is MISSING else "" if field.default is None else str(field.default).lower()
+        )
         flag = "--" + field.name.replace("_", "-")
         name = f"`{flag}`, `--no-{flag[2:]}`" if isinstance(field.default, bool) else f"`{flag}`"
-        lines.append(f"| {name} | {default} | " + field.metadata["help"].replace("|", "\\|").replace("\n", "\\n") + " |")
+        lines.append(
+            f"| {name} | {default} | " + field.metadata["help"].replace("|", "\\|").replace("\n", "\\n") + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

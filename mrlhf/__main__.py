@@ -1,4 +1,7 @@
-"""`python -m mrlhf` and `torchrun -m mrlhf`. The guard matters: Megatron's checkpoint writer re-imports this file in spawned children."""
+"""`python -m mrlhf` and `torchrun -m mrlhf`.
+
+Megatron's checkpoint writer imports this file again in the children it spawns, so the guard is needed.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from mrlhf.config.options import DPOStage
 from mrlhf.data.blend import sources_of
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import dpo_loss
-from mrlhf.models.layers.router_losses import pairs
+from mrlhf.models.layers.router_losses import trained_pairs
 from mrlhf.parallel import state
-from mrlhf.training.reference_cache import fingerprint, stored
+from mrlhf.training.reference_cache import cached_logps, model_fingerprint
 from mrlhf.training.run import SupervisedRun
 from mrlhf.training.trainer import LossFn, Model, Trainer
 
@@ -41,7 +41,9 @@ def _logps_of(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
 
 
 def reference_logps(model: Model, loader: Loader) -> torch.Tensor:
-    """[samples of the dataset]: each answer's summed log-prob under the model as it is. Collective; the same on all ranks."""
+    """[samples of the dataset]: each answer's summed log-prob under the model as it is. Collective; the same on all
+    ranks.
+    """
     logps = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
     for rows in loader.in_order():
         batches = loader.micro_batches(rows)
@@ -65,17 +67,9 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
             reference_N = reference_N / batch.sum_N(batch.mask_BT).clamp(min=1)
         chosen, rejected = (i.to(policy_N.device) for i in loader.pairs(batch))
         weight_P = batch.weights_N[chosen]
-        total, partials = dpo_loss(
-            policy_N[chosen],
-            policy_N[rejected],
-            reference_N[chosen],
-            reference_N[rejected],
-            beta=options.beta,
-            kind=options.loss,
-            label_smoothing=options.label_smoothing,
-            denominator=1.0,
-            weight=weight_P,
-        )
+        total, partials = dpo_loss(policy_N[chosen], policy_N[rejected], reference_N[chosen], reference_N[rejected],
+                                   beta=options.beta, kind=options.loss, label_smoothing=options.label_smoothing,
+                                   denominator=1.0, weight=weight_P)
         if options.nll_coef:
             nll_P = -policy_N[chosen] / (1 if mean else batch.sum_N(batch.mask_BT)[chosen].clamp(min=1))
             total = total + options.nll_coef * (nll_P * weight_P).sum()
@@ -87,8 +81,8 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
 class Reference:
     """Summed log-probs of every answer under the reference, by sample index of a data set.
 
-    precompute: computed once by the policy while it still has the starting weights, and kept beside the data. online: by a second model,
-    step by step (`update`).
+    precompute: computed once by the policy while it still has the starting weights, and kept beside the data. online:
+    by a second model, step by step (`update`).
     """
 
     def __init__(self, run: SupervisedRun, config: DPOStage) -> None:
@@ -98,24 +92,16 @@ class Reference:
         if config.dpo.reference == "online":
             self.model = Model(source, config.parallel, head="lm", dtype=dtype, seed=config.train.seed)
         else:
-            self.fingerprint = fingerprint(source, dtype=dtype)
+            self.fingerprint = model_fingerprint(source, dtype=dtype)
 
     def logps(self, loader: Loader) -> torch.Tensor:
         """[samples of the loader's data set]; online: zeros until `update` fills them in."""
         if self.model is not None:
             return torch.zeros(loader.dataset.num_samples)
         trainer, run_dir = self.run.trainer, self.run.output_dir
-        return torch.cat(
-            [
-                stored(
-                    data,
-                    reference=self.fingerprint,
-                    run_dir=run_dir,
-                    compute=partial(reference_logps, trainer, Loader(data, loader.plan)),
-                )
-                for data in sources_of(loader.dataset)
-            ]
-        )
+        return torch.cat([cached_logps(data, reference=self.fingerprint, run_dir=run_dir,
+                                 compute=partial(reference_logps, trainer, Loader(data, loader.plan)))
+                          for data in sources_of(loader.dataset)])
 
     def update(self, logps: torch.Tensor, batches: list[MicroBatch]) -> None:
         """online: fill in the log-probs of these micro-batches' answers."""
@@ -125,7 +111,7 @@ class Reference:
 
 
 def main(config: DPOStage) -> int:
-    run = SupervisedRun(config, head="lm", count=pairs)
+    run = SupervisedRun(config, head="lm", count=trained_pairs)
     if run.finished:
         return run.close()
     with run.phase("prepare"):

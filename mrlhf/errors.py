@@ -1,12 +1,11 @@
-"""Errors a user can cause. Each says what is wrong, where, what was expected and how to mend it.
+"""Errors that a user can cause. Each says what is wrong, where, what was expected and how to fix it.
 
     ConfigError: sft.yaml:14: parallel.tensor_model_parallel_size = 3 does not divide model.num_attention_heads = 32
       expected: 1, 2, 4 or 8
       fix:      --parallel.tensor_model_parallel_size 4
 
-`Problems` collects several of them, so that one run shows everything that is wrong. The command line
-prints an `MrlhfError` once (rank 0) without a traceback and exits with status 2; anything else is ours
-and keeps its traceback.
+`Problems` collects errors, so that one run shows all of them. The command line prints an `MrlhfError` once (rank 0)
+without a traceback and exits with status 2; any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Iterable
 
 
 class MrlhfError(ValueError):
-    """Base of every error caused by what the user gave us.
+    """Base of all errors that the user's input causes.
 
     `where` is `file:line` or a config key; `expected` and `fix` are one-line texts or None.
     """
@@ -34,15 +33,15 @@ class MrlhfError(ValueError):
 
 
 class ConfigError(MrlhfError):
-    """The configuration (file or command line) cannot mean what the user wants."""
+    """A wrong configuration, in the file or on the command line."""
 
 
 class DataError(MrlhfError):
-    """A data file, record, template or tokenizer does not fit."""
+    """A data file, record, template or tokenizer is missing, malformed or does not fit the model."""
 
 
 class RowProblem(DataError):
-    """A row that cannot be used. Rows with the same `kind` are counted and shown together; `fix` names the flag that helps."""
+    """A row that cannot be used. Rows of the same `kind` are counted and shown together; `fix` names a flag."""
 
     def __init__(self, kind: str, what: str, *, expected: str | None = None, fix: str | None = None):
         self.kind = kind
@@ -54,11 +53,11 @@ class CheckpointError(MrlhfError):
 
 
 class RewardError(MrlhfError):
-    """A reward source failed, or gave a missing, non-finite or wrong-length answer."""
+    """A reward source failed, or a score is missing or not finite."""
 
 
 class ToolError(MrlhfError):
-    """An environment (rollout.environment) raised, took too long or answered with something else than it must."""
+    """An environment (rollout.environment) raised, took too long or gave an answer of a wrong type."""
 
 
 class EnvironmentProblem(MrlhfError):
@@ -66,9 +65,9 @@ class EnvironmentProblem(MrlhfError):
 
 
 class OutOfMemory(MrlhfError):
-    """A rank has no memory left for what a phase needs.
+    """A rank has too little memory for a phase.
 
-    peaks: GiB of every phase so far, this one included; remedies: what to change, one line each.
+    peaks: GiB of every phase so far, with this one. remedies: what to change, one line each.
     """
 
     def __init__(self, what: str, *, peaks: dict[str, float], remedies: list[str]):
@@ -78,12 +77,12 @@ class OutOfMemory(MrlhfError):
     def render(self) -> str:
         lines = [self.what, "  peaks:    " + ", ".join(f"{phase} {gib:.2f} GiB" for phase, gib in self.peaks.items())]
         lines += [f"  fix:      {remedy}" for remedy in self.remedies]
-        kept = "the last checkpoint, and nothing of this step; to go on from it keys outside parallel. need --train.allow_changes '[KEY]'"
-        return "\n".join([*lines, f"  kept:     {kept}"])
+        kept = "the last checkpoint, and nothing of this step; a resume with other keys than parallel. needs"
+        return "\n".join([*lines, f"  kept:     {kept} --train.allow_changes '[KEY]'"])
 
 
 class SeveralErrors(MrlhfError):
-    """More than one problem, shown together."""
+    """Several errors, shown together."""
 
     def __init__(self, errors: list[MrlhfError]):
         self.errors = errors
@@ -91,7 +90,7 @@ class SeveralErrors(MrlhfError):
 
 
 class Problems:
-    """Collects errors; `raise_if_any` raises the one, or all of them as `SeveralErrors`."""
+    """Collects errors; `raise_if_any` raises a single one, or several as `SeveralErrors`."""
 
     def __init__(self) -> None:
         self.errors: list[MrlhfError] = []
@@ -103,7 +102,7 @@ class Problems:
         self.errors.extend(errors)
 
     def raise_if_any(self) -> None:
-        self.errors = list({e.render(): e for e in self.errors}.values())  # one cause may show in several places
+        self.errors = list({e.render(): e for e in self.errors}.values())  # one cause may appear in several places
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:

@@ -1,4 +1,7 @@
-"""`python -m mrlhf.export CHECKPOINT OUTPUT`: a checkpoint as a HF directory. What a run starts for its exports; users have tools/convert/."""
+"""`python -m mrlhf.export CHECKPOINT OUTPUT` writes a checkpoint as a HF directory.
+
+A run starts it for its exports; users have tools/convert/.
+"""
 
 from __future__ import annotations
 

@@ -75,9 +75,8 @@ def sequence_means(
 
 
 def reduce_loss(
-    x: Tensor, mask: Tensor, *,
-    aggregation: str = "token", denominator: Tensor | float | None = None, weight: Tensor | None = None,
-    segment_ids: Tensor | None = None, num_segments: int | None = None,
+    x: Tensor, mask: Tensor, *, aggregation: str = "token", denominator: Tensor | float | None = None,
+    weight: Tensor | None = None, segment_ids: Tensor | None = None, num_segments: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Reduces per-token losses x [B, T] to a scalar.
 
@@ -110,11 +109,9 @@ def reduce_loss(
     return loss, torch.stack([total.detach(), count])
 
 
-def masked_cross_entropy(
-    logps: Tensor, mask: Tensor, *,
-    denominator: Tensor | float | None = None, aggregation: str = "token", weight: Tensor | None = None,
-    segment_ids: Tensor | None = None, num_segments: int | None = None,
-) -> Tensor:
+def masked_cross_entropy(logps: Tensor, mask: Tensor, *, denominator: Tensor | float | None = None,
+                         aggregation: str = "token", weight: Tensor | None = None, segment_ids: Tensor | None = None,
+                         num_segments: int | None = None) -> Tensor:
     """Cross entropy -log p(target) over the trained tokens, in nats; a scalar.
 
     logps [B, T]: log-prob of the target of each position. mask [B, T]: 1 where that target is trained.
@@ -125,16 +122,12 @@ def masked_cross_entropy(
 
     Raises ConfigError for an unknown aggregation, ValueError if shapes differ.
     """
-    return reduce_loss(
-        -logps, mask, aggregation=aggregation, denominator=denominator, weight=weight,
-        segment_ids=segment_ids, num_segments=num_segments,
-    )[0]
+    return reduce_loss(-logps, mask, aggregation=aggregation, denominator=denominator, weight=weight,
+                       segment_ids=segment_ids, num_segments=num_segments)[0]
 
 
-def pairwise_loss(
-    chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | float | None = None, kind: str = "sigmoid",
-    denominator: Tensor | float | None = None, weight: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
+def pairwise_loss(chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | float | None = None, kind: str = "sigmoid",
+                  denominator: Tensor | float | None = None, weight: Tensor | None = None) -> tuple[Tensor, Metrics]:
     """Bradley-Terry loss of a reward model over P pairs (InstructGPT, Ouyang 2022, eq. 1; margin: Llama 2, eq. 2).
 
     chosen_B, rejected_B [P]: scores; d = chosen - rejected - margin. margin: [P] or a number.

@@ -15,7 +15,7 @@ from mrlhf.checkpoint.manifest import write_text
 from mrlhf.config.options import RMStage
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import accuracy_by_margin, pairwise_loss
-from mrlhf.models.layers.router_losses import pairs
+from mrlhf.models.layers.router_losses import trained_pairs
 from mrlhf.parallel import state
 from mrlhf.training.run import SupervisedRun
 from mrlhf.training.scoring import score_micro_batches
@@ -23,21 +23,18 @@ from mrlhf.training.trainer import LossFn, Trainer
 
 
 def reward_loss(trainer: Trainer, loader: Loader, *, kind: str, by_margin: bool = False) -> LossFn:
-    """Mean over the step's pairs of -log sigmoid(chosen - rejected - margin). by_margin: measures `accuracy_by_margin` too."""
+    """Mean over the step's pairs of -log sigmoid(chosen - rejected - margin). by_margin: measures `accuracy_by_margin`
+    too.
+    """
 
     def loss(values_BT1: torch.Tensor, batch: MicroBatch):
         scores_N = batch.last(values_BT1.squeeze(-1))
         chosen, rejected = (i.to(scores_N.device) for i in loader.pairs(batch))
         margin_P = loader.margins(batch)
         weight_P = batch.weights_N[chosen]
-        total, partials = pairwise_loss(
-            scores_N[chosen],
-            scores_N[rejected],
-            margin=None if margin_P is None else margin_P.to(scores_N.device),
-            kind=kind,
-            denominator=1.0,
-            weight=weight_P,
-        )
+        total, partials = pairwise_loss(scores_N[chosen], scores_N[rejected],
+                                        margin=None if margin_P is None else margin_P.to(scores_N.device), kind=kind,
+                                        denominator=1.0, weight=weight_P)
         if by_margin:
             partials |= accuracy_by_margin(scores_N[chosen], scores_N[rejected], weight=weight_P)
         return total, weight_P.sum(), partials
@@ -57,7 +54,9 @@ def all_scores(trainer: Trainer, loader: Loader) -> torch.Tensor:
 
 
 def score_statistics(scores: torch.Tensor) -> dict[str, float]:
-    """Mean and (biased) standard deviation of the scores of all answers: {"reward_mean", "reward_std", "reward_count"}."""
+    """Mean and (biased) standard deviation of the scores of all answers: {"reward_mean", "reward_std",
+    "reward_count"}.
+    """
     return {
         "reward_mean": float(scores.mean()),
         "reward_std": max(float(scores.var(correction=0)), 1e-12) ** 0.5,
@@ -66,9 +65,12 @@ def score_statistics(scores: torch.Tensor) -> dict[str, float]:
 
 
 def score_histogram(scores: torch.Tensor, *, bins: int = 30) -> dict[str, list[float]]:
-    """How many chosen and rejected answers have which score: {"edges" [bins + 1], "chosen" [bins], "rejected" [bins]}, for the report."""
+    """How many chosen and rejected answers have which score: {"edges" [bins + 1], "chosen" [bins], "rejected" [bins]},
+    for the report.
+    """
     edges = np.histogram_bin_edges(scores.numpy(), bins)
-    counts = {name: np.histogram(scores[at::2].numpy(), edges)[0].tolist() for at, name in enumerate(("chosen", "rejected"))}
+    counts = {name: np.histogram(scores[at::2].numpy(), edges)[0].tolist()
+              for at, name in enumerate(("chosen", "rejected"))}
     return {"edges": edges.tolist(), **counts}
 
 
@@ -79,7 +81,7 @@ def write_histogram(output_dir: Path, scores: torch.Tensor) -> None:
 
 
 def main(config: RMStage) -> int:
-    run = SupervisedRun(config, head="value", count=pairs)
+    run = SupervisedRun(config, head="value", count=trained_pairs)
     if run.finished:
         return run.close()
     loss_fn = reward_loss(run.trainer, run.loader, kind=config.rm.loss)

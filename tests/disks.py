@@ -9,14 +9,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mrlhf.checkpoint.manifest import check, entry
+from mrlhf.checkpoint.manifest import check_manifest, file_entry
 
 
 @contextmanager
 def small_disk(folder: Path, mib: int) -> Iterator[Path]:
     """Raises OSError where this process may not mount."""
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise OSError(f"mount: {done.stderr.strip()}")
     try:
@@ -42,7 +47,9 @@ def _names(directory: Path) -> list[str]:
 
 
 def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
-    """The disk is filled before or after the check of free space: before the first file, amid the tensors, before the index, before `latest`."""
+    """The disk is filled before or after the check of free space:
+    before the first file, amid the tensors, before the index, before `latest`.
+    """
     from mrlhf.checkpoint import manager
     from mrlhf.checkpoint import save as saving
     from mrlhf.checkpoint.manager import Saver
@@ -52,7 +59,7 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
     content, run = {"stage": "sft", "dtype": "float32"}, disk / "run"
     Saver(run, CheckpointConfig()).save(1, [trainer.part()], content)
     first = run / "checkpoints/step_1"
-    bytes_of_first = {p: entry(p) for p in first.rglob("*") if p.is_file()}
+    bytes_of_first = {p: file_entry(p) for p in first.rglob("*") if p.is_file()}
     moments = {
         "side files": ("copy_side_files", 1),
         "tensors": ("save_tensor", 5),
@@ -74,7 +81,11 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
 
     def one(name: str, calls: int, *, background: bool, policy: Any) -> dict[str, Any]:
         module = manager if name == "retain" else saving  # where it is called
-        saver, error, call = Saver(run, CheckpointConfig(async_save=background, on_save_error=policy)), "none", getattr(module, name)
+        saver, error, call = (
+            Saver(run, CheckpointConfig(async_save=background, on_save_error=policy)),
+            "none",
+            getattr(module, name),
+        )
         setattr(module, name, full_at(name, calls, call))
         try:
             saver.save(2, [trainer.part()], content)
@@ -88,16 +99,24 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
         found = {"error": error, "left": _names(run / "checkpoints"), "last step": saver.last_step}
         empty(disk)
         Saver(run, CheckpointConfig())  # the next start
-        check(first, verify="hash")
-        same = {p: entry(p) for p in first.rglob("*") if p.is_file()} == bytes_of_first
-        found |= {"untouched": same, "next start": _names(run / "checkpoints"), "latest": (run / "checkpoints/latest").read_text()}
+        check_manifest(first, verify="hash")
+        same = {p: file_entry(p) for p in first.rglob("*") if p.is_file()} == bytes_of_first
+        found |= {
+            "untouched": same,
+            "next start": _names(run / "checkpoints"),
+            "latest": (run / "checkpoints/latest").read_text(),
+        }
         saving._remove(run / "checkpoints/step_2")
         return found
 
     found: dict[str, Any] = {
-        f"{moment}, {'background' if background else 'front'}, {policy}": one(*how, background=background, policy=policy)
-        for moment, how in moments.items() for background in (False, True) for policy in ("stop", "continue")
-    }  # fmt: skip
+        f"{moment}, {'background' if background else 'front'}, {policy}": one(
+            *how, background=background, policy=policy
+        )
+        for moment, how in moments.items()
+        for background in (False, True)
+        for policy in ("stop", "continue")
+    }
     trainer.resume(first, 0, 1)
     Saver(run, CheckpointConfig()).save(3, [trainer.part()], content)
     return {"saves": found, "mended": _names(run / "checkpoints")}

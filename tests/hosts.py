@@ -1,4 +1,6 @@
-"""Two hosts on this machine: network namespaces joined by a cable (veth), whose processes see each other by that cable alone."""
+"""Two hosts on this machine: network namespaces joined by a cable (veth),
+whose processes see each other by that cable alone.
+"""
 
 from __future__ import annotations
 
@@ -63,12 +65,15 @@ class Host:
     def start(self, log: Path, *args: object, port: int) -> Node:
         """torchrun's agent of this host with one rank, of a job of two hosts. Output goes to `log`."""
         command = [
-            "ip", "netns", "exec", NAMES[self.number], sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-            "--node-rank", str(self.number), "--master-addr", ADDRESSES[0], "--master-port", str(port), *map(str, args),
+            "ip", "netns", "exec", NAMES[self.number], sys.executable, "-m", "torch.distributed.run",
+            "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(self.number),
+            "--master-addr", ADDRESSES[0], "--master-port", str(port), *map(str, args),
         ]  # fmt: skip
         with log.open("w") as out:
             env = {**environment(), "GLOO_SOCKET_IFNAME": "cable"}
-            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
         return Node(process, log)
 
 

@@ -1,9 +1,10 @@
 """Programs of the tests, each in processes of its own that need not import anything: they are forked off one that has.
 
-`launch` gives the work to a server, a process that has imported mrlhf and everything under it, with vLLM where asked for: of the seconds
-that a rank takes to start, its imports take 3.4 of CPU, with vLLM 8.5. A server lives as long as this process and does one job at a
-time: it forks, and the fork becomes the program, or torchrun's agent with ranks forked in their turn. What a job leaves in memory ends
-with it. `python tests/launch.py [MODULE ...]` is a server: a job a line on stdin as JSON; its process and its status come on stdout.
+`launch` gives the work to a server, a process that has imported mrlhf and everything under it, with vLLM where asked
+for: of the seconds that a rank takes to start, its imports take 3.4 of CPU, with vLLM 8.5. A server lives as long as
+this process and does one job at a time: it forks, and the fork becomes the program, or torchrun's agent with ranks
+forked in their turn. What a job leaves in memory ends with it. `python tests/launch.py [MODULE ...]` is a server: a job
+a line on stdin as JSON; its process and its status come on stdout.
 """
 
 from __future__ import annotations
@@ -27,15 +28,27 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # with what a run imports when it is under way
-IMPORTS = ("mrlhf.cli", "mrlhf.rl.ppo", "mrlhf.dpo", "mrlhf.rm", "mrlhf.pretrain", "mrlhf.commands.score", "mrlhf.export")
+IMPORTS = (
+    "mrlhf.cli",
+    "mrlhf.rl.ppo",
+    "mrlhf.dpo",
+    "mrlhf.rm",
+    "mrlhf.pretrain",
+    "mrlhf.commands.score",
+    "mrlhf.export",
+)
 VLLM = ("vllm.v1.engine.llm_engine",)
 _servers: dict[bool, subprocess.Popen[bytes]] = {}
 
 
-def launch(ranks: int, command: tuple[object, ...], *, env: dict[str, str], vllm: bool, timeout: float) -> subprocess.CompletedProcess[str]:
-    """`python COMMAND`, or `torchrun --nproc-per-node RANKS COMMAND` for more than one rank, from the repository's root.
+def launch(
+    ranks: int, command: tuple[object, ...], *, env: dict[str, str], vllm: bool, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """`python COMMAND`, or `torchrun --nproc-per-node RANKS COMMAND` for more than one rank,
+    from the repository's root.
 
-    The command is a program's file or `-m MODULE`, then its arguments. Raises TimeoutExpired, with all of the job killed.
+    The command is a program's file or `-m MODULE`, then its arguments.
+    Raises TimeoutExpired, with all of the job killed.
     """
     server = _server(vllm, env)
     assert server.stdin is not None
@@ -60,7 +73,13 @@ def _server(vllm: bool, env: dict[str, str]) -> subprocess.Popen[bytes]:
         # without a configuration of vLLM's logging at import, a run can still make its own
         more = {"VLLM_CONFIGURE_LOGGING": "0"}
         _servers[vllm] = subprocess.Popen(
-            command, bufsize=0, cwd=ROOT, env=env | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            command,
+            bufsize=0,
+            cwd=ROOT,
+            env=env | more,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         atexit.register(_end, _servers[vllm])
     return _servers[vllm]
@@ -121,7 +140,9 @@ def execute(command: list[str]) -> None:
 
 
 def rank(command: list[str]) -> None:
-    """In a rank. The agent waits for a function's result, and what Python would do at its end is not done in a fork of multiprocessing."""
+    """In a rank. The agent waits for a function's result, and what Python would do at its end is not done in a fork of
+    multiprocessing.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the agent's handlers
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -143,9 +164,15 @@ def ranks(count: int, command: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=f"test_{os.getpid()}_{time.monotonic_ns()}", rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"test_{os.getpid()}_{time.monotonic_ns()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
     elastic_launch(config, rank)(command)
 
 

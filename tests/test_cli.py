@@ -12,8 +12,9 @@ import pytest
 
 import mrlhf
 from mrlhf import cli
+from mrlhf.commands import tool
 from mrlhf.config.options import GenerateStage, SFTStage
-from mrlhf.errors import ConfigError, DataError
+from mrlhf.errors import ConfigError, DataError, MrlhfError
 
 ROOT = Path(__file__).resolve().parent.parent
 BAR = "=" * 100
@@ -43,7 +44,10 @@ def test_help_of_a_stage():
 
 
 def test_help_and_errors_do_not_import_torch():
-    code = "import sys; from mrlhf.cli import main; main(['ppo', '--help']); main(['sft', '--x', '1']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from mrlhf.cli import main; main(['ppo', '--help']); main(['sft', '--x', '1']); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert shell("-c", code, module=()).returncode == 0
 
 
@@ -51,7 +55,16 @@ def test_misspelt_key_in_a_file(tmp_path):
     path = tmp_path / "sft.yaml"
     path.write_text("model:\n  path: m\noptim:\n  learning_rat: 3\n  lrr: 1e-5\n")
     done = shell(
-        "sft", "--config", str(path), "--data.train", "d", "--train.output_dir=o", "--train.global_batch_size", "8", "--data.evl", "e"
+        "sft",
+        "--config",
+        str(path),
+        "--data.train",
+        "d",
+        "--train.output_dir=o",
+        "--train.global_batch_size",
+        "8",
+        "--data.evl",
+        "e",
     )
     assert done.returncode == 2 and done.stdout == ""
     text = done.stderr.splitlines()
@@ -65,7 +78,12 @@ def test_misspelt_key_in_a_file(tmp_path):
 def test_missing_file(tmp_path):
     done = shell("rm", "--config", str(tmp_path / "no.yaml"))
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [BAR, f"ConfigError: {tmp_path / 'no.yaml'}: no such file", "  expected: a YAML file", BAR]
+    assert done.stderr.splitlines() == [
+        BAR,
+        f"ConfigError: {tmp_path / 'no.yaml'}: no such file",
+        "  expected: a YAML file",
+        BAR,
+    ]
 
 
 def test_printed_once_under_torchrun(tmp_path):
@@ -114,15 +132,32 @@ def test_stage_gets_its_configuration(monkeypatch):
 def test_generate_from_flags_alone(monkeypatch):
     seen = []
     fake_module(monkeypatch, "commands.generate", seen.append)
-    assert cli.main(["generate", "--checkpoint", "c", "--prompts", "p", "--output", "o", "--max-new-tokens", "9", "--top-p", "0.9"]) == 0
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--checkpoint",
+                "c",
+                "--prompts",
+                "p",
+                "--output",
+                "o",
+                "--max-new-tokens",
+                "9",
+                "--top-p",
+                "0.9",
+            ]
+        )
+        == 0
+    )
     assert isinstance(seen[0], GenerateStage) and (seen[0].max_new_tokens, seen[0].top_p) == (9, 0.9)
 
 
 def test_dry_run_goes_elsewhere(monkeypatch):
     seen = []
-    fake_module(monkeypatch, "commands.dry_run", lambda stage, config: seen.append((stage, config)))
+    fake_module(monkeypatch, "commands.dry_run", seen.append)
     assert cli.main(["sft", "--dry-run", *GOOD]) == 0
-    assert seen[0][0] == "sft" and seen[0][1].train.global_batch_size == 8
+    assert isinstance(seen[0], SFTStage) and seen[0].train.global_batch_size == 8
 
 
 def test_user_errors_of_a_stage_are_framed_and_others_keep_their_traceback(monkeypatch, capsys):
@@ -148,8 +183,8 @@ def test_user_errors_of_a_stage_are_framed_and_others_keep_their_traceback(monke
 
 def test_another_rank_waits_and_then_says_who_it_is(monkeypatch, capsys):
     waited = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
-    monkeypatch.setattr(cli.signal, "signal", lambda *a: None)
+    monkeypatch.setattr(tool.time, "sleep", waited.append)
+    monkeypatch.setattr(tool.signal, "signal", lambda *a: None)
     os.environ["RANK"] = "3"
     assert cli.main(["sft", "--x"]) == 2
     assert waited == [15.0]
@@ -160,8 +195,8 @@ def test_another_rank_waits_and_then_says_who_it_is(monkeypatch, capsys):
 def test_after_an_error_no_process_group_is_torn_down(monkeypatch, capsys):
     """`os._exit` because a destructor would wait for ranks that hang in a collective."""
     left = []
-    monkeypatch.setattr(cli, "_distributed", lambda: True)
-    monkeypatch.setattr(cli.os, "_exit", left.append)
+    monkeypatch.setattr(tool, "_is_distributed", lambda: True)
+    monkeypatch.setattr(tool.os, "_exit", left.append)
     cli.main(["sft", "--x"])
     assert left == [2] and "ConfigError" in capsys.readouterr().err
 
@@ -196,4 +231,4 @@ def test_report_command(tmp_path, capsys):
 
 
 def test_error_classes_are_user_errors():
-    assert issubclass(ConfigError, cli.MrlhfError) and issubclass(DataError, cli.MrlhfError)
+    assert issubclass(ConfigError, MrlhfError) and issubclass(DataError, MrlhfError)

@@ -42,8 +42,13 @@ def in_form(stderr: str) -> list[str]:
 
 def options(world: Path, stage: str, **changes: object) -> list[str]:
     data = {"pretrain": "text", "sft": "sft", "rm": "pref", "dpo": "pref", "ppo": "prompts"}[stage]
-    values: dict[str, object] = {"model.path": world / "qwen2", "model.dtype": "float32", "data.train": world / data,
-              "train.output_dir": world / "never_made", "train.global_batch_size": 8}  # fmt: skip
+    values: dict[str, object] = {
+        "model.path": world / "qwen2",
+        "model.dtype": "float32",
+        "data.train": world / data,
+        "train.output_dir": world / "never_made",
+        "train.global_batch_size": 8,
+    }
     if stage == "ppo":
         values |= {
             "rollout.batch_size": 8,
@@ -56,14 +61,16 @@ def options(world: Path, stage: str, **changes: object) -> list[str]:
 @pytest.fixture
 def problems(world: Path) -> Callable[..., list[MrlhfError]]:
     """Every error of a configuration: those of its text, or else those of its files."""
-    from mrlhf.rl import ppo
+    from mrlhf.rl.ppo_checks import check_ppo
     from mrlhf.training import preflight
 
     def find(stage: str, *, ranks: int = 1, **changes: object) -> list[MrlhfError]:
         try:
-            config = load_config(STAGES[stage], None, options(world, stage, **{k.replace("__", "."): v for k, v in changes.items()}))
+            config = load_config(
+                STAGES[stage], None, options(world, stage, **{k.replace("__", "."): v for k, v in changes.items()})
+            )
             if stage == "ppo":
-                ppo.check(config, ranks)
+                check_ppo(config, ranks)
             else:
                 preflight.check_run(config, world=ranks)
         except SeveralErrors as several:
@@ -124,15 +131,19 @@ def test_missing_config_file(tmp_path: Path) -> None:
 
 
 def test_wrong_column(world: Path, tmp_path: Path) -> None:
-    rows = write_jsonl(tmp_path / "chat.jsonl", [{"conversation": [{"role": "user", "content": "a"}], "id": i} for i in range(4)])
-    done = run(sys.executable, "tools/preprocess_data.py", "--task", "sft", "--input", rows, "--tokenizer", world / "qwen2", "--output-prefix",
-               tmp_path / "out", "--seq-length", 64, check=False)  # fmt: skip
+    rows = write_jsonl(
+        tmp_path / "chat.jsonl", [{"conversation": [{"role": "user", "content": "a"}], "id": i} for i in range(4)]
+    )
+    done = run(sys.executable, "tools/preprocess_data.py", "--task", "sft", "--input", rows,
+               "--tokenizer", world / "qwen2", "--output-prefix", tmp_path / "out", "--seq-length", 64,
+               check=False)  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     first, *further = done.stderr.strip().splitlines()
     assert first == f"DataError: {rows}:1: column 'messages' is missing; found ['conversation', 'id']"
     assert all(FURTHER.match(line) for line in further)
     assert (
-        further[-1].startswith("  fix:      --input-key conversation") and "(4 of 4 rows have this problem; first: 1, 2, 3)" in further[-1]
+        further[-1].startswith("  fix:      --input-key conversation")
+        and "(4 of 4 rows have this problem; first: 1, 2, 3)" in further[-1]
     )
     assert not list(tmp_path.glob("out*"))
 
@@ -147,8 +158,11 @@ def test_everything_at_once_and_once_under_torchrun(world: Path, other_tokenizer
     done = torchrun(2, "-m", "mrlhf", "sft", *options(world, "sft", **changes), check=False)
     assert done.returncode == 1 and "exitcode: 2" in done.stderr  # torchrun's own status, and ours in its report
     for text in (
-        "ConfigError: parallel.tensor_model_parallel_size: parallel.tensor_model_parallel_size = 3 does not divide the model's num_attention_heads = 4",
-        "ConfigError: parallel: 2 ranks cannot be cut into tensor 3 x pipeline 1",
+        (
+            "ConfigError: parallel.tensor_model_parallel_size: "
+            "parallel.tensor_model_parallel_size = 3 does not divide the model's num_attention_heads = 4"
+        ),
+        "ConfigError: parallel: 2 ranks cannot be divided into tensor 3 x pipeline 1",
         f"DataError: data.train = {world / 'pref'}: the data was made with --task preference",
         f"DataError: data.train = {world / 'pref'}: the data's tokenizer ({world / 'qwen2'}, ",
         f"DataError: {world / 'nowhere'}.json: no such dataset",
@@ -162,7 +176,11 @@ def test_everything_at_once_and_once_under_torchrun(world: Path, other_tokenizer
 
 
 def test_dry_run_shows_everything_at_once(world: Path, other_tokenizer: Path) -> None:
-    changes: dict[str, object] = {"model.path": other_tokenizer, "parallel.tensor_model_parallel_size": 3, "data.eval": world / "nowhere"}
+    changes: dict[str, object] = {
+        "model.path": other_tokenizer,
+        "parallel.tensor_model_parallel_size": 3,
+        "data.eval": world / "nowhere",
+    }
     done = run(*MRLHF, "rm", "--dry-run", *options(world, "rm", **changes), check=False)
     assert done.returncode == 2 and done.stdout == ""
     found = [line for line in in_form(done.stderr) if FIRST.match(line)]
@@ -183,7 +201,7 @@ def test_dry_run_says_what_the_run_would_be(
         "train.micro_batch_size": 2,
         "train.output_dir": tmp_path / "run",
     }
-    dry_run.main("sft", load_config(STAGES["sft"], None, options(world, "sft", **changes)))
+    dry_run.main(load_config(STAGES["sft"], None, options(world, "sft", **changes)))
     shown = capsys.readouterr().out
     assert "global 8 = micro 2 x accumulation 2 x dp 2   (4 ranks = tp 2 x pp 1 x dp 2)" in shown
     meta = json.loads((world / "sft.json").read_text())
@@ -197,7 +215,11 @@ def test_dry_run_says_what_the_run_would_be(
 def test_dry_run_of_ppo(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mrlhf.commands import dry_run
 
-    dry_run.main("ppo", load_config(STAGES["ppo"], None, options(world, "ppo", **{"train.max_steps": 3, "ppo.epochs": 2, "rollout.n": 2})))
+    dry_run.main(
+        load_config(
+            STAGES["ppo"], None, options(world, "ppo", **{"train.max_steps": 3, "ppo.epochs": 2, "rollout.n": 2})
+        )
+    )
     shown = capsys.readouterr().out
     assert "3 rollouts of 8 prompts x 2 answers, 4 updates each" in shown
     assert all(what in shown for what in ("actor", "critic", "reference", "vLLM weights", "vLLM key/value cache"))
@@ -221,14 +243,22 @@ def test_pipeline_that_does_not_divide(problems: Callable[..., list[MrlhfError]]
 def test_interleaved_and_uneven_pipelines(problems: Callable[..., list[MrlhfError]]) -> None:
     pipeline = {"ranks": 2, "parallel__pipeline_model_parallel_size": 2}
     (error,) = problems("sft", **pipeline, parallel__virtual_pipeline_model_parallel_size=3)
-    assert error.what == "parallel.virtual_pipeline_model_parallel_size = 3 does not divide the model's 2 layers of a stage"
+    assert (
+        error.what
+        == "parallel.virtual_pipeline_model_parallel_size = 3 does not divide the model's 2 layers of a stage"
+    )
     assert error.expected == "1, 2"
     (error,) = problems("sft", **pipeline, parallel__virtual_pipeline_model_parallel_size=2, train__global_batch_size=7)
-    assert error.what == "train.global_batch_size = 7 is not a multiple of micro_batch_size 1 x dp 1 x pp 2 (interleaved) = 2"
+    assert (
+        error.what
+        == "train.global_batch_size = 7 is not a multiple of micro_batch_size 1 x dp 1 x pp 2 (interleaved) = 2"
+    )
     (error,) = problems("sft", **pipeline, parallel__num_layers_in_first_pipeline_stage=4)
     assert "4 layers less those of the uneven stage leave 0 for 1 stages" in error.what
     assert not problems("sft", **pipeline, parallel__num_layers_in_first_pipeline_stage=1)
-    assert not problems("sft", **pipeline, parallel__num_layers_in_first_pipeline_stage=1, parallel__num_layers_in_last_pipeline_stage=3)
+    assert not problems(
+        "sft", **pipeline, parallel__num_layers_in_first_pipeline_stage=1, parallel__num_layers_in_last_pipeline_stage=3
+    )
     assert not problems("ppo", **pipeline, parallel__virtual_pipeline_model_parallel_size=2)
 
 
@@ -248,7 +278,10 @@ def test_context_parallel_sizes(problems: Callable[..., list[MrlhfError]]) -> No
 
 def test_ranks_that_do_not_divide(problems: Callable[..., list[MrlhfError]]) -> None:
     (error,) = problems("sft", ranks=3, parallel__tensor_model_parallel_size=2)
-    assert error.what == "3 ranks cannot be cut into tensor 2 x pipeline 1" and error.expected == "a multiple of 2 ranks"
+    assert (
+        error.what == "3 ranks cannot be divided into tensor 2 x pipeline 1"
+        and error.expected == "a multiple of 2 ranks"
+    )
 
 
 def test_best_metric_that_the_stage_does_not_measure(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
@@ -266,7 +299,7 @@ def test_loss_weights(problems: Callable[..., list[MrlhfError]], world: Path, tm
     one, other = world / "sft", tmp_path / "sft"
     assert not problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 0.5}}, {other}]")
     (error,) = problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 0}}, {other}]")
-    assert error.what == f"data.train: loss_weight = 0.0 of {one}"
+    assert error.what == f"data.train: loss_weight = 0 of {one}"
     (error,) = problems("sft", data__train=f"[{{prefix: {one}, loss_weight: 2}}]")
     assert "of the only source changes nothing" in error.what
     (error,) = problems("dpo", data__train=f"[{{prefix: {one}, loss_weight: 2}}, {other}]")
@@ -290,8 +323,9 @@ def test_micro_batches_by_tokens(problems: Callable[..., list[MrlhfError]], worl
     largest = int(np.add.reduceat(packs.lengths, packs.doc_index[:-1]).max())
     assert not problems("sft", train__max_tokens_per_micro_batch=largest)
     (error,) = problems("sft", train__max_tokens_per_micro_batch=largest - 1)
-    assert (
-        error.what == f"train.max_tokens_per_micro_batch = {largest - 1} is less than the largest pack takes: {largest} tokens with padding"
+    assert error.what == (
+        f"train.max_tokens_per_micro_batch = {largest - 1} is less than the largest pack takes: "
+        f"{largest} tokens with padding"
     )
     width = -(-pairs.max_length // 4) * 4
     options: dict[str, Any] = {
@@ -300,7 +334,9 @@ def test_micro_batches_by_tokens(problems: Callable[..., list[MrlhfError]], worl
         "parallel__tensor_model_parallel_size": 2,
         "parallel__sequence_parallel": True,
     }
-    (error,) = problems("dpo", parallel__context_parallel_size=2, train__max_tokens_per_micro_batch=2 * width - 1, **options)
+    (error,) = problems(
+        "dpo", parallel__context_parallel_size=2, train__max_tokens_per_micro_batch=2 * width - 1, **options
+    )
     assert "the largest pair takes" in error.what and error.fix == f"--train.max_tokens_per_micro_batch {2 * width}"
     (error,) = problems("ppo", train__max_tokens_per_micro_batch=8)
     assert "the largest prompt and answer takes" in error.what
@@ -333,7 +369,7 @@ def test_megatrons_own_text(problems: Callable[..., list[MrlhfError]], world: Pa
     (length,) = problems("pretrain", data__train=tmp_path / "x_text_document")
     assert length.what.startswith("this is Megatron-LM's own text") and length.expected == "data.seq_length"
     (other,) = problems("sft", data__train=tmp_path / "x_text_document", data__seq_length=64)
-    assert other.what.startswith("PREFIX.json is missing") and "the stage pretrain alone" in (other.expected or "")
+    assert other.what.startswith("PREFIX.json is missing") and "serves pretraining alone" in (other.expected or "")
 
 
 def test_data_that_is_not_there(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
@@ -343,13 +379,20 @@ def test_data_that_is_not_there(problems: Callable[..., list[MrlhfError]], world
     assert error.what == "no such dataset"
 
 
-def test_tokenizer_that_does_not_fit(problems: Callable[..., list[MrlhfError]], world: Path, other_tokenizer: Path) -> None:
+def test_tokenizer_that_does_not_fit(
+    problems: Callable[..., list[MrlhfError]], world: Path, other_tokenizer: Path
+) -> None:
     (error,) = problems("sft", model__path=other_tokenizer)
-    assert error.what.startswith(f"the data's tokenizer ({world / 'qwen2'}, fingerprint ") and str(other_tokenizer) in error.what
+    assert (
+        error.what.startswith(f"the data's tokenizer ({world / 'qwen2'}, fingerprint ")
+        and str(other_tokenizer) in error.what
+    )
     assert error.fix == f"tools/preprocess_data.py --tokenizer {other_tokenizer} ..."
 
 
-def test_model_without_tokenizer_hides_nothing_else(problems: Callable[..., list[MrlhfError]], world: Path, tmp_path: Path) -> None:
+def test_model_without_tokenizer_hides_nothing_else(
+    problems: Callable[..., list[MrlhfError]], world: Path, tmp_path: Path
+) -> None:
     shutil.copy(world / "qwen2/config.json", tmp_path)
     tokenizer, data = problems("sft", model__path=tmp_path, data__eval=world / "nowhere")
     assert (tokenizer.what, tokenizer.where) == ("no tokenizer files", str(tmp_path)) and data.what == "no such dataset"
@@ -362,7 +405,9 @@ def test_model_that_is_not_there(problems: Callable[..., list[MrlhfError]], worl
     assert error.what.startswith("no such directory") and error.where.startswith("model.path")
 
 
-def test_value_model_where_a_language_model_is_needed(problems: Callable[..., list[MrlhfError]], value_model: Path) -> None:
+def test_value_model_where_a_language_model_is_needed(
+    problems: Callable[..., list[MrlhfError]], value_model: Path
+) -> None:
     for stage in ("sft", "dpo", "ppo"):
         (error,) = problems(stage, model__path=value_model)
         assert error.what.endswith("holds a value model") and error.expected == "an LM checkpoint"
@@ -370,12 +415,19 @@ def test_value_model_where_a_language_model_is_needed(problems: Callable[..., li
 
 def test_language_model_as_reward_model(problems: Callable[..., list[MrlhfError]], world: Path) -> None:
     (error,) = problems("ppo", reward__sources=f"model:{world / 'llama'}")
-    assert (error.what, error.expected) == ("it holds a language model, which gives no score", "a reward model (mrlhf rm)")
+    assert (error.what, error.expected) == (
+        "it holds a language model, which gives no score",
+        "a reward model (mrlhf rm)",
+    )
 
 
 def test_reward_file_without_the_function(problems: Callable[..., list[MrlhfError]]) -> None:
     (error,) = problems("ppo", reward__sources="examples/rewards/exact_match.py:exact_mach")
-    assert "has no function 'exact_mach'" in error.what and "exact_match" in (error.expected or "") and error.where == "reward.sources"
+    assert (
+        "has no function 'exact_mach'" in error.what
+        and "exact_match" in (error.expected or "")
+        and error.where == "reward.sources"
+    )
     (error,) = problems("ppo", reward__sources="examples/rewards/no_such.py:f")
     assert "does not exist" in error.what
     (error,) = problems("ppo", reward__sources="exact_match")
@@ -401,8 +453,13 @@ def test_rollout_that_cannot_be_cut(problems: Callable[..., list[MrlhfError]]) -
 
 def test_a_critic_that_cannot_be_cut_in_its_own_way(problems: Callable[..., list[MrlhfError]]) -> None:
     (error,) = problems("ppo", ranks=4, ppo__critic_tensor_model_parallel_size=4)
-    assert error.what.startswith("critic: ppo.critic_tensor_model_parallel_size = 4 does not divide the model's num_key_value_heads")
-    assert (error.where, error.fix) == ("ppo.critic_tensor_model_parallel_size", "--ppo.critic_tensor_model_parallel_size 2")
+    assert error.what.startswith(
+        "critic: ppo.critic_tensor_model_parallel_size = 4 does not divide the model's num_key_value_heads"
+    )
+    assert (error.where, error.fix) == (
+        "ppo.critic_tensor_model_parallel_size",
+        "--ppo.critic_tensor_model_parallel_size 2",
+    )
     sizes = {"parallel__tensor_model_parallel_size": 2, "ppo__critic_tensor_model_parallel_size": 1}
     assert not problems("ppo", ranks=2, train__micro_batch_size=1, train__global_batch_size=4, **sizes)
     (error,) = problems("ppo", ranks=2, train__micro_batch_size=4, train__global_batch_size=4, **sizes)
@@ -454,13 +511,18 @@ def test_resuming_with_another_configuration_shows_the_difference(world: Path, t
     check_resume(config(), tmp_path)
     (tmp_path / "config.yaml").write_text(dump_yaml(config()))
     check_resume(config(), tmp_path)
-    check_resume(config(**{"parallel.tensor_model_parallel_size": 2, "logging.log_interval": 5, "checkpoint.keep_last": 9}), tmp_path)
+    check_resume(
+        config(**{"parallel.tensor_model_parallel_size": 2, "logging.log_interval": 5, "checkpoint.keep_last": 9}),
+        tmp_path,
+    )
     with pytest.raises(MrlhfError) as raised:
         check_resume(config(**{"optim.lr": 3e-4, "train.seed": 2}), tmp_path)
     assert raised.value.what.endswith("another configuration: train.seed: 1 -> 2; optim.lr: 1e-05 -> 0.0003")
     assert raised.value.fix == "the first command again, or another --train.output_dir"
     assert raised.value.expected and "--train.allow_changes '[train.seed, optim.lr]'" in raised.value.expected
-    check_resume(config(**{"optim.lr": 3e-4, "train.seed": 2, "train.allow_changes": "[train.seed, optim.lr]"}), tmp_path)
+    check_resume(
+        config(**{"optim.lr": 3e-4, "train.seed": 2, "train.allow_changes": "[train.seed, optim.lr]"}), tmp_path
+    )
     for key, value in {"data.seq_length": 160, "train.global_batch_size": 16}.items():
         with pytest.raises(MrlhfError, match=key):
             check_resume(config(**{key: value}), tmp_path)

@@ -1,4 +1,6 @@
-"""The examples are documentation that runs: every YAML loads and fits, every run.sh trains on a toy and exports its model."""
+"""The examples are documentation that runs: every YAML loads and fits,
+every run.sh trains on a toy and exports its model.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ LLAMA_3_8B = {
 }
 
 
-LLAMA_3_70B = LLAMA_3_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+LLAMA_3_70B = LLAMA_3_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 LARGE = {"llama3_8b": (LLAMA_3_8B, "8,030,261,248"), "llama3_70b": (LLAMA_3_70B, "70,553,706,496")}
 
 
@@ -78,7 +85,9 @@ def test_shell_syntax(path: Path) -> None:
 def test_large_configurations_pass_a_dry_run(
     path: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With Llama 3's shapes, the toy's tokenizer and data, and the number of ranks that the file names. No weights are read."""
+    """With Llama 3's shapes, the toy's tokenizer and data, and the number of ranks that the file names.
+    No weights are read.
+    """
     from mrlhf.commands import dry_run
 
     stage, text = stage_of(path), path.read_text()
@@ -94,7 +103,7 @@ def test_large_configurations_pass_a_dry_run(
         Path(directory, "config.json").write_text(json.dumps({**shape, "architectures": [architecture]}))
     overrides = ["--model.path", "lm", "--data.train", str(world / DATA[stage]), "--data.seq_length", "160"]
     overrides += ["--data.eval", "null"] + (["--reward.sources", "model:rm"] if stage == "ppo" else [])
-    dry_run.main(stage, load_config(STAGES[stage], str(path), overrides))
+    dry_run.main(load_config(STAGES[stage], str(path), overrides))
     shown = capsys.readouterr().out
     assert f"({ranks} ranks = " in shown and f"{parameters} parameters" in shown
     assert float(shown.partition("together ")[2].split()[0]) < 80, "an H100 has 80 GB, and activations must fit beside"
@@ -122,7 +131,9 @@ def test_links_and_named_files_exist(page: Path) -> None:
         assert (ROOT / file).exists(), file
 
 
-def train(world: Path, stage: str, out: Path, *overrides: object, data: Path | None = None, **variables: object) -> list[dict[str, float]]:
+def train(
+    world: Path, stage: str, out: Path, *overrides: object, data: Path | None = None, **variables: object
+) -> list[dict[str, float]]:
     """The stage's run.sh for two steps in one process; it neither preprocesses nor exports what is there already."""
     settings = {
         "PYTHON": sys.executable,
@@ -136,14 +147,26 @@ def train(world: Path, stage: str, out: Path, *overrides: object, data: Path | N
         **variables,
     }
     env = environment() | {key: str(value) for key, value in settings.items()}
-    command = [f"examples/{stage}/run.sh", "--train.max_steps", 2, "--checkpoint.save_optimizer", "false", "--logging.tensorboard", "false"]
-    done = subprocess.run(list(map(str, [*command, *overrides])), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    command = [
+        f"examples/{stage}/run.sh",
+        "--train.max_steps",
+        2,
+        "--checkpoint.save_optimizer",
+        "false",
+        "--logging.tensorboard",
+        "false",
+    ]
+    done = subprocess.run(
+        list(map(str, [*command, *overrides])), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = metrics(out)
     if stage != "ppo":
         readme = (ROOT / f"examples/{stage}/README.md").read_text()
         of_every_stage = ("perf/", "time/", "memory/")
-        unnamed = [key for key in lines[0] if "/" in key and f"`{key}`" not in readme and not key.startswith(of_every_stage)]
+        unnamed = [
+            key for key in lines[0] if "/" in key and f"`{key}`" not in readme and not key.startswith(of_every_stage)
+        ]
         assert not unnamed, f"examples/{stage}/README.md says nothing about {unnamed}"
     return lines
 
@@ -156,7 +179,16 @@ def exported(out: Path) -> Path:
 
 
 def test_sft_from_raw_records_to_an_exported_model(world: Path, tmp_path: Path) -> None:
-    lines = train(world, "sft", tmp_path / "run", "--data.eval", world / "sft", "--train.eval_interval", 0, data=tmp_path / "packed")
+    lines = train(
+        world,
+        "sft",
+        tmp_path / "run",
+        "--data.eval",
+        world / "sft",
+        "--train.eval_interval",
+        0,
+        data=tmp_path / "packed",
+    )
     assert [line["step"] for line in lines] == [1, 2, 2] and "eval/loss" in lines[-1]
     assert (tmp_path / "packed.json").is_file() and (tmp_path / "run/hf/model.safetensors").is_file()
 
@@ -170,12 +202,16 @@ def test_rm_then_ppo(world: Path, tmp_path: Path) -> None:
     lines = train(world, "rm", exported(tmp_path / "rm"), "--data.eval", world / "pref", "--train.eval_interval", 0)
     assert [line["step"] for line in lines] == [1, 2, 2] and "train/accuracy" in lines[0]
     measured = {key.removeprefix("eval/") for key in lines[-1] if key != "step"}
-    assert {key for key in measured if not key.startswith("accuracy_by_margin/")} == set(EVALUATED["rm"]) and len(measured) == 6 + 4
+    assert {key for key in measured if not key.startswith("accuracy_by_margin/")} == set(EVALUATED["rm"]) and len(
+        measured
+    ) == 6 + 4
     scores = json.loads((tmp_path / "rm/rewards.json").read_text())
     pairs = json.loads((world / "pref.json").read_text())["num_samples"] // 2
     assert sum(scores["chosen"]) == sum(scores["rejected"]) == pairs and len(scores["edges"]) == 31
     manifest = json.loads((tmp_path / "rm/checkpoints/step_2/mrlhf.json").read_text())
-    assert manifest["reward_count"] == 2 * pairs and manifest["reward_mean"] == pytest.approx(lines[-1]["eval/mean_reward"], abs=1e-6)
+    assert manifest["reward_count"] == 2 * pairs and manifest["reward_mean"] == pytest.approx(
+        lines[-1]["eval/mean_reward"], abs=1e-6
+    )
     small = ("--parallel.tensor_model_parallel_size", 1, "--rollout.tensor_parallel_size", 1, "--rollout.batch_size", 8)
     small += ("--train.global_batch_size", 4, "--train.micro_batch_size", 4)
     lines = train(world, "ppo", exported(tmp_path / "ppo"), *small, REWARD=f"model:{tmp_path / 'rm'}")
@@ -191,21 +227,39 @@ def test_grpo(world: Path, tmp_path: Path) -> None:
     small = ("--rollout.batch_size", 2, "--rollout.n", 4, "--train.global_batch_size", 8, "--train.micro_batch_size", 4)
     config = {"CONFIG": "examples/ppo/grpo.yaml", "REWARD": "examples/rewards/exact_match.py:exact_match"}
     lines = train(world, "ppo", exported(tmp_path / "run"), *small, **config)
-    assert len(lines) == 2 and "critic/vf_loss" not in lines[0] and "reward/function:exact_match.py:exact_match" in lines[0]
+    assert (
+        len(lines) == 2
+        and "critic/vf_loss" not in lines[0]
+        and "reward/function:exact_match.py:exact_match" in lines[0]
+    )
 
 
 def test_iterative_dpo(world: Path, tmp_path: Path) -> None:
     """One round: answers with rewards, the best and the worst of them through preprocessing, DPO."""
-    prompts = [json.dumps({"prompt": row["prompt"]}) for row in map(json.loads, (world / "prompts.jsonl").read_text().splitlines())]
+    prompts = [
+        json.dumps({"prompt": row["prompt"]})
+        for row in map(json.loads, (world / "prompts.jsonl").read_text().splitlines())
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(line + "\n" for line in prompts))
     reward = tmp_path / "reward.py"
     reward.write_text(
-        "def vowels(prompts, completions, **columns):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
+        "def vowels(prompts, completions, **columns):\n"
+        "    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
     )
     settings = {
-        "PYTHON": sys.executable, "NPROC": 1, "ROUNDS": 1, "BEST_OF": 4, "PROMPTS": 16, "INPUT": tmp_path / "prompts.jsonl", "SEQ_LENGTH": 160,
-        "TOKENIZER": world / "qwen2", "MODEL": world / "qwen2", "REWARD": f"{reward}:vowels", "OUTPUT": tmp_path / "out", "MAX_NEW_TOKENS": 90,
-    }  # fmt: skip
+        "PYTHON": sys.executable,
+        "NPROC": 1,
+        "ROUNDS": 1,
+        "BEST_OF": 4,
+        "PROMPTS": 16,
+        "INPUT": tmp_path / "prompts.jsonl",
+        "SEQ_LENGTH": 160,
+        "TOKENIZER": world / "qwen2",
+        "MODEL": world / "qwen2",
+        "REWARD": f"{reward}:vowels",
+        "OUTPUT": tmp_path / "out",
+        "MAX_NEW_TOKENS": 90,
+    }
     env = environment() | {key: str(value) for key, value in settings.items()}
     command = [
         "examples/iterative_dpo/run.sh",
@@ -219,7 +273,9 @@ def test_iterative_dpo(world: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     here = tmp_path / "out/round_1"
-    best, pairs = ([json.loads(line) for line in (here / f"{name}.jsonl").read_text().splitlines()] for name in ("best", "pairs"))
+    best, pairs = (
+        [json.loads(line) for line in (here / f"{name}.jsonl").read_text().splitlines()] for name in ("best", "pairs")
+    )
     assert 0 < len(pairs) <= len(best) <= 16
     assert f"{len(best)} best answers, {len(pairs)} pairs" in done.stdout
     for pair in pairs:
@@ -228,8 +284,8 @@ def test_iterative_dpo(world: Path, tmp_path: Path) -> None:
     assert json.loads((here / "pairs.json").read_text())["task"] == "preference"
     assert metrics(here / "dpo")[0]["train/loss"] == pytest.approx(0.693147, abs=1e-5)
     done_sft = subprocess.run(
-        [sys.executable, "tools/preprocess_data.py", "--task", "sft", "--input", here / "best.jsonl", "--tokenizer", world / "qwen2",
-         "--output-prefix", here / "best", "--seq-length", "160"],
+        [sys.executable, "tools/preprocess_data.py", "--task", "sft", "--input", here / "best.jsonl",
+         "--tokenizer", world / "qwen2", "--output-prefix", here / "best", "--seq-length", "160"],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done_sft.returncode == 0, done_sft.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""Imports go one way, and each outside package that is hard to have stays in one adapter. Read from the sources, nothing is imported."""
+"""Imports go one way, and each outside package that is hard to have stays in one adapter.
+Read from the sources, nothing is imported.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# Folders in order: a module may import its own folder's and those of folders before it. Each folder stands here alone, so no two
-# folders can import each other. "root" is what everyone may use, "stages" and "entry" are the other modules of mrlhf/ itself.
+# Folders in order: a module may import its own folder's and those of folders before it. Each folder stands here alone,
+# so no two folders can import each other. "root" is what everyone may use, "stages" and "entry" are the other modules
+# of mrlhf/ itself.
 ORDER = (
     "root",
     "observe",
@@ -76,7 +79,9 @@ def folder(module: str) -> str:
 
 
 def own_imports(module: str) -> set[str]:
-    """Modules of this repository that `module` imports; `from package import submodule` counts as the submodule alone."""
+    """Modules of this repository that `module` imports;
+    `from package import submodule` counts as the submodule alone.
+    """
     known, found = sources(), imports(sources()[module])
     wanted = {name for name in found if name in known}
     return {name for name in wanted if not any(other.startswith(name + ".") for other in wanted)} - {module}
@@ -91,7 +96,10 @@ def test_the_list_names_what_exists_and_nothing_else() -> None:
 def test_imports_go_one_way() -> None:
     place = {name: i for i, name in enumerate(ORDER)}
     wrong = [
-        f"{module} imports {other}" for module in sources() for other in own_imports(module) if place[folder(other)] > place[folder(module)]
+        f"{module} imports {other}"
+        for module in sources()
+        for other in own_imports(module)
+        if place[folder(other)] > place[folder(module)]
     ]
     assert not wrong, "; ".join(sorted(wrong))
 
@@ -111,6 +119,8 @@ def test_no_cycles() -> None:
         ("wandb", "mrlhf/observe/tracker.py"),
         ("mlflow", "mrlhf/observe/tracker.py"),
         ("httpx", "mrlhf/rl/rewards/http.py"),
+        ("starlette", "mrlhf/rl/rewards/server.py"),
+        ("uvicorn", "mrlhf/rl/rewards/server.py"),
     ],
 )
 def test_one_adapter_imports_it(package: str, files: str) -> None:

@@ -43,7 +43,11 @@ class TestMaskedCrossEntropy:
         mask = torch.tensor([[0, 1, 1], [0, 0, 0]])
         assert masked_cross_entropy(LOGPS, mask, aggregation="sequence").item() == pytest.approx(2.5)
         packed = masked_cross_entropy(
-            LOGPS.view(1, 6), mask.view(1, 6), aggregation="sequence", segment_ids=torch.tensor([[0, 0, 0, 2, 2, 2]]), num_segments=5
+            LOGPS.view(1, 6),
+            mask.view(1, 6),
+            aggregation="sequence",
+            segment_ids=torch.tensor([[0, 0, 0, 2, 2, 2]]),
+            num_segments=5,
         )
         assert packed.item() == pytest.approx(2.5)
 
@@ -60,15 +64,21 @@ class TestMaskedCrossEntropy:
         weight = torch.tensor([[1.0, 1.0, 1.0], [0.5, 0.5, 0.5]])
         assert masked_cross_entropy(LOGPS, MASK, weight=weight).item() == pytest.approx((2 + 3 + 0.5 * 4) / 2.5)
         assert masked_cross_entropy(LOGPS, MASK, weight=7 * weight).item() == pytest.approx((2 + 3 + 0.5 * 4) / 2.5)
-        assert masked_cross_entropy(LOGPS, MASK, weight=weight, aggregation="sequence").item() == pytest.approx((2.5 + 0.5 * 4) / 1.5)
+        assert masked_cross_entropy(LOGPS, MASK, weight=weight, aggregation="sequence").item() == pytest.approx(
+            (2.5 + 0.5 * 4) / 1.5
+        )
 
     @pytest.mark.parametrize("aggregation", ["token", "sequence"])
     def test_weight_2_is_standing_there_twice(self, aggregation):
         weight = torch.tensor([[2.0], [1.0]]).expand_as(LOGPS)
-        twice = masked_cross_entropy(torch.cat([LOGPS, LOGPS[:1]]), torch.cat([MASK, MASK[:1]]), aggregation=aggregation).item()
+        twice = masked_cross_entropy(
+            torch.cat([LOGPS, LOGPS[:1]]), torch.cat([MASK, MASK[:1]]), aggregation=aggregation
+        ).item()
         assert masked_cross_entropy(LOGPS, MASK, weight=weight, aggregation=aggregation).item() == pytest.approx(twice)
         packed = {"segment_ids": torch.tensor([[0, 0, 0, 1, 1, 1]]), "num_segments": 2}
-        flat = masked_cross_entropy(LOGPS.view(1, 6), MASK.view(1, 6), weight=weight.reshape(1, 6), aggregation=aggregation, **packed)
+        flat = masked_cross_entropy(
+            LOGPS.view(1, 6), MASK.view(1, 6), weight=weight.reshape(1, 6), aggregation=aggregation, **packed
+        )
         assert flat.item() == pytest.approx(twice)
 
     def test_all_masked_gives_a_differentiable_zero(self):
@@ -82,7 +92,8 @@ class TestMaskedCrossEntropy:
     def test_micro_batches_with_the_step_denominator_add_up(self, aggregation, denominator):
         whole = masked_cross_entropy(LOGPS, MASK, aggregation=aggregation)
         parts = [
-            masked_cross_entropy(LOGPS[i : i + 1], MASK[i : i + 1], aggregation=aggregation, denominator=denominator) for i in range(2)
+            masked_cross_entropy(LOGPS[i : i + 1], MASK[i : i + 1], aggregation=aggregation, denominator=denominator)
+            for i in range(2)
         ]
         assert sum(parts).item() == pytest.approx(whole.item())
 
@@ -130,7 +141,9 @@ class TestPairwiseLoss:
 
     def test_padding_pairs_count_nowhere(self):
         chosen = torch.tensor([1.0, NAN], requires_grad=True)
-        loss, metrics = pairwise_loss(chosen, torch.tensor([0.0, 50.0]), margin=torch.tensor([0.5, NAN]), weight=torch.tensor([1, 0]))
+        loss, metrics = pairwise_loss(
+            chosen, torch.tensor([0.0, 50.0]), margin=torch.tensor([0.5, NAN]), weight=torch.tensor([1, 0])
+        )
         loss.backward()
         alone, alone_metrics = pairwise_loss(torch.tensor([1.0]), torch.tensor([0.0]), margin=0.5)
         assert loss.item() == pytest.approx(alone.item())

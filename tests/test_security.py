@@ -12,14 +12,26 @@ import pytest
 from conftest import ROOT
 
 SAFE_PICKLE = "mrlhf/checkpoint/safe_pickle.py"
-WRITES_PICKLES = ("mrlhf/checkpoint/tensor_file.py",)  # .metadata, which torch wants so
+WRITES_PICKLES = ("mrlhf/checkpoint/tensor_archive.py",)  # a tensor's description, as torch.save does
 CALLS = {
-    "eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "marshal.loads",
-    "shelve.open", "tarfile.open", "zipfile.extractall", "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "numpy.load",
+    "eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.load_all", "yaml.unsafe_load",
+    "yaml.full_load", "marshal.loads", "shelve.open", "tarfile.open", "zipfile.extractall", "pickle.load",
+    "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "numpy.load",
 }  # fmt: skip
-VALUES = {"weights_only": True, "shell": False, "allow_pickle": False, "trust_remote_code": False, "follow_redirects": False}
+VALUES = {
+    "weights_only": True,
+    "shell": False,
+    "allow_pickle": False,
+    "trust_remote_code": False,
+    "follow_redirects": False,
+}
 NEEDED = {"torch.load": "weights_only", "np.load": "allow_pickle"}  # whatever the default is
-VARIABLES = ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE", "HF_HUB_TRUST_REMOTE_CODE", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+VARIABLES = (
+    "VLLM_ALLOW_INSECURE_SERIALIZATION",
+    "VLLM_SERVER_DEV_MODE",
+    "HF_HUB_TRUST_REMOTE_CODE",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
+)
 
 
 def problems(text: str) -> Iterator[str]:
@@ -31,7 +43,11 @@ def problems(text: str) -> Iterator[str]:
                 yield f"{node.lineno}: {name}"
             if name in NEEDED and NEEDED[name] not in given:
                 yield f"{node.lineno}: {name} without {NEEDED[name]}"
-            if name.endswith("from_pretrained") and name.startswith(("Auto", "kind.")) and "trust_remote_code" not in given:
+            if (
+                name.endswith("from_pretrained")
+                and name.startswith(("Auto", "kind."))
+                and "trust_remote_code" not in given
+            ):
                 yield f"{node.lineno}: {name} without trust_remote_code"
             if name.startswith("httpx") and "verify" in given:
                 yield f"{node.lineno}: {name} with verify"
@@ -112,7 +128,11 @@ def test_what_make_audit_tells(capsys: pytest.CaptureFixture[str]) -> None:
     audit = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(audit)
     clean, unknown = {"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not on the index"}
-    bad = {"name": "c", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}, {"id": "CVE-2", "fix_versions": []}]}
+    bad = {
+        "name": "c",
+        "version": "2",
+        "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}, {"id": "CVE-2", "fix_versions": []}],
+    }
     assert [audit.tell(report) for report in ([clean, unknown], [unknown, unknown], [clean, bad])] == [0, 0, 1]
     assert capsys.readouterr().out.splitlines() == [
         "pip-audit: 0 advisories of 1 packages; 1 are not known to the index",

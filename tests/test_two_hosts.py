@@ -1,4 +1,6 @@
-"""Two hosts: SFT and PPO over a network of their own, the cable cut or a host lost in mid-run, and the same command again."""
+"""Two hosts: SFT and PPO over a network of their own, the cable cut or a host lost in mid-run,
+and the same command again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ import pytest
 from conftest import metrics, mrlhf
 from hosts import Host, Node, cut_cable, join_cable, two_hosts, wait_for
 
-PATIENCE_S = 150.0  # timeout_minutes, the half minute that the groups wait longer, and the ranks' and the agents' own ends
+PATIENCE_S = (
+    150.0  # timeout_minutes, the half minute that the groups wait longer, and the ranks' and the agents' own ends
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +32,18 @@ def start(hosts: tuple[Host, Host], folder: Path, args: list[object], *, port: i
 
 
 def options(stage: str, out: Path, **values: object) -> list[object]:
-    common = {"model.dtype": "float32", "train.output_dir": out, "checkpoint.save_interval": 1, "parallel.timeout_minutes": 0.25}
-    return ["-m", "mrlhf", stage, *(part for key, value in {**common, **values}.items() for part in (f"--{key}", value))]
+    common = {
+        "model.dtype": "float32",
+        "train.output_dir": out,
+        "checkpoint.save_interval": 1,
+        "parallel.timeout_minutes": 0.25,
+    }
+    return [
+        "-m",
+        "mrlhf",
+        stage,
+        *(part for key, value in {**common, **values}.items() for part in (f"--{key}", value)),
+    ]
 
 
 def finish(hosts: tuple[Host, Host], folder: Path, args: list[object], *, port: int) -> tuple[Node, Node]:
@@ -40,8 +54,15 @@ def finish(hosts: tuple[Host, Host], folder: Path, args: list[object], *, port: 
 
 @pytest.mark.soak
 def test_sft_goes_on_after_the_cable_was_cut(hosts: tuple[Host, Host], world: Path, tmp_path: Path) -> None:
-    more = {"model.path": world / "qwen2", "data.train": world / "sft", "train.global_batch_size": 2, "train.max_steps": 16, "train.num_epochs": 100,
-            "optim.lr": 1e-3, "checkpoint.keep_last": 3}  # fmt: skip
+    more = {
+        "model.path": world / "qwen2",
+        "data.train": world / "sft",
+        "train.global_batch_size": 2,
+        "train.max_steps": 16,
+        "train.num_epochs": 100,
+        "optim.lr": 1e-3,
+        "checkpoint.keep_last": 3,
+    }
     args = options("sft", tmp_path / "run", **more)
     nodes = start(hosts, tmp_path, args, port=29611)
     wait_for(tmp_path / "run/checkpoints/step_3/mrlhf.json", *nodes)
@@ -54,7 +75,10 @@ def test_sft_goes_on_after_the_cable_was_cut(hosts: tuple[Host, Host], world: Pa
     assert all(status) and steps[-1] < 16
     for node in nodes:
         # what ends it first: a collective's time-out, the neighbour's silence, or the store of the other side
-        assert any(said in node.text for said in ("Timed out", "timed out", "did not", "no sign of life", "does not answer any more")), node.text[-4000:]
+        assert any(
+            said in node.text
+            for said in ("Timed out", "timed out", "did not", "no sign of life", "does not answer any more")
+        ), node.text[-4000:]
     last = finish(hosts, tmp_path, args, port=29612)
     assert "resumed from" in last[0].text
     lines = metrics(tmp_path / "run")
@@ -65,12 +89,24 @@ def test_sft_goes_on_after_the_cable_was_cut(hosts: tuple[Host, Host], world: Pa
 
 @pytest.mark.soak
 def test_ppo_goes_on_after_a_host_was_lost(hosts: tuple[Host, Host], world: Path, tmp_path: Path) -> None:
-    (tmp_path / "length.py").write_text("def length(completions, **columns):\n    return [len(c) / 10 for c in completions]\n")
+    (tmp_path / "length.py").write_text(
+        "def length(completions, **columns):\n    return [len(c) / 10 for c in completions]\n"
+    )
     more = {
-        "model.path": world / "qwen2", "data.train": world / "prompts", "train.global_batch_size": 4, "train.max_steps": 4, "ppo.estimator": "rloo",
-        "rollout.batch_size": 4, "rollout.n": 2, "rollout.samples_to_log": 8, "rollout.max_new_tokens": 8, "rollout.kv_cache_mib": 64,
-        "reward.sources": f"{tmp_path}/length.py:length", "reward.function_timeout_s": 10, "reward.http_total_timeout_s": 10,
-    }  # fmt: skip
+        "model.path": world / "qwen2",
+        "data.train": world / "prompts",
+        "train.global_batch_size": 4,
+        "train.max_steps": 4,
+        "ppo.estimator": "rloo",
+        "rollout.batch_size": 4,
+        "rollout.n": 2,
+        "rollout.samples_to_log": 8,
+        "rollout.max_new_tokens": 8,
+        "rollout.kv_cache_mib": 64,
+        "reward.sources": f"{tmp_path}/length.py:length",
+        "reward.function_timeout_s": 10,
+        "reward.http_total_timeout_s": 10,
+    }
     args = options("ppo", tmp_path / "run", **more)
     nodes = start(hosts, tmp_path, args, port=29613)
     wait_for(tmp_path / "run/checkpoints/step_1/mrlhf.json", *nodes)
@@ -84,7 +120,11 @@ def test_ppo_goes_on_after_a_host_was_lost(hosts: tuple[Host, Host], world: Path
     assert "resumed from" in last[0].text and [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     mrlhf(*options("ppo", tmp_path / "whole", **more)[2:], ranks=2)
     for step in range(1, 5):  # every prompt, answer and score of the run that lost nothing
-        assert (tmp_path / f"run/samples/step_{step}.jsonl").read_text() == (tmp_path / f"whole/samples/step_{step}.jsonl").read_text()
+        assert (tmp_path / f"run/samples/step_{step}.jsonl").read_text() == (
+            tmp_path / f"whole/samples/step_{step}.jsonl"
+        ).read_text()
     for ours, whole in zip(metrics(tmp_path / "run"), metrics(tmp_path / "whole"), strict=True):
         assert "actor/grad_norm" in ours
-        assert {k: ours[k] for k in ours if k.startswith(("actor/", "critic/"))} == {k: whole[k] for k in ours if k.startswith(("actor/", "critic/"))}
+        assert {k: ours[k] for k in ours if k.startswith(("actor/", "critic/"))} == {
+            k: whole[k] for k in ours if k.startswith(("actor/", "critic/"))
+        }

@@ -27,15 +27,21 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "llama_biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen3_moe_mixed": ("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": False}),
     "gemma3_linear_rope": ("gemma3_text", {"rope_parameters": {
-        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
     # every expert chosen: where one of them hangs in the balance, training may differ by more than rounding
-    "deepseek_v2_plain": ("deepseek_v2", {"q_lora_rank": 40, "topk_method": "greedy", "n_routed_experts": 4, "num_experts_per_tok": 4,
-                          "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
-    "deepseek_v3_dense": ("deepseek_v3", {"rope_interleave": False, "norm_topk_prob": False, "first_k_dense_replace": 2, "tied": True}),
+    "deepseek_v2_plain": ("deepseek_v2", {"q_lora_rank": 40, "topk_method": "greedy", "n_routed_experts": 4,
+                                          "num_experts_per_tok": 4,
+                                          "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "deepseek_v3_dense": ("deepseek_v3", {"rope_interleave": False, "norm_topk_prob": False,
+                                          "first_k_dense_replace": 2, "tied": True}),
     **{family: (family, {}) for family in FAMILIES if family not in ("llama", "qwen2", "qwen3")},
 }  # fmt: skip
-MOE = [kind for kind, (family, changes) in KINDS.items()
-       if family in ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3") and changes.get("first_k_dense_replace") != 2]  # fmt: skip
+MOE = [
+    kind
+    for kind, (family, changes) in KINDS.items()
+    if family in ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3") and changes.get("first_k_dense_replace") != 2
+]
 LENGTHS = (7, 30, 1, 19)
 
 
@@ -55,7 +61,9 @@ def make_zoo(root: Path) -> Path:
         layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
         make_hf_model(root / name, family, vocab_size=VOCAB, seed=seed, **{**layers, **changes})  # type: ignore[arg-type]
         # eager: sdpa leaves out Gemma 2's soft cap
-        model = AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float32, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            root / name, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         with torch.no_grad():
             torch.save([model(ids[None]).logits[0] for ids in samples()], root / f"{name}.pt")
     return root
@@ -77,24 +85,32 @@ def _balance_of(gate: torch.nn.Module, hidden_TH: torch.Tensor, chosen_TK: torch
 
 
 def train_reference(root: Path, kind: str, *, balanced: bool = False) -> list[dict[str, float]]:
-    """Loss and gradient norm of a few steps of torch's AdamW on all samples, the mean over their tokens, clipped at 0.5.
+    """Loss and gradient norm of a few steps of torch's AdamW on all samples, the mean over their tokens,
+    clipped at 0.5.
 
     balanced: with the auxiliary losses of routers, weighted by BALANCE; `loss` is without them.
     """
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(root / kind, dtype=torch.float32, attn_implementation="eager").eval()  # no dropout
+    model = AutoModelForCausalLM.from_pretrained(
+        root / kind, dtype=torch.float32, attn_implementation="eager"
+    ).eval()  # no dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     found, aux = [], []
     if balanced:
         for name, module in model.named_modules():
             if name.endswith(".gate"):
-                module.register_forward_hook(lambda gate, args, out: aux.append(_balance_of(gate, args[0].flatten(0, -2), out[2])))
+                module.register_forward_hook(
+                    lambda gate, args, out: aux.append(_balance_of(gate, args[0].flatten(0, -2), out[2]))
+                )
     for _ in range(STEPS):
         optimizer.zero_grad()
         aux.clear()
-        losses = [torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="sum") for ids in samples()]
+        losses = [
+            torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="sum")
+            for ids in samples()
+        ]
         tokens = sum(len(ids) - 1 for ids in samples())
         loss = torch.stack(losses).nansum() / tokens
         total = loss
@@ -106,5 +122,8 @@ def train_reference(root: Path, kind: str, *, balanced: bool = False) -> list[di
         optimizer.step()
         found.append({"loss": float(loss.detach()), "grad_norm": float(norm)})
         if balanced:
-            found[-1] |= {"moe_aux_loss": float(of_all[0].detach()) / layers, "moe_z_loss": float(of_all[1].detach()) / layers}
+            found[-1] |= {
+                "moe_aux_loss": float(of_all[0].detach()) / layers,
+                "moe_z_loss": float(of_all[1].detach()) / layers,
+            }
     return found

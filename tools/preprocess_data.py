@@ -1,6 +1,7 @@
 """Tokenise, mask and pack raw data for training: python tools/preprocess_data.py --help
 
-    python tools/preprocess_data.py --task sft --input chat.jsonl --tokenizer DIR --output-prefix data/sft --seq-length 4096
+    python tools/preprocess_data.py --task sft --input chat.jsonl --tokenizer DIR --output-prefix data/sft \\
+        --seq-length 4096
 
 Exits with 0 when PREFIX.json was written, with 2 and the reasons when the input or the options do not fit.
 """
@@ -22,7 +23,9 @@ from mrlhf.errors import MrlhfError, SeveralErrors  # noqa: E402
 
 def parser() -> argparse.ArgumentParser:
     """An option for each field of PreprocessConfig, which holds the defaults and the help texts."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     hints = get_type_hints(PreprocessConfig)
     for option in fields(PreprocessConfig):
         hint = hints[option.name]
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         preprocess(PreprocessConfig(**values), report=print)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130
     except MrlhfError as error:
         print(error if isinstance(error, SeveralErrors) else f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """A calculator as an environment: `rollout.environment: examples/calculator/calculator.py:Calculator`.
 
-The model is asked for a product that it cannot work out. It may write `calc 57*83` and is told the result by a message of the role
-`tool`; anything else is its answer. The reward is 1 for the right answer, at the end. The prompt's label is the right answer.
+The model is asked for a product that it cannot work out. It may write `calc 57*83` and is told the result by a message
+of the role `tool`; anything else is its answer. The reward is 1 for the right answer, at the end. The prompt's label is
+the right answer.
 """
 
 from __future__ import annotations

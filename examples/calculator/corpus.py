@@ -2,8 +2,8 @@
 
     python examples/calculator/corpus.py --output-dir runs/calculator/data
 
-    sft_train.jsonl             `messages`: told to use the tool, they show how; not told, they use it in one case of ten, and else
-                                write the two numbers one behind the other, which is never right
+    sft_train.jsonl             `messages`: told to use the tool, they show how; not told, they use it in one case of
+                                ten, and else write the two numbers one behind the other, which is never right
     prompts_{train,eval}.jsonl  `prompt` (not told to), `label` (the product)
 
 The products of the evaluation prompts occur in no training file.

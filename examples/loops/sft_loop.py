@@ -1,9 +1,11 @@
-"""Supervised fine-tuning with the loop written out: every line that `mrlhf sft` needs to compute the same numbers, and nothing else.
+"""Supervised fine-tuning with the loop written out:
+every line that `mrlhf sft` needs to compute the same numbers, and nothing else.
 
     torchrun --nproc-per-node 2 examples/loops/sft_loop.py --model DIR --data PREFIX --output DIR --tensor-parallel 2
 
-Copy it and change what you like: the loss, the schedule, what is logged. The stage (`mrlhf sft`) adds resume, evaluation, background
-saves, a stop on SIGTERM, memory and hang reports around the same parts. Legend: B rows, T tokens, H hidden size.
+Copy it and change what you like: the loss, the schedule, what is logged. The stage (`mrlhf sft`) adds resume,
+evaluation, background saves, a stop on SIGTERM, memory and hang reports around the same parts. Legend: B rows, T
+tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def main() -> None:
         total_steps=order.total_steps,
     )
 
-    def loss_fn(hidden_BTH: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_fn(
+        hidden_BTH: torch.Tensor, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of -log p over the trained tokens, and how many they are: the step divides once, by the global number."""
         logps_BT = trainer.logprobs(hidden_BTH, batch, keep_BT=batch.mask_BT).logps
         return -(logps_BT * batch.mask_BT).sum(), batch.mask_BT.sum(), {}

@@ -7,11 +7,13 @@
     pref_{train,eval}.jsonl     `prompt`, `chosen` (right), `rejected` (wrong)
     prompts_{train,eval}.jsonl  `prompt`, `label` (the right answer)
 
-The demonstrations are wrong in a set share of the cases, and not at random: four of the five tasks have a bad habit (sorting
-downwards, copying instead of reversing ...) that shows up more often than the right answer. Imitation learns the habit. A reward
-model that has seen right answers preferred lets PPO unlearn it, because the right answer is still sampled now and then.
+The demonstrations are wrong in a set share of the cases, and not at random: four of the five tasks have a bad habit
+(sorting downwards, copying instead of reversing ...) that shows up more often than the right answer. Imitation learns
+the habit. A reward model that has seen right answers preferred lets PPO unlearn it, because the right answer is still
+sampled now and then.
 
-Held out are the tasks, not the wordings: a (task, argument) pair of an evaluation file's last turn occurs in no training file.
+Held out are the tasks, not the wordings: a (task, argument) pair of an evaluation file's last turn occurs in no
+training file.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ def draw(rng: random.Random, *, evaluation: bool) -> tuple[Family, str]:
 def wrong_answers(family: Family, arg: str, rng: random.Random) -> dict[str, str]:
     """Plausible mistakes by kind; none of them equals the right answer.
 
-    `slip`, `mixed` and `runs_on` are what a model samples that is not sure, and what PPO finds when the reward model has not seen them.
+    `slip`, `mixed` and `runs_on` are what a model samples that is not sure,
+    and what PPO finds when the reward model has not seen them.
     """
     right = family.solve(arg)
     symbols = ALPHABETS[right.isdigit()]
@@ -107,7 +110,8 @@ def wrong_answer(family: Family, arg: str, rng: random.Random) -> str:
 
 
 def prompt(rng: random.Random, *, evaluation: bool) -> tuple[list[Message], Family, str]:
-    """Messages that end in a user turn, with a system turn or earlier turns now and then, and the task of that last turn.
+    """Messages that end in a user turn, with a system turn or earlier turns now and then,
+    and the task of that last turn.
 
     Earlier answers are right and their tasks never held out.
     """
@@ -150,7 +154,9 @@ def pretrain_rows(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
             for family in rng.sample([f for f in FAMILIES.values() if text.isdigit() or f.name not in DIGITS_ONLY], 3):
                 arg = argument(family, rng, text)
                 if not held_out(family, arg):
-                    entries.append(rng.choice(FORMS).format(q=rng.choice(family.phrases).format(arg), a=family.solve(arg)))
+                    entries.append(
+                        rng.choice(FORMS).format(q=rng.choice(family.phrases).format(arg), a=family.solve(arg))
+                    )
         yield {"text": "".join(entries)}
 
 
@@ -199,9 +205,13 @@ def write_corpus(output_dir: Path, *, seed: int, wrong_share: float, scale: floa
     files: dict[str, Iterator[dict[str, Any]]] = {"pretrain": pretrain_rows(rng("pretrain"), rows(8000))}
     for split, share in (("train", 1.0), ("eval", 0.06)):
         evaluation = split == "eval"
-        files[f"sft_{split}"] = sft_rows(rng(f"sft_{split}"), rows(int(6000 * share)), evaluation=evaluation, wrong_share=wrong_share)
+        files[f"sft_{split}"] = sft_rows(
+            rng(f"sft_{split}"), rows(int(6000 * share)), evaluation=evaluation, wrong_share=wrong_share
+        )
         files[f"pref_{split}"] = pref_rows(rng(f"pref_{split}"), rows(int(22000 * share)), evaluation=evaluation)
-        files[f"prompts_{split}"] = prompt_rows(rng(f"prompts_{split}"), rows(300 if evaluation else 8000), evaluation=evaluation)
+        files[f"prompts_{split}"] = prompt_rows(
+            rng(f"prompts_{split}"), rows(300 if evaluation else 8000), evaluation=evaluation
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, content in files.items():
@@ -215,7 +225,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--wrong-share", type=float, default=0.48, help="share of the demonstrations' last answers that are wrong")
+    parser.add_argument(
+        "--wrong-share", type=float, default=0.48, help="share of the demonstrations' last answers that are wrong"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of rows of every file")
     args = parser.parse_args()
     counts = write_corpus(args.output_dir, seed=args.seed, wrong_share=args.wrong_share, scale=args.scale)

@@ -19,7 +19,9 @@ from tokenizers import Tokenizer
 
 
 def evaluate(answers: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Mean gold reward over all answers, the same by task, and the mean length in tokens without the end-of-turn token."""
+    """Mean gold reward over all answers, the same by task, and the mean length in tokens without the end-of-turn
+    token.
+    """
     scores: dict[str, list[float]] = defaultdict(list)
     lengths: list[int] = []
     with answers.open() as lines:
@@ -27,7 +29,9 @@ def evaluate(answers: Path, tokenizer: Tokenizer) -> dict[str, Any]:
             row = json.loads(line)
             completions = row["completions"]
             count = len(completions)
-            scores[parse(row["prompt"])[0].name] += gold_reward([row["prompt"]] * count, completions, [row["label"]] * count)
+            scores[parse(row["prompt"])[0].name] += gold_reward(
+                [row["prompt"]] * count, completions, [row["label"]] * count
+            )
             lengths += [len(tokenizer.encode(completion, add_special_tokens=False).ids) for completion in completions]
     return {
         "gold_reward": mean(score for family in scores.values() for score in family),

@@ -1,7 +1,7 @@
 """The quickstart's tasks, and the program that checks an answer: `examples/quickstart/gold.py:gold_reward`.
 
-Five small tasks on capital letters and digits, each of which is one token of the quickstart's tokenizer. An answer is right
-when it is exactly the result and nothing else. The file stands alone, so that it can be named as a reward source.
+Five small tasks on capital letters and digits, each of which is one token of the quickstart's tokenizer. An answer is
+right when it is exactly the result and nothing else. The file stands alone, so that it can be named as a reward source.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ def clean(completion: str) -> str:
     return _SPECIAL.sub("", completion.split("<|im_end|>")[0].split("<|endoftext|>")[0]).strip()
 
 
-def gold_reward(prompts: Sequence[Any], completions: Sequence[str], label: Sequence[str] | None = None, **columns: Any) -> list[float]:
-    """1 for exactly the right answer, 0 for anything else. Without `label` the answer is worked out from the prompt's messages."""
+def gold_reward(
+    prompts: Sequence[Any], completions: Sequence[str], label: Sequence[str] | None = None, **columns: Any
+) -> list[float]:
+    """1 for exactly the right answer, 0 for anything else.
+    Without `label` the answer is worked out from the prompt's messages.
+    """
     answers = label if label is not None else [right_answer(prompt) for prompt in prompts]
     return [float(clean(completion) == answer) for completion, answer in zip(completions, answers, strict=True)]

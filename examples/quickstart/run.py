@@ -2,8 +2,9 @@
 
     python examples/quickstart/run.py [--seed 1] [--output-dir runs/quickstart] [--fresh]
 
-corpus -> tokenizer -> packed data -> pretrain -> SFT -> reward model -> PPO -> Hugging Face model -> gold reward before and
-after -> report. A step that has finished with the same commands and files is skipped; one that was interrupted goes on. `--fresh` starts over.
+corpus -> tokenizer -> packed data -> pretrain -> SFT -> reward model -> PPO -> Hugging Face model -> gold reward before
+and after -> report. A step that has finished with the same commands and files is skipped; one that was interrupted goes
+on. `--fresh` starts over.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ SPLITS = {
 class Step:
     """Commands that belong together; `outputs` must exist for the step to count as finished.
 
-    `directory` is deleted when the step starts, but not when it goes on after an interruption: a training stage would refuse to
-    resume another run.
+    `directory` is deleted when the step starts, but not when it goes on after an interruption:
+    a training stage would refuse to resume another run.
     """
 
     name: str
@@ -54,7 +55,9 @@ class Step:
 
 def stage(name: str, out: str, seed: int, *, ranks: int, **paths: str) -> str:
     """The command of a training stage. The paths are in its YAML; they are given only when `out` is not the default."""
-    launcher = f"torchrun --standalone --nproc-per-node {ranks} -m mrlhf" if ranks > 1 else "OMP_NUM_THREADS=2 python -m mrlhf"
+    launcher = (
+        f"torchrun --standalone --nproc-per-node {ranks} -m mrlhf" if ranks > 1 else "OMP_NUM_THREADS=2 python -m mrlhf"
+    )
     options = {"train.output_dir": f"{out}/{name}", **{key.replace("__", "."): value for key, value in paths.items()}}
     overrides = "" if out == DEFAULT_OUTPUT else "".join(f" --{key} {value}" for key, value in options.items())
     return f"{launcher} {name} --config {HERE}/{name}.yaml --train.seed {seed}{overrides}"
@@ -63,9 +66,13 @@ def stage(name: str, out: str, seed: int, *, ranks: int, **paths: str) -> str:
 def answers(out: str, name: str, checkpoint: str, seed: int) -> tuple[str, ...]:
     """Greedy answers to the held-out prompts, and their gold reward."""
     return (
-        f"python -m mrlhf generate --checkpoint {checkpoint} --prompts {out}/data/prompts_eval.jsonl --output {out}/eval/{name}.jsonl"
+        f"python -m mrlhf generate --checkpoint {checkpoint} --prompts {out}/data/prompts_eval.jsonl "
+        f"--output {out}/eval/{name}.jsonl"
         f" --temperature 0 --max-new-tokens 12 --dtype float32 --kv-cache-mib 64 --seed {seed}",
-        f"python {HERE}/evaluate.py --answers {out}/eval/{name}.jsonl --tokenizer {out}/base --output {out}/eval/{name}.json",
+        (
+            f"python {HERE}/evaluate.py --answers {out}/eval/{name}.jsonl --tokenizer {out}/base "
+            f"--output {out}/eval/{name}.json"
+        ),
     )
 
 
@@ -73,7 +80,8 @@ def steps(out: str, seed: int) -> list[Step]:
     """Every step in order."""
     data = f"{out}/data"
     preprocess = tuple(
-        f"python tools/preprocess_data.py --task {task} --input {data}/{split}.jsonl --tokenizer {out}/base --output-prefix {data}/{split}"
+        f"python tools/preprocess_data.py --task {task} --input {data}/{split}.jsonl --tokenizer {out}/base "
+        f"--output-prefix {data}/{split}"
         f" --seq-length {PROMPT_LENGTH if task == 'prompts' else SEQ_LENGTH} --overwrite"
         for task, splits in SPLITS.items()
         for split in splits
@@ -89,14 +97,26 @@ def steps(out: str, seed: int) -> list[Step]:
     runs = " ".join(f"{out}/{name}" for name in ("pretrain", "sft", "rm", "ppo"))
     export = f"python tools/convert/megatron_to_hf.py --checkpoint {out}/ppo --output {out}/hf --dtype float32"
     return [
-        Step("corpus", (f"python {HERE}/corpus.py --output-dir {data} --seed {seed}",), (f"{data}/prompts_eval.jsonl",)),
-        Step("tokenizer", (f"python {HERE}/tokenizer.py --data-dir {data} --output-dir {out}/base",), (f"{out}/base/config.json",)),
+        Step(
+            "corpus", (f"python {HERE}/corpus.py --output-dir {data} --seed {seed}",), (f"{data}/prompts_eval.jsonl",)
+        ),
+        Step(
+            "tokenizer",
+            (f"python {HERE}/tokenizer.py --data-dir {data} --output-dir {out}/base",),
+            (f"{out}/base/config.json",),
+        ),
         Step("preprocess", preprocess, tuple(f"{data}/{split}.json" for splits in SPLITS.values() for split in splits)),
         training("pretrain", model__path=f"{out}/base", data__train=f"{data}/pretrain"),
         training("sft", model__path=f"{out}/pretrain", data__train=f"{data}/sft_train", data__eval=f"{data}/sft_eval"),
         evaluation("evaluate SFT", "sft", f"{out}/sft"),
         training("rm", model__path=f"{out}/sft", data__train=f"{data}/pref_train", data__eval=f"{data}/pref_eval"),
-        training("ppo", ranks=2, model__path=f"{out}/sft", data__train=f"{data}/prompts_train", reward__sources=f"model:{out}/rm"),
+        training(
+            "ppo",
+            ranks=2,
+            model__path=f"{out}/sft",
+            data__train=f"{data}/prompts_train",
+            reward__sources=f"model:{out}/rm",
+        ),
         Step("export", (export,), (f"{out}/hf/config.json",), directory=f"{out}/hf"),
         evaluation("evaluate PPO", "ppo", f"{out}/hf"),
         Step("report", (f"python -m mrlhf report {runs} --output {out}/report.html",), (f"{out}/report.html",)),
@@ -130,7 +150,9 @@ def mark(out: Path, step: Step, state: str) -> Path:
 
 
 def identity(step: Step) -> str:
-    """The step's commands and a digest of the example's files they read: an edited YAML file makes the step run again."""
+    """The step's commands and a digest of the example's files they read:
+    an edited YAML file makes the step run again.
+    """
     words = {word for command in step.commands for word in command.split()}
     files = sorted(word for word in words if word.startswith(HERE) and (ROOT / word).is_file())
     digest = hashlib.sha256(b"\0".join((ROOT / file).read_bytes() for file in [*files, f"{HERE}/gold.py"]))
@@ -175,20 +197,30 @@ def run_steps(todo: list[Step], out: Path) -> None:
 
 
 def summary(out: str) -> str:
-    """The figures at the end: before is the SFT model, after is the exported PPO model, both greedy on the held-out prompts."""
+    """The figures at the end: before is the SFT model, after is the exported PPO model,
+    both greedy on the held-out prompts.
+    """
     before, after = (json.loads((ROOT / out / "eval" / f"{name}.json").read_text()) for name in ("sft", "ppo"))
-    rollouts: list[dict[str, Any]] = [json.loads(line) for line in (ROOT / out / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    rollouts: list[dict[str, Any]] = [
+        json.loads(line) for line in (ROOT / out / "ppo" / "metrics.jsonl").read_text().splitlines()
+    ]
     kl = [row["objective/kl"] for row in rollouts if "objective/kl" in row]
     sampled = [row["response_length/mean"] for row in rollouts if "response_length/mean" in row]
     gain = after["gold_reward"] - before["gold_reward"]
     return "\n".join(
         [
-            f"gold reward before PPO   {before['gold_reward']:.3f}   (SFT; {before['answers']} held-out prompts, greedy)",
+            (
+                f"gold reward before PPO   {before['gold_reward']:.3f}   (SFT; "
+                f"{before['answers']} held-out prompts, greedy)"
+            ),
             f"gold reward after PPO    {after['gold_reward']:.3f}",
             f"gain                     {gain:+.3f}",
             f"response length          {before['response_length']:.2f} -> {after['response_length']:.2f} tokens"
             f"   (while training {sampled[0]:.2f} -> {sampled[-1]:.2f})",
-            f"KL to the SFT model      {mean(kl[-5:]):.3f} nats an answer   (mean of the last {len(kl[-5:])} of {len(kl)} rollouts)",
+            (
+                f"KL to the SFT model      {mean(kl[-5:]):.3f} nats an answer   "
+                f"(mean of the last {len(kl[-5:])} of {len(kl)} rollouts)"
+            ),
             f"report                   {out}/report.html",
         ]
     )
@@ -199,7 +231,10 @@ def start_over(out: Path) -> None:
     if not out.exists():
         return
     if not (out / ".done").is_dir() and any(out.iterdir()):
-        sys.exit(f"quickstart: --fresh would delete {out}, which no quickstart has made; delete it yourself or choose another --output-dir")
+        sys.exit(
+            f"quickstart: --fresh would delete {out}, which no quickstart has made; "
+            "delete it yourself or choose another --output-dir"
+        )
     shutil.rmtree(out)
 
 
@@ -211,7 +246,10 @@ def main() -> None:
     args = parser.parse_args()
     given = args.output_dir.rstrip("/")
     if not re.fullmatch(r"[\w./+-]+", given):
-        sys.exit(f"quickstart: --output-dir {given!r}: letters, digits and ./_+- only, because it becomes part of many commands")
+        sys.exit(
+            f"quickstart: --output-dir {given!r}: letters, digits and ./_+- only, "
+            "because it becomes part of many commands"
+        )
     out = ROOT / given
     if args.fresh:
         start_over(out)

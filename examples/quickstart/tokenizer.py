@@ -2,7 +2,8 @@
 
     python examples/quickstart/tokenizer.py --data-dir runs/quickstart/data --output-dir runs/quickstart/base
 
-Byte-level BPE with ChatML turns. Capital letters and digits are never merged, so that the tasks are about single tokens.
+Byte-level BPE with ChatML turns. Capital letters and digits are never merged,
+so that the tasks are about single tokens.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def train_tokenizer(data_dir: Path, vocab_size: int) -> Qwen2Tokenizer:
     trainee.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
     special = [END_OF_TEXT, TURN_START, TURN_END]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     trainee.train_from_iterator((re.sub("[A-Z]+", "", text) for text in texts(data_dir)), trainer)
     model = json.loads(trainee.to_str())["model"]
@@ -92,7 +96,10 @@ def write_model_directory(data_dir: Path, output_dir: Path, vocab_size: int) -> 
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = {**CONFIG, "vocab_size": vocab_size, "bos_token_id": None, **ids}
     (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id], "pad_token_id": tokenizer.pad_token_id}
+    generation = {
+        "eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     (output_dir / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     return tokenizer
 

@@ -6,9 +6,9 @@ A reward function has the signature
 
     f(prompts, completions, **columns) -> list[float]
 
-prompts, completions: lists of decoded strings, one entry an answer (special tokens left out). columns: lists of the same length:
-`label` (whatever the prompt record's label column holds, None where it has none), `prompt_ids` and `completion_ids` (token ids).
-It returns one finite number an answer, in order; anything else stops the run.
+prompts, completions: lists of decoded strings, one entry an answer (special tokens left out). columns: lists of the
+same length: `label` (whatever the prompt record's label column holds, None where it has none), `prompt_ids` and
+`completion_ids` (token ids). It returns one finite number an answer, in order; anything else stops the run.
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
 
 def exact_match(prompts: list[str], completions: list[str], *, label: list, **columns: list) -> list[float]:
-    """1.0 where the answer's final number (or boxed text) equals the label's, else 0.0. Raises ValueError for a prompt without a label."""
+    """1.0 where the answer's final number (or boxed text) equals the label's, else 0.0.
+    Raises ValueError for a prompt without a label.
+    """
     missing = [i for i, wanted in enumerate(label) if wanted is None]
     if missing:
-        raise ValueError(f"exact_match needs a label for every prompt; missing for {len(missing)}, first: {prompts[missing[0]]!r}")
+        raise ValueError(
+            f"exact_match needs a label for every prompt; missing for {len(missing)}, first: {prompts[missing[0]]!r}"
+        )
     pairs = zip(completions, label, strict=True)
     return [float(normalise(final_answer(text)) == normalise(final_answer(str(wanted)))) for text, wanted in pairs]
 
 
 def final_answer(text: str) -> str:
-    """What follows the last `####` (GSM8K), else the content of the last `\\boxed{}` (MATH), else the last number, else the text."""
+    """What follows the last `####` (GSM8K), else the content of the last `\\boxed{}` (MATH), else the last number,
+    else the text.
+    """
     if "####" in text:
         lines = text.rpartition("####")[2].strip().splitlines()
         return lines[0] if lines else ""

@@ -1,4 +1,6 @@
-"""The checkpoints of one run: when a save is complete, what is kept, what happens where one fails, and the HF exports."""
+"""The checkpoints of one run: when a save is complete, what is kept, what happens where one fails, and the HF
+exports.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mrlhf.checkpoint.save import Best, Keep, Part, Save, begin, clear_unfinished, on_main, retain
+from mrlhf.checkpoint.save import Best, Keep, Part, Save, begin_save, clear_unfinished, on_main, retain
 from mrlhf.config.options import CheckpointConfig
 from mrlhf.errors import CheckpointError
 from mrlhf.parallel import device, state
 
 log = logging.getLogger(__name__)
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
+                   "ROLE_RANK")
 
 
 def best_of(config: CheckpointConfig) -> Best | None:
@@ -45,24 +48,27 @@ class Saver:
             clear_unfinished(run_dir / "hf")
         dist.barrier()
 
-    def save(
-        self, step: int, parts: list[Part], content: dict[str, Any], *, last: bool = False, files: Mapping[str, bytes] | None = None
-    ) -> None:
-        """Collective. With checkpoint.async_save it returns when the tensors are copied; the `last` one is complete when this returns.
+    def save(self, step: int, parts: list[Part], content: dict[str, Any], *, last: bool = False,
+             files: Mapping[str, bytes] | None = None) -> None:
+        """Collective. With checkpoint.async_save it returns when the tensors are copied; the `last` one is complete
+        when this returns.
 
-        Raises CheckpointError where it, or the one before it, cannot be written and checkpoint.on_save_error is stop; the last always.
+        Raises CheckpointError where it, or the one before it, cannot be written and checkpoint.on_save_error is stop;
+        the last always.
         """
         start = time.perf_counter()
         self._save(step, parts, content, last, files)
         self._waited += time.perf_counter() - start
 
-    def _save(self, step: int, parts: list[Part], content: dict[str, Any], last: bool, files: Mapping[str, bytes] | None) -> None:
+    def _save(
+        self, step: int, parts: list[Part], content: dict[str, Any], last: bool, files: Mapping[str, bytes] | None
+    ) -> None:
         self.finish()
         target = self.directory / f"step_{step}"
         start = time.perf_counter()
         try:
             copy = self.config.async_save and not last
-            self._under_way = begin(target, parts, {**content, "step": step}, copy=copy, files=files)
+            self._under_way = begin_save(target, parts, {**content, "step": step}, copy=copy, files=files)
         except CheckpointError as error:
             self._failed(error, last)
             return
@@ -76,7 +82,7 @@ class Saver:
         if self._under_way is None:
             return
         start = time.perf_counter()
-        worst = torch.tensor(float(self._under_way.state()), device=device.current().name)
+        worst = torch.tensor(float(self._under_way.status()), device=device.current().name)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if int(worst) != 1:
             self.finish()
@@ -113,18 +119,17 @@ class Saver:
             log.warning(f"{error}\n  the run goes on without it (checkpoint.on_save_error)")
 
     def _export(self, checkpoint: Path) -> None:
-        """On rank 0, in a process of its own: a conversion has another layout than the run. A failure is a warning, the checkpoint is there."""
+        """On rank 0, in a process of its own: a conversion has another layout than the run. A failure is a warning, the
+        checkpoint is there.
+        """
         target = self.run_dir / "hf" / checkpoint.name
         if not state.is_main() or target.exists():
             return
-        environment = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")}
-        done = subprocess.run(
-            [sys.executable, "-m", "mrlhf.export", str(checkpoint), str(target)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        environment = {
+            k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
+        }
+        done = subprocess.run([sys.executable, "-m", "mrlhf.export", str(checkpoint), str(target)], env=environment,
+                              capture_output=True, text=True, check=False)
         if done.returncode:
             log.warning(f"no HF export of {checkpoint}: {done.stderr.strip()[-2000:]}")
         else:

@@ -1,6 +1,7 @@
 """The state of every random generator of a process, as plain JSON: python, numpy, torch, and Megatron's on each device.
 
-Orders, new weights and sampling have seeds of their own, made from train.seed and the step; what is kept here serves whatever else draws.
+Row order, new weights and sampling have their own seeds, made from train.seed and the step. The states kept here serve
+everything else that draws random numbers.
 """
 
 from __future__ import annotations
@@ -16,40 +17,40 @@ import torch
 from mrlhf.parallel import device
 
 
-def _text(state: torch.Tensor) -> str:
+def _encode(state: torch.Tensor) -> str:
     return base64.b64encode(state.cpu().numpy().tobytes()).decode()
 
 
-def _tensor(text: str) -> torch.Tensor:
+def _decode(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def capture() -> str:
-    """JSON of the states of this rank."""
+    """The states of this rank's generators, as JSON."""
     from megatron.core import tensor_parallel
 
     name, keys, *rest = np.random.get_state()
-    found: dict[str, Any] = {
+    states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "torch": _text(torch.get_rng_state()),
-        "megatron": {k: _text(v) for k, v in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
+        "torch": _encode(torch.get_rng_state()),
+        "megatron": {k: _encode(v) for k, v in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
     }
     if device.current().is_cuda:
-        found["cuda"] = _text(torch.cuda.get_rng_state())
-    return json.dumps(found)
+        states["cuda"] = _encode(torch.cuda.get_rng_state())
+    return json.dumps(states)
 
 
 def restore(text: str) -> None:
-    """What `capture` gave, in a process of the same layout."""
+    """Sets the states that `capture` gave in a run of the same layout."""
     from megatron.core import tensor_parallel
 
-    found = json.loads(text)
-    version, internal, gauss = found["python"]
+    states = json.loads(text)
+    version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = found["numpy"]
+    name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(_tensor(found["torch"]))
-    tensor_parallel.get_cuda_rng_tracker().set_states({k: _tensor(v) for k, v in found["megatron"].items()})
-    if device.current().is_cuda and "cuda" in found:
-        torch.cuda.set_rng_state(_tensor(found["cuda"]))
+    torch.set_rng_state(_decode(states["torch"]))
+    tensor_parallel.get_cuda_rng_tracker().set_states({k: _decode(v) for k, v in states["megatron"].items()})
+    if device.current().is_cuda and "cuda" in states:
+        torch.cuda.set_rng_state(_decode(states["cuda"]))

@@ -1,17 +1,18 @@
-"""Saving checkpoints: Megatron's distributed format plus a manifest, whole or not there at all, at once or in the background.
+"""Saves checkpoints: Megatron's distributed format plus a manifest, all or nothing, at once or in the background.
 
     step_10/
       mrlhf.json   manifest: stage, step, layout, configuration, data position ... and every file with size and SHA-256
-      hf/          config.json, tokenizer, generation config, byte for byte as they came
+      hf/          config.json, tokenizer, generation config, byte for byte as in the source
       dist/        weights and optimizer state, torch_dist, independent of TP, PP and DP
       rng/         the random generators of every rank
-      ahead.bin    (ppo, rollout.max_staleness 1) the answers to the next rollout's prompts, which older weights gave
+      ahead.bin    (ppo, rollout.max_staleness 1) answers to the next rollout's prompts, sampled from older weights
       critic/      (ppo) another checkpoint of the same form
-A save goes to `step_10.tmp`, is fsync'ed and renamed; the pointers `latest` and `best` follow by the same way.
+A save goes to `step_10.tmp`, is fsync'ed and renamed; then the pointers `latest` and `best` are replaced the same way.
 
-All ranks plan together which of them writes which tensor (`begin`), each writes and hashes its own file in a thread, and when all
-are done rank 0 writes index and manifest and renames (`Save.finish`). A save in the background is the same, with a copy of the tensors
-taken first. What fails on one rank fails on all, before the rename: earlier checkpoints are never touched by it.
+All ranks plan together which rank writes which tensor (`begin_save`). Each rank writes and hashes its own file in a
+thread. When all ranks have written, rank 0 writes index and manifest and renames (`Save.finish`). A save in the
+background first copies the tensors. An error on one rank is raised on all ranks before the rename, so earlier
+checkpoints stay untouched.
 """
 
 from __future__ import annotations
@@ -38,54 +39,49 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from mrlhf.checkpoint import rng
-from mrlhf.checkpoint.manifest import Entry, HashBehind, check, fsync, read_manifest, step_of, steps_in, write_manifest, write_text
-from mrlhf.checkpoint.source import CONTENT, sharded, sharding_metadata
-from mrlhf.checkpoint.tensor_file import own_storage, save_tensor, write_metadata
+from mrlhf.checkpoint import manifest, rng
+from mrlhf.checkpoint.tensor_archive import own_storage, save_tensor, write_metadata
 from mrlhf.errors import CheckpointError
+from mrlhf.models import gpt
 from mrlhf.models.hf_files import copy_side_files, write_from
-from mrlhf.parallel import state
+from mrlhf.parallel import megatron, state
 
-_SPARE_BYTES = 4 << 20  # index, manifest, random states: what is not counted before a save
+_SPARE_BYTES = 4 << 20  # index, manifest, random states: not counted before a save
 
 
 @dataclass(frozen=True)
 class Part:
-    """One model of a checkpoint (this rank's parts of it, in its `groups`): `name` is "" for the main one, or the sub-directory."""
+    """One model of a checkpoint, as this rank holds it. name: "" for the main one, or its folder."""
 
     name: str
     models: list[Any]
     optimizer: Any | None
     head: str
     hf_dir: Path
-    groups: state.Groups
 
 
 @dataclass(frozen=True)
 class Best:
-    """Which checkpoint of a run is kept however old: by a number of its manifest's "eval"."""
+    """The rule for the checkpoint that is kept however old it is: by a metric in its manifest's "eval"."""
 
     metric: str
     highest: bool
 
-    def of(self, checkpoints: Iterable[Path]) -> Path | None:
-        """The earliest of the best; None where no manifest has a finite value."""
-        values = [(read_manifest(p).get("eval", {}).get(self.metric), p) for p in sorted(checkpoints, key=step_of)]
+    def best_among(self, checkpoints: Iterable[Path]) -> Path | None:
+        """The best checkpoint, of equals the earliest; None where no manifest has a finite value."""
+        ordered = sorted(checkpoints, key=manifest.step_of)
+        values = [(manifest.read_manifest(p).get("eval", {}).get(self.metric), p) for p in ordered]
         known = [(-v if self.highest else v, p) for v, p in values if v is not None and math.isfinite(v)]
-        return min(known, key=lambda found: found[0])[1] if known else None
+        return min(known, key=lambda pair: pair[0])[1] if known else None
 
 
 @dataclass(frozen=True)
 class Keep:
-    """The checkpoints that stay: the newest `last`, every one whose step is a multiple of `every` (0: none), and the best."""
+    """Which checkpoints stay: the newest `last`, those whose step is a multiple of `every` (0: none), and the best."""
 
     last: int = 2
     every: int = 0
@@ -93,34 +89,34 @@ class Keep:
 
 
 def retain(directory: Path, newest: str, keep: Keep) -> None:
-    """Point `latest` at the newest checkpoint and `best` at the best one; drop those before it that `keep` does not name.
+    """Points `latest` at the newest checkpoint and `best` at the best one; removes earlier ones that `keep` drops.
 
-    Only whole ones count, so nothing is dropped for the sake of a damaged one; the newest itself is never dropped.
+    Only whole ones count: a damaged checkpoint never takes the place of a whole one. The newest is never removed.
     """
-    write_text(directory / "latest", newest + "\n")
-    limit = step_of(directory / newest)
-    there = [p for p in steps_in(directory) if step_of(p) <= limit]
-    whole = [p for p in there if p.name == newest or _is_whole(p)]
-    kept = {*whole[: keep.last], *(p for p in whole if keep.every and step_of(p) % keep.every == 0)}
-    found = keep.best.of(whole) if keep.best is not None else None
-    if found is not None:
-        write_text(directory / "best", found.name + "\n")
-        kept.add(found)
-    for old in there:
-        if old not in kept:
-            _remove(old)
+    manifest.write_text(directory / "latest", newest + "\n")
+    limit = manifest.step_of(directory / newest)
+    checkpoints = [p for p in manifest.steps_in(directory) if manifest.step_of(p) <= limit]
+    whole = [p for p in checkpoints if p.name == newest or _is_whole(p)]
+    kept = {*whole[: keep.last], *(p for p in whole if keep.every and manifest.step_of(p) % keep.every == 0)}
+    best = keep.best.best_among(whole) if keep.best is not None else None
+    if best is not None:
+        manifest.write_text(directory / "best", best.name + "\n")
+        kept.add(best)
+    for checkpoint in checkpoints:
+        if checkpoint not in kept:
+            _remove(checkpoint)
 
 
 def _is_whole(path: Path) -> bool:
     try:
-        check(path, verify="size")
+        manifest.check_manifest(path, verify="size")
     except CheckpointError:
         return False
     return True
 
 
 def _remove(path: Path) -> None:
-    """A directory with all in it; of a link the link alone."""
+    """Removes a file or a whole directory; a symbolic link without its target."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -128,24 +124,25 @@ def _remove(path: Path) -> None:
 
 
 def clear_unfinished(directory: Path) -> None:
-    """What killed saves have left behind."""
-    for left in directory.glob("*.tmp"):
-        _remove(left)
+    """Removes the temporary directories and files of killed saves."""
+    for path in directory.glob("*.tmp"):
+        _remove(path)
 
 
 class _Writer(threading.Thread):
-    """Writes this rank's share of a checkpoint. `error` or `files` (by path in the checkpoint) and `places` (of each part) when it has ended."""
+    """Writes this rank's files of a checkpoint.
 
-    def __init__(self, root: Path, plans: list[_Plan], blobs: dict[str, bytes]) -> None:
+    When it has ended: `error`, or `files` (by path in the checkpoint) and `places` (one dict for each part).
+    """
+
+    def __init__(self, root: Path, plans: list[_WritePlan], blobs: dict[str, bytes]) -> None:
         super().__init__(name="checkpoint writer", daemon=True)
         self.root, self.plans, self.blobs = root, plans, blobs
-        self.files: dict[str, Entry] = {}
+        self.files: dict[str, manifest.FileEntry] = {}
         self.places: list[dict[Any, Any]] = []
         self.error: str | None = None
-        self.seconds = 0.0
 
     def run(self) -> None:
-        start = time.perf_counter()
         try:
             for plan in self.plans:
                 self.places.append(self._write_tensors(plan))
@@ -153,40 +150,43 @@ class _Writer(threading.Thread):
                 self._write(name, [(None, data)])
         except CheckpointError as error:
             self.error = str(error)
-        except Exception as error:  # whatever it is, it must reach the ranks' main threads: this share is not there
+        except Exception as error:  # any error must reach the main threads of all ranks: this rank's file is not whole
             self.error = f"{type(error).__name__}: {error}"
         finally:
-            self.plans, self.blobs = [], {}  # gives the copies back
-            self.seconds = time.perf_counter() - start
+            self.plans, self.blobs = [], {}  # frees the copies
 
     def _write(self, name: str, items: Iterable[tuple[Any, Any]]) -> dict[Any, tuple[int, int]]:
-        """A file of (index, tensor or bytes), one behind the other, hashed beside. Returns where each begins, and its length."""
+        """Writes (index, tensor or bytes) one after the other and hashes the file. Returns (start, length) by index."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         places, end = {}, 0
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        behind = HashBehind(path)
+        behind = manifest.HashBehind(path)
         try:
             for index, data in items:
-                length = save_tensor(own_storage(data), fd, end) if isinstance(data, torch.Tensor) else write_from(fd, end, data)
+                is_tensor = isinstance(data, torch.Tensor)
+                length = save_tensor(own_storage(data), fd, end) if is_tensor else write_from(fd, end, data)
                 places[index] = end, length
                 end += length
                 behind.up_to(end)
             os.fsync(fd)
         finally:
-            self.files[name] = behind.entry(end)  # ends its thread, also where the disk is full
+            self.files[name] = behind.entry(end)  # ends the thread, also where the disk is full
             os.close(fd)
         return places
 
-    def _write_tensors(self, plan: _Plan) -> dict[Any, Any]:
+    def _write_tensors(self, plan: _WritePlan) -> dict[Any, Any]:
         file = f"__{dist.get_rank()}_0.distcp"
         places = self._write(f"{plan.folder}/{file}", plan.items) if plan.items else {}
         return {index: filesystem._StorageInfo(file, *place) for index, place in places.items()}
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What this rank writes of one part: (index, tensor or bytes) one behind the other. `metadata`: rank 0's index of all tensors, not filled."""
+class _WritePlan:
+    """What this rank writes for one part: (index, tensor or bytes) in the order of the file.
+
+    metadata: on rank 0 the index of all tensors, still without their places.
+    """
 
     folder: str
     items: list[tuple[Any, Any]]
@@ -198,63 +198,64 @@ class _Plan:
         return sum(d.nbytes if isinstance(d, torch.Tensor) else len(d) for _, d in self.items) + len(self.common)
 
 
-def _make_plan(part: Part, root: Path, *, copy: bool) -> _Plan:
-    """Collective. Which tensors of a part this rank writes; with `copy` they are its own from now on."""
-    with part.groups.in_force():
-        state_dict = sharded(part.models)
-        weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
-        if part.optimizer is not None:
-            for one in (
-                part.optimizer.chained_optimizers
-            ):  # one that has not stepped yet (an actor while its critic warms up) has no state to save
-                one.init_state_fn(one.optimizer, one.config)
-            state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=sharding_metadata())
-    state_dict["content_metadata"] = dict(CONTENT)
+def _plan_writes(part: Part, root: Path, *, copy: bool) -> _WritePlan:
+    """Collective. Plans which tensors of a part this rank writes. copy: copies them, so that the model may change."""
+    state_dict = gpt.sharded_state(part.models)
+    weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
+    if part.optimizer is not None:
+        # one that has not stepped yet (an actor while its critic warms up) makes its state here
+        for one in part.optimizer.chained_optimizers:
+            one.init_state_fn(one.optimizer, one.config)
+        metadata = gpt.sharding_metadata(part.models[0])
+        state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=metadata)
+    state_dict["content_metadata"] = dict(gpt.CHECKPOINT_CONTENT)
     tensors, common = save_preprocess(state_dict, True)
     common_bytes = io.BytesIO()
     torch.save(common, common_bytes)
-    tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, True)
+    tensors = megatron.with_checkpoint_names(tensors)
     writer = FileSystemWriterAsync(str(root / part.name / "dist"), thread_count=1)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(tensors, False), writer, None, 0, planner=planner)
+    pyt_state = mcore_to_pyt_state_dict(tensors, False)
+    (_, metadata, *_), *_ = save_state_dict_async_plan(pyt_state, writer, None, 0, planner=planner)
+
+    def on_host(tensor: torch.Tensor) -> torch.Tensor:
+        """.cpu() copies the tensors of a GPU anyway."""
+        return tensor.detach().clone() if copy and tensor.device.type == "cpu" else tensor.detach().cpu()
+
     items: list[tuple[Any, Any]] = []
     for _, _, (blobs, values) in writer.write_buckets or []:
         items += [(item.index, bytes(blob.getbuffer())) for item, blob in blobs]
-        # of a GPU's tensors .cpu() is a copy already
-        items += [(item.index, t.detach().clone() if copy and t.device.type == "cpu" else t.detach().cpu()) for item, t in values]
-    metadata = planned[1]
+        items += [(item.index, on_host(tensor)) for item, tensor in values]
     if metadata is not None:
-        vars(metadata).pop("all_local_plans", None)  # how the work was shared out: of no use to a reader
-    return _Plan(f"{part.name}/dist".lstrip("/"), items, common_bytes.getvalue() if dist.get_rank() == 0 else b"", metadata)
+        vars(metadata).pop("all_local_plans", None)  # which rank wrote what: useless to a reader
+    common_file = common_bytes.getvalue() if dist.get_rank() == 0 else b""
+    return _WritePlan(f"{part.name}/dist".lstrip("/"), items, common_file, metadata)
 
 
-def _agree(error: Exception | str | None, where: Path) -> None:
-    """Collective. Raises CheckpointError on every rank where there is an error on one."""
-    found = [text for text in state.from_all_ranks([f"rank {dist.get_rank()}: {error}" if error else None]) if text]
-    if found:
-        more = f" (and on {len(found) - 1} more ranks)" if len(found) > 1 else ""
-        raise CheckpointError(
-            f"cannot be saved: {found[0]}{more}",
-            where=str(where),
-            expected="earlier checkpoints are untouched",
-            fix="make room or mend the permissions, then the same command again goes on from the newest checkpoint",
-        )
+def _raise_together(error: Exception | str | None, where: Path) -> None:
+    """Collective. Raises CheckpointError on every rank if one rank has an error."""
+    errors = [text for text in state.from_all_ranks([f"rank {dist.get_rank()}: {error}" if error else None]) if text]
+    if errors:
+        more = f" (and on {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
+        fix = "make room or mend the permissions; the same command then goes on from the newest checkpoint"
+        expected = "earlier checkpoints are untouched"
+        raise CheckpointError(f"cannot be saved: {errors[0]}{more}", where=str(where), expected=expected, fix=fix)
 
 
 def on_main(call: Callable[[], None], where: Path) -> None:
-    """Collective. `call` on rank 0; a file that cannot be written there is an error of all."""
+    """Collective. Runs `call` on rank 0; an OSError there is a CheckpointError on every rank."""
     error = None
     if dist.get_rank() == 0:
         try:
             call()
         except OSError as caught:
             error = caught
-    _agree(error, where)
+    _raise_together(error, where)
 
 
 @dataclass
 class Save:
-    """One save under way; see `begin`."""
+    """A save that `begin_save` has started."""
 
     target: Path
     temporary: Path
@@ -264,47 +265,54 @@ class Save:
     writer: _Writer
     began: float = field(default_factory=time.perf_counter)
 
-    def state(self) -> int:
-        """Of this rank: 0 written, 1 still writing, 2 failed."""
+    def status(self) -> int:
+        """This rank's progress: 0 written, 1 still writing, 2 failed."""
         return 1 if self.writer.is_alive() else 2 if self.writer.error else 0
 
     def abandon(self) -> None:
+        """Waits for this rank's thread; rank 0 removes the temporary directory."""
         self.writer.join()
         if dist.get_rank() == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def finish(self) -> None:
-        """Collective. Waits for all ranks, writes index and manifest, renames. Raises CheckpointError on all where one failed."""
-        self.writer.join()
-        _agree(self.writer.error, self.target)
-        found = state.from_all_ranks([(self.writer.files, self.writer.places)])
-        on_main(lambda: self._complete(found), self.target)
+        """Collective. Waits for all ranks, writes index and manifest, renames.
 
-    def _complete(self, found: list[tuple[dict[str, Entry], list[dict[Any, Any]]]]) -> None:
-        known = {name: one for files, _ in found for name, one in files.items()}
+        Raises CheckpointError on every rank if one failed.
+        """
+        self.writer.join()
+        _raise_together(self.writer.error, self.target)
+        written = state.from_all_ranks([(self.writer.files, self.writer.places)])
+        on_main(lambda: self._complete(written), self.target)
+
+    def _complete(self, written: list[tuple[dict[str, manifest.FileEntry], list[dict[Any, Any]]]]) -> None:
+        """Rank 0's end of a save. written: the files of each rank, and the places of the tensors for each part."""
+        known = {name: entry for files, _ in written for name, entry in files.items()}
         for i, (part, metadata) in enumerate(zip(self.parts, self.metadata, strict=True)):
             assert metadata is not None
-            metadata.storage_data = {index: place for _, places in found for index, place in places[i].items()}
+            metadata.storage_data = {index: place for _, places in written for index, place in places[i].items()}
             metadata.storage_meta = StorageMeta()
             folder = self.temporary / part.name / "dist"
             write_metadata(folder, metadata)
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        for part in reversed(self.parts):  # the main one last: its manifest counts the others' files
+        for part in reversed(self.parts):  # the main part last: its manifest lists the files of the others too
             own = {"head": part.head, "resumable": part.optimizer is not None}
             content = self.content if not part.name else {k: self.content[k] for k in ("stage", "step", "dtype")}
             prefix = f"{part.name}/" if part.name else ""
-            entries = {name.removeprefix(prefix): one for name, one in known.items() if name.startswith(prefix)}
-            write_manifest(self.temporary / part.name, content | own, known=entries)
-        _remove(self.target)  # only a damaged one can be there: a run goes on from the newest whole one
+            entries = {name.removeprefix(prefix): e for name, e in known.items() if name.startswith(prefix)}
+            manifest.write_manifest(self.temporary / part.name, content | own, known=entries)
+        _remove(self.target)  # only a damaged one can exist: a run goes on from the newest whole one
         os.rename(self.temporary, self.target)
-        fsync(self.target.parent)
+        manifest.fsync(self.target.parent)
 
 
-def begin(target: Path, parts: list[Part], content: dict[str, Any], *, copy: bool, files: Mapping[str, bytes] | None = None) -> Save:
+def begin_save(target: Path, parts: list[Part], content: dict[str, Any], *, copy: bool,
+               files: Mapping[str, bytes] | None = None) -> Save:
     """Collective. Starts to write `target` under a temporary name.
 
-    content: goes into the manifest; has stage, step and dtype. copy: the models may change before `finish`. files: further ones, by name,
-    from rank 0. Raises CheckpointError on every rank where the directory cannot be made or the disk has no room.
+    content: goes into the manifest; has stage, step and dtype. copy: the models may change before `finish`.
+    files: more files by name, from rank 0. Raises CheckpointError on every rank where the directory cannot be made or
+    the disk has no room.
     """
     files = files if files is not None and dist.get_rank() == 0 else {}
     temporary = target.with_name(target.name + ".tmp")
@@ -320,8 +328,9 @@ def begin(target: Path, parts: list[Part], content: dict[str, Any], *, copy: boo
             raise
 
     on_main(prepare, target)
-    plans = [_make_plan(part, temporary, copy=copy) for part in parts]
-    needed = sum(state.from_all_ranks([sum(plan.nbytes for plan in plans) + sum(map(len, files.values()))])) + _SPARE_BYTES
+    plans = [_plan_writes(part, temporary, copy=copy) for part in parts]
+    own_bytes = sum(plan.nbytes for plan in plans) + sum(map(len, files.values()))
+    needed = sum(state.from_all_ranks([own_bytes])) + _SPARE_BYTES
 
     def check_room() -> None:
         free = shutil.disk_usage(temporary).free
@@ -333,14 +342,15 @@ def begin(target: Path, parts: list[Part], content: dict[str, Any], *, copy: boo
     blobs = {f"{plan.folder}/common.pt": plan.common for plan in plans if plan.common}
     blobs |= files
     blobs[f"rng/rank_{dist.get_rank()}.json"] = rng.capture().encode()
-    save = Save(target, temporary, parts, content, [plan.metadata for plan in plans], _Writer(temporary, plans, blobs))
-    save.writer.start()
-    return save
+    writer, metadata = _Writer(temporary, plans, blobs), [plan.metadata for plan in plans]
+    started = Save(target, temporary, parts, content, metadata, writer)
+    started.writer.start()
+    return started
 
 
 def save(target: Path, parts: list[Part], content: dict[str, Any]) -> None:
-    """Collective. One checkpoint, complete when this returns; see `begin` and `Save.finish`."""
-    started = begin(target, parts, content, copy=False)
+    """Collective. Writes one checkpoint, complete on return. Raises as `begin_save` and `Save.finish`."""
+    started = begin_save(target, parts, content, copy=False)
     try:
         started.finish()
     except CheckpointError:

@@ -1,9 +1,9 @@
-"""Opening checkpoints and filling models from them. What lies in one: saving.py; what makes it whole: manifest.py."""
+"""Opens checkpoints and fills models from them. save.py shows what a checkpoint holds, manifest.py when it is whole."""
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 
 from mrlhf.checkpoint import rng
-from mrlhf.checkpoint.manifest import MANIFEST, await_files, check, newest_whole, steps_in
+from mrlhf.checkpoint.manifest import MANIFEST, await_files, check_manifest, newest_whole, steps_in
 from mrlhf.checkpoint.safe_pickle import check_directory, read_metadata
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families import spec_from_hf
 from mrlhf.models.families.spec import ModelSpec, read_hf_config
 from mrlhf.models.hf_files import HFReader, resolve_hf
 
-_OPTIMIZER_FORMAT = "fully_reshardable"
-CONTENT = {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT}  # as Megatron notes it in a checkpoint
+log = logging.getLogger(__name__)
+
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on disk: a mrlhf checkpoint (`manifest`) or a HF directory (`manifest` empty)."""
+    """A model on disk: a mrlhf checkpoint, or a HF directory (then `manifest` is empty)."""
 
     path: Path
     hf_dir: Path
@@ -41,52 +41,38 @@ class ModelSource:
 
 def _newest(directory: Path) -> Path | None:
     """The newest checkpoint in a directory of checkpoints or a run's directory, whole or not."""
-    found = [*steps_in(directory), *steps_in(directory / "checkpoints")]
-    return found[0] if found else None
+    return next(iter([*steps_in(directory), *steps_in(directory / "checkpoints")]), None)
 
 
 def open_source(path: str, *, verify: str = "size") -> ModelSource:
     """A mrlhf checkpoint, a run's directory (its newest checkpoint), its checkpoints/best, a HF directory or a hub id.
 
-    verify: "size" or "hash", see manifest.damage. Raises CheckpointError when it is none of them or its files are not all as they were
-    written: another checkpoint than the one asked for is never taken silently (a run's own resume falls back: `to_resume`).
+    verify: "size" or "hash", see manifest.damaged_files. Raises CheckpointError where `path` is none of these, or a
+    file is missing or damaged: it never takes another checkpoint silently (only a run's own resume does: `to_resume`).
     """
     directory = Path(path)
-    if directory.name in ("best", "latest") and directory.is_file() and re.fullmatch(r"step_\d+", name := directory.read_text().strip()):
-        directory = directory.parent / name
+    if directory.name in ("best", "latest") and directory.is_file():
+        name = directory.read_text().strip()
+        directory = directory.parent / name if re.fullmatch(r"step_\d+", name) else directory
     if directory.is_dir() and not (directory / MANIFEST).is_file():
         directory = _newest(directory) or directory
     if (directory / MANIFEST).is_file() or (directory / "dist").is_dir():
-        manifest = check(directory, verify=verify)
+        manifest = check_manifest(directory, verify=verify)
         hf_dir = directory / "hf"
-        return ModelSource(
-            directory, hf_dir, spec_from_hf(read_hf_config(hf_dir), where=str(hf_dir / "config.json")), manifest["head"], manifest
-        )
+        spec = spec_from_hf(read_hf_config(hf_dir), where=str(hf_dir / "config.json"))
+        return ModelSource(directory, hf_dir, spec, manifest["head"], manifest)
     directory = resolve_hf(path)
     if not (directory / "config.json").is_file():
-        raise CheckpointError("neither a checkpoint nor a HF model", where=path, expected=f"{MANIFEST}, checkpoints/ or config.json in it")
+        expected = f"a directory with {MANIFEST}, checkpoints/ or config.json"
+        raise CheckpointError("neither a checkpoint nor a HF model", where=path, expected=expected)
     config = read_hf_config(directory)
-    head = "value" if any(a.endswith("ForSequenceClassification") for a in config.get("architectures") or []) else "lm"
-    return ModelSource(directory, directory, spec_from_hf(config, where=str(directory / "config.json")), head, {})
-
-
-def sharding_metadata() -> dict[str, Any]:
-    from megatron.core import parallel_state
-
-    return {
-        "distrib_optim_sharding_type": _OPTIMIZER_FORMAT,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
-def sharded(models: list[Any]) -> dict[str, Any]:
-    """State of this rank's parts of the model; on disk names have no part in them, so any number of parts reads any other's."""
-    names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
-    return {name: model.sharded_state_dict(metadata=sharding_metadata()) for name, model in zip(names, models, strict=True)}
+    is_value = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
+    spec = spec_from_hf(config, where=str(directory / "config.json"))
+    return ModelSource(directory, directory, spec, "value" if is_value else "lm", {})
 
 
 def _dist_load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Fill `state`. Raises CheckpointError before anything is unpickled that a checkpoint would not hold."""
+    """Fills `state`. Raises CheckpointError before it unpickles anything that a checkpoint does not hold."""
     from megatron.core import dist_checkpointing
 
     check_directory(directory)
@@ -94,41 +80,45 @@ def _dist_load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int) -> None:
-    """Fill a rank's built model (its parts, in an interleaved pipeline) from `source`.
+    """Fills this rank's model chunks from `source`.
 
-    An LM gives a value model everything but its head, which is drawn from `seed`.
-
-    Raises CheckpointError for the other direction: a value model has no LM head to give.
+    A value model takes everything but its head from an LM, and draws its head from `seed`. Raises CheckpointError for
+    the other direction: a value model has no LM head.
     """
-    from mrlhf.models.gpt import RandomSource, fill
+    from mrlhf.models import gpt
 
     if head == "lm" and source.head == "value":
-        raise CheckpointError("it holds a value model, which has no LM head", where=str(source.path), expected="an LM checkpoint")
+        what = "it holds a value model, which has no LM head"
+        raise CheckpointError(what, where=str(source.path), expected="an LM checkpoint")
     new_head = head == "value" and source.head == "lm"
     if source.is_checkpoint:
-        state = sharded(models)
+        state = gpt.sharded_state(models)
         if new_head:
-            state = {part: {k: v for k, v in names.items() if not k.startswith("output_layer.")} for part, names in state.items()}
+            for tensors in state.values():
+                for name in [name for name in tensors if name.startswith("output_layer.")]:
+                    del tensors[name]
+        absent = ("output_layer.",) if new_head else ()
         with torch.no_grad():
             loaded = _dist_load(state, source.path / "dist")
-            for part, model in zip(state, models, strict=True):
-                missing, unexpected = model.load_state_dict(loaded[part], strict=False)
-                missing = [k for k in missing if not k.endswith("_extra_state") and not (new_head and k.startswith("output_layer."))]
+            for chunk, model in zip(state, models, strict=True):
+                missing, unexpected = model.load_state_dict(loaded[chunk], strict=False)
+                missing = [k for k in missing if not k.endswith("_extra_state") and not k.startswith(absent)]
                 assert not missing and not unexpected, (missing, unexpected)
     else:
         reader = HFReader(source.path, source.spec, head=source.head)
-        values = _WithHead(reader, RandomSource(source.spec, head=head, seed=seed)) if new_head else reader
+        values = _WithNewHead(reader, gpt.RandomSource(source.spec, head=head, seed=seed)) if new_head else reader
         for model in models:
-            fill(model, source.spec, values, head=head)
+            gpt.fill(model, source.spec, values, head=head)
         reader.close()
     if new_head and source.is_checkpoint:
         for model in models:
-            fill(model, source.spec, RandomSource(source.spec, head=head, seed=seed), head=head, only="output_layer.")
+            random = gpt.RandomSource(source.spec, head=head, seed=seed)
+            gpt.fill(model, source.spec, random, head=head, only="output_layer.")
 
 
 @dataclass(frozen=True)
-class _WithHead:
-    """HF tensors, and a drawn value head."""
+class _WithNewHead:
+    """The tensors of a HF model, and a value head that is drawn."""
 
     reader: HFReader
     head: Any
@@ -138,71 +128,69 @@ class _WithHead:
 
 
 def check_optimizer_names(names: Iterable[str], *, spread: bool, where: str) -> None:
-    """`spread`: experts are over ranks now, and Megatron has an optimizer of their own for them. Raises CheckpointError where it was not so."""
+    """Raises CheckpointError where experts are over ranks now (`spread`) and were not at the save, or reverse.
+
+    names: the tensors in the checkpoint. Megatron has a second optimizer for experts over ranks, with other names.
+    """
     was_spread = any(name.startswith("chained_") for name in names)
     if was_spread != spread:
-        one, more = "parallel.expert_model_parallel_size = 1", "parallel.expert_model_parallel_size above 1"
-        raise CheckpointError(
-            f"its optimizer state was written with {more if was_spread else one}", where=where, expected=more if was_spread else one,
-            fix="that size (any above 1 is as good as another), or start anew from its weights: --model.path and another --train.output_dir",
-        )  # fmt: skip
+        size = f"parallel.expert_model_parallel_size {'above' if was_spread else '='} 1"
+        fix = "that size (above 1: any), or a new run from its weights: --model.path and another --train.output_dir"
+        raise CheckpointError(f"its optimizer state was written with {size}", where=where, expected=size, fix=fix)
 
 
 def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
-    """Weights and optimizer state of a checkpoint directory, whatever layout wrote it.
+    """Loads weights and optimizer state from a checkpoint directory, whatever layout wrote it.
 
-    Raises CheckpointError where experts were spread over ranks and are not now, or the other way round: Megatron keeps their optimizer
-    state under other names then.
+    Raises CheckpointError where experts were over ranks and are not now, or reverse (`check_optimizer_names`).
     """
+    from mrlhf.models import gpt
     from mrlhf.parallel.state import on_any_rank
 
     spread = on_any_rank(len(optimizer.chained_optimizers) > 1)
     check_optimizer_names(read_metadata(directory / "dist").state_dict_metadata, spread=spread, where=str(directory))
-    state = sharded(models)
-    parts, weights = list(state), state["model"] if len(models) == 1 else dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata())
+    state = gpt.sharded_state(models)
+    chunks, weights = list(state), state["model"] if len(models) == 1 else dict(state)
+    metadata = gpt.sharding_metadata(models[0])
+    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
     with torch.no_grad():
         loaded = _dist_load(state, directory / "dist")
-        for part, model in zip(parts, models, strict=True):
-            model.load_state_dict(loaded[part])
+        for chunk, model in zip(chunks, models, strict=True):
+            model.load_state_dict(loaded[chunk])
         optimizer.load_state_dict(loaded["optimizer"])
 
 
 def to_resume(run_dir: Path, *, total_steps: int, verify: str = "size") -> ModelSource | None:
-    """Collective. The newest whole checkpoint of a run; None for a new run. Rank 0 looks, and says which ones are damaged and passed over.
+    """Collective. The newest whole checkpoint of a run, None for a new run; warns of damaged ones that it passes over.
 
-    Raises CheckpointError where there are checkpoints and none is whole (a run never begins again by itself), and where the run is not
-    finished and the checkpoint cannot be gone on from (weights only).
+    Raises CheckpointError where no checkpoint is whole (a run never starts over by itself), and where the run is not
+    finished and the checkpoint has weights only.
     """
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         box = [newest_whole(steps_in(run_dir / "checkpoints"), verify=verify)]
     dist.broadcast_object_list(box, src=0)
-    found, problems = box[0]
+    newest, problems = box[0]
     what = "; ".join(f"{p.where}: {p.what}" for p in problems)
-    if found is None:
-        if problems:
-            raise CheckpointError(
-                f"no checkpoint of this run is whole: {what}",
-                where=str(run_dir / "checkpoints"),
-                fix="bring one back, or start anew with another --train.output_dir",
-            )
+    if newest is None and problems:
+        fix = "bring one back, or start anew with another --train.output_dir"
+        where = str(run_dir / "checkpoints")
+        raise CheckpointError(f"no checkpoint of this run is whole: {what}", where=where, fix=fix)
+    if newest is None:
         return None
     if problems and dist.get_rank() == 0:
-        print(f"warning: not whole, passed over: {what}; going on from {found}", file=sys.stderr, flush=True)
-    await_files(found)
-    source = open_source(str(found))
+        log.warning(f"not whole, passed over: {what}; going on from {newest}")
+    await_files(newest)
+    source = open_source(str(newest))
     if source.manifest["step"] < total_steps and not source.manifest["resumable"]:
-        raise CheckpointError(
-            f"it has weights only and stands at step {source.manifest['step']} of {total_steps}",
-            where=str(source.path),
-            expected="a checkpoint with optimizer state (checkpoint.save_optimizer)",
-            fix="start from it: --model.path with another --train.output_dir",
-        )
+        what = f"it has weights only and stands at step {source.manifest['step']} of {total_steps}"
+        expected = "a checkpoint with optimizer state (checkpoint.save_optimizer)"
+        fix = "start from it: --model.path with another --train.output_dir"
+        raise CheckpointError(what, where=str(source.path), expected=expected, fix=fix)
     return source
 
 
 def restore_randomness(source: ModelSource) -> None:
-    """This rank's generators as they were, where as many ranks go on as have saved; on another layout they stay as the seed made them."""
+    """Restores this rank's random generators if the run still has as many ranks; otherwise they stay as seeded."""
     if source.manifest.get("layout", {}).get("world") == dist.get_world_size():
         rng.restore((source.path / f"rng/rank_{dist.get_rank()}.json").read_text())

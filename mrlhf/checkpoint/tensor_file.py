@@ -1,10 +1,10 @@
 """Megatron's distributed checkpoints (torch_dist) written and read one parameter at a time, without a model in memory.
 
-Megatron saves and loads whole state dicts. A converter needs neither: it builds the model of this rank with memory
-that is never touched (`Skeleton`), asks Megatron which part of which tensor of the checkpoint each parameter is, and
-moves one parameter after the other. Memory: a few times the largest parameter, whatever the model's size.
+Megatron saves and loads whole state dicts. A converter needs neither: it builds this rank's model with memory that is
+never touched (`Skeleton`), asks Megatron which part of which checkpoint tensor each parameter is, and moves one
+parameter after the other. Memory: a few times the largest parameter, whatever the model's size.
 
-A file of the format holds torch.save'd tensors one behind the other; `.metadata` says where each is.
+A file of the format holds tensors as torch.save writes them, one after the other; `.metadata` says where each begins.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import io
 import json
 import math
 import os
-import pickle
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,24 +41,23 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mrlhf.checkpoint.manifest import Entry, HashBehind
+from mrlhf.checkpoint.manifest import FileEntry, HashBehind
 from mrlhf.checkpoint.safe_pickle import read_metadata
-from mrlhf.checkpoint.source import CONTENT, sharding_metadata
+from mrlhf.checkpoint.tensor_archive import own_storage, read_tensor, save_tensor, write_metadata
 from mrlhf.config.options import ParallelConfig
 from mrlhf.errors import CheckpointError
 from mrlhf.models import gpt
-from mrlhf.models.families.blocks import Block
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.hf_files import to_disk, write_from
 
 _AGAIN = "take an earlier checkpoint, or copy this one again"
-_LARGE_BYTES = 1 << 22
-_SYNC_BYTES = 1 << 27  # how much a killed conversion may have to do again
+_SYNC_BYTES = 1 << 27  # a killed conversion repeats at most so much
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a part of a parameter stands: `shape` from `offset` on in tensor `key` of the checkpoint, a view of the parameter here."""
+    """A part of a parameter: `shape` from `offset` on in the checkpoint's tensor `key`, a strided view in memory."""
 
     key: str
     offset: tuple[int, ...]
@@ -78,7 +75,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    blocks: tuple[Block, ...]
+    blocks: tuple[TensorSlice, ...]
     pieces: tuple[Piece, ...]
 
     @property
@@ -87,12 +84,13 @@ class Parameter:
 
 
 class Skeleton:
-    """What this rank holds of a model, its parameters in the model's order, and the checkpoint's other entries."""
+    """This rank's part of a model: its parameters in the model's order, and the byte objects of the checkpoint."""
 
     def __init__(self, spec: ModelSpec, parallel: ParallelConfig, *, head: str, dtype: torch.dtype) -> None:
-        model = gpt.build_model(spec, gpt.transformer_config(spec, parallel, dtype=dtype), head=head)  # torch.empty: no page is touched
+        # torch.empty: no page is touched
+        model = gpt.build_model(spec, gpt.transformer_config(spec, parallel, dtype=dtype), head=head)
         self.dtype = dtype
-        state = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
+        state = {"model": model.sharded_state_dict(metadata=gpt.sharding_metadata(model))}
         apply_factories(state)
         pieces: dict[int, list[Piece]] = {}
         self.objects: list[tuple[str, Any]] = []
@@ -105,26 +103,26 @@ class Skeleton:
                 assert value.data is not None and value.flattened_range is None, value
                 ones = (1,) * value.prepend_axis_num
                 stride = (*(value.data.stride(0) * value.data.size(0) for _ in ones), *value.data.stride())
-                pieces.setdefault(value.data.untyped_storage().data_ptr(), []).append(
-                    Piece(value.key, tuple(value.global_offset), (*ones, *value.local_shape), tuple(value.global_shape), stride,
-                          value.data.storage_offset())
-                )  # fmt: skip
+                shape, start = (*ones, *value.local_shape), value.data.storage_offset()
+                piece = Piece(value.key, tuple(value.global_offset), shape, tuple(value.global_shape), stride, start)
+                pieces.setdefault(value.data.untyped_storage().data_ptr(), []).append(piece)
         self.parameters = [
             Parameter(name, tuple(p.shape), p.dtype, tuple(blocks), tuple(pieces[p.untyped_storage().data_ptr()]))
             for name, p, blocks in gpt.local_blocks(model, spec, head=head)
-            if p.untyped_storage().data_ptr() in pieces  # a tied output layer on the last stage is the embedding of the first
+            # a tied output layer on the last pipeline stage is the embedding of the first
+            if p.untyped_storage().data_ptr() in pieces
         ]
 
-    def ahead(
+    def read_ahead(
         self, parameters: Iterable[Parameter], read: Callable[[Parameter, torch.Tensor], None]
     ) -> Iterator[tuple[Parameter, torch.Tensor]]:
-        """The parameters with their values, which `read` fills in: a thread reads the next one while the caller has this one.
+        """Yields each parameter with its value, which `read` fills in; a thread reads the next one meanwhile.
 
-        Memory: twice the largest parameter. A value is the caller's until it asks for the next. Raises what `read` raises.
+        A value is valid until the caller asks for the next one. Memory: twice the largest parameter. Raises what `read`
+        raises.
         """
-        memory = [
-            torch.empty(max(p.nbytes for p in self.parameters), dtype=torch.uint8) for _ in range(2)
-        ]  # `Piece.view` counts from a storage's start
+        # two buffers: `Piece.view` counts from the start of a storage
+        memory = [torch.empty(max(p.nbytes for p in self.parameters), dtype=torch.uint8) for _ in range(2)]
         waiting: tuple[Parameter, torch.Tensor, Future[None]] | None = None
         with ThreadPoolExecutor(1, "reader") as thread:
             for i, p in enumerate(parameters):
@@ -140,21 +138,21 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor (or object, without shapes) of the checkpoint: where it is in the file."""
+    """A chunk of a tensor (or a byte object, without shapes) and its place in the file."""
 
     key: str
     offset: tuple[int, ...] | None
     shape: tuple[int, ...] | None
     global_shape: tuple[int, ...] | None
-    at: int
+    start: int
     length: int
 
 
 class Journal:
-    """What is done of a conversion, in a file beside its output: a line each, and the work's fingerprint in the first.
+    """The finished parts of a conversion, one line each, in a file beside its output; line 1 is the fingerprint.
 
-    A line is written only after what it speaks of is on the disk. So a conversion that was killed goes on where it
-    stood, and one of other inputs begins anew. The disk is waited for by a thread, while the next parameters are written.
+    A line is written only after its part is on the disk. So a killed conversion continues where it stood, and one with
+    other inputs begins anew. A thread waits for the disk while the next parameters are written.
     """
 
     def __init__(self, path: Path, fingerprint: Any) -> None:
@@ -164,7 +162,7 @@ class Journal:
         self._thread = ThreadPoolExecutor(1, "journal")
         self._noting: Future[None] | None = None
         head = json.dumps(fingerprint, sort_keys=True)
-        lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # the last line may have been cut
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # a kill may have cut the last line
         if lines and lines[0] == head:
             self.done = [json.loads(line) for line in lines[1:]]
             path.write_text("".join(line + "\n" for line in lines))
@@ -172,7 +170,10 @@ class Journal:
             path.write_text(head + "\n")
 
     def add(self, record: Any, nbytes: int, sync: Callable[[], None]) -> None:
-        """`sync` puts the work on the disk; called every 128 MiB, in the thread. Raises OSError of the call before."""
+        """Notes `nbytes` of work. Every 128 MiB the thread calls `sync`, which puts the work on the disk.
+
+        Raises the OSError of the call before.
+        """
         self._pending.append(json.dumps(record))
         self._bytes += nbytes
         if self._bytes >= _SYNC_BYTES:
@@ -181,7 +182,7 @@ class Journal:
             self._pending, self._bytes = [], 0
 
     def wait(self) -> None:
-        """Until the thread has nothing to do. Raises OSError where the disk failed."""
+        """Waits for the thread. Raises OSError where the disk failed."""
         if self._noting is not None:
             self._noting.result()
 
@@ -192,7 +193,7 @@ class Journal:
 
 
 class DistWriter:
-    """This rank's part of a distributed checkpoint in `directory`; `finish` is collective and makes it readable."""
+    """Writes this rank's part of a distributed checkpoint into `directory`; `finish` writes the index."""
 
     def __init__(self, directory: Path, skeleton: Skeleton, journal: Journal) -> None:
         self.directory, self.skeleton, self.journal = directory, skeleton, journal
@@ -202,14 +203,13 @@ class DistWriter:
         self._end = journal.done[-1][1] if journal.done else 0
         for name, _, items in journal.done:
             self.done.add(name)
-            self.items += [_Item(key, tuple(offset), tuple(shape), tuple(whole), *place) for key, (offset, shape, whole), place in items]
+            for key, shapes, (start, length) in items:
+                offset, shape, global_shape = map(tuple, shapes)
+                self.items.append(_Item(key, offset, shape, global_shape, start, length))
         self._fd = os.open(directory / self.file, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._fd, self._end)
         self._hash = HashBehind(directory / self.file)
         self._hash.up_to(self._end)
-
-    def _sync(self) -> None:
-        to_disk(self._fd)
 
     def write(self, parameter: Parameter, value: torch.Tensor) -> None:
         """`value`: contiguous, of the parameter's shape and dtype. Raises CheckpointError where the disk is full."""
@@ -220,72 +220,33 @@ class DistWriter:
             self._end += length
         self._hash.up_to(self._end)
         self.items += items
-        record = [parameter.name, self._end, [[i.key, [i.offset, i.shape, i.global_shape], [i.at, i.length]] for i in items]]
-        self.journal.add(record, value.nbytes, self._sync)
+        noted = [[i.key, [i.offset, i.shape, i.global_shape], [i.start, i.length]] for i in items]
+        self.journal.add([parameter.name, self._end, noted], value.nbytes, lambda: to_disk(self._fd))
 
-    def finish(self) -> dict[str, Entry]:
-        """Collective. The manifest's entries of all ranks' files, by name, on rank 0."""
+    def finish(self) -> dict[str, FileEntry]:
+        """Collective. Writes byte objects, and rank 0 the index. Returns the manifest's entry of each rank's file."""
         for key, data in self.skeleton.objects:
             blob = io.BytesIO()
             torch.save([data], blob)  # Megatron keeps the objects of one key in a list
             self.items.append(_Item(key, None, None, None, self._end, len(blob.getbuffer())))
             self._end += write_from(self._fd, self._end, blob.getbuffer())
         self.journal.wait()
-        self._sync()
+        to_disk(self._fd)
         os.close(self._fd)
         entry = self._hash.entry(self._end)
         everyone: list[Any] = [None] * dist.get_world_size()
         dtypes = {piece.key: p.dtype for p in self.skeleton.parameters for piece in p.pieces}
         dist.all_gather_object(everyone, (self.file, self.items, dtypes, entry))
         if dist.get_rank() == 0:
-            write_metadata(self.directory, _metadata([share[:3] for share in everyone]))
-            torch.save({"content_metadata": CONTENT}, self.directory / "common.pt")
+            write_metadata(self.directory, _build_index([share[:3] for share in everyone]))
+            torch.save({"content_metadata": gpt.CHECKPOINT_CONTENT}, self.directory / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
         dist.barrier()
         return {share[0]: share[3] for share in everyone}
 
 
-def write_metadata(directory: Path, metadata: Metadata) -> None:
-    """The index of a distributed checkpoint, as torch wants it."""
-    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-class _Pickler(pickle.Pickler):
-    """A tensor as torch.save describes it; its values stand in a file of their own in the archive."""
-
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, torch.storage.TypedStorage):
-            return "storage", getattr(torch, obj._pickle_storage_type()), "0", "cpu", obj._size()
-        return None
-
-
-def save_tensor(tensor: torch.Tensor, fd: int, at: int) -> int:
-    """What torch.save writes, at `at` of the file; returns its length. torch copies the values twice on the way, this not at all."""
-    head = io.BytesIO()
-    _Pickler(head, protocol=2).dump(tensor)
-    data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    with ThreadPoolExecutor(1, "writer") as thread:
-        window = _Window(fd, at, 0, thread)
-        with zipfile.ZipFile(window, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
-            # ZipInfo without a time: the same tensor gives the same bytes
-            archive.writestr(zipfile.ZipInfo("archive/data.pkl"), head.getvalue())
-            archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
-            with archive.open(zipfile.ZipInfo("archive/data/0"), "w", force_zip64=tensor.nbytes >= 1 << 31) as member:
-                for first in range(0, len(data), _LARGE_BYTES):  # the checksum of one part beside the writing of those before
-                    member.write(data[first : first + _LARGE_BYTES])
-            archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
-        window.wait()
-    return window.tell()
-
-
-def own_storage(view: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor whose storage is no larger than itself: torch.save writes whole storages."""
-    if not view.is_contiguous():
-        return view.contiguous()
-    return torch.from_numpy(view.reshape(-1).view(torch.uint8).numpy()).view(view.dtype).view(view.shape)
-
-
-def _metadata(everyone: Iterable[tuple[str, list[_Item], dict[str, torch.dtype]]]) -> Metadata:
+def _build_index(everyone: Iterable[tuple[str, list[_Item], dict[str, torch.dtype]]]) -> Metadata:
+    """The index of the checkpoint. everyone: each rank's file, the items in it, and the dtypes of the tensors."""
     tensors: dict[str, Any] = {}
     places = {}
     for file, items, dtypes in everyone:
@@ -293,80 +254,64 @@ def _metadata(everyone: Iterable[tuple[str, list[_Item], dict[str, torch.dtype]]
             if i.offset is None or i.shape is None or i.global_shape is None:
                 tensors[i.key] = BytesStorageMetadata()
             else:
-                known = tensors.setdefault(
-                    i.key, TensorStorageMetadata(TensorProperties(dtype=dtypes[i.key]), torch.Size(i.global_shape), [])
-                )
-                known.chunks.append(ChunkStorageMetadata(torch.Size(i.offset), torch.Size(i.shape)))
+                properties = TensorProperties(dtype=dtypes[i.key])
+                tensor = TensorStorageMetadata(properties, torch.Size(i.global_shape), [])
+                chunk = ChunkStorageMetadata(torch.Size(i.offset), torch.Size(i.shape))
+                tensors.setdefault(i.key, tensor).chunks.append(chunk)
             index = MetadataIndex(i.key, None if i.offset is None else torch.Size(i.offset))
-            places[index] = filesystem._StorageInfo(file, i.at, i.length)
+            places[index] = filesystem._StorageInfo(file, i.start, i.length)
     return Metadata(tensors, None, places, StorageMeta())
 
 
 class DistReader:
-    """Reads parts of the tensors of a distributed checkpoint, whatever layout wrote it."""
+    """Reads parameters from the tensors of a distributed checkpoint, whatever layout wrote it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        metadata = read_metadata(directory)
-        self._places = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
-        self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        index = read_metadata(directory)
+        self._places = {(key.fqn, tuple(key.offset or ())): place for key, place in index.storage_data.items()}
+        self._tensors = {k: v for k, v in index.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._fds: dict[str, int] = {}
 
     def read(self, parameter: Parameter, out: torch.Tensor) -> None:
-        """Fill `out`, contiguous and of the parameter's shape. Raises CheckpointError naming file and tensor."""
+        """Fills `out`, contiguous and of the parameter's shape. Raises CheckpointError naming file and tensor."""
         for piece in parameter.pieces:
             view = piece.view(out)
-            found = self._tensors.get(piece.key)
-            if found is None or tuple(found.size) != piece.global_shape:
-                have = "no such tensor" if found is None else f"{tuple(found.size)}"
-                raise CheckpointError(f"{piece.key}: {have} instead of {piece.global_shape}", where=str(self.directory), fix=_AGAIN)
-            covered = 0
-            for chunk in found.chunks:
-                at = tuple(chunk.offsets)
-                lows = [max(a, b) for a, b in zip(at, piece.offset, strict=True)]
-                highs = [min(a + n, b + m) for a, n, b, m in zip(at, chunk.sizes, piece.offset, piece.shape, strict=True)]
-                if all(low < high for low, high in zip(lows, highs, strict=True)):
-                    covered += self._copy(piece, view, found.properties.dtype, at, tuple(chunk.sizes), lows, highs)
-            if covered != view.numel():
-                raise CheckpointError(f"{piece.key} is not all there", where=str(self.directory), fix=_AGAIN)
+            tensor = self._tensors.get(piece.key)
+            if tensor is None or tuple(tensor.size) != piece.global_shape:
+                have = "no such tensor" if tensor is None else f"{tuple(tensor.size)}"
+                what = f"{piece.key}: {have} instead of {piece.global_shape}"
+                raise CheckpointError(what, where=str(self.directory), fix=_AGAIN)
+            copied = sum(self._copy_overlap(piece, view, tensor.properties.dtype, chunk) for chunk in tensor.chunks)
+            if copied != view.numel():
+                what = f"{piece.key} is incomplete: its chunks hold {copied:,} of {view.numel():,} values"
+                raise CheckpointError(what, where=str(self.directory), fix=_AGAIN)
 
-    def _copy(
-        self,
-        piece: Piece,
-        view: torch.Tensor,
-        dtype: torch.dtype,
-        at: tuple[int, ...],
-        sizes: tuple[int, ...],
-        lows: list[int],
-        highs: list[int],
-    ) -> int:
-        """The part of a stored chunk at `at` that the piece wants; how many values it was."""
-        if at == piece.offset and sizes == piece.shape and dtype == view.dtype and view.is_contiguous():
-            self._load(piece.key, at, view)
+    def _copy_overlap(self, piece: Piece, view: torch.Tensor, dtype: torch.dtype, chunk: ChunkStorageMetadata) -> int:
+        """Copies what a stored chunk and the piece share into `view`. Returns the number of values."""
+        offset, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        if offset == piece.offset and sizes == piece.shape and dtype == view.dtype and view.is_contiguous():
+            self._read_chunk(piece.key, offset, view)
             return view.numel()
-        chunk = self._load(piece.key, at, torch.empty(sizes, dtype=dtype))
-        theirs = tuple(slice(low - a, high - a) for low, high, a in zip(lows, highs, at, strict=True))
+        lows = [max(a, b) for a, b in zip(offset, piece.offset, strict=True)]
+        highs = [min(a + n, b + m) for a, n, b, m in zip(offset, sizes, piece.offset, piece.shape, strict=True)]
+        if any(low >= high for low, high in zip(lows, highs, strict=True)):
+            return 0
+        values = self._read_chunk(piece.key, offset, torch.empty(sizes, dtype=dtype))
+        theirs = tuple(slice(low - a, high - a) for low, high, a in zip(lows, highs, offset, strict=True))
         ours = tuple(slice(low - a, high - a) for low, high, a in zip(lows, highs, piece.offset, strict=True))
         part = view[ours]
-        part.copy_(chunk[theirs])
+        part.copy_(values[theirs])
         return part.numel()
 
-    def _load(self, key: str, at: tuple[int, ...], out: torch.Tensor) -> torch.Tensor:
-        place = self._places[key, at]
+    def _read_chunk(self, key: str, offset: tuple[int, ...], out: torch.Tensor) -> torch.Tensor:
+        place = self._places[key, offset]
         path = self.directory / place.relative_path
         try:
             if place.relative_path not in self._fds:
                 self._fds[place.relative_path] = os.open(path, os.O_RDONLY)
-            fd = self._fds[place.relative_path]
-            start, size, checksum = _record(fd, place.offset, place.length)
-            data = memoryview(out.view(-1).view(torch.uint8).numpy())
-            if size != len(data) or not _read_into(fd, start, data):
-                raise CheckpointError(f"{key}: {size:,} bytes instead of {len(data):,}", where=str(path), fix=_AGAIN)
-            if zlib.crc32(data) != checksum:
-                raise CheckpointError(f"{key} has changed since it was written (checksum)", where=str(path), fix=_AGAIN)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            if isinstance(error, CheckpointError):
-                raise
+            read_tensor(self._fds[place.relative_path], place.offset, place.length, out)
+        except (OSError, ValueError, StopIteration, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{key} cannot be read: {error}", where=str(path), fix=_AGAIN) from error
         return out
 
@@ -374,69 +319,3 @@ class DistReader:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
-
-
-def _read_into(fd: int, start: int, data: memoryview) -> bool:
-    at = 0
-    while at < len(data):
-        got = os.preadv(fd, [data[at:]], start + at)
-        if got <= 0:
-            return False
-        at += got
-    return True
-
-
-class _Window(io.RawIOBase):
-    """`length` bytes of a file from `start` on, as a file; it grows as it is written to. `thread`: writes what is large, until `wait`."""
-
-    def __init__(self, fd: int, start: int, length: int, thread: ThreadPoolExecutor | None = None) -> None:
-        self._fd, self._start, self._length, self._at = fd, start, length, 0
-        self._thread = thread
-        self._writing: list[Future[int]] = []
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        if self._thread is not None and len(data) >= _LARGE_BYTES:
-            self._writing.append(self._thread.submit(write_from, self._fd, self._start + self._at, data))
-        else:
-            write_from(self._fd, self._start + self._at, data)
-        self._at += len(data)
-        self._length = max(self._length, self._at)
-        return len(data)
-
-    def wait(self) -> None:
-        """Raises CheckpointError where the disk is full."""
-        for one in self._writing:
-            one.result()
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = os.pread(self._fd, min(len(buffer), max(0, self._length - self._at)), self._start + self._at)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-def _record(fd: int, start: int, length: int) -> tuple[int, int, int]:
-    """(first byte, size, CRC-32) of the values of a torch.save'd tensor: the member data/0 of a zip archive, not compressed."""
-    with zipfile.ZipFile(io.BufferedReader(_Window(fd, start, length))) as archive:
-        member = next(m for m in archive.infolist() if m.filename.endswith("/data/0"))
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("compressed")
-    header = os.pread(fd, 30, start + member.header_offset)
-    skip = 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    return start + member.header_offset + skip, member.file_size, member.CRC

@@ -1,4 +1,4 @@
-"""The best of several answers as a row for sft, the best and the worst as a row for rm and dpo: `mrlhf generate --best_of N`."""
+"""`mrlhf generate --best_of N`: the best of several answers as an sft row, best and worst as an rm and dpo row."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ Prompt = list[dict[str, Any]] | str
 
 @dataclass(frozen=True)
 class Choice:
-    """Of one prompt's answers: the index of the best and of the worst (None: no answer is worse than the best, or has another text)."""
+    """Indices of the best and the worst answer to one prompt.
+
+    worst is None if no answer has a lower score and another text than the best.
+    """
 
     best: int
     worst: int | None
 
 
-def choose(texts: Sequence[str], scores: Sequence[float], stopped: Sequence[bool]) -> Choice | None:
-    """The best is the highest score among answers that ended by themselves and are not empty: one that was cut would teach not to stop.
+def choose_best_and_worst(texts: Sequence[str], scores: Sequence[float], stopped: Sequence[bool]) -> Choice | None:
+    """The answers with the highest and the lowest score; the first of equal ones. None if no answer can be the best.
 
-    The worst is the lowest score of all non-empty answers. Of equal scores the first. None where no answer can be the best.
+    The best must have stopped by itself and not be empty: an answer that was cut off would teach the model not to stop.
+    The worst is any non-empty answer.
     """
     whole = [i for i, text in enumerate(texts) if stopped[i] and text.strip()]
     if not whole:
         return None
     best = max(whole, key=lambda i: (scores[i], -i))
-    worse = [i for i, text in enumerate(texts) if text.strip() and text != texts[best] and scores[i] < scores[best]]
+    worse = [
+        i for i, text in enumerate(texts) if text.strip() and text != texts[best] and scores[i] < scores[best]
+    ]
     return Choice(best, min(worse, key=lambda i: (scores[i], i)) if worse else None)
 
 
@@ -39,7 +45,7 @@ def sft_row(record: Row, prompt: Prompt, text: str, score: float) -> Row:
 
 
 def pair_row(record: Row, prompt: Prompt, best: str, worst: str, scores: tuple[float, float]) -> Row:
-    """A row of --task preference; `scores` of the best and the worst."""
+    """A row of --task preference. scores: of the best and of the worst."""
     columns = {"score_chosen": scores[0], "score_rejected": scores[1]}
     if isinstance(prompt, str):
         return {"prompt": prompt, "chosen": best, "rejected": worst, **columns}

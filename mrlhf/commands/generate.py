@@ -1,6 +1,6 @@
-"""`mrlhf generate`: answers of a checkpoint to a file of prompts, through vLLM and the same reshard as in PPO.
+"""`mrlhf generate`: a checkpoint answers a file of prompts, through vLLM and the same reshard as in PPO.
 
-With reward sources they are scored, with an environment they are conversations; `best_of` writes rows to train on.
+Reward sources score the answers, an environment turns them into conversations, `best_of` writes rows to train on.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from mrlhf.checkpoint.manifest import write_text
 from mrlhf.checkpoint.source import ModelSource, open_source
-from mrlhf.commands.best_of import Prompt, Row, choose, pair_row, sft_row
+from mrlhf.commands.best_of import Prompt, Row, choose_best_and_worst, pair_row, sft_row
 from mrlhf.config.options import GenerateStage, ParallelConfig
 from mrlhf.data.prepare.formats import Columns, normalise
 from mrlhf.data.prepare.sources import read_chunks
 from mrlhf.data.prepare.template import Template
-from mrlhf.data.tokenizers.hf import load, stop_ids
+from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.errors import CheckpointError, DataError, Problems, RowProblem
 from mrlhf.models.families.spec import check_layout
 from mrlhf.models.reshard_plan import make_weight_update
 from mrlhf.parallel import device, state
-from mrlhf.rl.rewards.sources import Rewards
+from mrlhf.rl.rewards.sources import Rewards, check_reward_sources
 from mrlhf.rl.rollout.environments import check_environment, make_environments
 from mrlhf.rl.rollout.tables import Rollout, generate_rollout, micro_batches
 from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine, check_vllm_model
@@ -36,18 +36,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A line of the prompts' file."""
+class PromptRow:
+    """One line of the prompts' file: the record, its prompt, and the prompt's token ids."""
 
     record: dict[str, Any]
     prompt: Prompt
     ids: list[int]
 
 
-def read_prompts(config: GenerateStage, tokenizer: Any, limit: int) -> list[Asked]:
-    """Raises every bad line at once, as file:line."""
+def read_prompts(config: GenerateStage, tokenizer: Any, limit: int) -> list[PromptRow]:
+    """Raises DataError for every bad line, together, as file:line. limit: tokens of a prompt."""
     template = Template(tokenizer, input_template=config.input_template)
-    found: list[Asked] = []
+    rows: list[PromptRow] = []
     problems = Problems()
     for chunk in read_chunks((config.prompts,)):
         for i, number in enumerate(chunk.numbers):
@@ -63,89 +63,79 @@ def read_prompts(config: GenerateStage, tokenizer: Any, limit: int) -> list[Aske
                 problems.add(DataError(f"not JSON: {error}", where=where))
                 continue
             if len(ids) > limit:
-                problems.add(DataError(f"the prompt has {len(ids)} tokens", where=where, expected=f"at most {limit}"))
-            found.append(
-                Asked(record, prompt if template.plain or not isinstance(prompt, str) else [{"role": "user", "content": prompt}], ids)
-            )
+                what = f"the prompt has {len(ids)} tokens"
+                problems.add(DataError(what, where=where, expected=f"at most {limit}"))
+            if isinstance(prompt, str) and not template.plain:
+                prompt = [{"role": "user", "content": prompt}]
+            rows.append(PromptRow(record, prompt, ids))
     problems.raise_if_any()
-    return found
+    return rows
 
 
-def check(config: GenerateStage, world: int) -> tuple[ModelSource, ParallelConfig]:
-    """The model and the layout it is loaded in: tensor parallel like vLLM's, where the model allows it."""
+def check_generate(config: GenerateStage, world: int) -> tuple[ModelSource, ParallelConfig]:
+    """The model and its layout, which has vLLM's tensor parallel size. Raises every problem, together."""
     source = open_source(config.checkpoint)
     parallel = ParallelConfig(tensor_model_parallel_size=config.tensor_parallel_size)
     problems = Problems()
-    problems.extend(
-        check_vllm_model(source.spec, tp=config.tensor_parallel_size, world=world, key="tensor_parallel_size")
-        or check_layout(parallel, source.spec, world, trained=False)
-    )
+    problems.extend(check_vllm_model(source.spec, tp=config.tensor_parallel_size, world=world,
+                                     key="tensor_parallel_size")
+                    or check_layout(parallel, source.spec, world, trained=False))
     if source.head != "lm":
-        problems.add(CheckpointError("it holds a value model, which writes no text", where=config.checkpoint, expected="a language model"))
+        what = "it holds a value model, which writes no text"
+        problems.add(CheckpointError(what, where=config.checkpoint, expected="a language model"))
     for path in (config.output, config.pairs):
         if path is not None and not Path(path).resolve().parent.is_dir():
             problems.add(DataError("the directory does not exist", where=path))
-    problems.extend(Rewards.check(config.reward, source, parallel=parallel, world=world))
-    problems.extend(check_environment(config.environment, load(source.hf_dir), {}))
+    problems.extend(check_reward_sources(config.reward, source, parallel=parallel, world=world))
+    problems.extend(check_environment(config.environment, load_tokenizer(source.hf_dir), {}))
     problems.raise_if_any()
     return source, parallel
 
 
 def main(config: GenerateStage) -> None:
-    source, parallel = check(config, state.world_size())
-    tokenizer = load(source.hf_dir)
+    source, parallel = check_generate(config, state.world_size())
+    tokenizer = load_tokenizer(source.hf_dir)
     limit = config.max_prompt_length or source.spec.max_position_embeddings - config.max_new_tokens
-    asked = read_prompts(config, tokenizer, limit)
+    rows = read_prompts(config, tokenizer, limit)
     layout = state.initialize(parallel, seed=config.seed)
     rank, tp = dist.get_rank(), config.tensor_parallel_size
-    log.info(f"device: {device.current().describe()}")
+    log.info(f"device: {device.current().summary()}")
     model = Model(source, parallel, head="lm", dtype=config.dtype, seed=config.seed)
-    engine = VLLMEngine(
-        source.spec,
-        source.hf_dir,
-        dtype=config.dtype,
-        tp=tp,
-        max_model_len=max(len(a.ids) for a in asked) + config.max_new_tokens,
-        kv_cache_mib=config.kv_cache_mib,
-        max_num_seqs=config.max_num_seqs,
-        seed=config.seed,
-        tokenizer_dir=source.hf_dir if config.stop else None,
-    )
+    engine = VLLMEngine(source.spec, source.hf_dir, dtype=config.dtype, tp=tp,
+                        max_model_len=max(len(row.ids) for row in rows) + config.max_new_tokens,
+                        kv_cache_mib=config.kv_cache_mib, max_num_seqs=config.max_num_seqs, seed=config.seed,
+                        tokenizer_dir=source.hf_dir if config.stop else None)
     weights = engine.weights
-    plan = make_weight_update(source.spec, layout, rollout_tp=tp, rank=rank, dtype=DTYPES[config.dtype], made=weights.made)
-    plan.exchange(model.parameters(), weights.parameters, weights.convert)
+    dtype = DTYPES[config.dtype]
+    update = make_weight_update(source.spec, layout, rollout_tp=tp, rank=rank, dtype=dtype, made=weights.made)
+    update.exchange(model.parameters(), weights.parameters, weights.convert)
     engine.weights_changed()
     del model
     ids = stop_ids(source.hf_dir, tokenizer)
     rollout = generate_rollout(
-        engine,
-        [a.ids for a in asked],
-        n=config.best_of or config.n,
+        engine, [row.ids for row in rows], n=config.best_of or config.n,
         sampling=Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens, ids, config.stop),
-        seed=config.seed,
-        step=0,
-        labels=[a.record.get("label") for a in asked],
-        replicas=layout.world // tp,
+        seed=config.seed, step=0, labels=[row.record.get("label") for row in rows], replicas=layout.world // tp,
         replica=rank // tp,
-        environments=make_environments(
-            config.environment, tokenizer, ids, max_turns=config.max_turns, threads=16, timeout_s=60.0, tp=tp, world=layout.world, rank=rank
-        ),
+        environments=make_environments(config.environment, tokenizer, ids, max_turns=config.max_turns, threads=16,
+                                       timeout_s=60.0, tp=tp, world=layout.world, rank=rank)
     )
-    scores = score(config, source, parallel, layout, tokenizer, rollout)
+    scores = score_answers(config, source, parallel, tokenizer, rollout)
     if state.is_main():
-        print(write(config, tokenizer, asked, rollout, scores))
+        print(write_answers(config, tokenizer, rows, rollout, scores))
     engine.shutdown()
     state.shutdown()
 
 
-def score(
-    config: GenerateStage, source: ModelSource, parallel: ParallelConfig, layout: state.Layout, tokenizer: Any, rollout: Rollout
+def score_answers(
+    config: GenerateStage, source: ModelSource, parallel: ParallelConfig, tokenizer: Any, rollout: Rollout
 ) -> list[float] | None:
-    """Of every answer; None without reward sources and environment. Collective."""
+    """The score of every answer; None if there are no reward sources and no environment. Collective."""
     if not config.reward.sources and config.environment is None:
         return None
     environment = config.environment is not None
-    rewards = Rewards(config.reward, source, tokenizer, parallel=parallel, dtype=config.dtype, seed=config.seed, environment=environment)
+    rewards = Rewards(config.reward, source, tokenizer, parallel=parallel, dtype=config.dtype, seed=config.seed,
+                      environment=environment)
     plan = make_batch_plan(state.groups(), packing=True, micro_batch_size=config.micro_batch_size)
     rows = [*range(rollout.size), *[-1] * (-rollout.size % plan.rows_per_slice)]
     scores_B, _ = rewards.score(rollout, micro_batches(rollout, rows, plan))
@@ -153,37 +143,44 @@ def score(
     return scores_B.tolist()
 
 
-def write(config: GenerateStage, tokenizer: Any, asked: list[Asked], rollout: Rollout, scores: list[float] | None) -> str:
-    """The output files; a line about them."""
+def write_answers(config: GenerateStage, tokenizer: Any, prompts: list[PromptRow], rollout: Rollout,
+                  scores: list[float] | None) -> str:
+    """Writes the output files and returns a line about them."""
     n = config.best_of or config.n
-    # of a conversation the turns are of interest
+    # In a conversation the special tokens show the turns.
     texts = [tokenizer.decode(a.tokens, skip_special_tokens=config.environment is None) for a in rollout.answers]
     rows: list[Row] = []
     pairs: list[Row] = []
-    for i, question in enumerate(asked):
+    for i, prompt in enumerate(prompts):
         own = slice(i * n, (i + 1) * n)
         if not config.best_of:
-            rows.append({**question.record, "completions": texts[own], **({} if scores is None else {"scores": scores[own]})})
+            own_scores = {} if scores is None else {"scores": scores[own]}
+            rows.append({**prompt.record, "completions": texts[own], **own_scores})
             continue
         assert scores is not None
-        own_texts, own_scores = texts[own], scores[own]
-        choice = choose(own_texts, own_scores, [a.stopped for a in rollout.answers[own]])
-        if choice is None or (config.min_score is not None and own_scores[choice.best] < config.min_score):
-            continue
-        rows.append(sft_row(question.record, question.prompt, own_texts[choice.best], own_scores[choice.best]))
-        if choice.worst is not None:
-            both = own_scores[choice.best], own_scores[choice.worst]
-            pairs.append(pair_row(question.record, question.prompt, own_texts[choice.best], own_texts[choice.worst], both))
+        _add_best(config, prompt, texts[own], scores[own], [a.stopped for a in rollout.answers[own]], rows, pairs)
     _write_lines(config.output, rows)
-    said = f"{rollout.size} answers to {len(asked)} prompts: {config.output}"
+    line = f"{rollout.size} answers to {len(prompts)} prompts: {config.output}"
     if scores is not None:
-        said += f", mean score {sum(scores) / len(scores):.4f}"
+        line += f", mean score {sum(scores) / len(scores):.4f}"
     if config.best_of:
-        said += f"; {len(rows)} best answers"
+        line += f"; {len(rows)} best answers"
     if config.pairs is not None:
         _write_lines(config.pairs, pairs)
-        said += f", {len(pairs)} pairs: {config.pairs}"
-    return said
+        line += f", {len(pairs)} pairs: {config.pairs}"
+    return line
+
+
+def _add_best(config: GenerateStage, prompt: PromptRow, texts: list[str], scores: list[float], stopped: list[bool],
+              rows: list[Row], pairs: list[Row]) -> None:
+    """Appends the prompt's best answer to `rows`, its best and worst answers to `pairs`."""
+    choice = choose_best_and_worst(texts, scores, stopped)
+    if choice is None or (config.min_score is not None and scores[choice.best] < config.min_score):
+        return
+    best, worst = choice.best, choice.worst
+    rows.append(sft_row(prompt.record, prompt.prompt, texts[best], scores[best]))
+    if worst is not None:
+        pairs.append(pair_row(prompt.record, prompt.prompt, texts[best], texts[worst], (scores[best], scores[worst])))
 
 
 def _write_lines(path: str, rows: list[Row]) -> None:

@@ -1,10 +1,11 @@
-"""`mrlhf score`: log-probs of every token, or the value head's scores, of a data set under a checkpoint.
+"""`mrlhf score`: scores a data set under a checkpoint: log-probs of every token, or the value head's scores.
 
-One line a sample (a pair for preference data) in data order, the same under any layout, packed or padded.
+Writes one line a sample (a pair for preference data) in data order, the same for any layout, packed or padded.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,65 +30,66 @@ from mrlhf.training.preflight import open_data
 from mrlhf.training.scoring import score_micro_batches
 from mrlhf.training.trainer import Model
 
-Found = dict[int, Any]  # sample index -> float32 log-probs [T - 1], or a score
+Results = dict[int, Any]  # sample index -> float32 log-probs [T - 1], or a score
+log = logging.getLogger(__name__)
 
 
-def check(config: ScoreStage, world: int) -> tuple[ModelSource, Dataset]:
-    """Opens model and data. Raises every problem found, together."""
-    problems = Problems()
-    source = None
+def check_score(config: ScoreStage, world: int) -> tuple[ModelSource, Dataset]:
+    """Opens the model and the data. Raises every problem, together."""
+    problems, source = Problems(), None
     try:
         source = open_source(config.checkpoint)
+        problems.extend(check_layout(config.parallel, source.spec, world, trained=False))
     except CheckpointError as error:
-        problems.add(
-            CheckpointError(error.what, where=f"checkpoint: {error.where or config.checkpoint}", expected=error.expected, fix=error.fix)
-        )
-    if source is not None:
-        for wrong in check_layout(config.parallel, source.spec, world, trained=False):
-            problems.add(wrong)
+        where = f"checkpoint: {error.where or config.checkpoint}"
+        problems.add(CheckpointError(error.what, where=where, expected=error.expected, fix=error.fix))
     if config.temperature <= 0:
-        problems.add(ConfigError(f"temperature = {config.temperature} has no log-probs", where="temperature", expected="above 0"))
+        what = f"temperature = {config.temperature} has no log-probs"
+        problems.add(ConfigError(what, where="temperature", expected="above 0"))
     if config.padding_side == "left":
         if config.packing:
-            problems.add(ConfigError("padding_side = left needs packing false", where="padding_side", fix="--packing false"))
+            what = "padding_side = left needs packing false"
+            problems.add(ConfigError(what, where="padding_side", fix="--packing false"))
         if source is not None and source.head == "lm":
-            problems.add(
-                ConfigError("padding_side = left is for value heads; this checkpoint is an LM", where="padding_side", expected="right")
-            )
-    data, found = open_data(config.data, key="data", task=None, source=source, seq_length=None)
-    for problem in found:
-        problems.add(problem)
+            what = "padding_side = left is for value heads; this checkpoint is an LM"
+            problems.add(ConfigError(what, where="padding_side", expected="right"))
+    data, data_problems = open_data(config.data, key="data", task=None, source=source, seq_length=None)
+    problems.extend(data_problems)
     if Path(config.output).is_dir():
-        problems.add(ConfigError(f"output = {config.output} is a directory", where="output", expected="a file to write"))
+        what = f"output = {config.output} is a directory"
+        problems.add(ConfigError(what, where="output", expected="a file to write"))
     problems.raise_if_any()
     assert source is not None and data is not None
     return source, data
 
 
 def token_logprobs(model: Model, batches: list[MicroBatch], *, temperature: float) -> list[list[torch.Tensor]]:
-    """Of every micro-batch and sample: log p of its tokens 1 .. T-1, [T - 1]."""
+    """For each micro-batch, a list with log p of tokens 1 .. T-1 of each sample, [T - 1]. Collective."""
 
     def per_token(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         return model.logprobs(hidden_BTH, batch, temperature=temperature).logps[None]
 
     outputs = model.forward(batches, per_token, channels=1)
-    return [[of_sample[:-1] for of_sample in batch.split(logps_1BT[0].cpu())] for batch, logps_1BT in zip(batches, outputs, strict=True)]
+    pairs = zip(batches, outputs, strict=True)
+    return [[logps_T[:-1] for logps_T in batch.split(logps_1BT[0].cpu())] for batch, logps_1BT in pairs]
 
 
-def _slices(config: ScoreStage, model: Model, loader: Loader) -> Iterator[Found]:
-    """Collective. Results of all data-parallel ranks, on rank 0, slice by slice of the data in order; elsewhere empty."""
+def _score_slices(config: ScoreStage, model: Model, loader: Loader) -> Iterator[Results]:
+    """Yields the results of all data-parallel ranks for each slice of the data, on rank 0 (else empty). Collective."""
     for rows in loader.in_order():
         batches = loader.micro_batches(rows)
         if model.head == "value":
             per_batch: list[list[Any]] = [scores_N.tolist() for scores_N in score_micro_batches(model, batches)]
         else:
-            per_batch = [[t.numpy() for t in samples] for samples in token_logprobs(model, batches, temperature=config.temperature)]
-        mine: Found = {}
+            logps = token_logprobs(model, batches, temperature=config.temperature)
+            per_batch = [[logps_T.numpy() for logps_T in samples] for samples in logps]
+        own_results: Results = {}
         for batch, values in zip(batches, per_batch, strict=True):
             for index, weight, value in zip(batch.index_N.tolist(), batch.weights_N.tolist(), values, strict=True):
                 if weight:
-                    mine[index] = value
-        yield {index: value for found in state.gather_from_data_parallel(mine) for index, value in found.items()}
+                    own_results[index] = value
+        all_results = state.gather_from_data_parallel(own_results)
+        yield {index: value for results in all_results for index, value in results.items()}
 
 
 def _entry(model: Model, data: Dataset, index: int, value: Any) -> dict[str, Any]:
@@ -101,39 +103,38 @@ def _entry(model: Model, data: Dataset, index: int, value: Any) -> dict[str, Any
     return {"tokens": tokens.tolist(), "mask": mask.tolist(), "logprobs": [None, *value.tolist()]}
 
 
-def _write(file: BinaryIO, model: Model, data: Dataset, found: Found) -> None:
-    for index in sorted(found):
+def _write_results(file: BinaryIO, model: Model, data: Dataset, results: Results) -> None:
+    for index in sorted(results):
         if data.task != "preference":
-            line = {"index": index, **_entry(model, data, index, found[index])}
+            line = {"index": index, **_entry(model, data, index, results[index])}
         elif index % 2 == 0:
-            pair = {name: _entry(model, data, index + i, found[index + i]) for i, name in enumerate(("chosen", "rejected"))}
-            line = {"index": index // 2, **pair}
+            chosen, rejected = (_entry(model, data, i, results[i]) for i in (index, index + 1))
+            line = {"index": index // 2, "chosen": chosen, "rejected": rejected}
         else:
             continue
         file.write(msgspec.json.encode(line) + b"\n")
 
 
 def main(config: ScoreStage) -> None:
-    source, data = check(config, state.world_size())
+    source, data = check_score(config, state.world_size())
     state.initialize(config.parallel, seed=1)
     model = Model(source, config.parallel, head=source.head, dtype=config.dtype, seed=1)
-    plan = make_batch_plan(
-        state.groups(), packing=config.packing, micro_batch_size=config.micro_batch_size, padding_side=config.padding_side
-    )
+    plan = make_batch_plan(state.groups(), packing=config.packing, micro_batch_size=config.micro_batch_size,
+                           padding_side=config.padding_side)
     loader = Loader(data, plan)
     output = Path(config.output)
     temporary = output.with_name(output.name + ".tmp")
     if state.is_main():
-        print(f"device: {device.current().describe()}", flush=True)
+        log.info(f"device: {device.current().summary()}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            for found in _slices(config, model, loader):
-                _write(file, model, data, found)
+            for results in _score_slices(config, model, loader):
+                _write_results(file, model, data, results)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, output)
-        print(f"{data.num_samples:,} samples -> {output}", flush=True)
+        log.info(f"{data.num_samples:,} samples -> {output}")
     else:
-        for _ in _slices(config, model, loader):
+        for _ in _score_slices(config, model, loader):
             continue
     state.shutdown()

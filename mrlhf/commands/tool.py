@@ -1,22 +1,28 @@
-"""How the scripts in tools/convert/ start and end: environment before torch, user errors in one line, exit status."""
+"""How the command line and the scripts in tools/ start and end: environment, user errors as text, exit status."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 from mrlhf.config.process import USER_ERROR, prepare_environment
 from mrlhf.errors import MrlhfError, SeveralErrors
 
+PATIENCE_S = 15.0  # rank 0 shows its error first; another rank shows its own only if the job still runs after this time
 
-def run_tool(parser: argparse.ArgumentParser, call: Callable[[argparse.Namespace], int], argv: list[str] | None = None) -> int:
-    """Exit status of `call(arguments)`; an MrlhfError is printed to stderr once and gives 2.
 
-    The CPU is chosen unless MRLHF_DEVICE says otherwise: a conversion is bound by the disk, and a model that
-    needs eight GPUs fits into one machine's memory.
+def run_tool(
+    parser: argparse.ArgumentParser, call: Callable[[argparse.Namespace], int], argv: list[str] | None = None
+) -> int:
+    """Returns the exit status of `call(arguments)`; an MrlhfError is printed to stderr once and gives 2.
+
+    Runs on the CPU unless MRLHF_DEVICE is set: the disk limits a conversion, and a model that needs eight GPUs fits
+    into one machine's memory.
     """
     arguments = parser.parse_args(argv)
     prepare_environment()
@@ -31,3 +37,38 @@ def run_tool(parser: argparse.ArgumentParser, call: Callable[[argparse.Namespace
     finally:
         if "mrlhf.parallel.state" in sys.modules:
             sys.modules["mrlhf.parallel.state"].shutdown()
+
+
+def show_user_errors(call: Callable[[], int]) -> int:
+    """Returns the exit status of `call()`; an MrlhfError is printed framed and gives 2."""
+    try:
+        return call()
+    except MrlhfError as error:
+        _show_error(error)
+        if _is_distributed():
+            # A normal exit runs destructors, which wait for ranks that are still inside a collective.
+            sys.stdout.flush()
+            os._exit(USER_ERROR)
+        return USER_ERROR
+
+
+def _show_error(error: MrlhfError) -> None:
+    """On rank 0 at once. On another rank only if the job outlives PATIENCE_S: then rank 0 did not see the problem."""
+    if isinstance(error, SeveralErrors):
+        text = f"{len(error.errors)} problems:\n{error}"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the stage's own handler would let the sleep continue
+        time.sleep(PATIENCE_S)
+        text = "\n".join(f"[rank {rank}] {line}" for line in text.splitlines())
+    bar = "=" * 100
+    sys.stdout.flush()
+    sys.stderr.write(f"{bar}\n{text}\n{bar}\n")
+    sys.stderr.flush()
+
+
+def _is_distributed() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()

@@ -27,9 +27,8 @@ def _error(key: str, what: str, expected: str | None = None, fix: str | None = N
 
 def _check_parallel(config: options.TrainingConfig | options.ScoreStage | options.ServeRewardStage) -> Errors:
     errors, p = [], config.parallel
-    for name in (
-        "virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
-    ):
+    for name in ("virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage",
+                 "num_layers_in_last_pipeline_stage"):
         value, key = getattr(p, name), f"parallel.{name}"
         if value is not None and p.pipeline_model_parallel_size == 1:
             errors.append(_error(key, f"{key} = {value} needs pipeline_model_parallel_size > 1", fix=f"--{key} null"))
@@ -57,7 +56,8 @@ def _check_data(config: options.TrainingConfig) -> Errors:
     if data.padding_side == "left" and data.packing:
         errors.append(_error(key, f"{key} = left needs data.packing false", fix="--data.packing false"))
     errors += _check_sources(data.train)
-    if not isinstance(config, (options.PretrainStage, options.SFTStage)) and any(s.loss_weight is not None for s in data.train):
+    is_weighted = any(source.loss_weight is not None for source in data.train)
+    if is_weighted and not isinstance(config, (options.PretrainStage, options.SFTStage)):
         what = "data.train: loss_weight is for pretrain and sft"
         errors.append(_error("data.train", what, "sources without loss_weight"))
     return errors
@@ -153,7 +153,7 @@ def _check_rollout(config: options.PPOStage) -> Errors:
         errors.append(_error(key, f"{key} = {stale} with rollout.placement = colocated", "0", f"--{key} 0"))
     elif stale and rollout.correction == "none":
         key = "rollout.correction"
-        what = f"rollout.max_staleness = 1 samples from older weights, and {key} = none does not correct the loss for it"
+        what = f"rollout.max_staleness = 1 samples from older weights, and {key} = none does not correct for it"
         errors.append(_error(key, what, "tis or icepop", f"--{key} tis"))
     if rollout.correction_low > rollout.correction_high:
         key = "rollout.correction_low"
@@ -215,7 +215,8 @@ def _check_kl(config: options.PPOStage) -> Errors:
 def _check_ptx(config: options.PPOStage) -> Errors:
     errors, ptx, key = [], config.ptx, "ptx.micro_batch_size"
     if ptx.coef > 0 and ptx.data is None:
-        errors.append(_error("ptx.data", f"ptx.coef = {ptx.coef} needs a data set", "a prefix made with --task sft or pretrain"))
+        errors.append(_error("ptx.data", f"ptx.coef = {ptx.coef} needs a data set",
+                             "a prefix made with --task sft or pretrain"))
     if ptx.coef > 0 and (config.model.moe_aux_loss_coeff or config.model.moe_z_loss_coeff):
         what = "ptx.coef and the router losses (model.moe_aux_loss_coeff, moe_z_loss_coeff) count different tokens"
         errors.append(_error("ptx.coef", what, "one of them", "--ptx.coef 0"))

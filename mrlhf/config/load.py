@@ -310,7 +310,8 @@ def _convert_sections(option: Option, given: _Input) -> tuple[Any, ...]:
             try:
                 values[name] = _convert(inside[name], text)
             except _Unreadable as e:
-                add(f"{name} = {e}", text.where, inside[name].type_name)
+                of = f" of {texts[first].value}" if name != first and first in texts else ""
+                add(f"{name} = {e}{of}", text.where, inside[name].type_name)
         if first in values:
             converted.append(cls(**values))
         elif first not in texts:

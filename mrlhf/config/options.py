@@ -117,7 +117,9 @@ class DataConfig:
         "epochs = passes over that source, loss_weight = weight of its tokens in the loss (pretrain, sft)")
     eval: str | None = option(None, "prefix of the evaluation split")
     packing: bool = option(
-        True, "true: a row is a pack (THD attention); false: a row is a sample (a pair), padded to the micro-batch's longest")
+        True,
+        "true: a row is a pack (THD attention); false: a row is a sample (a pair), padded to the micro-batch's longest"
+    )
     padding_side: Literal["right", "left"] = option("right", "unpacked only; left is for rm")
     shuffle: bool = option(True, "a new order every epoch, from train.seed")
     seq_length: PositiveInt | None = option(
@@ -143,12 +145,15 @@ class OptimConfig:
 class TrainConfig:
     output_dir: str = option(REQUIRED, "the run's directory; the same command again resumes the run")
     global_batch_size: PositiveInt = option(
-        REQUIRED, "rows per optimizer step: packs, or samples (pairs) without data.packing; ppo: answers per mini-batch")
+        REQUIRED, "rows per optimizer step: packs, or samples (pairs) without data.packing; ppo: answers per mini-batch"
+    )
     micro_batch_size: PositiveInt = option(1, "rows per forward pass")
     max_tokens_per_micro_batch: PositiveInt | None = option(
         None, "instead of micro_batch_size: rows per forward pass by tokens, padding included, balanced over the ranks")
     num_epochs: PositiveFloat = option(1.0, "passes over the training data")
-    max_steps: PositiveInt | None = option(None, "stop after this many optimizer steps (ppo: rollouts), whatever num_epochs says")
+    max_steps: PositiveInt | None = option(
+        None, "stop after this many optimizer steps (ppo: rollouts), whatever num_epochs says"
+    )
     eval_interval: NonNegativeInt = option(0, "steps between evaluations; 0: only at the end")
     seed: Seed = option(1, "of the data order, new weights and sampling")
     loss_spike_threshold: NonNegativeFloat = option(
@@ -159,7 +164,8 @@ class TrainConfig:
     allow_changes: tuple[str, ...] = option(
         (), "what may differ from the resumed run: configuration keys, and data or tokenizer for changed files")
     on_nonfinite: Literal["stop", "skip"] = option(
-        "stop", "loss or gradient not finite on any rank: stop, or skip the step (ten in a row stop the run); ppo: stop")
+        "stop", "loss or gradient not finite on any rank: stop, or skip the step (ten in a row stop the run); ppo: stop"
+    )
 
 
 @dataclass(frozen=True)
@@ -167,8 +173,11 @@ class CheckpointConfig:
     save_interval: NonNegativeInt = option(0, "steps between saves; 0: only at the end")
     keep_last: PositiveInt = option(2, "complete checkpoints to keep")
     best_metric: str | None = option(
-        None, "an eval/ metric, e.g. eval/loss: also keep the checkpoint where it was best; every save is then evaluated")
-    best_is: Literal["lowest", "highest"] = option("lowest", "which value of best_metric is best; highest for eval/accuracy")
+        None,
+        "an eval/ metric, e.g. eval/loss: also keep the checkpoint where it was best; every save is then evaluated"
+    )
+    best_is: Literal["lowest", "highest"] = option("lowest",
+                                                   "which value of best_metric is best; highest for eval/accuracy")
     save_optimizer: bool = option(True, "false: only weights in the last checkpoint (cannot be resumed)")
     keep_every: NonNegativeInt = option(0, "also keep checkpoints whose step is a multiple of this; 0: none")
     async_save: bool = option(
@@ -176,7 +185,9 @@ class CheckpointConfig:
     verify: Literal["size", "hash"] = option(
         "size", "check of a checkpoint before use: sizes of its files, or a hash of every byte")
     on_save_error: Literal["stop", "continue"] = option(
-        "stop", "a save fails (disk full, no permission): end the run, or warn and continue; the last save always ends it")
+        "stop",
+        "a save fails (disk full, no permission): end the run, or warn and continue; the last save always ends it"
+    )
     export_hf_at_end: bool = option(False, "also write the last checkpoint as an HF directory, <output_dir>/hf/step_N")
     export_hf_interval: NonNegativeInt = option(0, "steps between exports, a multiple of save_interval; 0: never")
 
@@ -227,12 +238,10 @@ class RolloutConfig:
     batch_size: PositiveInt = option(REQUIRED, "prompts per rollout")
     n: PositiveInt = option(1, "answers per prompt")
     max_new_tokens: PositiveInt = option(128, "longest answer, in tokens")
-    temperature: Annotated[float, Meta(gt=0, le=2)] = option(
-        1.0, "also divides the trainer's logits; greedy answers (0) have no gradient")
+    temperature: PositiveFloat = option(1.0, "also divides the trainer's logits; greedy answers (0) have no gradient")
     top_p: TopP = option(1.0, "nucleus; 1: off")
     top_k: TopK = option(-1, "-1: off")
-    tensor_parallel_size: PositiveInt = option(
-        1, "vLLM's; independent of the trainer's; divides the generating ranks")
+    tensor_parallel_size: PositiveInt = option(1, "vLLM's; independent of the trainer's; divides the generating ranks")
     kv_cache_mib: PositiveInt = option(256, "vLLM's key/value cache on each rank")
     max_num_seqs: PositiveInt = option(256, "answers that vLLM decodes at once")
     weights: Literal["plain", "packed", "fp8"] = option(
@@ -240,12 +249,14 @@ class RolloutConfig:
         "update (dense, bfloat16)")
     sleep: bool = option(True, "colocated, CUDA: free vLLM's memory during training")
     reshard_bucket_mib: PositiveInt = option(256, "each rank's buffer for packing the weights that go to vLLM")
-    placement: Literal["colocated", "separate"] = option("colocated", "vLLM in the trainer's ranks, or in ranks of its own")
+    placement: Literal["colocated", "separate"] = option("colocated",
+                                                         "vLLM in the trainer's ranks, or in ranks of its own")
     num_ranks: PositiveInt | None = option(
         None, "separate: number of generating ranks, the last ones of torchrun's; tensor_parallel_size divides it")
     max_staleness: Annotated[int, Meta(ge=0, le=1)] = option(
         0, "separate: 1: weights one update older generate the next rollout, during training; 0: in turns")
-    correction: Literal["none", "tis", "icepop"] = option("none", "weigh the policy loss by exp(trainer - vLLM log-prob)")
+    correction: Literal["none", "tis", "icepop"] = option("none",
+                                                          "weigh the policy loss by exp(trainer - vLLM log-prob)")
     correction_low: NonNegativeFloat = option(0.0, "lower bound of that weight")
     correction_high: Annotated[float, Meta(gt=0, extra={OTHERWISE: float("inf")})] = option(
         2.0, "upper bound of that weight")
@@ -325,8 +336,7 @@ class PPOConfig:
     lam: UnitInterval = option(0.95, "GAE lambda")
     entropy_coef: NonNegativeFloat = option(0.0, "weight of the entropy bonus")
     value_clip: PositiveFloat | None = option(0.2, "largest change of a value in the loss; unset: no clipping")
-    whiten_advantages: bool = option(
-        True, "gae and the reinforce estimators: over all trained tokens of the rollout")
+    whiten_advantages: bool = option(True, "gae and the reinforce estimators: over all trained tokens of the rollout")
     critic: str | None = option(
         None, "the critic's initial weights; unset: a local reward model, else model.path with a new head")
     critic_lr: NonNegativeFloat = option(1e-5, "peak learning rate of the critic")
@@ -408,10 +418,9 @@ class PPOStage(TrainingConfig):
         pp = ppo.critic_pipeline_model_parallel_size or p.pipeline_model_parallel_size
         if (tp, pp) == (p.tensor_model_parallel_size, p.pipeline_model_parallel_size):
             return p
-        return replace(
-            p, tensor_model_parallel_size=tp, sequence_parallel=p.sequence_parallel and tp > 1,
-            pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=None,
-            num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None)
+        return replace(p, tensor_model_parallel_size=tp, sequence_parallel=p.sequence_parallel and tp > 1,
+                       pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=None,
+                       num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None)
 
 
 @dataclass(frozen=True)
@@ -439,7 +448,7 @@ class GenerateStage:
         None, "with best_of: jsonl to write with the best and the worst answers, rows for rm and dpo")
     min_score: Score | None = option(
         None, "with best_of: leave out prompts whose best answer scores less (rejection sampling)")
-    temperature: Annotated[float, Meta(ge=0, le=2)] = option(1.0, "0: greedy")
+    temperature: NonNegativeFloat = option(1.0, "0: greedy")
     top_p: TopP = option(1.0, "nucleus; 1: off")
     top_k: TopK = option(-1, "-1: off")
     max_new_tokens: PositiveInt = option(128, "longest answer (conversation), in tokens")

@@ -1,4 +1,6 @@
-"""What each process needs before it imports torch: environment variables and logging; the exit status of a user error."""
+"""What each process needs before it imports torch: environment variables and logging; the exit status of a user
+error.
+"""
 
 from __future__ import annotations
 

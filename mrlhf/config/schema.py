@@ -72,7 +72,7 @@ def options_of(cls: Any, prefix: str = "") -> dict[str, Option]:
     for f in dataclasses.fields(cls):
         hint, key = hints[f.name], prefix + f.name
         if dataclasses.is_dataclass(hint):
-            options |= options_of(hint, key + ".")
+            options.update(options_of(hint, key + "."))
         else:
             options[key] = _option(key, hint, f.default, f.metadata.get("help", ""))
     return options

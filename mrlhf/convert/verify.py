@@ -1,4 +1,4 @@
-"""Does a checkpoint compute what a HF directory computes? Both run on random tokens, packed and unpacked, in fp32."""
+"""Compares the outputs of a checkpoint and a HF directory on random tokens, packed and unpacked, in fp32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from mrlhf.checkpoint.source import ModelSource, open_source
 from mrlhf.config.options import ParallelConfig
-from mrlhf.convert.hf import DTYPES, start
+from mrlhf.convert.hf import DTYPES, initialize_groups
 from mrlhf.data.loader import MicroBatch, Sample, collate
 from mrlhf.errors import CheckpointError, EnvironmentProblem
 from mrlhf.models import gpt
@@ -19,7 +19,7 @@ from mrlhf.models.hf_files import HFReader
 from mrlhf.parallel import state
 from mrlhf.training.trainer import Model
 
-TOLERANCE = 1e-4  # of a logit in fp32; a wrong mapping is off by 1e-1 and more
+TOLERANCE = 1e-4  # for a logit in fp32; a wrong mapping differs by 1e-1 and more
 _LENGTHS = (5, 23, 12, 48)
 
 
@@ -36,36 +36,35 @@ class Comparison:
     def ok(self) -> bool:
         return self.max_abs <= TOLERANCE  # False for nan
 
-    def describe(self) -> str:
+    def summary(self) -> str:
         verdict = "ok" if self.ok else "FAILED"
-        return (
-            f"{self.what}: max |difference| {self.max_abs:.3e}, mean {self.mean_abs:.3e} of {self.count:,} values; "
-            f"tolerance {TOLERANCE:g}: {verdict}"
-        )
+        return (f"{self.what}: max |difference| {self.max_abs:.3e}, mean {self.mean_abs:.3e} of {self.count:,} values; "
+                f"tolerance {TOLERANCE:g}: {verdict}")
 
 
-def verify(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
-    """Run the checkpoint (packed and unpacked) and plain transformers on the same random tokens, in fp32.
+def compare_models(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
+    """Runs the checkpoint (packed and unpacked) and plain transformers on the same random tokens, in fp32.
 
-    Where one side is stored in a narrower dtype, both are rounded to it: the mapping is checked, not the rounding.
-    A value model is compared by its scores, or, beside a HF LM, by its head over transformers' hidden states.
-    Raises CheckpointError where the two are models of different shape. Memory: the model once in fp32 on either side.
+    If one side is stored in a narrower dtype, both are rounded to it: this checks the mapping, not the rounding.
+    A value model is compared by its scores or, with a HF LM, by its head applied to transformers' hidden states.
+    Raises CheckpointError if the models differ in shape. Memory: both models in fp32.
     """
     if state.world_size() > 1:
-        raise EnvironmentProblem(f"{state.world_size()} processes", expected="one: a verification runs without torchrun")
-    start()
+        raise EnvironmentProblem(f"{state.world_size()} processes", expected="one: verify without torchrun")
+    initialize_groups()
     theirs = open_source(hf)
     if theirs.is_checkpoint:
         raise CheckpointError("it is a mrlhf checkpoint", where=hf, expected="a HF directory")
     if theirs.spec != source.spec:
-        raise CheckpointError(f"{source.path} and {theirs.path} are different models", expected=f"{source.spec}", where=f"{theirs.spec}")
+        what = f"{source.path} and {theirs.path} are different models"
+        raise CheckpointError(what, expected=f"{source.spec}", where=f"{theirs.spec}")
     if theirs.head == "value" and source.head == "lm":
         raise CheckpointError("the HF directory holds a value model, the checkpoint an LM", where=hf)
     rng = np.random.default_rng(seed)
     pad = read_hf_config(theirs.hf_dir).get("pad_token_id")
     ids = np.array([i for i in range(min(source.spec.vocab_size, 1 << 20)) if i != pad])
-    limit = source.spec.max_position_embeddings
-    samples = [Sample(rng.choice(ids, min(n, limit)), np.ones(min(n, limit), np.uint8), i) for i, n in enumerate(_LENGTHS)]
+    lengths = [min(n, source.spec.max_position_embeddings) for n in _LENGTHS]
+    samples = [Sample(rng.choice(ids, n), np.ones(n, np.uint8), i) for i, n in enumerate(lengths)]
 
     reader = HFReader(theirs.path, theirs.spec, head=theirs.head)
     stored = DTYPES[source.manifest["dtype"]] if source.is_checkpoint else torch.float32
@@ -75,9 +74,8 @@ def verify(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
     for packing in (True, False):
         for mine, other in zip(ours[packing], wanted, strict=True):
             difference = (mine[-other.size(0) :] - other).abs()
-            worst, total, count = max(worst, float(difference.max())), total + float(difference.double().sum()), count + difference.numel()
-            if not difference.isfinite().all():
-                worst = float("nan")
+            worst = max(worst, float(difference.max())) if difference.isfinite().all() else float("nan")
+            total, count = total + float(difference.double().sum()), count + difference.numel()
     what = "logits" if source.head == "lm" else "scores" if theirs.head == "value" else "values"
     return Comparison(what, worst, total / count, count)
 
@@ -86,41 +84,46 @@ def verify(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison:
 def _megatron_outputs(
     source: ModelSource, samples: list[Sample], dtypes: Mapping[str, torch.dtype]
 ) -> tuple[dict[bool, list[torch.Tensor]], torch.Tensor | None]:
-    """({packing: [T, V] or [T, 1] of each sample}, the value head's weight)."""
+    """({packing: [T, V] logits or [T, 1] values of each sample}, the value head's weight [1, H] or None)."""
     spec, head = source.spec, source.head
     model = Model(source, ParallelConfig(), head=head, dtype="float32", seed=1)
-    for _, parameter, blocks in gpt.local_blocks(model.modules[0], spec, head=head):
-        for b in blocks:
-            view = parameter.narrow(b.dim, b.offset, b.length)
-            view.copy_(view.to(dtypes.get(b.hf, torch.float32)))
+    for _, parameter, slices in gpt.local_blocks(model.modules[0], spec, head=head):
+        for s in slices:
+            view = parameter.narrow(s.dim, s.offset, s.length)
+            view.copy_(view.to(dtypes.get(s.hf, torch.float32)))
     channels = spec.vocab_size if head == "lm" else 1
 
     def outputs(out_BTX: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         logits_or_values = gpt.lm_head(model.modules[0], spec).logits(out_BTX) if head == "lm" else out_BTX
         return logits_or_values[..., :channels].float().permute(2, 0, 1)
 
-    found = {}
+    by_packing = {}
     for packing in (True, False):
         batch = collate(samples, packing=packing)
         per_channel = [batch.split(x_BT.cpu()) for x_BT in model.forward([batch], outputs, channels=channels)[0]]
-        found[packing] = [torch.stack(of_sample, dim=-1) for of_sample in zip(*per_channel, strict=True)]
-    return found, model.parameters()["output_layer.weight"].cpu() if head == "value" else None
+        by_packing[packing] = [torch.stack(of_sample, dim=-1) for of_sample in zip(*per_channel, strict=True)]
+    return by_packing, model.parameters()["output_layer.weight"].cpu() if head == "value" else None
 
 
 @torch.no_grad()
-def _hf_outputs(theirs: ModelSource, samples: list[Sample], stored: torch.dtype, head_1H: torch.Tensor | None) -> list[torch.Tensor]:
-    """[T, V] logits or [T, 1] values of each sample; [1, 1] where the directory has a score head of its own."""
+def _hf_outputs(
+    theirs: ModelSource, samples: list[Sample], stored: torch.dtype, head_1H: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """[T, V] logits or [T, 1] values of each sample; [1, 1] scores if the directory has its own score head."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if theirs.head == "value" else AutoModelForCausalLM
-    model = kind.from_pretrained(theirs.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False).eval()
+    model = kind.from_pretrained(
+        theirs.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    ).eval()
     for parameter in model.parameters():
         parameter.copy_(parameter.to(stored))
-    found = []
+    outputs = []
     for sample in samples:
         ids_1T = torch.from_numpy(sample.tokens)[None]
         if head_1H is not None and theirs.head == "lm":
-            found.append(model.base_model(ids_1T).last_hidden_state[0] @ head_1H.T)
+            outputs.append(model.base_model(ids_1T).last_hidden_state[0] @ head_1H.T)
         else:
-            found.append(model(ids_1T).logits.reshape(-1, 1) if theirs.head == "value" else model(ids_1T).logits[0])
-    return found
+            logits = model(ids_1T).logits
+            outputs.append(logits.reshape(-1, 1) if theirs.head == "value" else logits[0])
+    return outputs

@@ -1,8 +1,9 @@
 """Micro-batches by tokens: which rows of an optimizer step go to which data-parallel rank, and in which micro-batch.
 
-A pure function of the rows' lengths, computed alike on every rank, so that nothing has to be sent. Rows are shared out over the ranks by
-Karmarkar and Karp's largest differencing; each rank then makes micro-batches of at most so many tokens, and all ranks equally many of
-them, as collectives and pipeline schedules need. A row's samples (the two answers of a pair) stay together.
+A pure function of the rows' lengths, computed alike on every rank, so that nothing has to be sent. Rows are shared out
+over the ranks by Karmarkar and Karp's largest differencing; each rank then makes micro-batches of at most so many
+tokens, and all ranks equally many of them, as collectives and pipeline schedules need. A row's samples (the two answers
+of a pair) stay together.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from mrlhf.errors import DataError
 
 
 def largest_differencing(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Indices of `costs` (each 0 or more) in `parts` groups of nearly equal sums, the greatest sum first; groups may be empty.
+    """Indices of `costs` (each 0 or more) in `parts` groups of nearly equal sums, the greatest sum first; groups may be
+    empty.
 
-    Every item starts as a solution of its own: it alone, and parts - 1 empty groups. The two solutions with the largest spread (greatest
-    minus least sum) are laid over each other, the greatest sum of one on the least of the other, until one is left. Its spread is at
-    most the largest cost. Cost: O(n log n) and at most n x parts additions; equal input gives equal output.
+    Every item starts as a solution of its own: it alone, and parts - 1 empty groups. The two solutions with the largest
+    spread (greatest minus least sum) are laid over each other, the greatest sum of one on the least of the other, until
+    one is left. Its spread is at most the largest cost. Cost: O(n log n) and at most n x parts additions; equal input
+    gives equal output.
     """
     Groups = list[tuple[int, list[int]]]  # (sum, indices), descending; empty groups are left out
 
@@ -46,11 +49,12 @@ def largest_differencing(costs: Sequence[int], parts: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a data-parallel rank turns rows into micro-batches. Made once for a layout (training/batch_plan.py), then passed around.
+    """How a data-parallel rank turns rows into micro-batches. Made once for a layout (training/batch_plan.py), then
+    passed around.
 
-    packing: a micro-batch is one row of whole samples; otherwise a row per sample, padded on `padding_side` to the longest.
-    micro_batch_size: rows of a micro-batch. max_tokens: tokens of a micro-batch with its padding, instead of micro_batch_size.
-    pad_multiple: T is a multiple of it (context and sequence parallelism cut rows).
+    packing: a micro-batch is one row of whole samples; otherwise a row per sample, padded on `padding_side` to the
+    longest. micro_batch_size: rows of a micro-batch. max_tokens: tokens of a micro-batch with its padding, instead of
+    micro_batch_size. pad_multiple: T is a multiple of it (context and sequence parallelism cut rows).
     micro_batch_multiple: the number of micro-batches of a forward pass is a multiple of it (interleaved pipelines).
     """
 
@@ -72,8 +76,9 @@ class BatchPlan:
     def split(self, rows: Sequence[int], lengths_of: Callable[[int], Sequence[int]]) -> list[list[int]]:
         """The rows of every micro-batch of this rank, -1 for a filler.
 
-        With `max_tokens` by `split_by_tokens`, without the fillers among `rows`; else `micro_batch_size` rows each, in the order of `rows`,
-        whose number is then a multiple of micro_batch_size x dp_size. lengths_of(row): token lengths of the row's samples.
+        With `max_tokens` by `split_by_tokens`, without the fillers among `rows`; else `micro_batch_size` rows each, in
+        the order of `rows`, whose number is then a multiple of micro_batch_size x dp_size. lengths_of(row): token
+        lengths of the row's samples.
         """
         if self.max_tokens is not None:
             real = [row for row in rows if row >= 0]
@@ -86,18 +91,20 @@ class BatchPlan:
 
 
 def split_by_tokens(rows: Sequence[Sequence[int]], plan: BatchPlan, *, max_tokens: int) -> list[list[list[int]]]:
-    """Micro-batches of every rank, each a list of indices into `rows`; all ranks get equally many, a multiple of `micro_batch_multiple`.
+    """Micro-batches of every rank, each a list of indices into `rows`; all ranks get equally many, a multiple of
+    `micro_batch_multiple`.
 
-    rows: token lengths of each row's samples. A micro-batch has at most `max_tokens` tokens with its padding: packed the sum of its
-    lengths, padded the number of its samples x the longest, either rounded up to `pad_multiple`. A rank that runs out of rows gets
-    micro-batches without any: the caller fills them with rows of weight 0.
-    Raises DataError where a row alone has more tokens.
+    rows: token lengths of each row's samples. A micro-batch has at most `max_tokens` tokens with its padding: packed
+    the sum of its lengths, padded the number of its samples x the longest, either rounded up to `pad_multiple`. A rank
+    that runs out of rows gets micro-batches without any: the caller fills them with rows of weight 0. Raises DataError
+    where a row alone has more tokens.
     """
     costs = [_cost(row, plan.packing, plan.pad_multiple) for row in rows]
     for row, cost in zip(rows, costs, strict=True):
         if cost > max_tokens:
+            samples = ", ".join(map(str, row))
             raise DataError(
-                f"a row of {cost:,} tokens does not fit in a micro-batch of {max_tokens:,} (samples of {', '.join(map(str, row))} tokens)",
+                f"a row of {cost:,} tokens does not fit in a micro-batch of {max_tokens:,} (samples of {samples})",
                 where="train.max_tokens_per_micro_batch",
                 expected=f"{cost} or more",
             )
@@ -106,7 +113,8 @@ def split_by_tokens(rows: Sequence[Sequence[int]], plan: BatchPlan, *, max_token
         capacity = max_tokens // plan.pad_multiple * plan.pad_multiple
         ranks = [_packed([sum(rows[i]) for i in share], share, capacity) for share in shares]
     else:
-        ranks = [_padded([(len(rows[i]), costs[i] // len(rows[i])) for i in share], share, max_tokens) for share in shares]
+        ranks = [_padded([(len(rows[i]), costs[i] // len(rows[i])) for i in share], share, max_tokens)
+                 for share in shares]
     count = -(-max(map(len, ranks)) // plan.micro_batch_multiple) * plan.micro_batch_multiple
     return [[sorted(group) for group in _widen(groups, count, costs)] for groups in ranks]
 
@@ -134,7 +142,9 @@ def _packed(costs: list[int], places: list[int], capacity: int) -> list[list[int
 
 
 def _padded(shapes: list[tuple[int, int]], places: list[int], capacity: int) -> list[list[int]]:
-    """Rows of similar length together: the fewest groups, cut from the longest row on. shapes: (samples, width) of each row."""
+    """Rows of similar length together: the fewest groups, cut from the longest row on. shapes: (samples, width) of each
+    row.
+    """
     groups: list[list[int]] = []
     width = samples = 0
     for i in sorted(range(len(shapes)), key=lambda i: -shapes[i][1]):

@@ -1,6 +1,6 @@
 """Several data sets seen as one: samples and rows are numbered through them, one source after the other.
 
-Nothing is copied: a sample is read from its own source. Which row comes when is order.py's matter.
+Nothing is copied: a sample is read from its own source. order.py decides which row comes when.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ IndexedSample = tuple[int, np.ndarray, np.ndarray]  # index, tokens int64 [T], m
 
 
 class Dataset(Protocol):
-    """What a loader asks of a data set. A row is a pack, or with `packing` false a sample (a pair for preference data)."""
+    """What a loader needs from a data set.
+
+    A row is a pack, or with `packing` false a sample (a pair for preference data).
+    """
 
     prefix: str
     task: str
@@ -35,7 +38,7 @@ class Dataset(Protocol):
     def sample(self, i: int) -> IndexedSample: ...
     def pack(self, row: int) -> list[IndexedSample]: ...
     def row_lengths(self, row: int, *, packing: bool) -> list[int]: ...  # tokens of the samples of a row
-    def longest_row(self, *, packing: bool) -> list[int]: ...  # its samples' lengths; padded, all are as long as the longest sample
+    def longest_row(self, *, packing: bool) -> list[int]: ...  # its samples' lengths; padded: all as the longest sample
     def margin(self, pair_index: int) -> float | None: ...
     def label(self, i: int) -> Any: ...
 
@@ -50,18 +53,18 @@ def sources_of(data: Dataset) -> list[Dataset]:
     return data.sources if isinstance(data, Blend) else [data]
 
 
-def describe_samples(data: Dataset, indices: Sequence[int], *, most: int = 20) -> str:
-    """Where samples are, for a message: `sample(s) 3, 17 of data/chat and sample(s) 5 of data/code`."""
-    found: dict[str, list[int]] = {}
+def sample_places(data: Dataset, indices: Sequence[int], *, most: int = 20) -> str:
+    """The places of samples, for a message: `sample(s) 3, 17 of data/chat and sample(s) 5 of data/code`."""
+    numbers_of: dict[str, list[int]] = {}
     for i in sorted(indices)[:most]:
         prefix, inside = data.located(i) if isinstance(data, Blend) else (data.prefix, i)
-        found.setdefault(prefix, []).append(inside)
-    text = " and ".join(f"sample(s) {', '.join(map(str, numbers))} of {prefix}" for prefix, numbers in found.items())
+        numbers_of.setdefault(prefix, []).append(inside)
+    text = " and ".join(f"sample(s) {', '.join(map(str, ns))} of {prefix}" for prefix, ns in numbers_of.items())
     return text + (f" and {len(indices) - most} more" if len(indices) > most else "")
 
 
 def names_of(prefixes: Sequence[str]) -> list[str]:
-    """Short names for logs: the prefix's last part, or all of it where that is not unique."""
+    """Short names for logs: the last part of the prefix, or the whole prefix where that is not unique."""
     short = [os.path.basename(p) for p in prefixes]
     return [s if short.count(s) == 1 else p for s, p in zip(short, prefixes, strict=True)]
 
@@ -70,12 +73,12 @@ class Blend:
     """Two or more data sets that fit together (see `mismatches`), as one Dataset."""
 
     def __init__(self, sources: Sequence[Dataset], *, loss_weights: Sequence[float] | None = None) -> None:
-        """loss_weights: what a token of each source counts in the loss; without them 1."""
+        """loss_weights: what a token of each source counts in the loss; default 1."""
         self.sources = list(sources)
         self.loss_weights = [1.0] * len(self.sources) if loss_weights is None else list(loss_weights)
         self.prefix = " + ".join(s.prefix for s in sources)
         self.task = sources[0].task
-        self.meta = sources[0].meta  # for what all of them agree in
+        self.meta = sources[0].meta  # all sources agree in what is read from it
         self._samples = np.cumsum([0, *(s.num_samples for s in sources)]).tolist()
         self._packs = np.cumsum([0, *(s.num_packs for s in sources)]).tolist()
         self.num_samples, self.num_packs = self._samples[-1], self._packs[-1]
@@ -106,7 +109,7 @@ class Blend:
         return source.prefix, inside
 
     def loss_weight(self, i: int) -> float:
-        """Of the source of sample i."""
+        """What a token of sample i counts in the loss."""
         return self.loss_weights[bisect_right(self._samples, i) - 1]
 
     def row_lengths(self, row: int, *, packing: bool) -> list[int]:
@@ -128,20 +131,22 @@ class Blend:
 
 
 def mismatches(sources: Sequence[Dataset], *, key: str) -> list[DataError]:
-    """Everything in which the sources of a blend differ from its first one and must not; both sides are named."""
+    """One error for each property in which a source differs from the first and must not; it names both sides."""
     compared: tuple[tuple[str, Callable[[Dataset], Any], Callable[[Dataset], Any], str | None], ...] = (
         ("task", lambda d: d.task, lambda d: d.task, None),
-        ("seq_length", lambda d: d.meta["seq_length"], lambda d: d.meta["seq_length"], "one --seq-length for all of them"),
+        ("seq_length", lambda d: d.meta["seq_length"], lambda d: d.meta["seq_length"],
+         "one --seq-length for all of them"),
         ("tokenizer", lambda d: d.meta["tokenizer_fingerprint"], _tokenizer, "one --tokenizer for all of them"),
-        ("margins", _has_margins, _has_margins, "a margin in every source or in none"),
+        ("margins", _has_margins, _has_margins, "a margin in every source or in none")
     )
-    first, found = sources[0], []
+    first, errors = sources[0], []
     for other in sources[1:]:
         for what, value, shown, fix in compared:
             if None not in (value(first), value(other)) and value(first) != value(other):
-                text = f"the sources differ in {what}: {first.prefix} has {shown(first)}, {other.prefix} has {shown(other)}"
-                found.append(DataError(text, where=key, expected="sources that were made alike", fix=fix))
-    return found
+                sides = f"{first.prefix} has {shown(first)}, {other.prefix} has {shown(other)}"
+                text = f"the sources differ in {what}: {sides}"
+                errors.append(DataError(text, where=key, expected="sources that were made alike", fix=fix))
+    return errors
 
 
 def _tokenizer(data: Dataset) -> str:

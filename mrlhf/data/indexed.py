@@ -8,8 +8,9 @@ A *sequence* is one sample, a *document* is one pack. A set of files with one PR
     PREFIX_labels.jsonl         one JSON value a prompt; prompts only
     PREFIX.json                 metadata; written last, so where it exists the set is whole
 
-.idx: b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 number of sequences, u64 number of document indices (documents + 1),
-int32 lengths [sequences], int64 byte offsets [sequences], int64 document indices [documents + 1]. Little-endian.
+.idx: b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 number of sequences,
+u64 number of document indices (documents + 1), int32 lengths [sequences], int64 byte offsets [sequences],
+int64 document indices [documents + 1]. Little-endian.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _CODES: dict[int, np.dtype] = dict(
     enumerate(map(np.dtype, ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")), start=1)
 )
 _ANY = tuple(_CODES[code].name for code in _CODES)
-_TOKENS, _MASK, _MARGIN = ("uint16", "int32"), ("uint8",), ("float32",)  # what each part of a set is written in
-_CHUNK = 1 << 20  # entries of an index looked at together, so that checking it takes little memory
+_TOKENS, _MASK, _MARGIN = ("uint16", "int32"), ("uint8",), ("float32",)  # data types of the parts of a set
+_CHUNK = 1 << 20  # entries of an index checked at once, which takes little memory
 CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 _SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"')
 _REMAKE = "make the data again with tools/preprocess_data.py --overwrite"
@@ -48,18 +49,18 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def seal(meta: dict[str, Any]) -> bytes:
-    """The text of PREFIX.json: `meta` and, under "seal", the SHA-256 of that text with zeros in the seal's own place."""
+    """The text of PREFIX.json: `meta` and, under "seal", the SHA-256 of that text with zeros in place of the seal."""
     text = msgspec.json.format(msgspec.json.encode({**meta, "seal": "0" * 64}), indent=1) + b"\n"
     return _SEAL.sub(b'"seal": "%s"' % hashlib.sha256(text).hexdigest().encode(), text)
 
 
 def _is_sealed(text: bytes) -> bool:
-    """False where any byte differs from what was written."""
-    found = _SEAL.search(text)
-    if found is None:
+    """False where any byte of PREFIX.json has changed."""
+    match = _SEAL.search(text)
+    if match is None:
         return False
-    blank = text[: found.start(1)] + b"0" * 64 + text[found.end(1) :]
-    return hashlib.sha256(blank).hexdigest().encode() == found.group(1)
+    blank = text[: match.start(1)] + b"0" * 64 + text[match.end(1) :]
+    return hashlib.sha256(blank).hexdigest().encode() == match.group(1)
 
 
 class IndexedReader:
@@ -68,8 +69,8 @@ class IndexedReader:
     lengths     int32 [sequences]
     doc_index   int64 [documents + 1]
 
-    `dtypes`: the only ones accepted; `empty`: sequences and documents without a token are (Megatron writes them). Raises DataError.
-    Opening reads the index once (20 bytes a sequence) in chunks; nothing of it is copied.
+    `dtypes`: the accepted data types. `empty`: accept sequences and documents without a token, which Megatron writes.
+    Opening reads the index once (20 bytes a sequence) in chunks and copies nothing. Raises DataError.
     """
 
     def __init__(self, prefix: str, *, dtypes: Sequence[str] = _ANY, empty: bool = False):
@@ -77,24 +78,7 @@ class IndexedReader:
         for path in (bin_path, idx_path):
             if not os.path.isfile(path):
                 raise DataError("file is missing", where=path, fix=f"copy it here, or {_REMAKE}")
-        with open(idx_path, "rb") as file:
-            header = file.read(HEADER.size)
-        if len(header) < HEADER.size or header[:9] != MAGIC:
-            raise DataError("not a Megatron index file", where=idx_path, expected="the magic bytes MMIDIDX", fix=_REMAKE)
-        _, version, code, sequences, indices = HEADER.unpack(header)
-        if version != 1 or code not in _CODES or _CODES[code].name not in dtypes:
-            raise DataError(
-                f"index version {version} with data type code {code} is not supported",
-                where=idx_path,
-                expected=f"version 1 and one of {', '.join(f'{c} ({d.name})' for c, d in _CODES.items() if d.name in dtypes)}",
-                fix=_REMAKE,
-            )
-        size, expected = os.path.getsize(idx_path), HEADER.size + 12 * sequences + 8 * indices
-        if size != expected:
-            raise DataError(f"index has {size:,} bytes, its header promises {expected:,}: truncated or damaged", where=idx_path, fix=_REMAKE)
-        if not sequences or not indices:
-            raise DataError("index of no sequences", where=idx_path, fix=_REMAKE)
-        self.dtype = _CODES[code]
+        self.dtype, sequences, indices = self._read_header(idx_path, dtypes)
         index = np.memmap(idx_path, np.uint8, "r")
         self.lengths = np.ndarray(sequences, "<i4", index, HEADER.size)
         self._pointers = np.ndarray(sequences, "<i8", index, HEADER.size + 4 * sequences)
@@ -102,12 +86,31 @@ class IndexedReader:
         self.num_tokens = self._check_index(idx_path, least=0 if empty else 1)
         size, wanted = os.path.getsize(bin_path), self.num_tokens * self.dtype.itemsize
         if size != wanted:
-            raise DataError(
-                f"file has {size:,} bytes, its index promises {wanted:,}: {'truncated' if size < wanted else 'damaged'}",
-                where=bin_path,
-                fix=f"copy it again, or {_REMAKE}",
-            )
-        self._values = np.memmap(bin_path, dtype=self.dtype.newbyteorder("<"), mode="r") if size else np.empty(0, self.dtype)
+            state = "truncated" if size < wanted else "damaged"
+            raise DataError(f"file has {size:,} bytes, its index promises {wanted:,}: {state}", where=bin_path,
+                            fix=f"copy it again, or {_REMAKE}")
+        little_endian = self.dtype.newbyteorder("<")
+        self._values = np.memmap(bin_path, little_endian, "r") if size else np.empty(0, self.dtype)
+
+    @staticmethod
+    def _read_header(idx_path: str, dtypes: Sequence[str]) -> tuple[np.dtype, int, int]:
+        """The data type and the numbers of sequences and of document indices, which the file's size must fit."""
+        with open(idx_path, "rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size or header[:9] != MAGIC:
+            raise DataError("not a Megatron index file", where=idx_path, expected="the bytes MMIDIDX", fix=_REMAKE)
+        _, version, code, sequences, indices = HEADER.unpack(header)
+        if version != 1 or code not in _CODES or _CODES[code].name not in dtypes:
+            readable = ", ".join(f"{c} ({d.name})" for c, d in _CODES.items() if d.name in dtypes)
+            raise DataError(f"index version {version} with data type code {code} is not supported", where=idx_path,
+                            expected=f"version 1 and one of {readable}", fix=_REMAKE)
+        size, expected = os.path.getsize(idx_path), HEADER.size + 12 * sequences + 8 * indices
+        if size != expected:
+            raise DataError(f"index has {size:,} bytes, its header promises {expected:,}: truncated or damaged",
+                            where=idx_path, fix=_REMAKE)
+        if not sequences or not indices:
+            raise DataError("index of no sequences", where=idx_path, fix=_REMAKE)
+        return _CODES[code], sequences, indices
 
     def _check_index(self, idx_path: str, *, least: int) -> int:
         """Total length of the sequences. DataError where the index contradicts itself."""
@@ -115,12 +118,14 @@ class IndexedReader:
         for at in range(0, len(self.lengths), _CHUNK):
             lengths = self.lengths[at : at + _CHUNK].astype(np.int64)
             ends = end + np.cumsum(lengths)
-            sound &= lengths.min() >= least and np.array_equal(self._pointers[at : at + _CHUNK], (ends - lengths) * self.dtype.itemsize)
+            offsets = (ends - lengths) * self.dtype.itemsize
+            sound &= lengths.min() >= least and np.array_equal(self._pointers[at : at + _CHUNK], offsets)
             end = int(ends[-1])
         for at in range(0, len(self.doc_index) - 1, _CHUNK):
             sound &= np.diff(self.doc_index[at : at + _CHUNK + 1]).min() >= least
         if not sound:
-            raise DataError("lengths, byte offsets and document indices contradict each other: damaged", where=idx_path, fix=_REMAKE)
+            raise DataError("lengths, byte offsets and document indices contradict each other: damaged", where=idx_path,
+                            fix=_REMAKE)
         return end
 
     def __len__(self) -> int:
@@ -134,42 +139,44 @@ class IndexedReader:
         return self._values[start : start + self.lengths[i]]
 
     def start(self, i: int) -> int:
-        """Where sequence i begins among the items of the .bin; their number for i = len(self)."""
+        """Index of the first token of sequence i in the .bin; for i = len(self), the number of tokens."""
         return int(self._pointers[i]) // self.dtype.itemsize if i < len(self.lengths) else self.num_tokens
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
-        """The same for many sequences."""
+        """`start` for many sequences: int64, the shape of `indices`."""
         inside = self._pointers[np.minimum(indices, len(self.lengths) - 1)] // self.dtype.itemsize
         return np.where(indices < len(self.lengths), inside, self.num_tokens)
 
     def span(self, start: int, end: int) -> np.ndarray:
-        """Items of the .bin, a view of the file."""
+        """Tokens start .. end - 1 of the .bin, a view of the file."""
         return self._values[start:end]
 
 
 def _agree(test: Callable[..., np.ndarray | np.bool], *arrays: np.ndarray) -> bool:
-    """Whether arrays of one length pass `test` (of their slices) everywhere; in chunks, so that it takes little memory."""
+    """Whether the arrays have one length and pass `test` everywhere. Tests slices, which takes little memory."""
     if len({len(a) for a in arrays}) > 1:
         return False
     return all(bool(np.all(test(*(a[at : at + _CHUNK] for a in arrays)))) for at in range(0, len(arrays[0]), _CHUNK))
 
 
 class PackedDataset:
-    """What tools/preprocess_data.py wrote: samples grouped in packs. Open with `PackedDataset.open(prefix)`.
+    """A set written by tools/preprocess_data.py: samples grouped in packs. Open with `PackedDataset.open(prefix)`.
 
     meta         dict, the content of PREFIX.json
     task         "pretrain", "sft", "preference" or "prompts"
-    num_packs    documents; num_samples: sequences (preference: chosen, rejected, chosen, rejected, ... inside each pack)
-    num_tokens   of all samples; max_length: of the longest
+    num_packs    number of documents
+    num_samples  number of sequences (preference: chosen, rejected, chosen, rejected, ... inside each pack)
+    num_tokens   tokens of all samples; max_length: tokens of the longest
     lengths      int32 [num_samples], tokens a sample
     doc_index    int64 [num_packs + 1]; the samples of pack i are doc_index[i] .. doc_index[i + 1] - 1
     has_mask     false for prompts
 
-    Opening costs one pass over the indices (20 bytes a sample each) and finds every changed byte in them and in PREFIX.json; tokens
-    and indices stay on the disk until asked for.
+    Opening costs one pass over the indices (20 bytes a sample each) and finds every changed byte in them and in
+    PREFIX.json. Tokens and indices stay on the disk until they are read.
     """
 
-    def __init__(self, prefix: str, meta: dict[str, Any], ids: IndexedReader, mask: IndexedReader | None, margin: IndexedReader | None):
+    def __init__(self, prefix: str, meta: dict[str, Any], ids: IndexedReader, mask: IndexedReader | None,
+                 margin: IndexedReader | None):
         self.prefix, self.meta = prefix, meta
         self.task: str = meta["task"]
         self._ids, self._mask, self._margin = ids, mask, margin
@@ -182,9 +189,9 @@ class PackedDataset:
 
     @classmethod
     def open(cls, prefix: str | Path, *, verify: bool = False) -> PackedDataset:
-        """Open PREFIX after checking that every file is there, has the size its index promises and that the siblings agree.
+        """Open PREFIX. Checks that all files exist, have the sizes that the indices promise, and agree with each other.
 
-        `verify` also compares the SHA-256 of every file with PREFIX.json (reads all of it). Raises DataError.
+        `verify` also reads all files and compares their SHA-256 with PREFIX.json. Raises DataError.
         """
         prefix = str(prefix)
         meta = read_meta(prefix)
@@ -194,7 +201,8 @@ class PackedDataset:
         ids = IndexedReader(prefix, dtypes=_TOKENS)
         mask = IndexedReader(prefix + "_loss_mask", dtypes=_MASK) if "_loss_mask.bin" in files else None
         margin = IndexedReader(prefix + "_margin", dtypes=_MARGIN) if "_margin.bin" in files else None
-        whole = {"num_samples": meta["num_samples"] == len(ids), "num_packs": meta["num_packs"] == len(ids.doc_index) - 1}
+        whole = {"num_samples": meta["num_samples"] == len(ids),
+                 "num_packs": meta["num_packs"] == len(ids.doc_index) - 1}
         if mask is not None:
             whole["sample lengths"] = _agree(np.equal, ids.lengths, mask.lengths)
             whole["packs"] = _agree(np.equal, ids.doc_index, mask.doc_index)
@@ -204,33 +212,30 @@ class PackedDataset:
             whole["margins"] = _agree(lambda a, b: a == 2 * b, ids.doc_index, margin.doc_index)
         for name, agrees in whole.items():
             if not agrees:
-                raise DataError(
-                    f"{name} of {prefix}{{.idx,.json}} and its siblings disagree: files of different runs, or a damaged index",
-                    where=prefix,
-                    fix=_REMAKE,
-                )
+                what = f"{name} of {prefix}{{.idx,.json}} and its siblings disagree"
+                raise DataError(f"{what}: files of different runs, or a damaged index", where=prefix, fix=_REMAKE)
         return cls(prefix, meta, ids, mask, margin)
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return PackedDataset.open, (self.prefix,)  # a worker process maps the files anew instead of receiving their content
+        return PackedDataset.open, (self.prefix,)  # a worker process maps the files instead of receiving their content
 
     @property
     def has_mask(self) -> bool:
         return self._mask is not None
 
     def block(self, first_pack: int, end_pack: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Of consecutive packs, views of the files: ids, mask (None for prompts), and the lengths of their samples."""
+        """Consecutive packs as views of the files: ids [T], mask [T] (None for prompts), lengths of the samples."""
         first, end = int(self.doc_index[first_pack]), int(self.doc_index[end_pack])
         span = self._ids.start(first), self._ids.start(end)
         return self._ids.span(*span), None if self._mask is None else self._mask.span(*span), self.lengths[first:end]
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the checksums of the files: the same for every copy of the data, another for any change in it."""
+        """SHA-256 over the checksums of the files. Copies of the data share it; any change of the data changes it."""
         return hashlib.sha256(msgspec.json.encode(self.meta["files"], order="sorted")).hexdigest()
 
     def sample(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """(i, tokens, mask); prompts have a mask of zeros: nothing in them is trained."""
+        """(i, tokens, mask); the mask of a prompt is zero: nothing in it is trained."""
         return i, self.tokens(i), self.mask(i) if self.has_mask else np.zeros(self.lengths[i], np.uint8)
 
     def pack(self, row: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -240,11 +245,11 @@ class PackedDataset:
     def row_lengths(self, row: int, *, packing: bool) -> list[int]:
         """Tokens of the samples of one row: a pack's, or with `packing` false a sample's or both of a pair's."""
         group = 2 if self.task == "preference" else 1
-        first, end = (int(self.doc_index[row]), int(self.doc_index[row + 1])) if packing else (row * group, (row + 1) * group)
+        first, end = self.doc_index[row : row + 2].tolist() if packing else (row * group, (row + 1) * group)
         return self.lengths[first:end].tolist()
 
     def longest_row(self, *, packing: bool) -> list[int]:
-        """Lengths of the row that takes the most tokens with its padding. Packed: reads the lengths of all samples."""
+        """Lengths of the row with the most tokens, padding included. Packed: reads the lengths of all samples."""
         if packing:
             return self.row_lengths(int(np.add.reduceat(self.lengths, self.doc_index[:-1]).argmax()), packing=True)
         return [self.max_length] * (2 if self.task == "preference" else 1)
@@ -254,9 +259,10 @@ class PackedDataset:
         return self._ids[i].astype(np.int64)
 
     def mask(self, i: int) -> np.ndarray:
-        """Loss mask of sample i: uint8 [lengths[i]], 1 where that token is trained; a copy. DataError for prompts, which have none."""
+        """Loss mask of sample i: uint8 [lengths[i]], 1 for a trained token; a copy. Raises DataError for prompts."""
         if self._mask is None:
-            raise DataError(f"{self.task} data has no loss mask", where=self.prefix, expected="pretrain, sft or preference data")
+            raise DataError(f"{self.task} data has no loss mask", where=self.prefix,
+                            expected="pretrain, sft or preference data")
         return np.array(self._mask[i])
 
     def margin(self, pair_index: int) -> float | None:
@@ -284,41 +290,36 @@ class PackedDataset:
 
 
 def file_problems(prefix: str, meta: dict[str, Any], *, verify: bool) -> Iterator[DataError]:
-    """Files of the set that are missing or not of the size in PREFIX.json, or (`verify`) not of the SHA-256 there."""
+    """Files that are missing, or differ from PREFIX.json in size or (`verify`) SHA-256."""
     for suffix, digest in meta["files"].items():
         path = Path(prefix + suffix)
         if not path.is_file():
             yield DataError("file is missing", where=str(path), fix=f"copy it here, or {_REMAKE}")
         elif path.stat().st_size != digest["bytes"]:
-            yield DataError(
-                f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}: truncated or of another run",
-                where=str(path),
-                fix=f"copy it again, or {_REMAKE}",
-            )
+            what = f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}"
+            yield DataError(f"{what}: truncated or of another run", where=str(path), fix=f"copy it again, or {_REMAKE}")
         elif verify and sha256_of(path) != digest["sha256"]:
-            yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path), fix=f"copy it again, or {_REMAKE}")
+            yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path),
+                            fix=f"copy it again, or {_REMAKE}")
 
 
 def read_meta(prefix: str) -> dict[str, Any]:
-    """The content of PREFIX.json, found whole. Raises DataError."""
+    """The content of PREFIX.json, whose checksum must fit. Raises DataError."""
     path = Path(prefix + ".json")
     if not path.is_file():
         for ending in (".bin", ".idx", ".json"):
             if prefix.endswith(ending) and Path(prefix.removesuffix(ending) + ".json").is_file():
-                raise DataError(f"{prefix} is a file of the set", where=prefix, expected="the prefix", fix=f"leave out {ending}")
+                raise DataError(f"{prefix} is a file of the set", where=prefix, expected="the prefix",
+                                fix=f"leave out {ending}")
         if Path(prefix + ".bin").exists():
             raise DataError(
                 "PREFIX.json is missing: the files were not made by, or not finished by, tools/preprocess_data.py",
                 where=str(path),
-                expected="its output; plain text of Megatron-LM's own tool has no loss masks and serves the stage pretrain alone",
+                expected="its output; data of Megatron-LM's own tool has no loss masks and serves pretraining alone",
                 fix=_REMAKE,
             )
-        raise DataError(
-            "no such dataset",
-            where=str(path),
-            expected="a prefix written by tools/preprocess_data.py",
-            fix="--output-prefix of that command",
-        )
+        raise DataError("no such dataset", where=str(path), expected="a prefix written by tools/preprocess_data.py",
+                        fix="--output-prefix of that command")
     text = path.read_bytes()
     try:
         meta = msgspec.json.decode(text)
@@ -329,16 +330,14 @@ def read_meta(prefix: str) -> dict[str, Any]:
     if missing:
         raise DataError(f"not the metadata of a dataset: {', '.join(missing)} missing", where=str(path), fix=_REMAKE)
     if meta["format"] != FORMAT_VERSION:
-        raise DataError(
-            f"written in format {meta['format']} by {meta.get('version')}",
-            where=str(path),
-            expected=f"format {FORMAT_VERSION}",
-            fix=_REMAKE,
-        )
+        raise DataError(f"written in format {meta['format']} by {meta.get('version')}", where=str(path),
+                        expected=f"format {FORMAT_VERSION}", fix=_REMAKE)
     if "seal" not in meta:
-        raise DataError("it has no checksum of its own: written by an earlier version, or damaged", where=str(path), fix=_REMAKE)
+        raise DataError("it has no checksum of its own: written by an earlier version, or damaged", where=str(path),
+                        fix=_REMAKE)
     if not _is_sealed(text):
-        raise DataError("checksum differs from its own: the file is damaged or was edited", where=str(path), fix=f"copy it again, or {_REMAKE}")
+        raise DataError("checksum differs from its own: the file is damaged or was edited", where=str(path),
+                        fix=f"copy it again, or {_REMAKE}")
     del meta["seal"]
     return meta
 

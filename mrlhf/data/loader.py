@@ -20,7 +20,9 @@ from mrlhf.data.blend import Blend, Dataset, rows_of
 
 @dataclass(frozen=True)
 class Sample:
-    """`mask[t]` = 1 where token t is trained; `index` in the dataset; weight: what it counts in the loss, 0 = a filler that counts nowhere."""
+    """`mask[t]` = 1 where token t is trained; `index` in the dataset; weight: what it counts in the loss, 0 = a filler
+    that counts nowhere.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -44,8 +46,9 @@ class MicroBatch:
     max_seqlen: int
     attention_mask: torch.Tensor | None
     place_BT: torch.Tensor | None = None  # rollouts: which token of its answer a position predicts
-    # a context-parallel rank's part: the [B, T] fields hold tokens first .. first + T of every row, and last_N is -1 where the sample
-    # ends on another rank; cu_seqlens and attention_mask stay those of the whole rows; over_ranks sums over the ranks, with gradient
+    # a context-parallel rank's part: the [B, T] fields hold tokens first .. first + T of every row, and last_N is -1
+    # where the sample ends on another rank; cu_seqlens and attention_mask stay those of the whole rows; over_ranks sums
+    # over the ranks, with gradient
     first: int = 0
     over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
     ptx: bool = False  # of the pretraining data that is mixed into an update of PPO's actor
@@ -75,7 +78,8 @@ class MicroBatch:
     def split(self, x_BT: torch.Tensor) -> list[torch.Tensor]:
         """Each sample's own values, first token first."""
         flat = x_BT.reshape(-1)
-        return [flat[last - length + 1 : last + 1] for last, length in zip(self.last_N.tolist(), self.lengths, strict=True)]
+        return [flat[last - length + 1 : last + 1]
+                for last, length in zip(self.last_N.tolist(), self.lengths, strict=True)]
 
 
 def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padding_side: str = "right") -> MicroBatch:
@@ -111,26 +115,25 @@ def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padd
     elif padding_side == "left":
         real = torch.from_numpy(segments.reshape(rows, width) < n)
         # a padding query looks at itself, or its softmax would have nothing to sum over
-        may_look = (real[:, None, :] & torch.ones(width, width, dtype=torch.bool).tril()) | torch.eye(width, dtype=torch.bool)
+        may_look = (real[:, None, :] & torch.ones(width, width, dtype=torch.bool).tril()) | torch.eye(
+            width, dtype=torch.bool
+        )
         attention_mask = ~may_look[:, None]
     shape = (rows, width)
     return MicroBatch(
-        tokens_BT=torch.from_numpy(tokens.reshape(shape)),
-        targets_BT=torch.from_numpy(targets.reshape(shape)),
-        mask_BT=torch.from_numpy(mask.reshape(shape)),
-        segments_BT=torch.from_numpy(segments.reshape(shape)),
+        tokens_BT=torch.from_numpy(tokens.reshape(shape)), targets_BT=torch.from_numpy(targets.reshape(shape)),
+        mask_BT=torch.from_numpy(mask.reshape(shape)), segments_BT=torch.from_numpy(segments.reshape(shape)),
         last_N=torch.from_numpy(np.asarray(starts) + np.array(lengths) - 1),
         weights_N=torch.tensor([s.weight for s in samples], dtype=torch.float32),
-        index_N=torch.tensor([s.index for s in samples]),
-        lengths=tuple(lengths),
-        cu_seqlens=cu,
-        max_seqlen=max_seqlen,
-        attention_mask=attention_mask,
+        index_N=torch.tensor([s.index for s in samples]), lengths=tuple(lengths), cu_seqlens=cu, max_seqlen=max_seqlen,
+        attention_mask=attention_mask
     )
 
 
 class Loader:
-    """Micro-batches of this data-parallel rank, by a BatchPlan. A row is a pack, or a sample (a pair for preference data)."""
+    """Micro-batches of this data-parallel rank, by a BatchPlan. A row is a pack, or a sample (a pair for preference
+    data).
+    """
 
     def __init__(self, dataset: Dataset, plan: BatchPlan) -> None:
         self.dataset, self.plan = dataset, plan
@@ -144,8 +147,8 @@ class Loader:
         """Of one row; row -1 is a filler: the first row with weight 0. Prompts have no mask: nothing is trained."""
         is_real, row = row >= 0, max(row, 0)
         d, first = self.dataset, row * self.group
-        found = d.pack(row) if self.plan.packing else [d.sample(i) for i in range(first, first + self.group)]
-        return [Sample(tokens, mask, i, self._weight(i) if is_real else 0.0) for i, tokens, mask in found]
+        samples = d.pack(row) if self.plan.packing else [d.sample(i) for i in range(first, first + self.group)]
+        return [Sample(tokens, mask, i, self._weight(i) if is_real else 0.0) for i, tokens, mask in samples]
 
     def _weight(self, i: int) -> float:
         return self.dataset.loss_weight(i) if isinstance(self.dataset, Blend) else 1.0

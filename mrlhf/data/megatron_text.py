@@ -1,10 +1,10 @@
-"""Plain text made by Megatron-LM's own tools/preprocess_data.py (`..._text_document.bin/.idx`), read as pretraining data.
+"""Pretraining data in files of Megatron-LM's own tools/preprocess_data.py (`..._text_document.bin/.idx`).
 
-A document is a text; there is no mask, no PREFIX.json and no word of the tokenizer. With L = data.seq_length, pack r is the tokens
-[r L, (r + 1) L) of the .bin, documents in file order (the last pack may be shorter). Where a document begins in a pack, a new sample
-begins; a document that reaches over a pack's end goes on in the next pack as another sample. So every token stands in exactly one
-sample, packs are full, no sample is longer than L, and as everywhere no token is predicted from another document: the first token of a
-sample is not trained, the others are.
+A document is one text. The files hold no mask, no PREFIX.json and no name of the tokenizer. With L = data.seq_length,
+pack r is the tokens [r L, (r + 1) L) of the .bin, documents in file order; the last pack may be shorter. A new sample
+begins with each document and with each pack, so a document that crosses the end of a pack continues in another sample.
+Every token stands in exactly one sample, packs are full, and no sample is longer than L. No token is predicted from
+another document: the first token of a sample is not trained, the others are.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from mrlhf.errors import DataError
 
 _DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16")
 _CHUNK = 1 << 20
-_PROBES = 64  # packs whose ids are looked at before a run
+_PROBES = 64  # packs whose ids are checked before a run
 
 
 def is_megatron(prefix: str) -> bool:
-    """Whether PREFIX is a .bin/.idx pair alone. A set that tools/preprocess_data.py did not finish is none."""
+    """Whether PREFIX is a .bin/.idx pair alone, and no unfinished set of our tools/preprocess_data.py."""
     path = Path(prefix)
     ours = Path(f"{prefix}.json").exists() or any(path.parent.glob(f"{path.name}_loss_mask.*"))
     jobs = [work.name[1 : -len(".work")] for work in path.parent.glob(".*.work")]
@@ -35,10 +35,12 @@ def is_megatron(prefix: str) -> bool:
 
 
 class MegatronText:
-    """See the module's text; a Dataset of blend.py. Opening reads the index once in chunks and the ids of a few packs; memory: 8 bytes
-    for each document that begins exactly where a pack does (and 8 for each document where some are empty).
+    """The data set that the module describes (a Dataset of blend.py).
 
-    Raises DataError for a damaged index, a data type that holds no ids, and, here or when it is read, an id of `vocab_size` or more.
+    Opening reads the index once in chunks, and the ids of a few packs. Memory: 8 bytes for each document that begins
+    exactly where a pack does, and 8 for each document where some are empty.
+    Raises DataError for a damaged index, a data type that holds no ids, and, at opening or reading, an id outside
+    [0, vocab_size).
     """
 
     task = "pretrain"
@@ -55,12 +57,13 @@ class MegatronText:
         self.max_length = min(longest, seq_length)
         self.num_documents = len(self._documents)
         self.num_samples = self.num_documents + self.num_packs - len(self._aligned)
-        self.meta: dict[str, Any] = {"task": "pretrain", "seq_length": seq_length, "tokenizer": None, "tokenizer_fingerprint": None}
+        self.meta: dict[str, Any] = {"task": "pretrain", "seq_length": seq_length, "tokenizer": None,
+                                     "tokenizer_fingerprint": None}
         for row in np.unique(np.linspace(0, self.num_packs - 1, _PROBES).astype(int)).tolist():
             self._read(row)
 
     def _read_documents(self) -> int:
-        """Finds the documents with tokens, and the packs that begin with a document. Returns the longest document's length."""
+        """Find the documents with tokens, and the packs that begin with a document; returns the longest length."""
         index, longest, kept, aligned = self._ids.doc_index, 0, [], []
         for at in range(0, len(index) - 1, _CHUNK):
             firsts = index[at : at + _CHUNK + 1]
@@ -78,15 +81,14 @@ class MegatronText:
 
     @property
     def note(self) -> str:
-        """What a user should know about the data before the run."""
-        return (
-            f"note: {self.prefix} is Megatron-LM's own data: {self.num_documents:,} documents, {self.num_tokens:,} tokens in packs of "
-            f"{self.seq_length:,}. It does not say which tokenizer made it; only that its ids are below {self.vocab_size:,} is checked"
-        )
+        """A note for the user before the run."""
+        size = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens in packs of {self.seq_length:,}"
+        return (f"note: {self.prefix} is Megatron-LM's own data: {size}. It does not say which tokenizer made it; "
+                f"only that its ids are below {self.vocab_size:,} is checked")
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 over the index's first and last MiB and the number of tokens; these files hold no checksum of their tokens."""
+        """SHA-256 over the first and last MiB of the index and the number of tokens. The files hold no checksums."""
         with open(f"{self.prefix}.idx", "rb") as file:
             head = file.read(1 << 20)
             file.seek(max(0, Path(f"{self.prefix}.idx").stat().st_size - (1 << 20)))
@@ -96,20 +98,21 @@ class MegatronText:
         return self._ids.start(int(self._documents[document]))
 
     def _first_sample(self, row: int) -> int:
-        """Number of the first sample of a pack: one for each document and each pack that begin before it, where both do once."""
+        """Number of the first sample of a pack: the count of places before it where a document or a pack begins."""
         before = bisect_left(range(self.num_documents), row * self.seq_length, key=self._start)
         return before + row - int(np.searchsorted(self._aligned, row))
 
     def _read(self, row: int) -> np.ndarray:
-        tokens = self._ids.span(row * self.seq_length, min((row + 1) * self.seq_length, self.num_tokens)).astype(np.int64)
+        tokens = self._ids.span(row * self.seq_length, min((row + 1) * self.seq_length, self.num_tokens)).astype(
+            np.int64
+        )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
-            raise DataError(
-                f"token id {low if low < 0 else high} at tokens {row * self.seq_length:,} to {(row + 1) * self.seq_length:,}",
-                where=f"{self.prefix}.bin",
-                expected=f"ids of the model's vocabulary, 0 to {self.vocab_size - 1:,}",
-                fix="data made with the model's tokenizer",
-            )
+            first = row * self.seq_length
+            raise DataError(f"token id {low if low < 0 else high} at tokens {first:,} to {first + self.seq_length:,}",
+                            where=f"{self.prefix}.bin",
+                            expected=f"ids of the model's vocabulary, 0 to {self.vocab_size - 1:,}",
+                            fix="data made with the model's tokenizer")
         return tokens
 
     def pack(self, row: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -121,7 +124,8 @@ class MegatronText:
             cuts.append(start - begin)
             document += 1
         pieces = np.split(tokens, cuts)
-        return [(i, piece, (np.arange(len(piece)) > 0).astype(np.uint8)) for i, piece in enumerate(pieces, self._first_sample(row))]
+        return [(i, piece, (np.arange(len(piece)) > 0).astype(np.uint8))
+                for i, piece in enumerate(pieces, self._first_sample(row))]
 
     def sample(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
         """One sample by its number: O(log packs x log documents)."""
@@ -129,7 +133,7 @@ class MegatronText:
         return self.pack(row)[i - self._first_sample(row)]
 
     def row_lengths(self, row: int, *, packing: bool) -> list[int]:
-        """Tokens of the samples of one row, which are read for it."""
+        """Tokens of the samples of one row. Reads the row."""
         return [len(tokens) for _, tokens, _ in (self.pack(row) if packing else [self.sample(row)])]
 
     def longest_row(self, *, packing: bool) -> list[int]:

@@ -1,18 +1,20 @@
-"""The order in which a run meets the rows of its sources: a pure function of (seed, position), for any number of ranks.
+"""The order of rows in a run over several sources: a pure function of (seed, position), equal for any number of ranks.
 
-Two parts, and no index of the whole:
+It has two parts and no index of all rows:
 
-`Interleave`  which source the row at position p comes from. With integer shares c_s (N = sum c_s), row k of source s may stand at
-              floor(k N / c_s) or later and must stand before ceil((k + 1) N / c_s); of the rows that may, the one with the earliest
-              deadline is taken. Unit jobs whose shares sum to one always meet their deadlines this way, so that after every p rows
-              source s has given floor(c_s p / N) or ceil(c_s p / N) of them: less than one row off its share at every position, and
-              exactly c_s rows every N. (Taking the source that is most behind, as Megatron does, goes beyond one row with five sources
-              or more; so do the divisor methods, which would give the source of any position directly.)
-`permute`     the row within a source's epoch: a drawn permutation up to a million rows, a keyed bijection computed on the fly above.
+`Interleave`  which source the row at position p comes from. With integer shares c_s (N = sum c_s), row k of source s
+              has the release floor(k N / c_s) and the deadline ceil((k + 1) N / c_s); among the released rows the one
+              with the earliest deadline is taken. Unit jobs whose shares sum to one always meet their deadlines this
+              way, so after p rows source s has given floor(c_s p / N) or ceil(c_s p / N) of them: less than one row
+              off its share at every position, and exactly c_s rows every N. (Taking the source that is most behind, as
+              Megatron does, exceeds one row with five sources or more; so do the divisor methods, which would give the
+              source of any position directly.)
+`permute`     the row within an epoch of a source: a drawn permutation up to a million rows, above that a keyed
+              bijection computed on the fly.
 
-Cost: start O(sources), whatever the number of rows; a row O(sources) in plain Python (one or two microseconds); memory 4 MB a source
-at most. A run that goes on at position p takes the counts there from its checkpoint, checked against the bound above; without them
-they are counted anew from the start of the current cycle of N rows.
+Cost: start O(sources) for any number of rows; a row O(sources) in plain Python (one or two microseconds); memory at
+most 4 MB a source. A run that resumes at position p takes the counts from its checkpoint and checks them against the
+bound above; without them it counts from the start of the current cycle of N rows.
 """
 
 from __future__ import annotations
@@ -43,29 +45,32 @@ class Mix:
         return cls((rows,), (1,), rows)
 
     @classmethod
-    def of(cls, rows: Sequence[int], weights: Sequence[float | None], epochs: Sequence[float | None]) -> Mix:
+    def from_weights(cls, rows: Sequence[int], weights: Sequence[float | None], epochs: Sequence[float | None]) -> Mix:
         """Without weights, a pass takes epochs (default 1) x rows from every source, exactly.
 
-        With weights, they are the shares of the rows; a pass ends where the first source that has `epochs` has been passed that often,
-        and where none has, after as many rows as all sources have together. Weights are given for all sources or for none.
+        Weights are the shares of the rows. A pass then ends when the first source that has `epochs` has been passed
+        that often; where none has, after as many rows as all sources have together. Give weights for all sources or for
+        none.
         """
         if all(w is None for w in weights):
             counts = tuple(max(1, round(n * _exact(e))) for n, e in zip(rows, epochs, strict=True))
             return cls(tuple(rows), counts, sum(counts))
         shares = [_exact(w) for w in weights]
         scale = math.lcm(*(s.denominator for s in shares))
-        limits = [n * _exact(e) * sum(shares) / s for n, e, s in zip(rows, epochs, shares, strict=True) if e is not None]
+        limits = [
+            n * _exact(e) * sum(shares) / s for n, e, s in zip(rows, epochs, shares, strict=True) if e is not None
+        ]
         total = math.floor(min(limits)) if limits else sum(rows)
         return cls(tuple(rows), tuple(int(s * scale) for s in shares), max(1, total))
 
 
 def _exact(number: float | None) -> Fraction:
-    """The decimal number that was written: 0.1 is one tenth."""
+    """The decimal number as written: 0.1 is one tenth. None: 1."""
     return Fraction(1) if number is None else Fraction(str(number))
 
 
 class Interleave:
-    """Sources of position 0, 1, 2, ...; see the module's text. Keeps the counts at one position and goes on from there."""
+    """The sources of position 0, 1, 2, ... (see the module). Keeps the counts at one position and continues there."""
 
     def __init__(self, counts: Sequence[int]) -> None:
         common = math.gcd(*counts)
@@ -93,7 +98,8 @@ class Interleave:
             return
         if taken is not None:
             fits = len(taken) == len(self.counts) and sum(taken) == position
-            if not fits or any(not low <= t <= high for t, (low, high) in zip(taken, self.bounds(position), strict=True)):
+            bounds = self.bounds(position)
+            if not fits or not all(low <= t <= high for t, (low, high) in zip(taken, bounds, strict=True)):
                 raise ValueError(f"counts {list(taken)} at position {position:,}")
             self._start(position, list(taken))
             return
@@ -105,17 +111,17 @@ class Interleave:
     def take(self, n: int) -> np.ndarray:
         """Sources of the next n positions: int64 [n]."""
         release, deadline, sources = self._release, self._deadline, range(len(self.counts))
-        found = np.empty(n, np.int64)
+        chosen = np.empty(n, np.int64)
         for i in range(n):
             position, best, soonest = self.position + i, -1, math.inf
             for s in sources:
                 if deadline[s] < soonest and release[s] <= position:
                     best, soonest = s, deadline[s]
-            found[i] = best
+            chosen[i] = best
             self.taken[best] += 1
             release[best], deadline[best] = self._window(best, self.taken[best])
         self.position += n
-        return found
+        return chosen
 
 
 @lru_cache(maxsize=64)
@@ -131,7 +137,7 @@ def permute(at: np.ndarray, n: int, *, seed: int, source: int, epoch: int) -> np
 
 
 def feistel(at: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """A bijection of [0, n) without a list of it: Feistel rounds on the next even number of bits, walked on while outside.
+    """A bijection of [0, n) without a list: Feistel rounds on the next even number of bits, repeated while outside.
 
     Expected work: at most four passes of the rounds over `at`.
     """
@@ -159,11 +165,12 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 class Order:
     """Rows of step 1, 2, ..., `total_steps`: a step is a slice of the order; -1 fills the last one up.
 
-    Rows are numbered through all sources, one source after the other. No row of a source comes again before its epoch is over; every
-    epoch of every source has a permutation of its own (`shuffle`), or the source's own order.
+    Rows are numbered through all sources, one source after the other. No row of a source repeats within an epoch. Every
+    epoch of every source has its own permutation (`shuffle`), or the order of the source.
     """
 
-    def __init__(self, mix: Mix, *, global_batch_size: int, num_epochs: float, max_steps: int | None, seed: int, shuffle: bool) -> None:
+    def __init__(self, mix: Mix, *, global_batch_size: int, num_epochs: float, max_steps: int | None, seed: int,
+                 shuffle: bool) -> None:
         self.mix, self.batch, self.seed, self.shuffle = mix, global_batch_size, seed, shuffle
         self.total_rows = max(1, round(mix.pass_rows * num_epochs))
         self.total_steps = math.ceil(self.total_rows / global_batch_size)
@@ -175,13 +182,13 @@ class Order:
         self._interleave = Interleave(mix.counts)
 
     def position(self, step: int) -> int:
-        """Rows met after `step` steps, fillers not counted."""
+        """Rows seen after `step` steps, fillers not counted."""
         return min(self._row + (step - self._step) * self.batch, self.total_rows)
 
     def rows(self, step: int) -> list[int]:
-        """Of step 1, 2, ... total_steps."""
-        found = self.span(self.position(step - 1), self.position(step))
-        return found + [-1] * (self.batch - len(found))
+        """The rows of step 1, 2, ... total_steps; -1 fills the last step."""
+        rows = self.span(self.position(step - 1), self.position(step))
+        return rows + [-1] * (self.batch - len(rows))
 
     def span(self, start: int, stop: int) -> list[int]:
         """Rows at positions start <= p < stop of the order, which has no end."""
@@ -195,7 +202,7 @@ class Order:
         return rows.tolist()
 
     def peek(self, start: int, stop: int) -> list[int]:
-        """As `span`, and the order stays where it is: going back is not free."""
+        """`span` without moving the order, because going back is not free."""
         kept = self._interleave
         self._interleave = deepcopy(kept)
         try:
@@ -218,7 +225,7 @@ class Order:
         return self.position(step) / self.mix.pass_rows
 
     def consumed(self, step: int) -> list[int]:
-        """Rows met of each source after `step` steps."""
+        """Rows seen of each source after `step` steps."""
         return self.taken_at(self.position(step))
 
     def taken_at(self, position: int) -> list[int]:
@@ -226,22 +233,22 @@ class Order:
         self._interleave.seek(position)
         return list(self._interleave.taken)
 
-    def share(self, position: int) -> list[int]:
-        """About the rows of each source in the first `position`: `consumed` up to one row, without going there."""
+    def approximate_counts(self, position: int) -> list[int]:
+        """Rows of each source in the first `position`, exact to one row, without moving the order."""
         return [round(position * c / self._interleave.total) for c in self._interleave.counts]
 
     def rebase(self, step: int, position: int) -> None:
-        """The steps after `step` take up at row `position`, whatever batches brought the run there."""
+        """Let the steps after `step` continue at row `position`, whatever batch sizes came before."""
         self._step, self._row = step, position
         if self._max_steps is not None:
             self.total_rows = max(self.total_rows, position + (self._max_steps - step) * self.batch)
         else:
             self.total_steps = step + max(0, math.ceil((self.total_rows - position) / self.batch))
 
-    def go_on(self, step: int, consumed: Sequence[int] | None) -> None:
-        """Start behind `step` with what `consumed(step)` was (None: counted anew). ValueError where it cannot have been that."""
-        self.go_on_at(self.position(step), consumed)
+    def resume_after_step(self, step: int, consumed: Sequence[int] | None) -> None:
+        """Resume after `step`. `consumed`: the counts there (None: count them); ValueError if they are impossible."""
+        self.resume_at(self.position(step), consumed)
 
-    def go_on_at(self, position: int, taken: Sequence[int] | None) -> None:
-        """Start at `position` with what `taken_at` was there (None: counted anew). ValueError where it cannot have been that."""
+    def resume_at(self, position: int, taken: Sequence[int] | None) -> None:
+        """Resume at `position`. `taken`: the counts there (None: count them); ValueError where they are impossible."""
         self._interleave.seek(position, taken)

@@ -12,8 +12,8 @@ from mrlhf.errors import DataError
 def pack(lengths: Sequence[int] | np.ndarray, *, capacity: int) -> list[list[int]]:
     """Indices of `lengths` (tokens a sample) grouped so that no group's total exceeds `capacity` (tokens a pack).
 
-    Best-fit-decreasing: longest first, each into the fullest open pack that still has room. Equal lengths are taken in the order of
-    their indices, so the result depends on nothing but the arguments; inside a pack the indices ascend.
+    Best-fit-decreasing: longest first, each into the fullest open pack that still has room. Equal lengths come in the
+    order of their indices, so the result depends on the arguments alone; inside a pack the indices ascend.
     Cost: O(n + d * capacity) for d distinct lengths, the second term a vectorised scan that stops at its first hit.
     Raises DataError for a length that is not in 1..capacity.
     """
@@ -22,11 +22,9 @@ def pack(lengths: Sequence[int] | np.ndarray, *, capacity: int) -> list[list[int
         return []
     wrong = np.flatnonzero((sizes < 1) | (sizes > capacity))
     if wrong.size:
-        raise DataError(
-            f"{wrong.size} of {sizes.size} lengths do not fit in a pack; first: item {wrong[0]} has {sizes[wrong[0]]} tokens",
-            expected=f"1 to {capacity} tokens",
-            fix="a larger --seq-length, or --truncate drop",
-        )
+        example = f"item {wrong[0]} has {sizes[wrong[0]]} tokens"
+        raise DataError(f"{wrong.size} of {sizes.size} lengths do not fit in a pack; first: {example}",
+                        expected=f"1 to {capacity} tokens", fix="a larger --seq-length, or --truncate drop")
 
     order = np.argsort(-sizes, kind="stable")
     distinct, starts = np.unique(-sizes[order], return_index=True)

@@ -1,9 +1,10 @@
-"""Megatron's indexed files and the set of one PREFIX, written whole or not at all. The formats are described in indexed.py."""
+"""Writers of Megatron's indexed files and of the set of a PREFIX, whole or not at all. Formats: see indexed.py."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -14,10 +15,11 @@ from mrlhf.data.indexed import CODE_OF, HEADER, MAGIC, seal
 from mrlhf.errors import DataError
 
 _STRIDE = 1 << 20
+Integers = Sequence[int] | np.ndarray
 
 
 class _Hashed:
-    """A file written from its beginning, hashed on the way."""
+    """A file written from its beginning and hashed meanwhile."""
 
     def __init__(self, path: Path):
         self._file: BinaryIO = open(path, "wb", buffering=1 << 20)  # noqa: SIM115  closed by close() or abandon()
@@ -29,7 +31,7 @@ class _Hashed:
         self.bytes += len(data)
 
     def close(self) -> dict[str, Any]:
-        """Push to the disk; {bytes, sha256}."""
+        """Sync to disk; returns {bytes, sha256}."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -40,7 +42,7 @@ class _Hashed:
 
 
 class IndexedWriter:
-    """Appends documents to one .bin as they come and writes the .idx at `close`.
+    """Appends documents to one .bin and writes its .idx at `close`.
 
     Lengths wait in a temporary file beside it, so memory does not grow with the number of sequences.
     """
@@ -54,23 +56,20 @@ class IndexedWriter:
         self.num_sequences = self.num_documents = 0
         self.digests: dict[str, dict[str, Any]] = {}
 
-    def add_documents(self, values: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> None:
-        """Append documents: `values` [sum(lengths)], all sequences one after another, their `lengths`, and `sizes`: sequences a document."""
+    def add_documents(self, values: np.ndarray, lengths: Integers, sizes: Integers) -> None:
+        """Append documents: `values` [sum(lengths)] and `lengths` of all sequences, `sizes`: sequences a document."""
         lengths, sizes = np.asarray(lengths, dtype=np.int64), np.asarray(sizes, dtype=np.int64)
         if int(lengths.sum()) != len(values) or int(sizes.sum()) != len(lengths):
-            raise ValueError(f"{len(values)} values, lengths of {lengths.sum()}, {len(lengths)} sequences in documents of {sizes.sum()}")
+            shape = f"{len(lengths)} sequences in documents of {sizes.sum()}"
+            raise ValueError(f"{len(values)} values, lengths of {lengths.sum()}, {shape}")
         self._bin.write(np.ascontiguousarray(values, dtype=self.dtype.newbyteorder("<")).data.cast("B"))
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._documents.write((self.num_sequences + np.cumsum(sizes)).astype("<i8").tobytes())
         self.num_sequences += len(lengths)
         self.num_documents += len(sizes)
 
-    def add_document(self, values: np.ndarray, lengths: np.ndarray | list[int]) -> None:
-        """Append one document of the given sequences."""
-        self.add_documents(values, np.asarray(lengths), np.asarray([len(lengths)]))
-
     def close(self) -> None:
-        """Write the index and push both files to the disk; `digests` then holds {".bin": {bytes, sha256}, ".idx": ...}."""
+        """Write the index and sync both files to disk; `digests` then holds {".bin": {bytes, sha256}, ".idx": ...}."""
         self.digests[".bin"] = self._bin.close()
         index = _Hashed(self._idx_path)
         index.write(HEADER.pack(MAGIC, 1, CODE_OF[self.dtype], self.num_sequences, self.num_documents + 1))
@@ -101,12 +100,13 @@ class IndexedWriter:
 class OutputSet:
     """The files of one PREFIX under temporary names, renamed together by `commit`, PREFIX.json last.
 
-    Use as a context manager: what is not committed is removed on the way out, and files that were there before stay as they were.
-    `directory`, on the same disk, takes the temporary files (default: beside the prefix). Raises DataError when the prefix is taken and
-    `overwrite` is false.
+    A context manager: on exit it removes whatever was not committed, and earlier files of the prefix stay unchanged.
+    `directory`, on the same disk, takes the temporary files (default: beside the prefix). Raises DataError when the
+    prefix is taken and `overwrite` is false.
     """
 
-    suffixes = (".bin", ".idx", "_loss_mask.bin", "_loss_mask.idx", "_margin.bin", "_margin.idx", "_labels.jsonl", ".json")
+    suffixes = (".bin", ".idx", "_loss_mask.bin", "_loss_mask.idx", "_margin.bin", "_margin.idx", "_labels.jsonl",
+                ".json")
 
     def __init__(self, prefix: str | Path, *, overwrite: bool = False, directory: Path | None = None):
         self.prefix = Path(prefix)
@@ -122,7 +122,8 @@ class OutputSet:
     def refuse_existing(cls, prefix: Path) -> None:
         taken = [f"{prefix.name}{s}" for s in cls.suffixes if Path(f"{prefix}{s}").exists()]
         if taken:
-            raise DataError(f"output exists already: {', '.join(taken)}", where=str(prefix), fix="another --output-prefix, or --overwrite")
+            raise DataError(f"output exists already: {', '.join(taken)}", where=str(prefix),
+                            fix="another --output-prefix, or --overwrite")
 
     def temporary(self, suffix: str) -> Path:
         """The path to write `suffix` to, from where a rename to its final place is atomic."""
@@ -144,7 +145,7 @@ class OutputSet:
         self._temporary.pop(suffix).unlink()
 
     def commit(self, meta: dict[str, Any]) -> dict[str, Any]:
-        """Close, rename, and write PREFIX.json from `meta` plus `files` (bytes and sha256 by suffix), which is returned."""
+        """Close and rename all files, PREFIX.json last; returns its content: `meta` and `files` (bytes, sha256)."""
         digests = {suffix: stream.close() for suffix, stream in self._streams.items()}
         for part, writer in self._writers.items():
             writer.close()
@@ -165,7 +166,9 @@ class OutputSet:
     def __enter__(self) -> OutputSet:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for writer in self._writers.values():
             writer.abandon()
         for stream in self._streams.values():

@@ -1,13 +1,16 @@
-"""What a rank holds between forward and backward, from the same numbers that build the model.
+"""Bytes of the tensors that a rank keeps between forward and backward, from the sizes that build the model.
 
-The structure is that of Korthikanti et al. 2022 (arXiv 2205.05198); every term is a tensor that autograd keeps of the layers as gpt.py
-builds them: norms, attention, MLPs and experts of Megatron without fused kernels. On CPU the tests hold the sum to what
-torch.autograd.graph.saved_tensors_hooks counts. On a GPU it is by counting: torch's RMSNorm then keeps its input and not two fp32 copies,
-and half precision goes through flash attention, which keeps queries, keys, values and its output.
+The structure is that of Korthikanti et al. 2022 (arXiv 2205.05198). Every term is a tensor that autograd keeps of the
+layers as gpt.py builds them: norms, attention, MLPs and experts of Megatron without fused kernels. On CPU the tests
+compare the sum with what torch.autograd.graph.saved_tensors_hooks counts. The terms for a GPU are counted by hand:
+there torch's RMSNorm keeps its input and not two fp32 copies, and half precision goes through flash attention, which
+keeps queries, keys, values and its output.
 
-Not in it: what the operator at work needs beside (gradients of one layer), buffers of communication, and the allocator's waste.
+Not counted: temporary tensors of the operator that runs (gradients of one layer), communication buffers, and the
+allocator's waste.
 
-Legend: T tokens of a micro-batch on this rank (its share under context parallelism), e bytes of an element, L tokens of the longest sample.
+Legend: T tokens of a micro-batch on this rank (its part under context parallelism), e bytes of an element, L tokens of
+the longest sample, n heads, g key/value heads (query groups), d dimensions of a head.
 """
 
 from __future__ import annotations
@@ -17,15 +20,15 @@ from dataclasses import dataclass
 from mrlhf.config.options import ParallelConfig
 from mrlhf.models.families.spec import Layer, ModelSpec
 from mrlhf.models.layers.logprobs import CHUNK_BYTES
-from mrlhf.parallel.context import repeats
+from mrlhf.parallel.context import head_repeats
 from mrlhf.parallel.state import Layout, expert_tensor_parallel_size
 
-_PER_TOKEN = 38  # of the loss: targets, masks, log-probs, what the aggregation keeps
+_LOSS_BYTES = 38  # per token: targets, masks, log-probs, what the aggregation keeps
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A micro-batch: all its tokens with padding, of which the longest sample has so many; packed they are one row, else `rows` of them."""
+class MicroBatchShape:
+    """A micro-batch: its tokens with padding, those of its longest sample, and its rows (one if packed)."""
 
     tokens: int
     longest: int
@@ -34,32 +37,33 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes of the fullest pipeline stage. kept: from forward to backward, of all micro-batches in flight; again: of the layer that
-    recomputation is at; head: log-probs' buffers and the fp32 gradient of the head's weight."""
+class ActivationMemory:
+    """Bytes on the pipeline stage that needs most."""
 
-    kept: int
-    again: int
-    head: int
+    kept: int  # from forward to backward, for all micro-batches in flight
+    again: int  # of the layer that is being recomputed
+    head: int  # buffers of the log-probs and the fp32 gradient of the head's weight
 
     @property
     def total(self) -> int:
         return self.kept + self.again + self.head
 
 
-class _Counter:
+class _ActivationCounter:
     """Bytes of one micro-batch, piece by piece."""
 
-    def __init__(self, spec: ModelSpec, parallel: ParallelConfig, rows: Rows, *, element: int, cuda: bool) -> None:
-        self.spec, self.e, self.cuda, self.rows = spec, element, cuda, rows
+    def __init__(
+        self, spec: ModelSpec, parallel: ParallelConfig, shape: MicroBatchShape, *, element: int, cuda: bool
+    ) -> None:
+        self.spec, self.e, self.cuda, self.shape = spec, element, cuda, shape
         self.tp, self.cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-        self.tokens = -(-rows.tokens // self.cp)
-        self.cut = self.tp if parallel.sequence_parallel else 1  # of norms, residuals and inputs of column-parallel layers
+        self.tokens = -(-shape.tokens // self.cp)
+        self.cut = self.tp if parallel.sequence_parallel else 1  # divides norms, residuals and column-parallel inputs
         self.expert_tp = expert_tensor_parallel_size(parallel)
         self.selective = parallel.recompute == "selective"
 
     def norm(self, width: int) -> float:
-        """A token. On CPU RMSNorm works on an fp32 copy and keeps it beside the normalised one."""
+        """Per token. On CPU RMSNorm works on an fp32 copy and keeps it and the normalised one."""
         if self.spec.norm == "layer":
             return width * self.e + 2 * (4 if self.cuda else self.e)
         if not self.cuda:
@@ -67,52 +71,53 @@ class _Counter:
         return width * (4 if self.spec.norm == "rms_plus_one" else self.e) + 4
 
     def layer(self, layer: Layer) -> float:
-        """All of it, without recomputation of the whole."""
+        """Bytes of a layer that is not recomputed as a whole."""
         spec = self.spec
         norms = 2 * (spec.pre_norm + spec.post_norm) * self.norm(spec.hidden_size)
         inputs = 2 * spec.hidden_size * self.e  # of attention and of MLP or router
-        found = (norms + inputs) * self.tokens / self.cut
-        found += self.attention(layer) if spec.latent is None else self.latent_attention(layer)
-        return found + (self.experts() if layer.moe else self.mlp(spec.ffn_hidden_size / self.tp) * self.tokens)
+        attention = self.attention(layer) if spec.latent is None else self.latent_attention(layer)
+        mlp = self.experts() if layer.moe else self.mlp(spec.ffn_hidden_size / self.tp) * self.tokens
+        return (norms + inputs) * self.tokens / self.cut + attention + mlp
 
     def layer_input(self) -> float:
         return self.spec.hidden_size * self.e * self.tokens / self.cut
 
     def angles(self) -> float:
-        """The table that all layers share; without recomputation none of them keeps it."""
-        return sum(4 * int(self.spec.rope_dim * rope.fraction) * self.rows.longest for rope in self.spec.ropes)
+        """The table of rotary angles that all layers share; only full recomputation keeps it."""
+        return sum(4 * int(self.spec.rope_dim * rope.fraction) * self.shape.longest for rope in self.spec.ropes)
 
     def _rope(self, layer: Layer) -> float:
-        """Cosines and sines, for queries and for keys; rows of one length share them."""
+        """Cosines and sines for queries and for keys; rows of one length share them."""
         if layer.rope is None or not self.spec.ropes:
             return 0.0
         width = int(self.spec.rope_dim * self.spec.ropes[layer.rope].fraction)
-        return 4 * width * self.e * self.tokens / self.rows.rows
+        return 4 * width * self.e * self.tokens / self.shape.rows
 
     def attention(self, layer: Layer) -> float:
         spec, e = self.spec, self.e
         n, g, d = spec.num_attention_heads / self.tp, spec.num_query_groups / self.tp, spec.head_dim
         q, kv = n * d, g * d
-        mixed = q + 2 * kv  # of which the values are a view, and keys and queries where nothing has copied them
-        found, holds_mixed = 0.0, False
+        # the output of linear_qkv: values are a view of it, and so are keys and queries that nothing has copied
+        mixed = q + 2 * kv
+        per_token, holds_mixed = 0.0, False
         if spec.qk_norm == "head":
-            found += (n + g) * self.norm(d)
+            per_token += (n + g) * self.norm(d)
             holds_mixed = self.cuda or e == 4
-            if holds_mixed:  # the keys' own input is in it, and with a key for every query that of the queries
-                found -= (kv + (q if n == g else 0)) * e
+            if holds_mixed:  # it contains the input of the keys' norm; if n = g, of the queries' norm too
+                per_token -= (kv + (q if n == g else 0)) * e
         elif spec.qk_norm == "all":
-            found += 8 * (q + kv) + 16
+            per_token += 8 * (q + kv) + 16
         rope = self._rope(layer)
+        copied = bool(rope) or spec.qk_norm != "none"
         if self.selective:
             holds_mixed = True
-            copied = bool(rope) or spec.qk_norm != "none"
-            found += (q * (copied or n != g) + kv * copied + q) * e
+            per_token += (q * (copied or n != g) + kv * copied + q) * e
         else:
-            found += self.core(layer, n, g, d, d)
-            holds_mixed |= not self.rows.packed and self._flash(n, g, d, d) and self.cp == 1
-            if holds_mixed and not self.rows.packed:  # the values that core counts are those, and what no rope has copied
-                found -= (kv + (0 if rope or spec.qk_norm != "none" else kv + q * (n == g))) * e
-        return (found + holds_mixed * mixed * e) * self.tokens + rope
+            per_token += self.core(layer, n, g, d, d)
+            holds_mixed |= not self.shape.packed and self._flash(n, g, d, d) and self.cp == 1
+            if holds_mixed and not self.shape.packed:  # core has counted its values, and what rope has not copied
+                per_token -= (kv + (0 if copied else kv + q * (n == g))) * e
+        return (per_token + holds_mixed * mixed * e) * self.tokens + rope
 
     def latent_attention(self, layer: Layer) -> float:
         spec, e, x = self.spec, self.e, self.spec.latent
@@ -122,25 +127,28 @@ class _Counter:
         if x.q_rank is not None:
             local += self.norm(x.q_rank) + x.q_rank * e
         if self.selective:
-            found = n * (2 * qk + x.nope_dim + spec.head_dim) * e + n * spec.head_dim * e
+            heads = n * (2 * qk + x.nope_dim + spec.head_dim) * e + n * spec.head_dim * e
         else:
-            found = self.core(layer, n, n, qk, spec.head_dim)
-            if not self.rows.packed and (self.cuda or e == 4):  # values are a view of what they were made with
-                found += n * x.nope_dim * e
-        return (local / self.cut + found) * self.tokens + self._rope(layer)
+            heads = self.core(layer, n, n, qk, spec.head_dim)
+            if not self.shape.packed and (self.cuda or e == 4):  # values are a view of linear_kv_up's output
+                heads += n * x.nope_dim * e
+        return (local / self.cut + heads) * self.tokens + self._rope(layer)
 
     def _flash(self, n: float, g: float, qk: int, v: int) -> bool:
-        """Whether attention keeps no scores: with a softcap it does, on CPU where values are narrower than keys, and on a GPU in fp32 then
-        or with fewer keys than queries."""
+        """Whether attention keeps no scores.
+
+        It keeps them with a softcap, where values are narrower than keys (on a GPU in fp32 only), and on a GPU in fp32
+        with fewer key heads than query heads.
+        """
         if self.spec.attention_softcap is not None:
             return False
         return self.e == 2 or (n == g and qk == v) if self.cuda else qk == v
 
     def core(self, layer: Layer, n: float, g: float, qk: int, v: int) -> float:
-        """A token's part of what attention keeps, and of the input of its output projection."""
-        e, length = self.e, self.rows.longest
-        if self.cp > 1:  # heads in the place of tokens: few keys are repeated
-            g *= repeats(int(g), self.cp)
+        """Per token: what attention keeps, and the input of its output projection. qk, v: widths of a head."""
+        e, length = self.e, self.shape.longest
+        if self.cp > 1:  # the all-to-all shards heads instead of tokens: too few key heads are repeated
+            g *= head_repeats(int(g), self.cp)
         out = n * v * e
         window = length * length * e / self.tokens if layer.window is not None and layer.window < length else 0.0
         if not self._flash(n, g, qk, v):
@@ -148,18 +156,21 @@ class _Counter:
                 return n * (2 * qk + v + length) * 4 + out + window
             return n * (2 * qk + v) * e + n * length * (e + 4 + (e if e == 2 else 0)) + out + window
         if self.cuda:
-            padded = n * qk * e if v != qk else 0.0  # flash attention wants one width
-            window = 0.0 if self.rows.packed else window
+            padded = n * qk * e if v != qk else 0.0  # flash attention needs one width
+            window = 0.0 if self.shape.packed else window
             return (n + g) * qk * e + (g * qk if padded else g * v) * e + 4 * n + (padded + out)
-        twice = out if self.rows.packed or self.cp > 1 else 0.0  # samples are put together again
+        twice = out if self.shape.packed or self.cp > 1 else 0.0  # the samples' outputs are concatenated
         return (n + g) * qk * e + g * v * e + 4 * n + out + twice + window
 
     def mlp(self, width: float, *, scaled: bool = False) -> float:
-        """A token: input of the activation, output, the linear half, product, input of the second layer. scaled: by the router."""
+        """Per token: the activation's input and output, the linear half, the product, the second layer's input.
+
+        scaled: the router's weight multiplies the output.
+        """
         return ((5 if self.spec.gated else 2) + scaled) * width * self.e
 
     def experts(self) -> float:
-        """Tokens spread evenly over the ranks' experts."""
+        """For tokens spread evenly over the experts of all ranks."""
         x = self.spec.experts
         assert x is not None
         own = self.tokens / self.cut
@@ -169,14 +180,14 @@ class _Counter:
         return router * own + each * chosen + self.mlp(x.shared_ffn_hidden_size / self.tp) * self.tokens
 
     def end(self, head: str) -> float:
-        """Final norm, and what the head and the loss keep, if every token is trained."""
+        """Final norm, head and loss, if every token is trained."""
         own = self.tokens / self.cut
         if head == "value":
-            return (self.norm(self.spec.hidden_size) + self.spec.hidden_size * self.e) * own + _PER_TOKEN * self.tokens
-        return self.norm(self.spec.hidden_size) * own + (self.spec.hidden_size * self.e + _PER_TOKEN) * self.tokens
+            return (self.norm(self.spec.hidden_size) + self.spec.hidden_size * self.e) * own + _LOSS_BYTES * self.tokens
+        return self.norm(self.spec.hidden_size) * own + (self.spec.hidden_size * self.e + _LOSS_BYTES) * self.tokens
 
     def head_buffers(self) -> float:
-        """Two fp32 buffers of a chunk's logits, one of its product in half precision, gradients of hidden states and of the weight."""
+        """Two fp32 buffers for the logits of a chunk, one in half precision, gradients of hidden states and weight."""
         width = self.spec.vocab_size / self.tp
         chunk = min(self.tokens, max(1, CHUNK_BYTES["cuda" if self.cuda else "cpu"] // (4 * max(1, int(width)))))
         half = self.e == 2
@@ -185,39 +196,36 @@ class _Counter:
         return buffers + h * self.e * self.tokens + self.spec.padded_vocab_size / self.tp * h * (4 + half * 2)
 
 
-def activations(
-    spec: ModelSpec,
-    parallel: ParallelConfig,
-    rows: Rows,
-    *,
-    dtype: str,
-    head: str = "lm",
-    micro_batches: int | None = None,
-    cuda: bool = True,
-) -> Activations:
-    """Of one rank in one update. micro_batches: of a rank in a step, where a pipeline may have fewer than it can have in flight."""
-    counter = _Counter(spec, parallel, rows, element=4 if dtype == "float32" else 2, cuda=cuda)
-    layout = Layout.of(parallel, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    stages = layout.stages(spec.num_layers)
+def estimate_activations(spec: ModelSpec, parallel: ParallelConfig, shape: MicroBatchShape, *, dtype: str,
+                         head: str = "lm", micro_batches: int | None = None, cuda: bool = True) -> ActivationMemory:
+    """Activations of a rank during an update.
+
+    micro_batches: of a rank per step; a pipeline may have fewer than it can have in flight. None: as many as it can.
+    """
+    counter = _ActivationCounter(spec, parallel, shape, element=4 if dtype == "float32" else 2, cuda=cuda)
+    layout = Layout.from_config(parallel, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    stages = layout.stage_of_layers(spec.num_layers)
     full = parallel.recompute == "full"
-    found = []
+    by_stage = []
     for stage in range(layout.pp):
-        mine = [layer for layer, at in zip(spec.layers, stages, strict=True) if at == stage]
-        kept = len(mine) * counter.layer_input() + counter.angles() if full else sum(map(counter.layer, mine))
-        again = max(map(counter.layer, mine), default=0.0) if full else 0.0
+        sizes = [counter.layer(layer) for layer, at in zip(spec.layers, stages, strict=True) if at == stage]
+        kept = len(sizes) * counter.layer_input() + counter.angles() if full else sum(sizes)
+        again = max(sizes, default=0.0) if full else 0.0
         last = stage == layout.pp - 1
-        # each piece's output waits for its gradient too
-        flight = _in_flight(stage, layout, micro_batches)
-        kept = flight * (kept + (0 if layout.pp == 1 else layout.pieces * counter.layer_input()))
-        ends = counter.end(head) if last else 0.0
+        # the output of each virtual stage waits for its gradient too
+        outputs = 0 if layout.pp == 1 else layout.virtual_stages * counter.layer_input()
+        kept = _in_flight(stage, layout, micro_batches) * (kept + outputs) + (counter.end(head) if last else 0.0)
         buffers = counter.head_buffers() if last and head == "lm" else 0.0
-        found.append(Activations(round(kept + ends), round(again), round(buffers)))
-    return max(found, key=lambda one: one.total)
+        by_stage.append(ActivationMemory(round(kept), round(again), round(buffers)))
+    return max(by_stage, key=lambda memory: memory.total)
 
 
 def _in_flight(stage: int, layout: Layout, micro_batches: int | None) -> float:
-    """Micro-batches of which a stage holds all its layers' tensors, at most: 1F1B, or interleaved in pieces."""
-    pp, pieces = layout.pp, layout.pieces
+    """The most micro-batches whose tensors a stage holds at once, under 1F1B or interleaved in virtual stages.
+
+    A part of the virtual stages of a micro-batch counts as that fraction of it.
+    """
+    pp, pieces = layout.pp, layout.virtual_stages
     if pp == 1:
         return 1.0
     most = pp - stage if pieces == 1 else 2 * (pp - stage - 1) + (pieces - 1) * pp + 1

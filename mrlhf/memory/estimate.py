@@ -1,4 +1,4 @@
-"""Memory of a rank, from the same numbers that build the model, and an estimate of what an update holds beside (activations.py)."""
+"""Estimated memory of a rank: its model and optimizer, and the activations of an update (activations.py)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from typing import Any
 
 from mrlhf.config.options import DPOStage, ParallelConfig, PPOStage, TrainingConfig
 from mrlhf.data.blend import Dataset
-from mrlhf.memory.activations import Activations, Rows, activations
+from mrlhf.memory.activations import ActivationMemory, MicroBatchShape, estimate_activations
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.parallel.state import Layout
 
 GIB = 2**30
 
 
-def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, trained: bool, distributed_optimizer: bool, ep: int = 1) -> int:
-    """Weights, and for a trained model fp32 gradients, Adam's two moments and (bf16) fp32 master weights, of the fullest rank.
+def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, trained: bool, distributed_optimizer: bool,
+                ep: int = 1) -> int:
+    """Bytes on the rank that holds most.
 
-    Layers are cut by TP x PP (projections to latent vectors by PP alone); of experts each rank has num / EP whole ones, or with EP 1 a
-    share of all by TP; the embedding and the head are cut by TP, each on one stage.
+    Weights; for a trained model also fp32 gradients, Adam's two moments and (bf16) fp32 master weights.
+    TP x PP divides the layers, but PP alone divides the projections to latent vectors. A rank holds num / EP whole
+    experts; with EP 1, TP divides every expert. TP divides the embedding and the head, each on one pipeline stage.
     """
     vocabulary = spec.padded_vocab_size * spec.hidden_size
     layers = spec.num_parameters - spec.end_parameters - spec.expert_parameters - spec.whole_parameters
@@ -29,47 +31,42 @@ def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, train
         return (dense + experts) * weight
     state = 8 + (4 if dtype == "bfloat16" else 0)
     expert_dp = tp * dp // ep if ep > 1 else dp
-    shared = dense * state // (dp if distributed_optimizer else 1) + experts * state // (expert_dp if distributed_optimizer else 1)
-    return (dense + experts) * (weight + 4) + shared
+    dense_shards, expert_shards = (dp, expert_dp) if distributed_optimizer else (1, 1)
+    optimizer = dense * state // dense_shards + experts * state // expert_shards
+    return (dense + experts) * (weight + 4) + optimizer
 
 
-def memory_table(stage: str, config: TrainingConfig, spec: ModelSpec, *, world: int, others: dict[str, ModelSpec]) -> list[tuple[str, int]]:
-    """[(what, bytes a rank)]; `others`: further models of ppo by role (critic, reward)."""
+def memory_table(
+    config: TrainingConfig, spec: ModelSpec, *, world: int, others: dict[str, ModelSpec]
+) -> list[tuple[str, int]]:
+    """[(what, bytes per rank)]. others: the further models of PPO by role (critic, reward)."""
 
-    def cut(parallel: ParallelConfig) -> dict[str, Any]:
-        layout = Layout.of(parallel, world)
-        return {
-            "dtype": config.model.dtype,
-            "tp": layout.tp,
-            "pp": layout.pp,
-            "dp": max(1, layout.dp * layout.cp),  # context-parallel ranks share the optimizer's state too
-            "ep": layout.ep,
-            "distributed_optimizer": config.optim.use_distributed_optimizer,
-        }
+    def layout_options(parallel: ParallelConfig) -> dict[str, Any]:
+        layout, distributed = Layout.from_config(parallel, world), config.optim.use_distributed_optimizer
+        dp = max(1, layout.dp * layout.cp)  # context-parallel ranks shard the optimizer state too
+        return {"tp": layout.tp, "pp": layout.pp, "dp": dp, "ep": layout.ep, "distributed_optimizer": distributed}
 
-    usual = cut(config.parallel)
-    rows = [("actor" if stage == "ppo" else "model", model_bytes(spec, **usual, trained=True))]
+    dtype, actor = config.model.dtype, layout_options(config.parallel)
+    reference = ("reference", model_bytes(spec, dtype=dtype, **actor, trained=False))
+    rows = [("actor" if config.stage == "ppo" else "model", model_bytes(spec, dtype=dtype, **actor, trained=True))]
     if isinstance(config, PPOStage):
+        critic = layout_options(config.critic_parallel)
         for role, other in others.items():
-            own = cut(config.critic_parallel) if role == "critic" else usual
-            rows.append((role, model_bytes(other, **own, trained=role == "critic")))
+            is_critic = role == "critic"
+            rows.append((role, model_bytes(other, dtype=dtype, **(critic if is_critic else actor), trained=is_critic)))
         if config.kl.coef > 0:
-            rows.append(("reference", model_bytes(spec, **usual, trained=False)))
-        rollout_tp = config.rollout.tensor_parallel_size
-        rows.append(
-            (
-                "vLLM weights",
-                model_bytes(spec, dtype=config.model.dtype, tp=rollout_tp, pp=1, dp=1, trained=False, distributed_optimizer=False),
-            )
-        )
-        rows.append(("vLLM key/value cache", config.rollout.kv_cache_mib << 20))
+            rows.append(reference)
+        rollout = config.rollout
+        replica: dict[str, Any] = {"tp": rollout.tensor_parallel_size, "pp": 1, "dp": 1, "distributed_optimizer": False}
+        rows.append(("vLLM weights", model_bytes(spec, dtype=dtype, **replica, trained=False)))
+        rows.append(("vLLM key/value cache", rollout.kv_cache_mib << 20))
     elif isinstance(config, DPOStage) and config.dpo.reference == "online":
-        rows.append(("reference", model_bytes(spec, **usual, trained=False)))
+        rows.append(reference)
     return rows
 
 
-def largest_rows(config: TrainingConfig, data: Dataset) -> Rows:
-    """The largest micro-batch that the data and the configuration allow; of ppo, the longest prompt with the longest answer each time."""
+def largest_micro_batch(config: TrainingConfig, data: Dataset) -> MicroBatchShape:
+    """The largest micro-batch that data and configuration allow; a row of PPO is the longest prompt and answer."""
     train, packed = config.train, config.data.packing
     if isinstance(config, PPOStage):
         lengths = [data.max_length + config.rollout.max_new_tokens]
@@ -77,20 +74,23 @@ def largest_rows(config: TrainingConfig, data: Dataset) -> Rows:
         lengths = data.longest_row(packing=packed)
     longest, row = max(lengths), sum(lengths)
     tokens = max(row, train.max_tokens_per_micro_batch or train.micro_batch_size * row)
-    return Rows(tokens, longest, 1 if packed else max(1, tokens // longest), packed)
+    return MicroBatchShape(tokens, longest, 1 if packed else max(1, tokens // longest), packed)
 
 
-def update_activations(stage: str, config: TrainingConfig, spec: ModelSpec, data: Dataset, *, world: int, critic: ModelSpec | None) -> Activations:
-    """Of a GPU. Updates of actor and critic come one after the other: the larger."""
-    rows, train = largest_rows(config, data), config.train
+def update_activations(
+    config: TrainingConfig, spec: ModelSpec, data: Dataset, *, world: int, critic: ModelSpec | None
+) -> ActivationMemory:
+    """Activations of an update on a GPU; PPO updates actor and critic in turn, so the larger of the two counts."""
+    shape, train = largest_micro_batch(config, data), config.train
 
-    def of(model: ModelSpec, parallel: ParallelConfig, head: str) -> Activations:
+    def activations_of(model: ModelSpec, parallel: ParallelConfig, head: str) -> ActivationMemory:
         count = None
         if train.max_tokens_per_micro_batch is None:
-            count = max(1, train.global_batch_size // (train.micro_batch_size * max(1, Layout.of(parallel, world).dp)))
-        return activations(model, parallel, rows, dtype=config.model.dtype, head=head, micro_batches=count)
+            dp = max(1, Layout.from_config(parallel, world).dp)
+            count = max(1, train.global_batch_size // (train.micro_batch_size * dp))
+        return estimate_activations(model, parallel, shape, dtype=config.model.dtype, head=head, micro_batches=count)
 
-    found = [of(spec, config.parallel, "value" if stage == "rm" else "lm")]
-    if critic is not None and isinstance(config, PPOStage):
-        found.append(of(critic, config.critic_parallel, "value"))
-    return max(found, key=lambda one: one.total)
+    actor = activations_of(spec, config.parallel, "value" if config.stage == "rm" else "lm")
+    if critic is None or not isinstance(config, PPOStage):
+        return actor
+    return max(actor, activations_of(critic, config.critic_parallel, "value"), key=lambda memory: memory.total)

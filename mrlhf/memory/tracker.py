@@ -1,8 +1,9 @@
 """How much memory the phases of a run had, and the error of a rank that has none left.
 
-torch says "out of memory" in several ways, Python and NumPy in others; inside a phase each becomes an `OutOfMemory`: rank, phase, what was
-asked for, the peaks of all phases so far, and the keys that would need less (less_memory.py). It comes up like any error: no step is
-counted, logged or saved. The other ranks end as for any rank that is lost. What no process can report is the kernel's own killer.
+torch says "out of memory" in several ways, Python and NumPy in others; inside a phase each becomes an `OutOfMemory`:
+rank, phase, what was asked for, the peaks of all phases so far, and the keys that would need less (less_memory.py). It
+comes up like any error: no step is counted, logged or saved. The other ranks end as for any rank that is lost. What no
+process can report is the kernel's own killer.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def _reset_peak() -> None:
 
 
 def _peaks_gib() -> tuple[float, float]:
-    """Since the last reset: (memory of tensors on the device, memory reserved for them); on CPU twice the largest resident size."""
+    """Since the last reset: (memory of tensors on the device, memory reserved for them); on CPU twice the largest
+    resident size.
+    """
     if device.current().is_cuda:
         return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
     if sys.platform == "linux":
@@ -58,7 +61,9 @@ def _peaks_gib() -> tuple[float, float]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
 
@@ -66,17 +71,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def what_was_asked(text: str) -> str:
     """From the message of whoever has no memory: how much more it was, and what the device has."""
     asked, free = _ASKED.search(text), _FREE.search(text)
-    found = []
+    parts = []
     if asked:
         number, unit = float(asked[1].rstrip(".")), asked[2] or "bytes"
         if unit.lower() == "bytes":
             power = min(5, max(0, (int(number).bit_length() - 1) // 10))
-            found.append(f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]} more were asked for")
+            parts.append(
+                f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]} more were asked for"
+            )
         else:
-            found.append(f"{number:.4g} {unit} more were asked for")
+            parts.append(f"{number:.4g} {unit} more were asked for")
     if free:
-        found.append(f"{free[2]} of {free[1]} are free")
-    return ", ".join(found) or "how much was asked for is not known"
+        parts.append(f"{free[2]} of {free[1]} are free")
+    return ", ".join(parts) or "how much was asked for is not known"
 
 
 def _place(error: BaseException) -> str:
@@ -91,7 +98,9 @@ def phase_label(name: str, step: int | None) -> str:
 
 
 class Memory:
-    """`with memory("step", 3): ...` around everything of a run that needs memory. config: of a training stage; world: its ranks."""
+    """`with memory("step", 3): ...` around everything of a run that needs memory. config: of a training stage; world:
+    its ranks.
+    """
 
     def __init__(self, config: TrainingConfig, *, spec: ModelSpec, rank: int, world: int) -> None:
         self.config, self.spec, self.rank, self.world = config, spec, rank, world
@@ -119,8 +128,9 @@ class Memory:
     def _error(self, error: BaseException, phase: str, step: int | None) -> OutOfMemory:
         here = device.current()
         name = f"cuda:{torch.cuda.current_device()}" if here.is_cuda else "CPU"
+        where, request = f"rank {self.rank} ({name})", what_was_asked(str(error))
         return OutOfMemory(
-            f"rank {self.rank} ({name}) is out of memory in '{phase_label(phase, step)}': {what_was_asked(str(error))} (at {_place(error)})",
+            f"{where} is out of memory in '{phase_label(phase, step)}': {request} (at {_place(error)})",
             peaks=self.peaks,
             remedies=remedies(self.config, phase, spec=self.spec, world=self.world, cuda=here.is_cuda),
         )

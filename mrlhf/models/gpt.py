@@ -1,7 +1,7 @@
 """ModelSpec -> megatron-core GPTModel, and its weights from HF files or from a seed.
 
-The model is built empty and then filled block by block through the weight map, so that neither the initial
-values nor anything read depends on TP, PP or DP.
+The model is built empty. `fill` then sets its parameters slice by slice through the weight map, so the values depend on
+no parallel layout.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -27,40 +26,57 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset as layer_offset
+from megatron.core.transformer.utils import make_tp_sharded_tensor_for_checkpoint
 from megatron.core.utils import get_attr_wrapped_model
 
 from mrlhf.config.options import ParallelConfig
 from mrlhf.data.loader import MicroBatch
 from mrlhf.models.families import hf_tensors, megatron_map
-from mrlhf.models.families.blocks import Block
 from mrlhf.models.families.rope_frequencies import inverse_frequencies
-from mrlhf.models.families.spec import Layer, ModelSpec
-from mrlhf.models.layers.attention import CoreAttention
-from mrlhf.models.layers.heads import ValueHead
-from mrlhf.models.layers.latent import LatentAttention
+from mrlhf.models.families.slices import TensorSlice
+from mrlhf.models.families.spec import ModelSpec
+from mrlhf.models.layer_spec import layer_spec
+from mrlhf.models.layers.attention import RotaryTable
 from mrlhf.models.layers.logprobs import Head
-from mrlhf.models.layers.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
-from mrlhf.models.layers.rope import Attention, Rotary
-from mrlhf.models.layers.router import MoE, Router
-from mrlhf.parallel import device, state
-from mrlhf.parallel.context import ContextParams
+from mrlhf.models.layers.norms import Norm
+from mrlhf.parallel import device, megatron, state
+from mrlhf.parallel.context import ContextParams, sum_over_ranks
 
+_OPTIMIZER_FORMAT = "fully_reshardable"
+CHECKPOINT_CONTENT = {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT}  # Megatron stores it in a checkpoint
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
+class ValueHead(torch.nn.Linear):
+    """Hidden states [s, b, h] (a slice of s under sequence parallelism) -> values [s, b, 1] in fp32, whole on every
+    rank.
+
+    group: tensor-parallel. Without sequence parallelism all its ranks have the same input and gradient. With it each
+    rank has the gradient of its own tokens, and the mark on the weight makes `finalize_model_grads` sum them.
+    """
+
+    def __init__(self, config, group: dist.ProcessGroup) -> None:
+        super().__init__(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+        self.sequence_parallel, self.group = config.sequence_parallel, group
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_SBH, weight=None, runtime_gather_output=None):
+        values_SB1 = F.linear(hidden_SBH, self.weight).float()
+        if self.sequence_parallel:
+            options = {"tensor_parallel_output_grad": False, "group": self.group}
+            values_SB1 = gather_from_sequence_parallel_region(values_SB1, **options)
+        return values_SB1, None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict.pop(prefix + "_extra_state", None)  # Megatron's output layer writes one
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
 def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torch.dtype) -> TransformerConfig:
-    """Fusions that need TE, apex or a compiler are off; the loss is summed, Megatron divides by the step's count."""
+    """Fusions that need TE, apex or a compiler are off; losses are sums, which Megatron divides by the step's count."""
     ep = parallel.expert_model_parallel_size
     return TransformerConfig(
         num_layers=spec.num_layers,
@@ -76,7 +92,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         activation_func=_ACTIVATIONS[spec.activation],
         add_bias_linear=spec.mlp_bias,
         add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm == "head",  # Megatron then sums the gradients of norms that every rank has whole
+        qk_layernorm=spec.qk_norm == "head",  # Megatron sums these norms' gradients over TP
         softmax_scale=spec.attention_scale,
         rotary_interleaved=any(rope.interleaved for rope in spec.ropes),
         hidden_dropout=0.0,
@@ -86,7 +102,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        # batched messages cross where a rank's next and previous neighbour are one and the same (PP 2)
+        # batched messages cross if a rank's next and previous stage are the same rank (PP 2)
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         context_parallel_size=parallel.context_parallel_size,
@@ -95,7 +111,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         recompute_num_layers=1 if parallel.recompute == "full" else None,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths even for dense models
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=not device.current().is_cuda,
@@ -120,7 +136,7 @@ def _expert_config(spec: ModelSpec, ep: int, etp: int) -> dict[str, Any]:
         "moe_ffn_hidden_size": spec.experts.ffn_hidden_size,
         "moe_router_topk": spec.experts.top_k,
         "moe_shared_expert_intermediate_size": spec.experts.shared_ffn_hidden_size or None,
-        "moe_router_pre_softmax": True,  # as Megatron wants for one expert a token; our router (router.py) does not ask it
+        "moe_router_pre_softmax": True,  # Megatron insists for top-1; layers/router.py does not read it
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_layer_freq": 1 if kinds == {True} else [int(layer.moe) for layer in spec.layers],
@@ -129,172 +145,105 @@ def _expert_config(spec: ModelSpec, ep: int, etp: int) -> dict[str, Any]:
     }
 
 
-class _RowWithBias(RowParallelLinear):
-    """Attention's output projection where its bias and those of the MLP are not both there."""
-
-    def __init__(self, *args, bias, **kwargs) -> None:
-        super().__init__(*args, bias=True, **kwargs)
-
-
-class _RowWithoutBias(RowParallelLinear):
-    def __init__(self, *args, bias, **kwargs) -> None:
-        super().__init__(*args, bias=False, **kwargs)
-
-
-class _ColumnWithoutBias(ColumnParallelLinear):
-    def __init__(self, *args, bias, **kwargs) -> None:
-        super().__init__(*args, bias=False, **kwargs)
-
-
-def _layer_spec(spec: ModelSpec, config: TransformerConfig, layer: Layer) -> ModuleSpec:
-    def qk_norm(heads: int) -> ModuleSpec | type:
-        if spec.qk_norm == "all":
-            return ModuleSpec(module=WholeQKNorm, params={"heads": heads})
-        return QKNorm if spec.qk_norm == "head" else IdentityOp
-
-    def residual_add() -> Any:
-        if not spec.post_norm and spec.residual_scale == 1.0:
-            return get_bias_dropout_add
-        return ModuleSpec(module=ResidualAdd, params={"config": config, "normed": spec.post_norm, "scale": spec.residual_scale})
-
-    def attention() -> ModuleSpec:
-        params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal, "rope": layer.rope}
-        if spec.latent is None:
-            return ModuleSpec(module=Attention, params=params, submodules=submodules)
-        rope = spec.ropes[layer.rope or 0]
-        assert spec.attention_scale is not None and spec.norm == "rms" and not spec.output_bias, "no family has another latent attention"
-        params |= {**asdict(spec.latent), "key_scale": rope.qk_scale, "scale": spec.attention_scale}
-        return ModuleSpec(module=LatentAttention, params=params, submodules=submodules)
-
-    submodules = SelfAttentionSubmodules(
-        linear_qkv=_ColumnWithoutBias if spec.mlp_bias and not spec.qkv_bias else ColumnParallelLinear,
-        core_attention=ModuleSpec(module=CoreAttention, params={"window": layer.window, "softcap": spec.attention_softcap}),
-        linear_proj=_RowWithBias if spec.output_bias else _RowWithoutBias,
-        q_layernorm=qk_norm(spec.num_attention_heads),
-        k_layernorm=qk_norm(spec.num_query_groups),
-    )
-    norm = Norm if spec.pre_norm else IdentityOp
-
-    def mlp() -> ModuleSpec:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        if not layer.moe:
-            return ModuleSpec(module=MLP, submodules=linears)
-        assert spec.experts is not None
-        parts = MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=linears),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
-            router=functools.partial(Router, experts=spec.experts),
-        )
-        return ModuleSpec(module=MoE, submodules=parts)
-
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=attention(),
-            self_attn_bda=residual_add(),
-            pre_mlp_layernorm=norm,
-            mlp=mlp(),
-            mlp_bda=residual_add(),
-        ),
-    )
-
-
 class GPT(GPTModel):
-    """Its last stage gives the LM's hidden states, whole on every tensor-parallel rank; `lm_head` holds what makes logits of them.
+    """Megatron's GPTModel. With an LM head its last stage returns hidden states [B, T, H], whole on every
+    tensor-parallel rank.
 
-    The loss applies the head itself, in chunks (parallel/logprobs.py), so [T, V] is never whole. The weight stays where Megatron has it.
+    The loss applies the head itself, in chunks (models/layers/logprobs.py), so logits [T, V] are never whole.
     """
 
-    def _postprocess(self, hidden_states, **rest):
-        if not self.post_process or isinstance(self.output_layer, ValueHead):
-            return super()._postprocess(hidden_states, **rest)
-        if self.config.sequence_parallel:  # the head's gradient is whole on every rank: backward takes this rank's tokens
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-        return hidden_states.transpose(0, 1).contiguous()
+    def tie_embeddings_and_output_weights_state_dict(self, state_dict: dict[str, Any], output_layer_weight_key: str,
+                                                     first_stage_word_emb_key: str, metadata: dict) -> None:
+        """As GPTModel's, which takes the data-parallel rank of the copy from Megatron's globals."""
+        if self.post_process and not self.pre_process:
+            dp_cp = metadata["dp_cp_group"]
+            del state_dict[output_layer_weight_key]  # its successor comes last, as with GPTModel
+            state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+                self.shared_embedding_or_output_weight(), first_stage_word_emb_key, replica_id=(1, 0, dp_cp.rank()),
+                allow_shape_mismatch=True, tp_group=self.tp_group, dp_cp_group=dp_cp,
+            )
+
+
+def _whole_hidden_states(hidden_SBH: torch.Tensor, *, config: TransformerConfig, tp: dist.ProcessGroup) -> torch.Tensor:
+    if config.sequence_parallel:  # the head's gradient is whole on every rank: backward takes this rank's tokens
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False, group=tp)
+    return hidden_SBH.transpose(0, 1).contiguous()
 
 
 def lm_head(model: GPTModel, spec: ModelSpec) -> Head:
-    """Of the last pipeline stage."""
+    """The head of the last pipeline stage. Its weight stays where Megatron has it."""
     tied = model.share_embeddings_and_output_weights
-    return Head(
-        model.shared_embedding_or_output_weight() if tied else model.output_layer.weight,
-        spec.vocab_size,
-        parallel_state.get_tensor_model_parallel_group(),
-        spec.logit_scale,
-        spec.logit_softcap,
-    )
+    weight_WH = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    return Head(weight_WH, spec.vocab_size, model.pg_collection.tp, spec.logit_scale, spec.logit_softcap)
 
 
-def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str, vp_stage: int | None = None) -> GPTModel:
+def build_model(spec: ModelSpec, config: TransformerConfig, *, head: str, vp_stage: int | None = None,
+                groups: state.Groups | None = None) -> GPTModel:
     """This rank's part of the model, or its part number `vp_stage` in an interleaved pipeline, not yet filled.
 
-    `head`: "lm" (hidden states come out, see `GPT`) or "value".
+    head: "lm" (hidden states come out, see `GPT`) or "value". groups: the run's own by default.
     """
-    offset = get_transformer_layer_offset(config, vp_stage)
-    layers = [_layer_spec(spec, config, spec.layers[offset + i]) for i in range(get_num_layers_to_build(config, vp_stage))]
-    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    collection = (groups or state.groups()).collection
+    stage, last_piece = collection.pp.rank(), (config.virtual_pipeline_model_parallel_size or 1) - 1
+    offset, count = layer_offset(config, vp_stage, stage), get_num_layers_to_build(config, vp_stage, stage)
+    layers = [layer_spec(spec, config, layer, collection) for layer in spec.layers[offset : offset + count]]
+    is_last = stage == collection.pp.size() - 1 and vp_stage in (None, last_piece)
     model = GPT(
-        config,
-        TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm),
-        vocab_size=spec.padded_vocab_size,
-        max_sequence_length=spec.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=is_last,
-        parallel_output=True,
-        share_embeddings_and_output_weights=spec.tied and head == "lm",
+        config, TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm), vocab_size=spec.padded_vocab_size,
+        max_sequence_length=spec.max_position_embeddings, pre_process=stage == 0 and not vp_stage, post_process=is_last,
+        parallel_output=True, share_embeddings_and_output_weights=spec.tied and head == "lm",
         position_embedding_type="learned_absolute" if spec.learned_positions else "rope" if spec.ropes else "none",
-        vp_stage=vp_stage,
+        pg_collection=collection, vp_stage=vp_stage,
     )
     if spec.ropes:
         frequencies = torch.stack([inverse_frequencies(rope, spec.rope_dim) for rope in spec.ropes])
-        model.rotary_pos_emb = Rotary(frequencies.to(device.current().name), interleaved=spec.ropes[0].interleaved)
-    if head == "value" and is_last:
-        model.output_layer = ValueHead(config)
-    _add_scale(model, spec)
+        model.rotary_pos_emb = RotaryTable(frequencies.to(device.current().name), interleaved=spec.ropes[0].interleaved)
+    if is_last and head == "value":
+        model.output_layer = ValueHead(config, collection.tp)
+    elif is_last:
+        megatron.replace_output(model, functools.partial(_whole_hidden_states, config=config, tp=collection.tp))
+    _add_embedding_scale(model, spec)
     _mark_sharded(model)
     if spec.learned_positions and hasattr(model, "embedding"):
         model.embedding.position_embeddings.to(config.params_dtype)  # Megatron makes it in fp32
     return model.to(device.current().name)
 
 
-def _add_scale(model: GPTModel, spec: ModelSpec) -> None:
-    """The embedding's multiplier, for which Megatron has no place."""
+def _add_embedding_scale(model: GPTModel, spec: ModelSpec) -> None:
+    """Multiplies the embedding's output; Megatron has no option for it."""
+
+    def scale(module, args, out: torch.Tensor) -> torch.Tensor:
+        # the factor is rounded to the dtype, as in transformers
+        return out * torch.tensor(spec.embedding_scale, dtype=out.dtype, device=out.device)
+
     if model.pre_process and spec.embedding_scale != 1.0:
-
-        def scale(module, args, out: torch.Tensor) -> torch.Tensor:
-            return out * torch.tensor(
-                spec.embedding_scale, dtype=out.dtype, device=out.device
-            )  # rounded to the dtype, as transformers does
-
         model.embedding.register_forward_hook(scale)
 
 
 def _mark_sharded(model: GPTModel) -> None:
-    """Megatron sets these attributes while it initialises values, which we skip; the gradient norm counts by them."""
+    """Sets attributes that the gradient norm reads; Megatron sets them only when it initialises values."""
     for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            sharded = {0: [module.weight, module.bias if isinstance(module, ColumnParallelLinear) else None]}
-        elif isinstance(module, RowParallelLinear):
-            sharded = {1: [module.weight]}
+        if isinstance(module, ColumnParallelLinear):
+            dim, parameters = 0, [module.weight, module.bias]
+        elif isinstance(module, (VocabParallelEmbedding, RowParallelLinear)):
+            dim, parameters = int(isinstance(module, RowParallelLinear)), [module.weight]
         else:
             continue
-        for dim, parameters in sharded.items():
-            for parameter in parameters:
-                if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
-                    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+        for parameter in parameters:
+            if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-class Source(Protocol):
-    """Where values come from, in HF's names and shapes."""
+class WeightSource(Protocol):
+    """Gives the values of slices of HF tensors."""
 
-    def read(self, block: Block) -> torch.Tensor: ...
+    def read(self, block: TensorSlice) -> torch.Tensor: ...
 
 
 class RandomSource:
     """New weights: N(0, std), std / sqrt(2 layers) for projections into the residual, neutral norms, zeros for biases.
 
-    Each HF tensor has a generator of its own, from the seed and its name: the same values under any layout.
+    Each HF tensor has a generator of its own, seeded by the seed and its name, so every layout gets the same values.
     The value head is N(0, 1 / (h + 1)).
     """
 
@@ -310,9 +259,8 @@ class RandomSource:
             elif tensor.kind == "norm":
                 value = torch.full(tensor.shape, 0.0 if self.spec.norm == "rms_plus_one" else 1.0)
             else:
-                generator = torch.Generator().manual_seed(
-                    int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7], "big")
-                )
+                digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
                 std = self.spec.init_std
                 if tensor.kind == "score":
                     std = 1 / math.sqrt(self.spec.hidden_size + 1)
@@ -322,44 +270,36 @@ class RandomSource:
             self._last = (name, value)
         return self._last[1]
 
-    def read(self, block: Block) -> torch.Tensor:
+    def read(self, block: TensorSlice) -> torch.Tensor:
         return self._tensor(block.hf).narrow(block.dim, block.start, block.length)
-
-
-def _first_layer(model: GPTModel) -> int:
-    return model.decoder.layers[0].layer_number - 1
 
 
 def local_parameters(model: GPTModel) -> Iterable[tuple[str, torch.nn.Parameter]]:
     """(name with the global indices of layer and expert, parameter) of this rank."""
-    first_layer, experts = _first_layer(model), re.compile(r"\.local_experts\.(\d+)\.")
-    first_expert = parallel_state.get_expert_model_parallel_rank() * (model.config.num_moe_experts or 0)
-    first_expert //= parallel_state.get_expert_model_parallel_world_size()
+    first_layer, experts = model.decoder.layers[0].layer_number - 1, re.compile(r"\.local_experts\.(\d+)\.")
+    ep = model.pg_collection.ep
+    first_expert = ep.rank() * (model.config.num_moe_experts or 0) // ep.size()
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name[len("decoder.layers.") :].split(".", 1)
-            rest = experts.sub(lambda found: f".local_experts.{int(found[1]) + first_expert}.", rest)
+            rest = experts.sub(lambda match: f".local_experts.{int(match[1]) + first_expert}.", rest)
             name = f"decoder.layers.{int(index) + first_layer}.{rest}"
         yield name, parameter
 
 
-def local_blocks(model: GPTModel, spec: ModelSpec, *, head: str) -> Iterable[tuple[str, torch.nn.Parameter, list[Block]]]:
-    """(name, parameter, its blocks of HF tensors) of this rank."""
-    blocks = megatron_map(
-        spec,
-        head=head,
-        tp=parallel_state.get_tensor_model_parallel_world_size(),
-        rank=parallel_state.get_tensor_model_parallel_rank(),
-        ep=parallel_state.get_expert_model_parallel_world_size(),
-        ep_rank=parallel_state.get_expert_model_parallel_rank(),
-    )
+def local_blocks(
+    model: GPTModel, spec: ModelSpec, *, head: str
+) -> Iterable[tuple[str, torch.nn.Parameter, list[TensorSlice]]]:
+    """(name, parameter, its slices of HF tensors) of this rank."""
+    tp, ep = model.pg_collection.tp, model.pg_collection.ep
+    blocks = megatron_map(spec, head=head, tp=tp.size(), rank=tp.rank(), ep=ep.size(), ep_rank=ep.rank())
     for name, parameter in local_parameters(model):
         yield name, parameter, blocks[name]
 
 
 @torch.no_grad()
-def fill(model: GPTModel, spec: ModelSpec, source: Source, *, head: str, only: str = "") -> None:
-    """Every parameter (or those whose name starts with `only`) from `source`; padding rows of the vocabulary become 0."""
+def fill(model: GPTModel, spec: ModelSpec, source: WeightSource, *, head: str, only: str = "") -> None:
+    """Sets parameters (those whose name starts with `only`) from `source`; vocabulary padding becomes 0."""
     for name, parameter, blocks in local_blocks(model, spec, head=head):
         if name.startswith(only):
             parameter.zero_()
@@ -368,41 +308,74 @@ def fill(model: GPTModel, spec: ModelSpec, source: Source, *, head: str, only: s
 
 
 def _positions(batch: MicroBatch) -> torch.Tensor:
-    """Place of each token in its sample, [B, T]: for learned positions; rotary ones need only differences."""
+    """Place of each token in its sample, [B, T]; learned positions need it, rotary ones only differences."""
     b, t = batch.tokens_BT.shape
     at_T = torch.arange(batch.first, batch.first + t, device=batch.tokens_BT.device)
     if batch.cu_seqlens is not None:
         segment_T = torch.searchsorted(batch.cu_seqlens, at_T, right=True) - 1
         return (at_T - batch.cu_seqlens[segment_T])[None]
-    if batch.attention_mask is not None:  # left padding: as many as may be looked at, without itself
+    if batch.attention_mask is not None:  # left padding: the number of visible tokens without itself
         return ((~batch.attention_mask[:, 0]).sum(-1) - 1)[:, batch.first : batch.first + t]
     return at_T.expand(b, t)
 
 
-def run(
-    model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.Tensor] | None = None, samples_BT: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its slice) elsewhere.
+def local_part(batch: MicroBatch, cp: dist.ProcessGroup) -> MicroBatch:
+    """This context-parallel rank's tokens of a micro-batch; the batch itself without context parallelism."""
+    size, rank = cp.size(), cp.rank()
+    if size == 1:
+        return batch
+    width = batch.tokens_BT.size(1)
+    assert width % size == 0, (width, size)
+    part = width // size
+    first = rank * part
+    row_N, place_N = batch.last_N // width, batch.last_N % width - first
+    per_token = {name: x for name, x in vars(batch).items() if name.endswith("_BT") and x is not None}
+    return replace(batch, **{name: x_BT[:, first : first + part].contiguous() for name, x_BT in per_token.items()},
+                   last_N=torch.where((place_N >= 0) & (place_N < part), row_N * part + place_N, -1), first=first,
+                   over_ranks=functools.partial(sum_over_ranks, group=cp))
+
+
+def forward(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], torch.Tensor] | None = None,
+            samples_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """Forward of one micro-batch: hidden states [B, T, H] or values [B, T, 1] on the last stage, [T, B, H] (or its
+    slice) elsewhere.
 
     noise: gives what is added to the embeddings, [B, T, H] of the whole rows where context parallelism cuts them.
-    samples_BT: each token's sample, for the auxiliary losses of routers (balance.py); None: without them.
+    samples_BT: each token's sample, for the routers' auxiliary losses (layers/router_losses.py); None: without these
+    losses.
     """
-    positions_BT, packed, cu = _positions(batch), None, batch.cu_seqlens
-    lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
+    tokens_BT, positions_BT, packed, cu = batch.tokens_BT, _positions(batch), None, batch.cu_seqlens
+    longest = batch.max_seqlen
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+    mine = slice(batch.first, batch.first + tokens_BT.size(1))  # this rank's tokens of the rows
     if batch.over_ranks is not None:
-        t = batch.tokens_BT.size(1)
-        in_row_T = torch.arange(batch.first, batch.first + t, device=batch.tokens_BT.device)
+        in_row_T = torch.arange(mine.start, mine.stop, device=tokens_BT.device)
         packed = ContextParams(**lengths, positions_s=in_row_T if cu is None else positions_BT[0])
     elif cu is not None:
         packed = PackedSeqParams(qkv_format="thd", **lengths)
     embedded = None
     inner = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
-    if noise is not None and inner.pre_process:
-        embedded = inner.embedding(input_ids=batch.tokens_BT, position_ids=positions_BT)
-        added = noise()[:, batch.first : batch.first + batch.tokens_BT.size(1)].transpose(0, 1)
-        if inner.config.sequence_parallel:
-            added = added.chunk(parallel_state.get_tensor_model_parallel_world_size())[parallel_state.get_tensor_model_parallel_rank()]
-        embedded = embedded + added.to(embedded.dtype)
-    return model(
-        batch.tokens_BT, positions_BT, batch.attention_mask, decoder_input=embedded, packed_seq_params=packed, padding_mask=samples_BT
-    )
+    if inner.pre_process:
+        # Called here because of the noise, and because GPTModel would cut `padding_mask` by Megatron's globals.
+        embedded = inner.embedding(input_ids=tokens_BT, position_ids=positions_BT)
+        if noise is not None:
+            added = noise()[:, mine].transpose(0, 1)
+            if inner.config.sequence_parallel:
+                added = added.chunk(inner.tp_group.size())[inner.tp_group.rank()]
+            embedded = embedded + added.to(embedded.dtype)
+    options = {"decoder_input": embedded, "packed_seq_params": packed, "padding_mask": samples_BT}
+    return model(tokens_BT, positions_BT, batch.attention_mask, **options)
+
+
+def sharding_metadata(model: Any) -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "dp_cp_group": model.pg_collection.dp_cp}
+
+
+def sharded_state(models: list[Any]) -> dict[str, Any]:
+    """The state of this rank's model chunks (several in an interleaved pipeline), by the chunk's name.
+
+    The names on disk do not contain the chunk's name, so a model with any number of chunks can load the state.
+    """
+    names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+    named = zip(names, models, strict=True)
+    return {name: model.sharded_state_dict(metadata=sharding_metadata(model)) for name, model in named}

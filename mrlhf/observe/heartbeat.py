@@ -1,4 +1,6 @@
-"""RUN/heartbeat/rank_N.json: every rank says every two seconds where it is, for people and their scripts (parallel/watch.py ends what hangs)."""
+"""RUN/heartbeat/rank_N.json: every rank says every two seconds where it is, for people and their scripts
+(parallel/watch.py ends what hangs).
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ class Heartbeat:
         while True:
             name, step, since = self.now
             beat = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step, "phase": name,
-                    "seconds": round(time.monotonic() - since, 1), "time": time.time()}  # fmt: skip
+                    "seconds": round(time.monotonic() - since, 1), "time": time.time()}
             with contextlib.suppress(OSError):  # a full disk is no reason to end a run
                 self.file.write_text(json.dumps(beat))
             if self.ended.wait(INTERVAL_S):

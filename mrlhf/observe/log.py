@@ -1,7 +1,8 @@
 """Where log records go: what a run says on stdout as bare lines of rank 0, warnings on stderr.
 
-Modules use `logging.getLogger(__name__)`. INFO and DEBUG are shown by rank 0 alone, WARNING and above by whichever rank logs them.
-Nothing is set up on import: the command line calls `set_up`, and a library user may configure the logger "mrlhf" as any other.
+Modules use `logging.getLogger(__name__)`. INFO and DEBUG are shown by rank 0 alone, WARNING and above by whichever rank
+logs them. Nothing is set up on import: the command line calls `set_up`, and a library user may configure the logger
+"mrlhf" as any other.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import sys
 
 
 class _Console(logging.Handler):
-    """Writes to what sys.stdout and sys.stderr are at that moment, flushed: the lines land in SLURM logs in their order."""
+    """Writes to what sys.stdout and sys.stderr are at that moment, flushed: the lines land in SLURM logs in their
+    order.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING

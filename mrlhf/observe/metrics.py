@@ -1,8 +1,8 @@
-"""Every logged number: name, meaning, unit and how it is put together over micro-batches and ranks.
+"""Every metric: name, meaning, unit, and how micro-batches and ranks are reduced.
 
-Partial sums are float tensors [2] = [sum, count] (for max and min: [value, 1]; a count of 0 says "nothing
-seen"). Names may be bare inside the math (`pg_loss`, `rewards/chosen`); the stage puts the prefix on.
-Cost of `all_reduce`: at most two small collectives a step, whatever the number of metrics.
+Partial sums are float tensors [2] = [sum, count] (max and min: [value, 1]; a count of 0 means "no value"). Inside the
+math names may be bare (`pg_loss`, `rewards/chosen`); the stage adds the prefix. `all_reduce` costs at most two small
+collectives a step, whatever the number of metrics.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Reduction = Literal["mean", "exp_mean", "max", "min", "sum", "last"]
 
 @dataclass(frozen=True)
 class Metric:
-    """`mean`, `sum`, `max`, `min` run over micro-batches and ranks, `exp_mean` is exp of the mean; `last` is the same on all ranks and is not reduced."""
+    """`mean`, `sum`, `max`, `min` run over micro-batches and ranks; `exp_mean` is exp of the mean; `last` is the same
+    on all ranks and not reduced."""
 
     meaning: str
     unit: str
@@ -38,12 +39,14 @@ METRICS: dict[str, Metric] = {
     "train/num_rows": Metric("rows of this step: packs, samples or pairs", "rows", "sum"),
     "train/samples": Metric("samples (pairs, answers) trained on so far", "samples", "last"),
     "train/epoch": Metric("passes over the training data so far", "epochs", "last"),
-    "train/loss_spike": Metric("1 if the loss lies far above those of the last 50 steps (train.loss_spike_threshold)", "", "last"),
-    "train/skipped": Metric("1 if the step was left out, its loss or gradient not finite (train.on_nonfinite skip)", "", "last"),
-    "train/moe_aux_loss": Metric(
-        "load-balancing loss before its weight, mean over tokens and layers with experts; 1: balanced", "", "last"
-    ),
-    "train/moe_z_loss": Metric("log(sum of exp(router's logits))^2, mean over tokens and layers with experts", "", "last"),
+    "train/loss_spike": Metric("1 if the loss lies far above those of the last 50 steps "
+        "(train.loss_spike_threshold)", "", "last"),
+    "train/skipped": Metric("1 if the step was left out, its loss or gradient not finite (train.on_nonfinite "
+        "skip)", "", "last"),
+    "train/moe_aux_loss": Metric("load-balancing loss before its weight, mean over tokens and layers with "
+        "experts; 1: balanced", "", "last"),
+    "train/moe_z_loss": Metric("log(sum of exp(router's logits))^2, mean over tokens and layers with "
+        "experts", "", "last"),
     "perf/tokens_per_s_per_gpu": Metric("tokens read in a second by one rank, padding not counted", "tokens/s", "last"),
     "perf/tflops": Metric("model floating-point operations a second and rank", "TFLOP/s", "last"),
     "perf/mfu": Metric("perf/tflops as a share of the device's peak", "share", "last"),
@@ -78,7 +81,8 @@ METRICS: dict[str, Metric] = {
     "actor/entropy": Metric("entropy of the tempered policy over answer tokens", "nats", "mean"),
     "actor/ratio_mean": Metric("probability ratio new / old", "", "mean"),
     "actor/ratio_max_dev": Metric("largest |ratio - 1|; 0 at the first update of a rollout", "", "max"),
-    "actor/ptx_loss": Metric("negative log-likelihood of the mixed-in pretraining data (with ptx.coef)", "nats", "mean"),
+    "actor/ptx_loss": Metric("negative log-likelihood of the mixed-in pretraining data (with "
+        "ptx.coef)", "nats", "mean"),
     "actor/grad_norm": Metric("the actor's gradient norm before clipping", "", "last"),
     "actor/moe_aux_loss": Metric("as train/moe_aux_loss, of the actor", "", "last"),
     "actor/moe_z_loss": Metric("as train/moe_z_loss, of the actor", "", "last"),
@@ -104,19 +108,21 @@ METRICS: dict[str, Metric] = {
     "rollout/num_answers": Metric("answers of this rollout", "answers", "sum"),
     "rollout/logprob_abs_diff_mean": Metric("|trainer - vLLM log-prob| of sampled tokens", "nats", "mean"),
     "rollout/logprob_abs_diff_max": Metric("its largest value", "nats", "max"),
-    "rollout/kl_mismatch": Metric("KL of vLLM's to the trainer's distribution, estimated on sampled tokens", "nats", "mean"),
-    "rollout/staleness": Metric("separate placement: updates between the weights that sampled and the trainer's", "updates", "last"),
+    "rollout/kl_mismatch": Metric("KL of vLLM's to the trainer's distribution, estimated on sampled "
+        "tokens", "nats", "mean"),
+    "rollout/staleness": Metric("separate placement: updates between the weights that sampled and the "
+        "trainer's", "updates", "last"),
     "rollout/tokens_per_s": Metric("answer tokens generated in a second by all ranks", "tokens/s", "last"),
-    "rollout/prompts_drawn": Metric(
-        "prompts answered for this rollout, refills included (with rollout.dynamic_sampling)", "prompts", "last"
-    ),
-    "rollout/groups_dropped": Metric("of these, those whose answers scored all the same and were replaced", "prompts", "last"),
-    "rollout/groups_equal": Metric("groups of equal scores left in the rollout after the last refill", "prompts", "last"),
+    "rollout/prompts_drawn": Metric("prompts answered for this rollout, refills included (with "
+        "rollout.dynamic_sampling)", "prompts", "last"),
+    "rollout/groups_dropped": Metric("of these, those whose answers scored all the same and were "
+        "replaced", "prompts", "last"),
+    "rollout/groups_equal": Metric("groups of equal scores left in the rollout after the last "
+        "refill", "prompts", "last"),
     "environment/turns/mean": Metric("turns of the model in a conversation", "turns", "mean"),
     "environment/observed_tokens/mean": Metric("tokens that the environment put into a conversation", "tokens", "mean"),
-    "timing_s/generators": Metric(
-        "separate placement: what the generation took on its ranks; timing_s/gen: what the trainer waited for it", "s", "last"
-    ),
+    "timing_s/generators": Metric("separate placement: what the generation took on its ranks; timing_s/gen: "
+        "what the trainer waited for it", "s", "last"),
     "timing_s/gen": Metric("generation", "s", "last"),
     "timing_s/reward": Metric("rewards", "s", "last"),
     "timing_s/logprobs": Metric("log-probs under actor and reference", "s", "last"),
@@ -131,56 +137,50 @@ METRICS: dict[str, Metric] = {
 }
 
 PATTERNS: list[tuple[str, Metric]] = [
-    (
-        "memory/*_gib",
-        Metric("largest memory during a phase, of the fullest rank: tensors on the device; on CPU resident memory", "GiB", "max"),
-    ),
+    ("memory/*_gib", Metric("largest memory during a phase, of the fullest rank: tensors on the device; "
+        "on CPU resident memory", "GiB", "max")),
     ("reward/*", Metric("score of one reward source before its weight", "score", "mean")),
-    ("train/accuracy_by_margin/*", Metric("(eval) accuracy of the pairs whose scores differ by so much", "share", "mean")),
+    ("train/accuracy_by_margin/*", Metric("(eval) accuracy of the pairs whose scores differ by so much", "share",
+        "mean")),
     ("data/*/epoch", Metric("passes over one source of a blend so far", "epochs", "last")),
 ]
 
 
-# what the evaluation of a stage measures, whatever its options: what checkpoint.best_metric may name
+# The metrics of a stage's evaluation under all options: checkpoint.best_metric may name one of these.
 _LANGUAGE_MODEL = ("loss", "mean_token_accuracy", "perplexity", "entropy", "num_tokens")
 EVALUATED: dict[str, tuple[str, ...]] = {
     "pretrain": _LANGUAGE_MODEL,
     "sft": _LANGUAGE_MODEL,
     "rm": ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"),
     "dpo": (
-        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+        "logps/rejected",
     ),
-}  # fmt: skip
+}
 
 
-def find(key: str) -> Metric | None:
-    """The table's entry of a full key; `eval/x` is `train/x`."""
+def find_metric(key: str) -> Metric | None:
+    """The entry of a full metric name in the tables above, or None; `eval/x` is `train/x`."""
     name = "train/" + key.removeprefix("eval/") if key.startswith("eval/") else key
     return METRICS.get(name) or next((metric for pattern, metric in PATTERNS if fnmatch(name, pattern)), None)
 
 
-def check_keys(keys: Iterable[str]) -> None:
-    """Every logged key must be in the table, so that the docs and the reductions cover it."""
-    unknown = sorted(k for k in keys if find(k) is None)
-    assert not unknown, f"metrics without an entry in mrlhf.observe.metrics.METRICS: {', '.join(unknown)}"
-
-
 def _by_suffix() -> dict[str, Reduction]:
-    """`actor/ratio_max_dev` is also found as `ratio_max_dev`; a suffix whose metrics disagree is left out."""
-    found: dict[str, set[Reduction]] = {}
+    """The reduction of each end of a name (`ratio_max_dev`, `actor/ratio_max_dev`), where all its metrics agree."""
+    kinds_of: dict[str, set[Reduction]] = {}
     for name, metric in METRICS.items():
         parts = name.split("/")
         for start in range(len(parts)):
-            found.setdefault("/".join(parts[start:]), set()).add(metric.reduction)
-    return {suffix: next(iter(kinds)) for suffix, kinds in found.items() if len(kinds) == 1}
+            kinds_of.setdefault("/".join(parts[start:]), set()).add(metric.reduction)
+    return {suffix: next(iter(kinds)) for suffix, kinds in kinds_of.items() if len(kinds) == 1}
 
 
 _REDUCTIONS = _by_suffix()
 
 
 def reduction(name: str) -> Reduction:
-    """How a metric is put together, from its full name, else the longest known end of it, else mean."""
-    metric = find(name)
+    """How a metric is reduced: as its full name says, else the longest known end of the name, else mean."""
+    metric = find_metric(name)
     if metric is not None:
         return metric.reduction
     parts = name.split("/")
@@ -188,7 +188,7 @@ def reduction(name: str) -> Reduction:
 
 
 def merge(partials: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Puts the partial sums of several micro-batches together; keys may differ between them."""
+    """Merges the partial sums of several micro-batches, whose keys may differ."""
     merged: dict[str, Tensor] = {}
     for part in partials:
         for name, value in part.items():
@@ -197,14 +197,14 @@ def merge(partials: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def all_reduce(partials: dict[str, Tensor], group: ProcessGroup | None) -> dict[str, Tensor]:
-    """Puts the partial sums of all ranks of `group` together. Every rank must hold the same keys."""
+    """Collective. Reduces the partial sums over the ranks of `group`. Every rank must hold the same keys."""
     import torch
     import torch.distributed as dist
 
     if not partials or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return dict(partials)
     reduced = dict(partials)
-    # float64 counts tokens exactly; min rides along with max as its negative.
+    # float64 counts tokens exactly; the minimum is the negative maximum of the negatives
     adds = [n for n in sorted(partials) if reduction(n) in ("mean", "exp_mean", "sum")]
     if adds:
         stacked = torch.stack([partials[n].double() for n in adds])
@@ -216,12 +216,13 @@ def all_reduce(partials: dict[str, Tensor], group: ProcessGroup | None) -> dict[
         rows = [torch.stack([_or_nothing(partials[n].double(), signs[n]), partials[n][1].double()]) for n in extremes]
         stacked = torch.stack(rows)
         dist.all_reduce(stacked, op=dist.ReduceOp.MAX, group=group)
-        reduced.update({n: torch.stack([row[0] * signs[n], row[1]]) for n, row in zip(extremes, stacked.unbind(), strict=True)})
+        for name, row in zip(extremes, stacked.unbind(), strict=True):
+            reduced[name] = torch.stack([row[0] * signs[name], row[1]])
     return reduced
 
 
 def finalize(partials: dict[str, Tensor]) -> dict[str, float]:
-    """Numbers for the log; one transfer from the device. A metric that saw nothing is nan."""
+    """The values to log, with one transfer from the device; nan for a metric without a value."""
     import torch
 
     if not partials:
@@ -239,7 +240,7 @@ def finalize(partials: dict[str, Tensor]) -> dict[str, float]:
 
 
 def markdown_table() -> str:
-    """The table for the docs."""
+    """The table of all metrics for the docs."""
     lines = ["| key | meaning | unit | over micro-batches and ranks |", "|---|---|---|---|"]
     for name, m in [*METRICS.items(), *PATTERNS]:
         lines.append(f"| `{name}` | {m.meaning.replace('|', chr(92) + '|')} | {m.unit} | {m.reduction} |")
@@ -260,7 +261,7 @@ def _join(kind: Reduction, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _or_nothing(pair: Tensor, sign: float) -> Tensor:
-    """The value times sign, or -inf where nothing was seen, so that it loses every comparison."""
+    """The value times sign, or -inf where there is no value, so that it loses every comparison."""
     import torch
 
     return torch.where(pair[1] > 0, pair[0] * sign, torch.full_like(pair[0], -math.inf))

@@ -1,4 +1,4 @@
-"""Secrets out of what is written down: by the name they go under, or by their look."""
+"""Removes secrets from what a run writes down: by the name of the field, or by how the value looks."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-SECRET_NAME = re.compile(r"(?i)(?:^|[._\-])(token|secret|password|passwd|api[_\-]?key|access[_\-]?key|credentials?|auth)$")
-_VALUE = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[\w\-]{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,}|xox[abp]-[\w\-]{10,}"
-    r"|eyJ[\w\-]{10,}\.[\w\-]+\.[\w\-]+|(?<=://)[^/@\s]+(?=@)|(?i:(?<=bearer )\S+)|(?i:(?<=token=)[^&\s]+|(?<=api_key=)[^&\s]+)"
+SECRET_NAME = re.compile(
+    r"(?i)(?:^|[._\-])(token|secret|password|passwd|api[_\-]?key|access[_\-]?key|credentials?|auth)$"
 )
+_VALUE = re.compile(r"hf_[A-Za-z0-9]{16,}|sk-[\w\-]{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,}"
+                    r"|xox[abp]-[\w\-]{10,}|eyJ[\w\-]{10,}\.[\w\-]+\.[\w\-]+|(?<=://)[^/@\s]+(?=@)"
+                    r"|(?i:(?<=bearer )\S+)|(?i:(?<=token=)[^&\s]+|(?<=api_key=)[^&\s]+)")
 
 
 def redact(value: Any) -> Any:
-    """The same structure without passwords: by the name they go under, or by their look."""
+    """The same structure with "<redacted>" for each secret: in mappings, lists of arguments, `name=value` and texts."""
     if isinstance(value, Mapping):
-        return {k: "<redacted>" if v and isinstance(v, str) and SECRET_NAME.search(str(k)) else redact(v) for k, v in value.items()}
+        secrets = {k for k, v in value.items() if v and isinstance(v, str) and SECRET_NAME.search(str(k))}
+        return {k: "<redacted>" if k in secrets else redact(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         cleaned: list[Any] = []
         for item in value:
-            before = cleaned[-1] if cleaned else None
-            secret = isinstance(before, str) and before.startswith("-") and "=" not in before and SECRET_NAME.search(before)
-            cleaned.append("<redacted>" if secret and not str(item).startswith("--") else redact(item))
+            before = cleaned[-1] if cleaned and isinstance(cleaned[-1], str) else ""
+            is_option = before.startswith("-") and "=" not in before and SECRET_NAME.search(before)
+            is_secret = is_option and not str(item).startswith("--")
+            cleaned.append("<redacted>" if is_secret else redact(item))
         return cleaned
     if isinstance(value, str):
         name, equals, _ = value.partition("=")

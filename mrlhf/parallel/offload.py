@@ -1,9 +1,9 @@
-"""Tensors that leave the device for the host while they are not needed, storage by storage.
+"""Tensors that move to the host while the device does not need them, storage by storage.
 
-What refers to them (parameters, views into Megatron's buffers, optimizer states) stays as it is: a storage is shrunk to nothing and
-later gets its bytes back. On CUDA the host's side is pinned, all copies of a call are under way together on a stream of
-their own, and `fetch` returns before they have arrived: the stream that uses them waits on the device. On CPU the same steps run on
-ordinary memory: nothing is gained, and the results are those of a GPU run.
+Parameters, views into Megatron's buffers and optimizer states keep referring to the same storages: a storage shrinks to
+0 bytes and later gets its contents back. On CUDA host memory is pinned, all copies of a call overlap on a stream of
+their own, and `fetch` returns before they are done: the current stream waits for them on the device. On CPU the same
+steps use ordinary memory, which saves nothing but gives the results of a GPU run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
 
 
 class Parking:
-    """One set of tensors that come and go together. keep: false where what they hold is not needed again (gradients)."""
+    """A set of tensors that move together. keep: false if their contents are not needed again (gradients)."""
 
     def __init__(self, *, keep: bool = True) -> None:
         self.keep = keep
         self._away: list[tuple[torch.UntypedStorage, int]] = []
-        self._host: dict[int, torch.Tensor] = {}  # by storage; pinned memory is dear to make, so it is kept
+        self._host: dict[int, torch.Tensor] = {}  # by storage; allocating pinned memory is slow, so it is kept
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -44,7 +44,7 @@ class Parking:
 
     @torch.no_grad()
     def park(self, tensors: Iterable[torch.Tensor]) -> int:
-        """Returns the bytes freed. Nothing may use the tensors until `fetch`."""
+        """Moves the tensors to the host and returns the bytes freed. Nothing may use them until `fetch`."""
         assert not self._away, "parked already"
         storages = {s._cdata: s for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
         if not storages:
@@ -64,7 +64,7 @@ class Parking:
 
     @torch.no_grad()
     def fetch(self) -> None:
-        """Everything back in its place; gradients as zeros. Nothing where nothing is away."""
+        """Brings all tensors back, or zeros without `keep`. Does nothing if none is away."""
         if not self._away:
             return
         for storage, size in self._away:

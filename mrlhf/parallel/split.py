@@ -1,7 +1,8 @@
-"""torchrun's ranks as two worlds, those that train and those that generate, and the bridge between them.
+"""Splits torchrun's ranks into two worlds, training ranks and generating ranks, with a bridge between them.
 
-Megatron and vLLM both take torch.distributed's default group for the whole world. So each side gets a default group of its own, on the
-same rendezvous under another prefix; the bridge is two groups of all ranks beside them, for messages between two ranks only.
+Megatron and vLLM both take torch.distributed's default group for the whole world. So each side gets its own default
+group, on the same rendezvous under another prefix. The bridge adds two groups of all ranks, used for messages between
+two ranks only.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ Sending = list[tuple[Any, torch.Tensor]]  # works to wait for, and what must sta
 
 @dataclass(frozen=True)
 class Bridge:
-    """Ranks 0 .. trainers - 1 of torchrun's world train, the others generate. `rank` and `world` are torchrun's."""
+    """Ranks 0 .. trainers - 1 of torchrun's world train, the others generate. rank and world: torchrun's."""
 
     rank: int
     world: int
     trainers: int
     store: dist.Store
     timeout: timedelta
-    control: Any  # a gloo group, in host memory; it waits for ever
-    weights: Any  # one of the device, with the time-out
+    control: Any  # gloo group for host memory, without a time-out
+    weights: Any  # group of the device's backend, with the time-out
 
     @property
     def trains(self) -> bool:
@@ -45,27 +46,28 @@ class Bridge:
         return range(self.trainers, self.world)
 
     def start_messages(self, operations: Sequence[tuple[bool, torch.Tensor, int]]) -> list[Any]:
-        """(is_send, tensor, torchrun's rank of the other) of one bucket of the weights; works to wait for."""
+        """Starts one bucket: (is_send, tensor, torchrun's rank of the other side). Returns works to wait for."""
 
         def start() -> list[Any]:
-            return [(self.weights.send if is_send else self.weights.recv)([data], other, 0) for is_send, data, other in operations]
+            send, receive = self.weights.send, self.weights.recv
+            return [(send if is_send else receive)([data], other, 0) for is_send, data, other in operations]
 
         if not device.current().is_cuda:
             return start()
-        self.weights._start_coalescing()  # as torch's batch_isend_irecv does
+        self.weights._start_coalescing()  # as in torch's batch_isend_irecv
         start()
         return [self.weights._end_coalescing()]
 
     def send(self, data: bytes, to: int) -> Sending:
-        """Without waiting."""
+        """Starts sending `data` to a rank and returns without waiting."""
         parts = torch.tensor([len(data)]), torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return [(self.control.send([part], to, 0), part) for part in parts]
 
     def receive(self, source: int) -> bytes:
-        """What `source` sends next. Generating ranks wait as long as training takes.
+        """The next message of rank `source`. Generating ranks wait as long as training takes.
 
-        Raises EnvironmentProblem where the other rank has gone, or does not answer a trainer within nine tenths of the time-out: before
-        those of the collectives in which the other trainers wait, which name nobody.
+        Raises EnvironmentProblem if the other rank has gone, or does not answer a trainer within nine tenths of the
+        time-out. That is before the collectives time out in which the other trainers wait; their errors name no rank.
         """
         length = torch.zeros(1, dtype=torch.int64)
         self._receive(length, source)
@@ -90,16 +92,19 @@ def wait_for(sending: Sending) -> None:
         work.wait()
 
 
-def split(generators: int, *, timeout_minutes: float, silence_s: float) -> Bridge:
-    """Starts torch.distributed, on every rank of a torchrun of more than `generators` ranks: the last ones generate."""
+def split_world(generators: int, *, timeout_minutes: float, silence_s: float) -> Bridge:
+    """Collective. Starts torch.distributed on every rank of torchrun; the last `generators` ranks generate."""
     timeout, here = timedelta(minutes=timeout_minutes), device.current()
     if here.is_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store = fresh_store(store, rank=rank, world=world, timeout=timeout)
     trainers = world - generators
-    side, own_rank, own_world = ("trains", rank, trainers) if rank < trainers else ("generates", rank - trainers, generators)
-    dist.init_process_group(here.backend, store=dist.PrefixStore(side, store), rank=own_rank, world_size=own_world, timeout=timeout)
+    side, own_rank, own_size = "trains", rank, trainers
+    if rank >= trainers:
+        side, own_rank, own_size = "generates", rank - trainers, generators
+    own_store = dist.PrefixStore(side, store)
+    dist.init_process_group(here.backend, store=own_store, rank=own_rank, world_size=own_size, timeout=timeout)
     if rank == 0:
         store.set("watch", uuid.uuid4().hex)
     attempt = store.get("watch").decode()
@@ -107,6 +112,6 @@ def split(generators: int, *, timeout_minutes: float, silence_s: float) -> Bridg
     control = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, world, _FOR_EVER)
     group = dist.ProcessGroupNCCL if here.is_cuda else dist.ProcessGroupGloo
     weights = group(dist.PrefixStore("weights", store), rank, world, timeout)
-    if here.is_cuda:  # NCCL's communicator is made by all ranks together, and later ones send to few
+    if here.is_cuda:  # all ranks create NCCL's communicator together; later messages involve two
         weights.allreduce([torch.zeros(1, device=here.name)]).wait()
     return Bridge(rank, world, trainers, dist.PrefixStore("run", store), timeout, control, weights)

@@ -1,14 +1,15 @@
 """Ranks watch each other: one that gives no sign of life, or does not get on, ends the run on all ranks, with its name.
 
-A thread of every rank writes its rank's sign (a counter, the phase of the main thread) to torch's store and reads that of the
-next rank, in a ring: a read and a write a rank and period, whatever the world's size. The store is that of the rendezvous, outside of the ranks
-under torchrun. What the thread can see and a collective's time-out cannot: which rank it is, what it was doing, and
-ranks that wait without any time-out (vLLM's shared memory on CPU).
+A thread of every rank writes its rank's sign (a counter, the phase of the main thread) to torch's store and reads that
+of the next rank, in a ring: a read and a write a rank and period, whatever the world's size. The store is that of the
+rendezvous, outside of the ranks under torchrun. What the thread can see and a collective's time-out cannot: which rank
+it is, what it was doing, and ranks that wait without any time-out (vLLM's shared memory on CPU).
 
   silent     no new sign for `silence_s`: killed, stopped (SIGSTOP), or its machine is gone
   behind     its sign goes on, but it is in an earlier phase than its neighbour for `behind_s`: the main thread hangs
 
-A rank that stops being watched before the others (generating ranks, when the trainer still saves) says so: it has left, and is not missed.
+A rank that stops being watched before the others (generating ranks, when the trainer still saves) says so: it has left,
+and is not missed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Watch:
     store: any that all ranks share; the thread needs a connection of its own, as the main one may wait in it.
     """
 
-    def __init__(self, store: dist.Store, *, rank: int, world: int, silence_s: float, behind_s: float, side: str = "") -> None:
+    def __init__(
+        self, store: dist.Store, *, rank: int, world: int, silence_s: float, behind_s: float, side: str = ""
+    ) -> None:
         """side: the phases of ranks are compared within one only."""
         self.store, self.rank, self.world = dist.PrefixStore("mrlhf/watch", store), rank, world
         self.silence_s, self.behind_s, self.side = silence_s, behind_s, side
@@ -63,7 +66,9 @@ class Watch:
                 self.store.set(f"sign {self.rank}", self._sign(-1))
 
     def leave(self) -> None:
-        """At Python's end, where nobody has called `stop`. The thread may wait for a machine that is out of reach: the end does not."""
+        """At Python's end, where nobody has called `stop`. The thread may wait for a machine that is out of reach: the
+        end does not.
+        """
         self._stopped.set()
         self._thread.join(2.0)
 
@@ -84,7 +89,8 @@ class Watch:
             except dist.DistError as error:
                 if self._stopped.is_set():
                     return
-                self._end(f"the rendezvous of torchrun does not answer any more ({str(error).splitlines()[0]})", told=False)
+                self._end(f"the rendezvous of torchrun does not answer any more ({str(error).splitlines()[0]})",
+                          told=False)
             beats, now = beats + 1, time.monotonic()
             seen: dict[str, Any] = json.loads(sign) if sign else {"phase": (0, ""), "side": None, "left": False}
             if sign != last or seen["left"]:
@@ -97,11 +103,13 @@ class Watch:
             else:
                 behind_since = None
             if behind_since is not None and now - behind_since > self.behind_s:
-                self._accuse(last, f"does not get on: rank {self.rank} has waited for it in '{self._phase[1]}' for {now - behind_since:.0f} s")
+                waited = f"has waited for it in '{self._phase[1]}' for {now - behind_since:.0f} s"
+                self._accuse(last, f"does not get on: rank {self.rank} {waited}")
             self._stopped.wait(period)
 
     def _accuse(self, sign: str, what: str) -> None:
-        who, rank = json.loads(sign) if sign else {"host": "?", "pid": "?", "phase": (0, "start-up")}, (self.rank + 1) % self.world
+        unknown = {"host": "?", "pid": "?", "phase": (0, "start-up")}
+        who, rank = json.loads(sign) if sign else unknown, (self.rank + 1) % self.world
         text = f"rank {rank} ({who['host']}, pid {who['pid']}) {what}; it was in '{who['phase'][1]}'"
         try:
             verdict = self.store.compare_set("verdict", "", text).decode()
@@ -120,8 +128,10 @@ class Watch:
             where = f"\n  where every rank was: {self.directory}/stacks_rank_*.txt"
         if not told:
             bar = "=" * 100
-            sys.stderr.write(f"{bar}\nRankProblem: {verdict}; all ranks end here (parallel.silence_seconds, parallel.timeout_minutes)"
-                             f"{where}\n  fix:      look at that rank's machine; the same command resumes from the last checkpoint\n{bar}\n")  # fmt: skip
+            keys = "parallel.silence_seconds, parallel.timeout_minutes"
+            fix = "look at that rank's machine; the same command resumes from the last checkpoint"
+            text = f"RankProblem: {verdict}; all ranks end here ({keys}){where}\n  fix:      {fix}"
+            sys.stderr.write(f"{bar}\n{text}\n{bar}\n")
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(EXIT_STATUS)
@@ -130,21 +140,21 @@ class Watch:
 _current: Watch | None = None
 
 
-def start(
-    *, attempt: str, silence_s: float, behind_s: float, rank: int | None = None, world: int | None = None, side: str = ""
-) -> None:
+def start(*, attempt: str, silence_s: float, behind_s: float, rank: int | None = None, world: int | None = None,
+          side: str = "") -> None:
     """After init_process_group, in a world of more than one rank; once. The connection is to torchrun's own store;
-    attempt: a name that no earlier ranks have used in it. rank, world: torchrun's, where they are not torch.distributed's."""
+    attempt: a name that no earlier ranks have used in it. rank, world: torchrun's, where they are not
+    torch.distributed's."""
     global _current
     if _current is not None:
         return
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, is_master=False, wait_for_workers=False,
-        timeout=datetime.timedelta(seconds=silence_s),
-    )  # fmt: skip
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, is_master=False,
+                          wait_for_workers=False, timeout=datetime.timedelta(seconds=silence_s))
     rank, world = dist.get_rank() if rank is None else rank, dist.get_world_size() if world is None else world
-    _current = Watch(dist.PrefixStore(attempt, store), rank=rank, world=world, silence_s=silence_s, behind_s=behind_s, side=side)
-    atexit.register(_current.leave)  # however Python ends: a thread that comes back from the store's C++ then would abort the process
+    _current = Watch(dist.PrefixStore(attempt, store), rank=rank, world=world, silence_s=silence_s, behind_s=behind_s,
+                     side=side)
+    # A thread that returns from the store's C++ code while Python ends would abort the process.
+    atexit.register(_current.leave)
 
 
 def phase(name: str) -> None:

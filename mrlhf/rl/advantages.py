@@ -122,16 +122,12 @@ def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor
     row = ESTIMATORS[estimator]
     smallest = 2 if row.needs_groups else 1
     if group_size < smallest:
-        raise ConfigError(
-            f"group size {group_size} is too small for estimator {estimator!r}",
-            expected=f"at least {smallest} answers per prompt",
-            fix="sample more answers per prompt, or use estimator 'reinforce'",
-        )
+        raise ConfigError(f"group size {group_size} is too small for estimator {estimator!r}",
+                          expected=f"at least {smallest} answers per prompt",
+                          fix="sample more answers per prompt, or use estimator 'reinforce'")
     if scores_B.dim() != 1 or scores_B.numel() % group_size:
-        raise ConfigError(
-            f"scores of shape {tuple(scores_B.shape)} do not split into groups of {group_size}",
-            expected=f"[B] with B a multiple of {group_size}",
-        )
+        raise ConfigError(f"scores of shape {tuple(scores_B.shape)} do not split into groups of {group_size}",
+                          expected=f"[B] with B a multiple of {group_size}")
     scores_GN = scores_B.float().view(-1, group_size)
     shaped_GN = row.resolve()(scores_GN)
     if row.needs_groups:

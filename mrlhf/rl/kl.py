@@ -81,8 +81,7 @@ class AdaptiveKL:
         if self.MAX_ERROR * n >= self.horizon:
             raise ConfigError(
                 f"kl horizon = {self.horizon} is too short for {n} answers a step: one update could make beta negative",
-                expected=f"more than {self.MAX_ERROR * n:g}",
-                fix=f"set the horizon to {20 * n}",
+                expected=f"more than {self.MAX_ERROR * n:g}", fix=f"set the horizon to {20 * n}"
             )
         error = min(max(kl / self.target - 1, -self.MAX_ERROR), self.MAX_ERROR)
         self.value *= 1 + error * n / self.horizon

@@ -18,13 +18,11 @@ from mrlhf.losses import check_choice, check_same_shape, fill_masked, reduce_los
 LOG_RATIO_LIMIT = 20.0
 
 
-def policy_loss(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *,
-    clip_low: float, clip_high: float, dual_clip: float | None = None, ratio: str = "token",
-    aggregation: str = "token", denominator: Tensor | float | None = None,
-    rollout_logps: Tensor | None = None, correction: tuple[str, float, float] | None = None,
-    segment_ids: Tensor | None = None, num_segments: int | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float,
+                clip_high: float, dual_clip: float | None = None, ratio: str = "token", aggregation: str = "token",
+                denominator: Tensor | float | None = None, rollout_logps: Tensor | None = None,
+                correction: tuple[str, float, float] | None = None, segment_ids: Tensor | None = None,
+                num_segments: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (PPO, Schulman 2017, eq. 7). Tensors are [B, T].
 
     Gradients flow into logps only.
@@ -84,10 +82,8 @@ def policy_loss(
     return loss, metrics
 
 
-def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *,
-    clip: float | None = None, denominator: Tensor | float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = None,
+               denominator: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """0.5 max((V - R)^2, (V_clipped - R)^2) with V_clipped = old + clip(V - old, +-clip); clip=None: 0.5 (V - R)^2.
 
     All tensors are [B, T]. The clipping of OpenAI's PPO ("The 37 Implementation Details of PPO", Huang 2022, detail 9).

@@ -1,4 +1,5 @@
-"""PPO and its critic-free relatives: actor, critic, reference and reward models on Megatron, vLLM in the same ranks or in others.
+"""PPO and its critic-free relatives: actor, critic, reference and reward models on Megatron, vLLM in the same ranks or
+in others.
 
 A step (semantics of every number: docs/rl.md):
     generate -> score -> log-probs -> values -> advantages -> update critic -> update actor -> reshard
@@ -20,9 +21,9 @@ import torch.distributed as dist
 from mrlhf.checkpoint.source import ModelSource, restore_randomness
 from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
-from mrlhf.data.tokenizers.hf import load, stop_ids
+from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.parallel import device, reshard, state
-from mrlhf.parallel.split import Bridge, split
+from mrlhf.parallel.split import Bridge, split_world
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from mrlhf.rl.offload import Offload
@@ -47,7 +48,7 @@ from mrlhf.training.trainer import LossFn, Trainer
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
 AHEAD = "ahead.bin"  # in a checkpoint: answers of the next rollout, where they were made ahead
-PHASES = ("gen", "reward", "logprobs", "values", "adv", "update_critic", "update_actor", "reshard")  # timed, in this order
+PHASES = ("gen", "reward", "logprobs", "values", "adv", "update_critic", "update_actor", "reshard")  # timed
 CRITIC_METRICS = ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "moe_z_loss")
 # Rounding between the pass that gave the old log-probs and the training pass, no change of the policy.
 _FIRST_RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
@@ -83,7 +84,8 @@ def make_bridge(config: PPOStage) -> Bridge | None:
     if config.rollout.num_ranks is None:
         return None
     parallel = config.parallel
-    return split(config.rollout.num_ranks, timeout_minutes=parallel.timeout_minutes, silence_s=parallel.silence_seconds)
+    return split_world(config.rollout.num_ranks, timeout_minutes=parallel.timeout_minutes,
+                       silence_s=parallel.silence_seconds)
 
 
 class PPO(Run):
@@ -105,8 +107,10 @@ class PPO(Run):
             self._build()
         tp, ranks = config.rollout.tensor_parallel_size, config.rollout.num_ranks
         where = "" if ranks is None else f" on {ranks} ranks of their own"
-        log.info(f"vLLM: {(ranks or layout.world) // tp} replica(s) of tensor parallel {tp}{where}; {self.sampler.memory}")
-        for line in reshard.describe(self.sampler.bytes_of_ranks()):
+        log.info(
+            f"vLLM: {(ranks or layout.world) // tp} replica(s) of tensor parallel {tp}{where}; {self.sampler.memory}"
+        )
+        for line in reshard.traffic_summary(self.sampler.bytes_of_ranks()):
             log.info(line)
         if self.resumed is not None:
             with self.phase("build"):
@@ -128,7 +132,7 @@ class PPO(Run):
         self.ptx: Pretraining | None = None
         if config.ptx.coef > 0:
             self.ptx = Pretraining(config, open_ptx(config, inputs.source)[0], state.groups())
-        self.tokenizer = load(inputs.source.hf_dir)
+        self.tokenizer = load_tokenizer(inputs.source.hf_dir)
         common: dict[str, Any] = {"parallel": config.parallel, "dtype": config.model.dtype, "seed": seed}
         environment = rollout.environment is not None
         self.rewards = Rewards(config.reward, inputs.source, self.tokenizer, environment=environment, **common)
@@ -136,9 +140,8 @@ class PPO(Run):
         frozen = self.rewards.models | reference
         self.offload = Offload(config.offload, trainers=self.models.trainers(), frozen=frozen)
         stop = tuple(sorted({*stop_ids(inputs.source.hf_dir, self.tokenizer), *rollout.stop_token_ids}))
-        self.sampling = Sampling(
-            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stop, rollout.stop
-        )
+        self.sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stop,
+                                 rollout.stop)
         self.sampler: Sampler | RemoteSampler
         if self.bridge is None:
             self.sampler = Sampler(config, inputs, self.tokenizer, self.layout)
@@ -176,8 +179,9 @@ class PPO(Run):
     def collect(self, step: int) -> tuple[Rollout, torch.Tensor, Metrics]:
         """Answers to `rollout.batch_size` prompts, their scores [B], and each source's mean.
 
-        With `rollout.dynamic_sampling` groups of equal scores are dropped, and as many further prompts drawn as are then missing, at
-        most `rollout.max_refills` times: the last refill is kept whatever its scores (DAPO, section 3.2).
+        With `rollout.dynamic_sampling` groups of equal scores are dropped, and as many further prompts drawn as are
+        then missing, at most `rollout.max_refills` times: the last refill is kept whatever its scores (DAPO, section
+        3.2).
         """
         config, n = self.config.rollout, self.config.rollout.n
         metrics: Metrics = {}
@@ -222,7 +226,9 @@ class PPO(Run):
         return self.sampler.generate(*_read(data, rows), n=n, sampling=sampling, step=step, first=first)
 
     def ask_ahead(self, step: int) -> None:
-        """Have the answers of rollout `step` made meanwhile, where other ranks generate. Its prompts count as drawn when it is used."""
+        """Have the answers of rollout `step` made meanwhile, where other ranks generate. Its prompts count as drawn
+        when it is used.
+        """
         rollout = self.config.rollout
         if rollout.max_staleness and step <= self.total_steps:
             prompts, labels = _read(self.inputs.train, self.prompts.peek(rollout.batch_size))
@@ -242,36 +248,20 @@ class PPO(Run):
             scores_B = scores_B + overlong_penalty(rollout.lengths_B(), limit=limit, buffer=buffer, factor=factor)
         return scale_scores(scores_B, scaling=reward.scaling, running=self.running_std)
 
-    def advantages(
-        self,
-        rollout: Rollout,
-        scores_B: torch.Tensor,
-        old_BA: torch.Tensor,
-        entropy_BA: torch.Tensor,
-        ref_BA: torch.Tensor | None,
-        values_BA: torch.Tensor | None,
-    ) -> tuple[Tables, torch.Tensor]:
+    def advantages(self, rollout: Rollout, scores_B: torch.Tensor, old_BA: torch.Tensor, entropy_BA: torch.Tensor,
+                   ref_BA: torch.Tensor | None, values_BA: torch.Tensor | None) -> tuple[Tables, torch.Tensor]:
         """Every table of the rollout, and the advantages [B, A] as the policy loss takes them."""
         config, ppo, mask_BA = self.config, self.config.ppo, rollout.mask_BA()
         kl_BA = torch.zeros_like(old_BA)
         if ref_BA is not None:
             kl_BA = kl_estimate(old_BA, ref_BA, kind=config.kl.kind) * mask_BA
         raw_BA, returns_BA, rewards_BA = adv.compute_advantages(
-            scores_B,
-            kl_BA,
-            values_BA,
-            mask_BA,
-            estimator=ppo.estimator,
-            group_size=config.rollout.n,
-            beta=0.0 if config.kl.in_loss else self.kl.value,
-            clip=config.reward.clip,
-            gamma=ppo.gamma,
-            lam=ppo.lam,
+            scores_B, kl_BA, values_BA, mask_BA, estimator=ppo.estimator, group_size=config.rollout.n,
+            beta=0.0 if config.kl.in_loss else self.kl.value, clip=config.reward.clip, gamma=ppo.gamma, lam=ppo.lam
         )
         rollout_BA = rollout.rollout_logps_BA()
-        tables = Tables(
-            scores_B, mask_BA, rollout_BA, old_BA, entropy_BA, ref_BA, values_BA, rewards_BA, raw_BA, returns_BA
-        )
+        tables = Tables(scores_B, mask_BA, rollout_BA, old_BA, entropy_BA, ref_BA, values_BA, rewards_BA, raw_BA,
+                        returns_BA)
         whiten = ppo.whiten_advantages and ppo.estimator_row.whitens
         return tables, adv.whiten(raw_BA, mask_BA) if whiten else raw_BA
 
@@ -282,22 +272,17 @@ class PPO(Run):
         return {f"critic/{name}": metrics[name] for name in CRITIC_METRICS if name in metrics}
 
     def update_actor(self, step: int, rollout: Rollout, tables: Tables, advantages_BA: torch.Tensor) -> Metrics:
-        loss = actor_loss(
-            self.models.actor,
-            self.config,
-            beta=self.kl.value,
-            old_BA=tables.old_BA,
-            ref_BA=tables.ref_BA,
-            advantages_BA=advantages_BA,
-            rollout_BA=tables.rollout_BA,
-        )
+        loss = actor_loss(self.models.actor, self.config, beta=self.kl.value, old_BA=tables.old_BA,
+                          ref_BA=tables.ref_BA, advantages_BA=advantages_BA, rollout_BA=tables.rollout_BA)
         metrics = self.update(self.models.actor, rollout, loss, step=step, ptx=self.ptx)
         return {f"actor/{name}": value for name, value in metrics.items() if name != "loss"}
 
     def update(
         self, trainer: Trainer, rollout: Rollout, loss: LossFn, *, step: int, ptx: Pretraining | None = None
     ) -> Metrics:
-        """`ppo.epochs` passes over shuffled mini-batches: the updates' means, and the first update's largest |ratio - 1|."""
+        """`ppo.epochs` passes over shuffled mini-batches: the updates' means, and the first update's largest |ratio -
+        1|.
+        """
         size = self.config.train.global_batch_size
         updates: list[Metrics] = []
         for epoch in range(self.config.ppo.epochs):
@@ -333,9 +318,8 @@ class PPO(Run):
         phases, config = self.phase.metrics(PHASES), self.config.rollout
         gen_seconds = metrics.get("timing_s/generators", phases["timing_s/gen"])
         with_environment = config.environment is not None
-        metrics |= rollout_metrics(
-            rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds, with_environment=with_environment
-        )
+        metrics |= rollout_metrics(rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds,
+                                   with_environment=with_environment)
         metrics |= phases
         corrected = config.correction != "none"
         warning = mismatch_warning(metrics, limit=config.mismatch_warning, corrected=corrected)
@@ -373,9 +357,7 @@ class PPO(Run):
             with self.offload.using(*self.rewards.models):
                 scores_B, _ = self.score(rollout)
             length = float(rollout.lengths_B().float().mean())
-            self.log_evaluation(
-                step, {"eval/score/mean": float(scores_B.mean()), "eval/response_length/mean": length}
-            )
+            self.log_evaluation(step, {"eval/score/mean": float(scores_B.mean()), "eval/response_length/mean": length})
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -388,7 +370,9 @@ class PPO(Run):
         self.running_std.load_state_dict(before[1])
 
     def save(self, step: int) -> None:
-        """Answer i to prompt p of rollout s is drawn from the seed (train.seed, s, p, i): the manifest needs no more of the sampling."""
+        """Answer i to prompt p of rollout s is drawn from the seed (train.seed, s, p, i): the manifest needs no more of
+        the sampling.
+        """
         with self.phase("save", step):
             self.offload.fetch("actor", "critic")
             content = {
@@ -404,7 +388,9 @@ class PPO(Run):
             self.write_checkpoint(step, parts, content, files=files)
 
     def _resume(self, source: ModelSource) -> None:
-        """Continue after the rollout of a checkpoint. One that was under way is drawn again from its seeds, or its answers were saved."""
+        """Continue after the rollout of a checkpoint. One that was under way is drawn again from its seeds, or its
+        answers were saved.
+        """
         manifest, where = source.manifest, str(source.path)
         updates = manifest["step"] * self.updates_per_rollout
         self.models.resume(source.path, updates_done=updates, scheduler=manifest["scheduler"])
@@ -418,9 +404,8 @@ class PPO(Run):
         if ahead.is_file() and isinstance(self.sampler, RemoteSampler) and rollout.max_staleness:
             prompts, labels = _read(self.inputs.train, self.prompts.peek(rollout.batch_size))
             next_step = manifest["step"] + 1
-            self.sampler.restore_pending(
-                ahead.read_bytes(), prompts, labels, n=rollout.n, sampling=self.sampling, step=next_step
-            )
+            self.sampler.restore_pending(ahead.read_bytes(), prompts, labels, n=rollout.n, sampling=self.sampling,
+                                         step=next_step)
 
     def close(self) -> int:
         if not self.finished:

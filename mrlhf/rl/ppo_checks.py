@@ -6,11 +6,11 @@ from typing import Any
 
 from mrlhf.checkpoint.source import ModelSource
 from mrlhf.config.options import PPOStage
-from mrlhf.data.tokenizers.hf import load
+from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import state
-from mrlhf.rl.rewards.sources import Rewards, critic_source
+from mrlhf.rl.rewards.sources import check_reward_sources, critic_source
 from mrlhf.rl.rollout.environments import check_environment
 from mrlhf.rl.rollout.vllm_engine import check_vllm_model
 from mrlhf.rl.rollout.vllm_weights import check_weights
@@ -23,7 +23,8 @@ def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfErro
     data, problems = preflight.open_data(config.ptx.data, key="ptx.data", task=None, source=source, seq_length=None)
     if data is not None and data.task not in ("sft", "pretrain"):
         where = f"ptx.data = {config.ptx.data}"
-        problems.append(DataError(f"the data was made with --task {data.task}", where=where, expected="--task sft or pretrain"))
+        problems.append(DataError(f"the data was made with --task {data.task}", where=where,
+                                  expected="--task sft or pretrain"))
     return data, problems
 
 
@@ -35,7 +36,7 @@ def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[Mrlh
     try:
         spec = critic_source(config, actor).spec
     except CheckpointError:
-        return []  # Rewards.check has it
+        return []  # check_reward_sources has it
 
     if parallel == config.parallel:
         return [] if spec == actor.spec else [*check_layout(parallel, spec, world)]
@@ -44,33 +45,36 @@ def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[Mrlh
         return text and text.replace("parallel.", "ppo.critic_")
 
     problems = [*check_layout(parallel, spec, world), *state.check_batch(config.train, parallel, world)]
-    return [ConfigError(f"critic: {own(e.what)}", where=own(e.where), expected=own(e.expected), fix=own(e.fix)) for e in problems]
+    return [ConfigError(f"critic: {own(e.what)}", where=own(e.where), expected=own(e.expected), fix=own(e.fix))
+            for e in problems]
 
 
 def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
     """Opens model and data. world: all of torchrun's ranks. Raises every problem, together."""
     generators = config.rollout.num_ranks or 0
     if generators >= world:
+        smallest = state.Layout.from_config(config.parallel, 1).ranks_per_replica
         raise ConfigError(
             f"rollout.num_ranks = {generators} of {world} ranks leave none to train",
             where="rollout.num_ranks",
-            expected=f"torchrun with {generators + state.Layout.of(config.parallel, 1).smallest} ranks or more",
+            expected=f"torchrun with {generators + smallest} ranks or more",
         )
     trainers = world - generators
     opened = preflight.open_run(config, world=trainers)
     source, problems = opened.source, opened.problems
     if source is not None:
         tp = config.rollout.tensor_parallel_size
-        problems.extend(check_vllm_model(source.spec, tp=tp, world=generators or trainers, key="rollout.tensor_parallel_size"))
+        problems.extend(check_vllm_model(source.spec, tp=tp, world=generators or trainers,
+                                         key="rollout.tensor_parallel_size"))
         weights, placement = config.rollout.weights, config.rollout.placement
         problems.extend(check_weights(source.spec, weights, dtype=config.model.dtype, placement=placement))
         problems.extend(preflight.check_prompt_budget(config, source, opened.datasets()))
         parallel, critic = config.parallel, config.ppo.critic
-        problems.extend(Rewards.check(config.reward, source, parallel=parallel, world=trainers, critic=critic))
+        problems.extend(check_reward_sources(config.reward, source, parallel=parallel, world=trainers, critic=critic))
         problems.extend(_check_critic(config, source, trainers))
         if config.ptx.coef > 0:
             problems.extend(open_ptx(config, source)[1])
         if opened.datasets():
             _, data = opened.datasets()[0]
-            problems.extend(check_environment(config.rollout.environment, load(source.hf_dir), data.meta))
+            problems.extend(check_environment(config.rollout.environment, load_tokenizer(source.hf_dir), data.meta))
     return opened.inputs()

@@ -14,7 +14,7 @@ import torch
 from mrlhf.checkpoint.save import Part
 from mrlhf.config.options import PPOStage
 from mrlhf.data.loader import MicroBatch
-from mrlhf.models.layers.router_losses import make_balance, of_aggregation, trained_tokens
+from mrlhf.models.layers.router_losses import count_for, make_balance, trained_tokens
 from mrlhf.parallel import state
 from mrlhf.rl.rewards.sources import critic_source
 from mrlhf.rl.rollout.tables import Rollout, compute_tables, micro_batches
@@ -24,13 +24,15 @@ from mrlhf.training.trainer import Model, Trainer
 
 
 class PPOModels:
-    """Actor and reference, and a critic where the estimator needs one. `critic` and `reference` are None where the run has none."""
+    """Actor and reference, and a critic where the estimator needs one. `critic` and `reference` are None where the run
+    has none.
+    """
 
     def __init__(self, config: PPOStage, inputs: RunInputs, *, updates: int) -> None:
         """updates: optimizer steps of the whole run, for the schedules. Collective."""
         self.config, dtype, seed = config, config.model.dtype, config.train.seed
         common: dict[str, Any] = {"dtype": dtype, "seed": seed, "total_steps": updates}
-        balance = make_balance(config.model, of_aggregation(config.loss))
+        balance = make_balance(config.model, count_for(config.loss))
         self.actor = Trainer(inputs.source, config.parallel, config.optim, head="lm", balance=balance, **common)
         self.critic: Trainer | None = None
         if config.ppo.estimator_row.needs_critic:
@@ -38,8 +40,9 @@ class PPOModels:
             optim = replace(config.optim, lr=lr, min_lr=min(config.optim.min_lr, lr))
             source = critic_source(config, inputs.source)
             balance = make_balance(config.model, trained_tokens) if source.spec.experts is not None else None
-            with state.more_groups(config.critic_parallel).in_force():
-                self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, **common)
+            groups = state.groups_for(config.critic_parallel)
+            self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, groups=groups,
+                                  **common)
         self.reference: Model | None = None
         if config.kl.coef > 0:
             self.reference = Model(inputs.source, config.parallel, head="lm", dtype=dtype, seed=seed)
@@ -62,16 +65,13 @@ class PPOModels:
         return micro_batches(rollout, rows, training_batch_plan(self.config, model.groups))
 
     def logprobs(self, model: Model, rollout: Rollout, *, with_entropy: bool = False) -> list[torch.Tensor]:
-        """[B, A] log-probs of the answers under `model` at the rollout's temperature; with_entropy: then the entropies [B, A] too."""
+        """[B, A] log-probs of the answers under `model` at the rollout's temperature; with_entropy: then the entropies
+        [B, A] too.
+        """
 
         def fn(hidden_BTH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-            logps_BT, entropy_BT, *_ = model.logprobs(
-                hidden_BTH,
-                batch,
-                temperature=self.config.rollout.temperature,
-                with_entropy=with_entropy,
-                keep_BT=batch.mask_BT,
-            )
+            logps_BT, entropy_BT, *_ = model.logprobs(hidden_BTH, batch, temperature=self.config.rollout.temperature,
+                                                      with_entropy=with_entropy, keep_BT=batch.mask_BT)
             return torch.stack([logps_BT, entropy_BT]) if with_entropy else logps_BT[None]
 
         shape = (rollout.size, int(rollout.lengths_B().max()))

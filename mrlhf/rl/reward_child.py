@@ -1,7 +1,7 @@
-"""The process that runs a Python reward function: `python -m mrlhf.rl.reward_child FILE.py:FUNCTION LIMITS READ_FD WRITE_FD`.
+"""The process of a Python reward function: `python -m mrlhf.rl.reward_child FILE.py:FUNCTION LIMITS READ_FD WRITE_FD`.
 
-It answers each request on READ_FD with one answer on WRITE_FD; the first answer says whether the function could be loaded.
-See reward_process.py, which starts it and says what crosses.
+It writes one answer to WRITE_FD for each request from READ_FD; the first answer says whether the function was loaded.
+rewards/process.py starts it and describes the messages.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 OPEN_FILES, FILE_BYTES = 1024, 1 << 30
 
 
-def limit(memory_mib: int) -> None:
-    """What an accident may cost. The soft limits that are lower already stay."""
+def limit_resources(memory_mib: int) -> None:
+    """Sets the resource limits of this process; limits that are lower already stay. memory_mib: 0 for no limit."""
     wanted = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: OPEN_FILES, resource.RLIMIT_FSIZE: FILE_BYTES}
     if memory_mib:
         wanted[resource.RLIMIT_AS] = memory_mib << 20
@@ -35,24 +35,24 @@ def limit(memory_mib: int) -> None:
         resource.setrlimit(kind, (lowest, lowest))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    faulthandler.register(signal.SIGUSR1)  # the parent asks where we are before it kills us
+    faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks before it kills this process
 
 
 def read_message(fd: int) -> Any:
-    """The next message; None where the other side has closed."""
+    """The next message; None if the other side has closed its end."""
     head = _read(fd, 8)
     body = None if head is None else _read(fd, int.from_bytes(head, "little"))
     return None if body is None else msgspec.msgpack.decode(body)
 
 
 def _read(fd: int, size: int) -> bytes | None:
-    found = bytearray()
-    while len(found) < size:
-        part = os.read(fd, min(size - len(found), 1 << 20))
+    data = bytearray()
+    while len(data) < size:
+        part = os.read(fd, min(size - len(data), 1 << 20))
         if not part:
             return None
-        found += part
-    return bytes(found)
+        data += part
+    return bytes(data)
 
 
 def write_message(fd: int, message: Any) -> None:
@@ -62,24 +62,23 @@ def write_message(fd: int, message: Any) -> None:
         data = data[os.write(fd, data) :]
 
 
-def _problem(error: MrlhfError) -> dict[str, Any]:
+def _error_message(error: MrlhfError) -> dict[str, Any]:
     return {"error": [error.what, error.where, error.expected, error.fix]}
 
 
 def main(spec: str, limits: str, read_fd: int, write_fd: int) -> None:
-    allowed = json.loads(limits)
-    limit(allowed["memory_mib"])
+    limit_resources(json.loads(limits)["memory_mib"])
     try:
         function = load_function(parse_source(spec))
     except MrlhfError as error:
-        write_message(write_fd, _problem(error))
+        write_message(write_fd, _error_message(error))
         return
     write_message(write_fd, {"loaded": True})
     while (request := read_message(read_fd)) is not None:
         try:
             answer: dict[str, Any] = {"scores": score_with_function(function, source=spec, **request)}
         except MrlhfError as error:
-            answer = _problem(error)
+            answer = _error_message(error)
         write_message(write_fd, answer)
 
 

@@ -24,10 +24,8 @@ from mrlhf.training.batch_plan import make_batch_plan
 from mrlhf.training.trainer import LossFn, Model, Partials
 
 
-def actor_loss(
-    model: Model, config: PPOStage, *, beta: float, old_BA: torch.Tensor, ref_BA: torch.Tensor | None,
-    advantages_BA: torch.Tensor, rollout_BA: torch.Tensor,
-) -> LossFn:
+def actor_loss(model: Model, config: PPOStage, *, beta: float, old_BA: torch.Tensor, ref_BA: torch.Tensor | None,
+               advantages_BA: torch.Tensor, rollout_BA: torch.Tensor) -> LossFn:
     """policy_loss - ppo.entropy_coef x entropy, + beta x KL(actor || reference) where `kl.in_loss`.
 
     old_BA, ref_BA, rollout_BA: log-probs under the actor before the updates, the reference and vLLM.
@@ -36,9 +34,8 @@ def actor_loss(
     correction = None if name == "none" else (name, config.rollout.correction_low, config.rollout.correction_high)
 
     def loss(hidden_BTH: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Partials]:
-        logps_BT, entropy_BT, *_ = model.logprobs(
-            hidden_BTH, batch, temperature=config.rollout.temperature, with_entropy=True, keep_BT=batch.mask_BT
-        )
+        logps_BT, entropy_BT, *_ = model.logprobs(hidden_BTH, batch, temperature=config.rollout.temperature,
+                                                  with_entropy=True, keep_BT=batch.mask_BT)
         segments = {"segment_ids": batch.segments_BT, "num_segments": batch.num_samples + 1}
 
         def total_of(x_BT: torch.Tensor) -> torch.Tensor:
@@ -65,10 +62,9 @@ def critic_loss(config: PPOStage, *, old_values_BA: torch.Tensor, returns_BA: to
     """value_loss over the answer tokens."""
 
     def loss(values_BT1: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Partials]:
-        total, partials = value_loss(
-            values_BT1.squeeze(-1), gather_table(batch, old_values_BA), gather_table(batch, returns_BA), batch.mask_BT,
-            clip=config.ppo.value_clip, denominator=1.0,
-        )
+        total, partials = value_loss(values_BT1.squeeze(-1), gather_table(batch, old_values_BA),
+                                     gather_table(batch, returns_BA), batch.mask_BT, clip=config.ppo.value_clip,
+                                     denominator=1.0)
         return total, batch.mask_BT.sum(), partials
 
     return loss

@@ -17,8 +17,9 @@ from mrlhf.parallel import device, watch
 class Phases:
     """`with phase("rollout", step): ...`, in the same order on all ranks. A name may come several times in a step.
 
-    Inside, a hang is reported with the phase (parallel/watch.py), RUN/heartbeat/ shows it, and out of memory becomes an OutOfMemory
-    error with the peaks of all phases. Afterwards `seconds` and `peaks` hold its time and its memory peak in GiB.
+    Inside, a hang is reported with the phase (parallel/watch.py), RUN/heartbeat/ shows it, and out of memory becomes an
+    OutOfMemory error with the peaks of all phases. Afterwards `seconds` and `peaks` hold its time and its memory peak
+    in GiB.
     """
 
     def __init__(self, memory: Memory) -> None:

@@ -35,7 +35,9 @@ class RunInputs:
 
 @dataclass
 class Opened:
-    """What could be opened of a run's inputs, and every problem so far. A stage adds its own, then asks for `inputs`."""
+    """What could be opened of a run's inputs, and every problem so far. A stage adds its own, then asks for
+    `inputs`.
+    """
 
     config: TrainingConfig
     problems: Problems
@@ -55,7 +57,7 @@ class Opened:
         parts = [part for _, data in self.datasets() for part in sources_of(data)]
         notes = [part.note for part in parts if isinstance(part, MegatronText)]
         if self.source.spec.experts is not None:
-            notes.append(router_losses.describe(self.config.model))
+            notes.append(router_losses.balance_summary(self.config.model))
         return RunInputs(self.source, self.train, self.eval, tuple(notes))
 
 
@@ -63,28 +65,25 @@ def open_train(
     sources: Sequence[DataSource], *, task: str, source: ModelSource | None, seq_length: int | None
 ) -> tuple[Dataset | None, list[MrlhfError]]:
     """data.train, one data set or a blend, and everything in which its parts do not fit the run or each other."""
-    opened, weights, found = [], [], []
+    opened, weights, problems = [], [], []
     for item in sources:
-        data, problems = open_data(item.prefix, key="data.train", task=task, source=source, seq_length=seq_length)
-        found += problems
+        data, errors = open_data(item.prefix, key="data.train", task=task, source=source, seq_length=seq_length)
+        problems += errors
         if data is not None:
             opened.append(data)
             weights.append(1.0 if item.loss_weight is None else item.loss_weight)
     if not opened:
-        return None, found
-    found += mismatches(opened, key="data.train")
-    return opened[0] if len(opened) == 1 else Blend(opened, loss_weights=weights), found
+        return None, problems
+    problems += mismatches(opened, key="data.train")
+    return opened[0] if len(opened) == 1 else Blend(opened, loss_weights=weights), problems
 
 
 def _open_megatron(prefix: str, *, key: str, source: ModelSource | None, seq_length: int | None) -> MegatronText:
     if seq_length is None:
-        raise DataError(
-            "this is Megatron-LM's own text, which has no length of its own",
-            where=f"{key} = {prefix}",
-            expected="data.seq_length",
-            fix="--data.seq_length 4096",
-        )
-    return MegatronText(prefix, seq_length=seq_length, vocab_size=source.spec.vocab_size if source is not None else 1 << 62)
+        raise DataError("this is Megatron-LM's own text, which has no length of its own", where=f"{key} = {prefix}",
+                        expected="data.seq_length", fix="--data.seq_length 4096")
+    return MegatronText(prefix, seq_length=seq_length,
+                        vocab_size=source.spec.vocab_size if source is not None else 1 << 62)
 
 
 def open_data(
@@ -99,38 +98,39 @@ def open_data(
             data = PackedDataset.open(prefix)
     except DataError as error:
         return None, [error]
-    found: list[MrlhfError] = []
+    problems: list[MrlhfError] = []
 
     def bad(what: str, expected: str, fix: str | None = None) -> None:
-        found.append(DataError(what, where=f"{key} = {prefix}", expected=expected, fix=fix))
+        problems.append(DataError(what, where=f"{key} = {prefix}", expected=expected, fix=fix))
 
     if task is not None and data.task != task:
-        bad(f"the data was made with --task {data.task}", f"--task {task}", f"tools/preprocess_data.py --task {task} ...")
+        bad(f"the data was made with --task {data.task}", f"--task {task}",
+            f"tools/preprocess_data.py --task {task} ...")
     if seq_length is not None and data.meta["seq_length"] != seq_length:
-        bad(
-            f"the data was made with --seq-length {data.meta['seq_length']}",
-            f"data.seq_length = {seq_length}",
-            f"--data.seq_length {data.meta['seq_length']}",
-        )
+        bad(f"the data was made with --seq-length {data.meta['seq_length']}", f"data.seq_length = {seq_length}",
+            f"--data.seq_length {data.meta['seq_length']}")
     if source is not None:
         limit = source.spec.max_position_embeddings
         if data.max_length > limit:
-            bad(f"its longest sample has {data.max_length} tokens", f"at most max_position_embeddings = {limit} of {source.path}")
+            bad(f"its longest sample has {data.max_length} tokens",
+                f"at most max_position_embeddings = {limit} of {source.path}")
         if isinstance(data, MegatronText):
-            return data, found
+            return data, problems
         try:
             theirs, ours = data.meta["tokenizer_fingerprint"], fingerprint(source.hf_dir)
         except DataError as error:
-            return data, [*found, error]
+            return data, [*problems, error]
         if theirs != ours:
+            made_with = f"{data.meta['tokenizer']}, fingerprint {theirs[:12]}"
             bad(
-                f"the data's tokenizer ({data.meta['tokenizer']}, fingerprint {theirs[:12]}) is not the model's ({source.hf_dir}, {ours[:12]})",
+                f"the data's tokenizer ({made_with}) is not the model's ({source.hf_dir}, {ours[:12]})",
                 "one tokenizer for data and model",
                 f"tools/preprocess_data.py --tokenizer {source.hf_dir} ...",
             )
         elif data.meta["vocab_size"] > source.spec.vocab_size:
-            bad(f"the tokenizer has {data.meta['vocab_size']} ids", f"at most vocab_size = {source.spec.vocab_size} of {source.path}")
-    return data, found
+            bad(f"the tokenizer has {data.meta['vocab_size']} ids",
+                f"at most vocab_size = {source.spec.vocab_size} of {source.path}")
+    return data, problems
 
 
 def open_run(config: TrainingConfig, *, world: int) -> Opened:
@@ -185,7 +185,9 @@ def _check_model(config: TrainingConfig, source: ModelSource) -> list[ConfigErro
 
 
 def check_micro_batches(config: TrainingConfig, data: Dataset, *, key: str) -> list[MrlhfError]:
-    """Under train.max_tokens_per_micro_batch the largest row must fit; of a rollout, the longest prompt with the longest answer."""
+    """Under train.max_tokens_per_micro_batch the largest row must fit; of a rollout, the longest prompt with the
+    longest answer.
+    """
     limit, multiple = config.train.max_tokens_per_micro_batch, state.pad_multiple(config.parallel)
     if limit is None:
         return []
@@ -194,12 +196,14 @@ def check_micro_batches(config: TrainingConfig, data: Dataset, *, key: str) -> l
     else:
         lengths = data.longest_row(packing=config.data.packing)
         what = "pack" if config.data.packing else "pair" if data.task == "preference" else "sample"
-    tokens = -(-sum(lengths) // multiple) * multiple if config.data.packing else len(lengths) * -(-max(lengths) // multiple) * multiple
+    count, length = (1, sum(lengths)) if config.data.packing else (len(lengths), max(lengths))
+    tokens = count * -(-length // multiple) * multiple
     if tokens <= limit:
         return []
+    key_of_limit = "train.max_tokens_per_micro_batch"
     return [
         ConfigError(
-            f"train.max_tokens_per_micro_batch = {limit:,} is less than the largest {what} takes: {tokens:,} tokens with padding",
+            f"{key_of_limit} = {limit:,} is less than the largest {what} takes: {tokens:,} tokens with padding",
             where=key,
             expected=f"{tokens} or more",
             fix=f"--train.max_tokens_per_micro_batch {tokens}",
@@ -209,16 +213,17 @@ def check_micro_batches(config: TrainingConfig, data: Dataset, *, key: str) -> l
 
 def check_prompt_budget(config: PPOStage, source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
     """The longest prompt and answer together must fit the model."""
-    found: list[MrlhfError] = []
+    problems: list[MrlhfError] = []
     limit = source.spec.max_position_embeddings
+    answers = f"rollout.max_new_tokens = {config.rollout.max_new_tokens}"
     for key, data in sets:
         if data.max_length + config.rollout.max_new_tokens > limit:
-            found.append(
+            problems.append(
                 ConfigError(
-                    f"the longest prompt ({data.max_length} tokens) and rollout.max_new_tokens = {config.rollout.max_new_tokens} exceed {limit}",
+                    f"the longest prompt ({data.max_length} tokens) and {answers} exceed {limit}",
                     where=key,
                     expected=f"max_position_embeddings = {limit} of {source.path}",
                     fix=f"--rollout.max_new_tokens {max(1, limit - data.max_length)}",
                 )
             )
-    return found
+    return problems

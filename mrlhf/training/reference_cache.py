@@ -1,8 +1,10 @@
-"""Reference log-probs of DPO, computed once and kept beside the data under the reference's fingerprint, so that later runs read them.
+"""Reference log-probs of DPO, computed once and kept beside the data under the reference's fingerprint, so that later
+runs read them.
 
-    PREFIX_reference_<16 digits>.safetensors    "logps" float32 [samples]: each answer's log-prob, summed over its trained tokens
-The file says which data, which reference and which dtype it is of, and the SHA-256 of its values; what does not fit is computed anew.
-A blend has a file beside each of its sources.
+    PREFIX_reference_<16 digits>.safetensors    "logps" float32 [samples]: each answer's log-prob, summed over its
+    trained tokens
+The file says which data, which reference and which dtype it is of, and the SHA-256 of its values; what does not fit is
+computed anew. A blend has a file beside each of its sources.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mrlhf.checkpoint.manifest import entry, fsync
+from mrlhf.checkpoint.manifest import file_entry, fsync
 from mrlhf.checkpoint.source import ModelSource
 from mrlhf.data.blend import Dataset
 from mrlhf.parallel import state
@@ -26,11 +28,11 @@ from mrlhf.parallel import state
 log = logging.getLogger(__name__)
 
 
-def fingerprint(source: ModelSource, *, dtype: str) -> str:
+def model_fingerprint(source: ModelSource, *, dtype: str) -> str:
     """SHA-256 over config and weights of a model as they are on disk, and the dtype it is run in. Collective.
 
-    Every file is read once, shared out over the ranks: about 1.5 GB/s a rank. A checkpoint with optimizer state has another fingerprint
-    than the same weights without it.
+    Every file is read once, shared out over the ranks: about 1.5 GB/s a rank. A checkpoint with optimizer state has
+    another fingerprint than the same weights without it.
     """
     weights = source.path / "dist" if source.is_checkpoint else source.path
     files = [
@@ -38,25 +40,25 @@ def fingerprint(source: ModelSource, *, dtype: str) -> str:
         *sorted(p for p in weights.iterdir() if p.is_file() and (source.is_checkpoint or p.suffix == ".safetensors")),
     ]
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = [(i, entry(files[i])["sha256"]) for i in range(rank, len(files), world)]
+    mine = [(i, file_entry(files[i])["sha256"]) for i in range(rank, len(files), world)]
     digests = [digest for _, digest in sorted(state.from_all_ranks(mine))]
     names = [file.name for file in files]
     return hashlib.sha256(repr((names, digests, dtype)).encode()).hexdigest()
 
 
-def read(path: Path, *, facts: dict[str, str], samples: int) -> torch.Tensor | str | None:
+def read_logps(path: Path, *, facts: dict[str, str], samples: int) -> torch.Tensor | str | None:
     """[samples] as they were written, None without a file, or what is wrong with it."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
-            found, logps = file.metadata() or {}, file.get_tensor("logps")
+            metadata, logps = file.metadata() or {}, file.get_tensor("logps")
     except (SafetensorError, OSError) as error:
         return f"cannot be read ({error})"
     for name, value in facts.items():
-        if found.get(name) != value:
+        if metadata.get(name) != value:
             return f"is of another {name}"
-    if tuple(logps.shape) != (samples,) or found.get("sha256") != _values_sha256(logps):
+    if tuple(logps.shape) != (samples,) or metadata.get("sha256") != _values_sha256(logps):
         return "is damaged: its values are not those that were written"
     return logps
 
@@ -65,7 +67,7 @@ def _values_sha256(logps: torch.Tensor) -> str:
     return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
 
 
-def write(path: Path, logps: torch.Tensor, *, facts: dict[str, str]) -> None:
+def write_logps(path: Path, logps: torch.Tensor, *, facts: dict[str, str]) -> None:
     """Whole or not at all: temporary name, fsync, rename. Raises OSError where the directory cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # safetensors reports a file that it cannot make in a way of its own
@@ -79,43 +81,48 @@ def write(path: Path, logps: torch.Tensor, *, facts: dict[str, str]) -> None:
     fsync(path.parent)
 
 
-def places(data: Dataset, run_dir: Path, reference: str) -> list[Path]:
-    """Where the file of one data set may lie: beside the data, or, where that cannot be written, in the run's directory."""
+def cache_paths(data: Dataset, run_dir: Path, reference: str) -> list[Path]:
+    """Where the file of one data set may lie: beside the data, or, where that cannot be written, in the run's
+    directory.
+    """
     beside = Path(f"{data.prefix}_reference_{reference[:16]}.safetensors")
     return [beside, run_dir / f"{beside.stem}_{data.identity[:16]}.safetensors"]
 
 
-def stored(data: Dataset, *, reference: str, run_dir: Path, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """[samples] of one data set, on every rank: read where they are whole, else computed and written. Collective, as `compute` is."""
+def cached_logps(data: Dataset, *, reference: str, run_dir: Path, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """[samples] of one data set, on every rank: read where they are whole, else computed and written. Collective, as
+    `compute` is.
+    """
     facts = {"data": data.identity, "reference": reference}
     box: list[torch.Tensor | None] = [None]
     if state.is_main():
-        for path in places(data, run_dir, reference):
-            found = read(path, facts=facts, samples=data.num_samples)
-            if isinstance(found, torch.Tensor):
+        for path in cache_paths(data, run_dir, reference):
+            stored = read_logps(path, facts=facts, samples=data.num_samples)
+            if isinstance(stored, torch.Tensor):
                 log.info(f"reference log-probs: {path}")
-                box = [found]
+                box = [stored]
                 break
-            if found is not None:
-                log.info(f"reference log-probs: {path} {found}; computed anew")
+            if stored is not None:
+                log.info(f"reference log-probs: {path} {stored}; computed anew")
     dist.broadcast_object_list(box, src=0)
     if box[0] is not None:
         return box[0]
     log.info(f"reference log-probs of {data.num_samples:,} answers of {data.prefix}")
     logps = compute()
     if state.is_main():
-        keep(places(data, run_dir, reference), logps, facts=facts)
+        write_to_first(cache_paths(data, run_dir, reference), logps, facts=facts)
     return logps
 
 
-def keep(paths: list[Path], logps: torch.Tensor, *, facts: dict[str, str]) -> Path:
+def write_to_first(paths: list[Path], logps: torch.Tensor, *, facts: dict[str, str]) -> Path:
     """Writes to the first of `paths` that can be written; says so where it is not the first."""
     first, last = paths
     try:
-        write(first, logps, facts=facts)
+        write_logps(first, logps, facts=facts)
         return first
     except OSError as error:
-        log.info(f"{first.parent} cannot be written ({error.strerror}): reference log-probs are kept in {last}, for this run alone")
+        why = f"{first.parent} cannot be written ({error.strerror})"
+        log.info(f"{why}: reference log-probs are kept in {last}, for this run alone")
     last.parent.mkdir(parents=True, exist_ok=True)
-    write(last, logps, facts=facts)
+    write_logps(last, logps, facts=facts)
     return last

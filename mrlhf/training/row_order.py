@@ -18,15 +18,9 @@ DATA, TOKENIZER = "data", "tokenizer"  # names in train.allow_changes beside con
 def make_order(config: TrainingConfig, data: Dataset) -> Order:
     """Rows of every step. The dry run and the checkpoint arithmetic use it too."""
     rows = [rows_of(source, packing=config.data.packing) for source in sources_of(data)]
-    mix = Mix.of(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
-    return Order(
-        mix,
-        global_batch_size=config.train.global_batch_size,
-        num_epochs=config.train.num_epochs,
-        max_steps=config.train.max_steps,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
+    mix = Mix.from_weights(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
+    return Order(mix, global_batch_size=config.train.global_batch_size, num_epochs=config.train.num_epochs,
+                 max_steps=config.train.max_steps, seed=config.train.seed, shuffle=config.data.shuffle)
 
 
 def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str, float]:
@@ -52,16 +46,8 @@ def data_position(order: Order, data: Dataset, consumed: list[int]) -> dict[str,
     return {"data": [{"prefix": d.prefix, "identity": d.identity, "rows": rows, "consumed": n} for d, rows, n in parts]}
 
 
-def restore_position(
-    order: Order,
-    data: Dataset,
-    manifest: dict[str, Any],
-    *,
-    where: str,
-    position: int | None = None,
-    hf_dir: Path | None = None,
-    allowed: Collection[str] = (),
-) -> None:
+def restore_position(order: Order, data: Dataset, manifest: dict[str, Any], *, where: str, position: int | None = None,
+                     hf_dir: Path | None = None, allowed: Collection[str] = ()) -> None:
     """Move the order to a checkpoint's position (None: that of its step).
 
     hf_dir: the model that the run starts from; its tokenizer must be the checkpoint's. allowed: train.allow_changes.
@@ -84,7 +70,7 @@ def restore_position(
         if allowed:
             order.rebase(manifest["step"], sum(consumed))
         start = order.position(manifest["step"]) if position is None else position
-        order.go_on_at(start, None if DATA in allowed else consumed)
+        order.resume_at(start, None if DATA in allowed else consumed)
     except ValueError as error:
         what = f"its data position cannot be right: {error}"
         raise CheckpointError(what, where=where, fix="take an earlier checkpoint") from error
@@ -97,7 +83,7 @@ def _changed_data(order: Order, data: Dataset, sources: list[dict[str, Any]], wh
             was = f"{before['prefix']} as it was ({before['rows']:,} rows, {before['identity'][:12]})"
             problems.append(
                 CheckpointError(
-                    f"the data at {now.prefix} was changed since this checkpoint: the rows that are left would be others",
+                    f"the data at {now.prefix} was changed since this checkpoint: the remaining rows would be others",
                     where=where,
                     expected=f"{was}, not {rows:,} rows, {now.identity[:12]}",
                     fix=f"bring that data back, or --train.allow_changes '[{DATA}]', "

@@ -36,7 +36,7 @@ from mrlhf.checkpoint.save import Part
 from mrlhf.checkpoint.source import restore_randomness, to_resume
 from mrlhf.config.dump import dump_yaml
 from mrlhf.config.options import SFTStage, TrainingConfig
-from mrlhf.data.blend import Dataset, describe_samples
+from mrlhf.data.blend import Dataset, sample_places
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.memory.tracker import Memory
 from mrlhf.models.layers.router_losses import Count, make_balance
@@ -59,33 +59,26 @@ _H100_BF16_TFLOPS = 989.0  # dense, SXM
 class Run:
     """The parts that every training stage has: directory, stopper, checkpoints, tracker, phases, the range of steps.
 
-    Started again with the same configuration it continues after its newest checkpoint (`resumed`, `done`); `finished`: nothing is left
-    to do, and the run only has to be closed.
+    Started again with the same configuration it continues after its newest checkpoint (`resumed`, `done`); `finished`:
+    nothing is left to do, and the run only has to be closed.
     """
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        inputs: RunInputs,
-        layout: state.Layout,
-        *,
-        total_steps: int,
-        began: float,
-        store: dist.Store | None = None,
-    ) -> None:
+    def __init__(self, config: TrainingConfig, inputs: RunInputs, layout: state.Layout, *, total_steps: int,
+                 began: float, store: dist.Store | None = None) -> None:
         """After torch.distributed was started. began: time.monotonic() of the process's start. store: see Stopper."""
         self.config, self.inputs, self.layout, self.total_steps = config, inputs, layout, total_steps
         self.output_dir = Path(config.train.output_dir)
         watch.log_to(self.output_dir / "logs")
         heartbeat.start(self.output_dir, rank=dist.get_rank())
         self.stopper = Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store)
-        for line in (f"device: {device.current().describe()}", layout.describe(config.train), *inputs.notes):
+        for line in (f"device: {device.current().summary()}", layout.batch_summary(config.train), *inputs.notes):
             log.info(line)
         self.saver = Saver(self.output_dir, config.checkpoint)
         self.resumed = to_resume(self.output_dir, total_steps=total_steps, verify=config.checkpoint.verify)
         self.done = 0 if self.resumed is None else int(self.resumed.manifest["step"])
         self.finished = self.done >= total_steps
-        self.status, self.last_words = 0, f"{'already ' if self.finished else ''}finished: {self.output_dir / 'checkpoints'}"
+        self.status = 0
+        self.last_words = f"{'already ' if self.finished else ''}finished: {self.output_dir / 'checkpoints'}"
         self.phase = Phases(Memory(config, spec=inputs.source.spec, rank=dist.get_rank(), world=layout.world))
         self.tracker: Tracker | None = None
         self._evaluation: tuple[int, dict[str, float]] = 0, {}
@@ -95,7 +88,8 @@ class Run:
         if self.finished:
             return
         self.tracker = self._make_tracker()
-        # Objects of the start-up live as long as the run: collections, a full one in each of Megatron's saves, skip them (0.2 s).
+        # Objects of the start-up live as long as the run: collections, a full one in each of Megatron's saves, skip
+        # them (0.2 s).
         gc.collect()
         gc.freeze()
         for step in range(self.done + 1, self.total_steps + 1):
@@ -124,7 +118,8 @@ class Run:
         """eval/* of a step; a checkpoint of the same step keeps them."""
         assert self.tracker is not None
         self.tracker.log(step, values)
-        self._evaluation = step, {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no nan
+        # JSON has no nan
+        self._evaluation = step, {key: value for key, value in values.items() if math.isfinite(value)}
 
     def due_evaluation(self, step: int) -> bool:
         if self.inputs.eval is None:
@@ -142,9 +137,8 @@ class Run:
     def with_optimizer(self, step: int) -> bool:
         return step < self.total_steps or self.config.checkpoint.save_optimizer
 
-    def write_checkpoint(
-        self, step: int, parts: list[Part], content: dict[str, Any], *, files: Mapping[str, bytes] | None = None
-    ) -> None:
+    def write_checkpoint(self, step: int, parts: list[Part], content: dict[str, Any], *,
+                         files: Mapping[str, bytes] | None = None) -> None:
         """content: what the manifest says beyond `run_manifest`; files: further files of the checkpoint by name."""
         manifest = run_manifest(self.config, self.layout, self.inputs.source.hf_dir) | content
         if self._evaluation[0] == step:
@@ -163,19 +157,11 @@ class Run:
 
     def _make_tracker(self) -> Tracker:
         options = self.config.logging
-        return Tracker(
-            self.output_dir,
-            config_yaml=dump_yaml(self.config),
-            env={"device": device.current().describe(), "world_size": state.world_size()},
-            is_main=state.is_main(),
-            stage=self.config.stage,
-            total_steps=self.total_steps,
-            start_step=self.done,
-            log_interval=options.log_interval,
-            tensorboard=options.tensorboard,
-            wandb_project=options.wandb_project,
-            mlflow_experiment=options.mlflow_experiment,
-        )
+        return Tracker(self.output_dir, config_yaml=dump_yaml(self.config),
+                       env={"device": device.current().summary(), "world_size": state.world_size()},
+                       is_main=state.is_main(), stage=self.config.stage, total_steps=self.total_steps,
+                       start_step=self.done, log_interval=options.log_interval, tensorboard=options.tensorboard,
+                       wandb_project=options.wandb_project, mlflow_experiment=options.mlflow_experiment)
 
 
 class SupervisedRun(Run):
@@ -205,28 +191,21 @@ class SupervisedRun(Run):
         self.spikes = SpikeDetector(config.train.loss_spike_threshold, losses)
         with self.phase("build"):
             self.trainer = self._make_trainer(head, count)
-        log.info(f"model: {inputs.source.spec.describe()}, {config.model.dtype}, Adam: {self.trainer.adam}")
+        log.info(f"model: {inputs.source.spec.summary()}, {config.model.dtype}, Adam: {self.trainer.adam}")
 
     def _make_trainer(self, head: str, count: Count) -> Trainer:
         config = self.config
-        return Trainer(
-            self.inputs.source,
-            config.parallel,
-            config.optim,
-            head=head,
-            dtype=config.model.dtype,
-            seed=config.train.seed,
-            total_steps=self.total_steps,
-            random_init=config.model.init == "random",
-            on_nonfinite=config.train.on_nonfinite,
-            neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
-            balance=make_balance(config.model, count),
-        )
+        return Trainer(self.inputs.source, config.parallel, config.optim, head=head, dtype=config.model.dtype,
+                       seed=config.train.seed, total_steps=self.total_steps, random_init=config.model.init == "random",
+                       on_nonfinite=config.train.on_nonfinite,
+                       neftune_alpha=config.sft.neftune_alpha if isinstance(config, SFTStage) else 0.0,
+                       balance=make_balance(config.model, count))
 
     def batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, this rank's micro-batches) of the steps that are left.
 
-        A resumed run loads its checkpoint here: until the first batch the trainer has the starting weights (DPO's reference).
+        A resumed run loads its checkpoint here: until the first batch the trainer has the starting weights (DPO's
+        reference).
         """
         if self.resumed is not None:
             with self.phase("build"):
@@ -264,7 +243,9 @@ class SupervisedRun(Run):
         return values
 
     def evaluate(self, step: int, loss_fn: LossFn, prepare: Callable[[list[MicroBatch]], None] | None = None) -> None:
-        """Every row of the evaluation set once; logs eval/*. prepare: called with each slice's micro-batches before they run."""
+        """Every row of the evaluation set once; logs eval/*. prepare: called with each slice's micro-batches before
+        they run.
+        """
         assert self.eval_loader is not None
         results = []
         with self.phase("evaluate", step):
@@ -291,13 +272,15 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def report_spike(detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer, data: Dataset) -> dict[str, float]:
+def report_spike(
+    detector: SpikeDetector, loss: float, *, step: int, trainer: Trainer, data: Dataset
+) -> dict[str, float]:
     """train/loss_spike of one step; for a spike also a line with the samples of the worst micro-batches. Collective."""
-    spike = detector.meet(loss)
+    spike = detector.check_loss(loss)
     is_spike = state.on_any_rank(spike is not None)  # losses of tensor-parallel ranks may differ in the last bit
     if is_spike:
         losses = trainer.micro_batch_losses()
         high = [entry for entry in losses if entry[0] > loss / 2] or losses  # often one micro-batch among many
-        worst = "; ".join(f"{mean:.4f} with {describe_samples(data, samples)}" for mean, samples in high[:3])
+        worst = "; ".join(f"{mean:.4f} with {sample_places(data, samples)}" for mean, samples in high[:3])
         log.info(f"loss spike at step {step}: {spike or f'{loss:.4f}'}; micro-batches: {worst}")
     return {"loss_spike": float(is_spike)}

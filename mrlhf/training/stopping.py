@@ -1,7 +1,9 @@
-"""Leaving a run in time: SIGTERM, SIGUSR1 (SLURM's warning) and the wall-clock budget. The run saves and exits with EXIT_STOPPED.
+"""Leaving a run in time: SIGTERM, SIGUSR1 (SLURM's warning) and the wall-clock budget. The run saves and exits with
+EXIT_STOPPED.
 
-A signal may come to one rank, and while its main thread waits inside a collective, where Python runs no handler. So the C-level handler
-writes to a pipe, a thread reads it and sets a key in the job's store, and every rank sees that key at its next safe place.
+A signal may come to one rank, and while its main thread waits inside a collective, where Python runs no handler. So the
+C-level handler writes to a pipe, a thread reads it and sets a key in the job's store, and every rank sees that key at
+its next safe place.
 """
 
 from __future__ import annotations
@@ -28,13 +30,15 @@ class Interrupted(Exception):
 
 
 class Stopper:
-    """Whether the run is to stop, and why. Made once a process, in its main thread, after torch.distributed was started.
+    """Whether the run is to stop, and why. Made once a process, in its main thread, after torch.distributed was
+    started.
 
-    budget_minutes: of wall-clock time from `began` (time.monotonic()) on; None: no limit. store, rank: of all that must hear of a signal,
-    where that is not torch.distributed's world (parallel/split.py).
+    budget_minutes: of wall-clock time from `began` (time.monotonic()) on; None: no limit. store, rank: of all that must
+    hear of a signal, where that is not torch.distributed's world (parallel/split.py).
     """
 
-    def __init__(self, *, budget_minutes: float | None, began: float, store: dist.Store | None = None, rank: int | None = None) -> None:
+    def __init__(self, *, budget_minutes: float | None, began: float, store: dist.Store | None = None,
+                 rank: int | None = None) -> None:
         self.reason: str | None = None
         self._deadline = None if budget_minutes is None else began + 60 * budget_minutes
         self._store = distributed_c10d._get_default_store() if store is None else store
@@ -66,7 +70,9 @@ class Stopper:
         return f"stopped by {self.reason} after step {step}: the same command again goes on (status {EXIT_STOPPED})"
 
     def agreed(self, *, next_s: float = 0.0) -> bool:
-        """Collective: the same answer on all ranks. next_s: seconds that the next step and a save will take, for the budget."""
+        """Collective: the same answer on all ranks. next_s: seconds that the next step and a save will take, for the
+        budget.
+        """
         late = self._deadline is not None and state.is_main() and time.monotonic() + next_s > self._deadline
         self._looked = 0.0
         wanted = torch.tensor([float(self.requested()), float(late)], device=device.current().name)

@@ -40,9 +40,12 @@ def bpe_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
-    return _save(tokenizer, tmp_path_factory.mktemp("bpe"), eos_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:])
+    return _save(
+        tokenizer, tmp_path_factory.mktemp("bpe"), eos_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -52,14 +55,20 @@ def merging_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([" that", " this", ": that"] * 50 + CORPUS, trainer)
-    return _save(tokenizer, tmp_path_factory.mktemp("merging"), eos_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:])
+    return _save(
+        tokenizer, tmp_path_factory.mktemp("merging"), eos_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:]
+    )
 
 
 @pytest.fixture(scope="session")
 def unigram_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Unigram with Metaspace and byte fallback in the manner of sentencepiece; puts <s> before every text like Llama does."""
+    """Unigram with Metaspace and byte fallback in the manner of sentencepiece;
+    puts <s> before every text like Llama does.
+    """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -72,7 +81,9 @@ def unigram_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     state["model"]["byte_fallback"] = True
     state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
     tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
     return _save(
         tokenizer,
         tmp_path_factory.mktemp("unigram"),
@@ -85,21 +96,31 @@ def unigram_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def wordpiece_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """WordPiece in the manner of BERT, lower case. Its vocabulary holds the special tokens as words too, as BERT's does."""
+    """WordPiece in the manner of BERT, lower case.
+    Its vocabulary holds the special tokens as words too, as BERT's does.
+    """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     special = ["[UNK]", "[CLS]", "[SEP]", *SPECIAL]
-    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False))
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    )
     return _save(
-        tokenizer, tmp_path_factory.mktemp("wordpiece"), eos_token="[SEP]", unk_token="[UNK]", additional_special_tokens=["[CLS]", *SPECIAL]
+        tokenizer,
+        tmp_path_factory.mktemp("wordpiece"),
+        eos_token="[SEP]",
+        unk_token="[UNK]",
+        additional_special_tokens=["[CLS]", *SPECIAL],
     )
 
 
 @pytest.fixture(scope="session")
 def sentencepiece_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Models trained by sentencepiece itself: kind ("unigram", "bpe", with "_bytes" for byte fallback) -> path of the .model."""
+    """Models trained by sentencepiece itself: kind ("unigram", "bpe", with "_bytes" for byte fallback) -> path of the
+    .model.
+    """
     import io
 
     import sentencepiece
@@ -125,10 +146,20 @@ def sentencepiece_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 @pytest.fixture(scope="session")
 def tokenizers(
-    load: Callable[[str], Any], bpe_dir: str, merging_dir: str, unigram_dir: str, wordpiece_dir: str, sentencepiece_files: dict[str, str]
+    load: Callable[[str], Any],
+    bpe_dir: str,
+    merging_dir: str,
+    unigram_dir: str,
+    wordpiece_dir: str,
+    sentencepiece_files: dict[str, str],
 ) -> dict[str, Any]:
     """One of each kind, with the special tokens of every template."""
-    found = {"bpe": load(bpe_dir), "merging": load(merging_dir), "unigram": load(unigram_dir), "wordpiece": load(wordpiece_dir)}
+    found = {
+        "bpe": load(bpe_dir),
+        "merging": load(merging_dir),
+        "unigram": load(unigram_dir),
+        "wordpiece": load(wordpiece_dir),
+    }
     for kind in ("unigram", "bpe"):
         found[f"sentencepiece {kind}"] = load(sentencepiece_files[f"{kind}_bytes"])
         found[f"sentencepiece {kind}"].add_special_tokens({"additional_special_tokens": SPECIAL})
@@ -161,7 +192,8 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
     def write(rows: list[Any], name: str = "data.jsonl") -> str:
         path = tmp_path / name
         path.write_text(
-            "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows), encoding="utf-8"
+            "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows),
+            encoding="utf-8",
         )
         return str(path)
 

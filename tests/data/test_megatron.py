@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mrlhf.data import show
+from mrlhf.commands import data as command
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.data.megatron_text import MegatronText, is_megatron
 from mrlhf.errors import DataError
@@ -18,7 +18,9 @@ Write = Callable[..., str]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """By megatron-core's IndexedDatasetBuilder; a document is a list of sequences, as tools/preprocess_data.py adds them."""
+    """By megatron-core's IndexedDatasetBuilder; a document is a list of sequences,
+    as tools/preprocess_data.py adds them.
+    """
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -26,7 +28,9 @@ def write(tmp_path: Path) -> Write:
         prefix = str(tmp_path / name)
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
         for sequences in documents:
-            builder.add_document(torch.tensor([t for s in sequences for t in s], dtype=torch.int64), [len(s) for s in sequences])
+            builder.add_document(
+                torch.tensor([t for s in sequences for t in s], dtype=torch.int64), [len(s) for s in sequences]
+            )
         builder.finalize(f"{prefix}.idx")
         return prefix
 
@@ -51,11 +55,17 @@ def test_nothing_is_lost_and_documents_stay_apart(dtype: type, sentences: bool, 
         texts = [text for text in ([t for s in d for t in s] for d in documents) if text]
         stream = [(d, t) for d, text in enumerate(texts) for t in text]
         packs = [data.pack(row) for row in range(data.num_packs)]
-        assert [len(stream[at : at + length]) for at in range(0, len(stream), length)] == [sum(len(t) for _, t, _ in p) for p in packs]
+        assert [len(stream[at : at + length]) for at in range(0, len(stream), length)] == [
+            sum(len(t) for _, t, _ in p) for p in packs
+        ]
         samples = [s for pack in packs for s in pack]
         assert [i for i, _, _ in samples] == list(range(data.num_samples)), "numbered through"
-        assert [t for _, tokens, _ in samples for t in tokens.tolist()] == [t for _, t in stream], "every token once, in order"
-        assert all(mask.tolist() == [0] + [1] * (len(tokens) - 1) and tokens.dtype == np.int64 for _, tokens, mask in samples)
+        assert [t for _, tokens, _ in samples for t in tokens.tolist()] == [t for _, t in stream], (
+            "every token once, in order"
+        )
+        assert all(
+            mask.tolist() == [0] + [1] * (len(tokens) - 1) and tokens.dtype == np.int64 for _, tokens, mask in samples
+        )
         at = 0
         for _, tokens, _ in samples:
             assert len({d for d, _ in stream[at : at + len(tokens)]}) == 1, "one document a sample"
@@ -88,7 +98,7 @@ def test_what_is_taken_for_megatrons(write: Write, tmp_path: Path) -> None:
     assert is_megatron(prefix) and not is_megatron(str(tmp_path / "absent"))
     with pytest.raises(DataError, match="PREFIX.json is missing") as raised:
         PackedDataset.open(prefix)
-    assert "serves the stage pretrain alone" in str(raised.value)
+    assert "serves pretraining alone" in str(raised.value)
     (tmp_path / ".x.work").mkdir()
     assert not is_megatron(prefix), "a set of ours whose writer was killed"
 
@@ -110,9 +120,9 @@ def test_damage(write: Write) -> None:
 def test_inspection(write: Write, bpe_dir: str, load: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     ids = load(bpe_dir)("the quick brown fox")["input_ids"]
     prefix = write([[ids], [], [ids[:2]]])
-    assert show.main([prefix, "--samples", "2", "--check", "--tokenizer", bpe_dir]) == 0
+    assert command.main([prefix, "--samples", "2", "--check", "--tokenizer", bpe_dir]) == 0
     text = capsys.readouterr().out
     assert "3 documents (1 empty)" in text and text.count("--- document") == 2 and "nothing wrong was found" in text
     assert "quick brown fox]]" in text.replace("[[", "")
     with pytest.raises(DataError, match="id 5000 at token 1"):
-        show.main([write([[[1, 5000]]], name="wrong"), "--check", "--tokenizer", bpe_dir])
+        command.main([write([[[1, 5000]]], name="wrong"), "--check", "--tokenizer", bpe_dir])

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from mrlhf.data.order import Interleave, Mix, Order, feistel, permute
 
-counts = st.lists(st.integers(1, 60), min_size=1, max_size=12) | st.lists(st.integers(1, 10**12), min_size=2, max_size=5)
+counts = st.lists(st.integers(1, 60), min_size=1, max_size=12) | st.lists(
+    st.integers(1, 10**12), min_size=2, max_size=5
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -54,7 +56,9 @@ def test_feistel_is_a_bijection(n: int, seed: int) -> None:
 
 
 def test_large_permutations_are_uniform_and_neighbours_part() -> None:
-    """2,000 keys of a set too large to be listed: where a row goes has no favourite tenth; nothing stays near its neighbour."""
+    """2,000 keys of a set too large to be listed: where a row goes has no favourite tenth;
+    nothing stays near its neighbour.
+    """
     n, picked = 3_000_017, np.array([0, 1, 2, 1_500_000, 3_000_016])
     places = np.stack([permute(picked, n, seed=1, source=0, epoch=e) for e in range(2000)])
     for row in places.T:
@@ -71,11 +75,16 @@ number = st.sampled_from([None, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0])
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 40), number), min_size=1, max_size=5), st.integers(1, 16), st.integers(0, 9), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 40), number), min_size=1, max_size=5),
+    st.integers(1, 16),
+    st.integers(0, 9),
+    st.booleans(),
+)
 def test_epochs_are_exact(sources: list[tuple[int, float | None]], batch: int, seed: int, shuffle: bool) -> None:
     """Without weights every source gives epochs x rows, each row as often as any other up to the unfinished pass."""
     rows = [n for n, _ in sources]
-    mix = Mix.of(rows, [None] * len(rows), [e for _, e in sources])
+    mix = Mix.from_weights(rows, [None] * len(rows), [e for _, e in sources])
     order = Order(mix, global_batch_size=batch, num_epochs=1, max_steps=None, seed=seed, shuffle=shuffle)
     met = [row for step in range(1, order.total_steps + 1) for row in order.rows(step)]
     real = [row for row in met if row >= 0]
@@ -94,11 +103,12 @@ def test_epochs_are_exact(sources: list[tuple[int, float | None]], batch: int, s
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0.1, 0.25, 0.3, 1.0, 2.0, 7.0])), min_size=2, max_size=6),
-    st.integers(1, 12), st.data(),
-)  # fmt: skip
+    st.integers(1, 12),
+    st.data(),
+)
 def test_weights_are_shares_and_the_order_goes_on_from_any_step(sources: list, batch: int, data: st.DataObject) -> None:
     rows, weights = [n for n, _ in sources], [w for _, w in sources]
-    mix = Mix.of(rows, weights, [None] * len(rows))
+    mix = Mix.from_weights(rows, weights, [None] * len(rows))
     assert mix.pass_rows == sum(rows)
 
     def make() -> Order:
@@ -114,30 +124,46 @@ def test_weights_are_shares_and_the_order_goes_on_from_any_step(sources: list, b
     done = data.draw(st.integers(0, whole.total_steps))
     counted.consumed(done)
     resumed, blind = make(), make()
-    resumed.go_on(done, counted.consumed(done))
+    resumed.resume_after_step(done, counted.consumed(done))
     for order in (resumed, blind):
         assert [order.rows(step) for step in range(done + 1, whole.total_steps + 1)] == steps[done:]
 
 
 def test_weights_with_epochs_end_where_the_first_limited_source_does() -> None:
     """Shares 3 : 1, at most two passes over the 30 rows of the first: 60 of it and 20 of the other."""
-    mix = Mix.of([30, 1000], [0.75, 0.25], [2.0, None])
+    mix = Mix.from_weights([30, 1000], [0.75, 0.25], [2.0, None])
     order = Order(mix, global_batch_size=8, num_epochs=1, max_steps=None, seed=1, shuffle=True)
     rows = Counter(row for step in range(1, order.total_steps + 1) for row in order.rows(step) if row >= 0)
     assert mix.pass_rows == 80 and order.consumed(order.total_steps) == [60, 20]
     assert all(rows[row] == 2 for row in range(30)) and sum(n for row, n in rows.items() if row >= 30) == 20
-    assert Mix.of([30, 10], [0.75, 0.25], [2.0, 1.0]).pass_rows == 40, "the second ends first"
+    assert Mix.from_weights([30, 10], [0.75, 0.25], [2.0, 1.0]).pass_rows == 40, "the second ends first"
 
 
 def test_max_steps_goes_on_beyond_a_pass() -> None:
-    order = Order(Mix.of([3, 5], [None] * 2, [None] * 2), global_batch_size=4, num_epochs=1, max_steps=6, seed=1, shuffle=True)
+    order = Order(
+        Mix.from_weights([3, 5], [None] * 2, [None] * 2),
+        global_batch_size=4,
+        num_epochs=1,
+        max_steps=6,
+        seed=1,
+        shuffle=True,
+    )
     rows = Counter(row for step in range(1, 7) for row in order.rows(step))
     assert all(rows[row] == 3 for row in range(8)) and order.epoch(6) == 3.0
 
 
 def test_a_look_ahead_moves_nothing() -> None:
-    looking, other = (Order(Mix.of([50, 30], [0.7, 0.3], [None, None]), global_batch_size=7, num_epochs=3, max_steps=None, seed=5, shuffle=True)
-                      for _ in range(2))  # fmt: skip
+    looking, other = (
+        Order(
+            Mix.from_weights([50, 30], [0.7, 0.3], [None, None]),
+            global_batch_size=7,
+            num_epochs=3,
+            max_steps=None,
+            seed=5,
+            shuffle=True,
+        )
+        for _ in range(2)
+    )
     for start in range(0, 200, 8):
         assert looking.peek(start, start + 8) == other.span(start, start + 8)
         assert looking._interleave.position == start
@@ -155,10 +181,16 @@ def test_a_single_source_keeps_the_order_it_always_had() -> None:
 
 def test_a_hundred_million_rows_take_no_memory() -> None:
     tracemalloc.start()
-    order = Order(Mix.of([50_000_003, 29_999_981, 20_000_017], [0.5, 0.2, 0.3], [None] * 3),
-                  global_batch_size=512, num_epochs=1, max_steps=None, seed=1, shuffle=True)  # fmt: skip
+    order = Order(
+        Mix.from_weights([50_000_003, 29_999_981, 20_000_017], [0.5, 0.2, 0.3], [None] * 3),
+        global_batch_size=512,
+        num_epochs=1,
+        max_steps=None,
+        seed=1,
+        shuffle=True,
+    )
     first = order.rows(1)
-    order.go_on(100_000, [round(100_000 * 512 * s) for s in (0.5, 0.2, 0.3)])
+    order.resume_after_step(100_000, [round(100_000 * 512 * s) for s in (0.5, 0.2, 0.3)])
     late = order.rows(100_001)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()

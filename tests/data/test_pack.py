@@ -29,7 +29,9 @@ def test_every_sample_once_no_pack_too_full_and_equal_to_naive_best_fit(data: st
     packs = pack(lengths, capacity=capacity)
     assert sorted(i for members in packs for i in members) == list(range(len(lengths)))
     assert all(members == sorted(members) and members for members in packs)
-    assert sorted(capacity - sum(lengths[i] for i in members) for members in packs) == reference_rooms(lengths, capacity)
+    assert sorted(capacity - sum(lengths[i] for i in members) for members in packs) == reference_rooms(
+        lengths, capacity
+    )
     assert pack(np.asarray(lengths, dtype=np.int32), capacity=capacity) == packs
 
 

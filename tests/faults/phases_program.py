@@ -1,11 +1,11 @@
-"""PPO that nobody disturbs, and the same killed in a rollout, in a reward and in an update, and out of memory in an update, each time gone on with;
-then SFT out of memory in a step. Prints a JSON of what was seen.
+"""PPO that nobody disturbs, and the same killed in a rollout, in a reward and in an update, and out of memory in an
+update, each time gone on with; then SFT out of memory in a step. Prints a JSON of what was seen.
 
 usage: phases_program.py DIRECTORY STEP ppo --section.key VALUE ... -- sft --section.key VALUE ...
 
-The runs are DIRECTORY/whole and DIRECTORY/broken, broken in STEP, and DIRECTORY/sft. Every run is forked off one that has imported everything. Its
-rollouts.jsonl holds every rollout that was drawn, those that a kill has lost too: the step, the prompts' numbers, and of every
-answer the SHA-256 of prompt ids and answer tokens.
+The runs are DIRECTORY/whole and DIRECTORY/broken, broken in STEP, and DIRECTORY/sft. Every run is forked off one that
+has imported everything. Its rollouts.jsonl holds every rollout that was drawn, those that a kill has lost too: the
+step, the prompts' numbers, and of every answer the SHA-256 of prompt ids and answer tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def kill() -> None:
 
 
 def fill_memory() -> None:
-    """The process gets 2 MiB more of the system; then all that malloc has left but for 1 MiB is taken, in pieces of 128 KiB."""
+    """The process gets 2 MiB more of the system; then all that malloc has left but for 1 MiB is taken,
+    in pieces of 128 KiB.
+    """
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20), resource.RLIM_INFINITY))
     with contextlib.suppress(RuntimeError):
@@ -89,7 +91,8 @@ def record_rollouts(file: Path) -> None:
     def recorded(self: Any, data: Any, rows: list[int], **how: Any) -> Any:
         rollout = generate(self, data, rows, **how)
         digests = [
-            hashlib.sha256(json.dumps([p, a.tokens]).encode()).hexdigest() for p, a in zip(rollout.prompts, rollout.answers, strict=True)
+            hashlib.sha256(json.dumps([p, a.tokens]).encode()).hexdigest()
+            for p, a in zip(rollout.prompts, rollout.answers, strict=True)
         ]
         with file.open("a") as f:
             f.write(json.dumps({"step": how["step"], "rows": rows, "sha256": digests}) + "\n")
@@ -98,7 +101,9 @@ def record_rollouts(file: Path) -> None:
     mrlhf.rl.ppo.PPO.generate = recorded  # type: ignore[method-assign]
 
 
-def run(directory: Path, args: list[str], broken: tuple[Callable[[], None], str, type, str, int] | None = None) -> dict[str, Any]:
+def run(
+    directory: Path, args: list[str], broken: tuple[Callable[[], None], str, type, str, int] | None = None
+) -> dict[str, Any]:
     """How it ended (signals negative), and whether a process of it was left a little later."""
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,6 @@
-"""Runs to break: small ones of SFT and PPO, started in the background, looked at through their files, killed, and compared."""
+"""Runs to break: small ones of SFT and PPO, started in the background, looked at through their files, killed,
+and compared.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from typing import Any, ClassVar
 
 from conftest import ROOT, environment, metrics
 
-from mrlhf.checkpoint.manifest import check, read_manifest
+from mrlhf.checkpoint.manifest import check_manifest, read_manifest
 
 TIMES = ("time/", "timing_s/", "perf/", "memory/", "reshard/seconds", "rollout/tokens_per_s")
 _MARK = "MRLHF_TEST_RUN"  # in the environment of all that a run starts
@@ -30,11 +32,19 @@ def sft(world: Path, steps: int, **more: object) -> list[object]:
 
 
 def ppo(world: Path, steps: int, **more: object) -> list[object]:
-    options = {"train.max_steps": steps, "train.global_batch_size": 8, "checkpoint.save_interval": 1, "rollout.max_new_tokens": 12,
-               "rollout.n": 2, "ppo.epochs": 2, **more}  # fmt: skip
+    options = {
+        "train.max_steps": steps,
+        "train.global_batch_size": 8,
+        "checkpoint.save_interval": 1,
+        "rollout.max_new_tokens": 12,
+        "rollout.n": 2,
+        "ppo.epochs": 2,
+        **more,
+    }
     return ["ppo", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "prompts",
-            "--optim.lr", 1e-4, "--rollout.batch_size", 8, "--rollout.kv_cache_mib", 64, "--kl.target", 0.1, "--kl.horizon", 200,
-            "--logging.tensorboard", "false", "--reward.sources", "examples/rewards/length_penalty.py:length_penalty", *flags(options)]  # fmt: skip
+            "--optim.lr", 1e-4, "--rollout.batch_size", 8, "--rollout.kv_cache_mib", 64, "--kl.target", 0.1,
+            "--kl.horizon", 200, "--logging.tensorboard", "false",
+            "--reward.sources", "examples/rewards/length_penalty.py:length_penalty", *flags(options)]  # fmt: skip
 
 
 def flags(options: dict[str, object]) -> list[object]:
@@ -46,21 +56,30 @@ class Run:
 
     started: ClassVar[list[Run]] = []  # conftest.py ends what a failed test leaves
 
-    def __init__(self, directory: Path, args: list[object], *, ranks: int = 1, launcher: tuple[object, ...] = ()) -> None:
+    def __init__(
+        self, directory: Path, args: list[object], *, ranks: int = 1, launcher: tuple[object, ...] = ()
+    ) -> None:
         self.directory, self.args, self.ranks, self.launcher = directory, args, ranks, launcher
         self.log = directory.with_suffix(".log")
 
     def start(self) -> None:
         for old in self.directory.glob("heartbeat/rank_*.json"):
             old.unlink()
-        torchrun = (*TORCHRUN, *self.launcher, "--nproc-per-node", self.ranks) if self.ranks > 1 or self.launcher else ()
+        torchrun = (
+            (*TORCHRUN, *self.launcher, "--nproc-per-node", self.ranks) if self.ranks > 1 or self.launcher else ()
+        )
         command = [sys.executable, *torchrun, "-m", "mrlhf", *self.args, "--train.output_dir", self.directory]
         with self.log.open("a") as log:
             self._from = log.tell()
             Run.started.append(self)
             marked = environment() | {_MARK: str(self.directory)}
             self.process = subprocess.Popen(
-                list(map(str, command)), cwd=ROOT, env=marked, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                list(map(str, command)),
+                cwd=ROOT,
+                env=marked,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def wait(self, timeout: float = 300) -> int:
@@ -159,7 +178,9 @@ def _outside_of_saves(run: Run, draw: random.Random) -> bool:
 
 
 def kill_again_and_again(run: Run, kills: int, draw: random.Random, *, steps: int) -> dict[str, int]:
-    """Starts the run and kills a rank `kills` times all along its `steps`, half of them inside a save, then lets it end. Returns where it was hit."""
+    """Starts the run and kills a rank `kills` times all along its `steps`, half of them inside a save,
+    then lets it end. Returns where it was hit.
+    """
     hit = {"in a save": 0, "elsewhere": 0}
     for i in range(kills):
         run.start()
@@ -188,8 +209,11 @@ def check_equal(whole: Path, broken: Path) -> None:
     assert comparable(whole) == comparable(broken)
     one, two = last(whole), last(broken)
     assert one.name == two.name
-    check(two, verify="hash")
-    files = [{n: e for n, e in read_manifest(p)["files"].items() if n.endswith((".distcp", ".pt", ".metadata"))} for p in (one, two)]
+    check_manifest(two, verify="hash")
+    files = [
+        {n: e for n, e in read_manifest(p)["files"].items() if n.endswith((".distcp", ".pt", ".metadata"))}
+        for p in (one, two)
+    ]
     assert files[0] == files[1] and len(files[0]) >= 3
     assert [p for p in broken.rglob("*.tmp")] == []
     assert [p for p in broken.glob(".*") if p.is_file()] == []

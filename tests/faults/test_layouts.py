@@ -28,7 +28,11 @@ def test_tp2_then_pp2_then_dp2_then_one_rank(world: Path, tmp_path: Path) -> Non
         assert f"stopped by the test after step {2 * i + 2}" in stopped.stdout, stopped.stderr[-3000:]
         manifest = read_manifest(last(broken))
         assert manifest["step"] == 2 * i + 2 and manifest["layout"]["world"] == 2
-        assert (manifest["layout"]["tp"], manifest["layout"]["pp"], manifest["layout"]["dp"]) == [(2, 1, 1), (1, 2, 1), (1, 1, 2)][i]
+        assert (manifest["layout"]["tp"], manifest["layout"]["pp"], manifest["layout"]["dp"]) == [
+            (2, 1, 1),
+            (1, 2, 1),
+            (1, 1, 2),
+        ][i]
     mrlhf(*args, "--train.output_dir", broken)
     ours, theirs = metrics(broken), metrics(whole)
     assert [m["step"] for m in ours] == list(range(1, 9))
@@ -43,7 +47,11 @@ def test_tp2_then_pp2_then_dp2_then_one_rank(world: Path, tmp_path: Path) -> Non
 
 def test_a_hf_export_of_the_run(world: Path, tmp_path: Path) -> None:
     """At the interval and at the end, from two ranks; the same files as the converter gives."""
-    args = sft(world, 4, **{"checkpoint.save_interval": 2, "checkpoint.export_hf_interval": 2, "checkpoint.export_hf_at_end": "true"})
+    args = sft(
+        world,
+        4,
+        **{"checkpoint.save_interval": 2, "checkpoint.export_hf_interval": 2, "checkpoint.export_hf_at_end": "true"},
+    )
     done = mrlhf(*args, "--parallel.tensor_model_parallel_size", 2, "--train.output_dir", tmp_path / "run", ranks=2)
     assert done.stdout.count("HF export: ") == 2, done.stderr[-3000:]
     assert sorted(p.name for p in (tmp_path / "run/hf").iterdir()) == ["step_2", "step_4"]

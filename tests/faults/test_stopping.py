@@ -24,7 +24,9 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_rank_is_warned_and_torchrun_is_ended(world: Path, tmp_path: Path, whole: Path) -> None:
-    """SIGUSR1 to one rank, then SIGTERM (twice) to torchrun: saved at that step both times, status 75 of every rank, and the end is the same."""
+    """SIGUSR1 to one rank, then SIGTERM (twice) to torchrun:
+    saved at that step both times, status 75 of every rank, and the end is the same.
+    """
     run = Run(tmp_path / "run", sft(world, STEPS, **{"checkpoint.save_interval": 30}), ranks=2)
     run.start()
     assert run.until(lambda: run.steps() >= 3 and run.beat(1).get("pid"))
@@ -46,7 +48,9 @@ def test_one_rank_is_warned_and_torchrun_is_ended(world: Path, tmp_path: Path, w
 
 
 def test_a_rank_that_stands_still_is_named(world: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", sft(world, 100_000, **{"checkpoint.save_interval": 0, "parallel.silence_seconds": 5}), ranks=2)
+    run = Run(
+        tmp_path / "run", sft(world, 100_000, **{"checkpoint.save_interval": 0, "parallel.silence_seconds": 5}), ranks=2
+    )
     run.start()
     assert run.until(lambda: run.steps() >= 3 and run.beat(1).get("pid")), run.output()[-4000:]
     stopped = run.beat(1)["pid"]
@@ -55,12 +59,16 @@ def test_a_rank_that_stands_still_is_named(world: Path, tmp_path: Path) -> None:
     assert run.until(lambda: "RankProblem" in run.output(), 60)
     os.kill(stopped, signal.SIGKILL)  # torchrun would give it 30 s to answer SIGTERM
     assert run.wait(60) != 0 and "exitcode  : 70" in run.output()
-    assert re.search(rf"rank 1 \(.*pid {stopped}\) has given no sign of life for \d+ s; it was in 'step \d+'", run.output())
-    assert "training/run.py" in (run.directory / "logs/stacks_rank_0.txt").read_text()
+    assert re.search(
+        rf"rank 1 \(.*pid {stopped}\) has given no sign of life for \d+ s; it was in 'step \d+'", run.output()
+    )
+    assert "mrlhf/sft.py" in (run.directory / "logs/stacks_rank_0.txt").read_text()
 
 
 def test_torchrun_starts_the_ranks_again(world: Path, tmp_path: Path, whole: Path) -> None:
-    run = Run(tmp_path / "run", sft(world, STEPS, **{"checkpoint.save_interval": 5}), ranks=2, launcher=("--max-restarts", 3))
+    run = Run(
+        tmp_path / "run", sft(world, STEPS, **{"checkpoint.save_interval": 5}), ranks=2, launcher=("--max-restarts", 3)
+    )
     run.start()
     for at in (7, 22):
         assert run.until(lambda at=at: run.steps() >= at and run.beat(1).get("pid"))
@@ -72,7 +80,9 @@ def test_torchrun_starts_the_ranks_again(world: Path, tmp_path: Path, whole: Pat
 
 
 def test_the_budget_of_time(world: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", sft(world, 100_000, **{"checkpoint.save_interval": 0, "train.exit_duration_minutes": 0.2}))
+    run = Run(
+        tmp_path / "run", sft(world, 100_000, **{"checkpoint.save_interval": 0, "train.exit_duration_minutes": 0.2})
+    )
     run.start()
     assert run.until(lambda: run.beat().get("pid"))
     assert run.wait(60) == 75  # after 12 s and the leaving of torch; without the budget it would go on for hours
@@ -83,7 +93,13 @@ def test_the_budget_of_time(world: Path, tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_a_long_rollout_is_left(world: Path, tmp_path: Path) -> None:
     """SIGTERM while vLLM writes: the state after the rollout before is saved, and goes on as if nothing had been."""
-    long = {"rollout.n": 16, "rollout.max_new_tokens": 48, "rollout.max_num_seqs": 8, "ppo.epochs": 1, "train.global_batch_size": 64}
+    long = {
+        "rollout.n": 16,
+        "rollout.max_new_tokens": 48,
+        "rollout.max_num_seqs": 8,
+        "ppo.epochs": 1,
+        "train.global_batch_size": 64,
+    }
     args = ppo(world, 2, **{**long, "checkpoint.save_interval": 0})
     unbroken, run = Run(tmp_path / "whole", args), Run(tmp_path / "run", args)
     unbroken.finish()

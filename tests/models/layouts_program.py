@@ -25,7 +25,6 @@ def main() -> None:
 
     # isort: split
     from groups import leave_layout
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     zoo = Path(sys.argv[1])
@@ -45,19 +44,21 @@ def main() -> None:
         def fn(out_BTX, batch):
             whole = out_BTX
             if model.head == "lm":
-                whole = gather_from_tensor_model_parallel_region(gpt.lm_head(model.modules[-1], model.spec).logits(out_BTX))
+                logits = gpt.lm_head(model.modules[-1], model.spec).logits(out_BTX)
+                whole = gather_from_tensor_model_parallel_region(logits, model.collection.tp)
             return whole[..., :channels].float().permute(2, 0, 1).contiguous()
 
-        batch = collate(rows, packing=packing, pad_multiple=parallel_state.get_tensor_model_parallel_world_size())
+        batch = collate(rows, packing=packing, pad_multiple=model.collection.tp.size())
         per_channel = [batch.split(x) for x in model.forward([batch], fn, channels=channels)[0]]
         return [torch.stack(of_sample, -1) for of_sample in zip(*per_channel)]
 
     def logprobs_error() -> dict[str, float]:
-        """Against torch on the whole logits: values, entropy, and the gradients of hidden states and head; with a softcap on top."""
-        group, generator = parallel_state.get_tensor_model_parallel_group(), torch.Generator().manual_seed(0)
+        """Against torch on all logits: values, entropy, gradients of hidden states and head; also with a softcap."""
+        group, generator = model.collection.tp, torch.Generator().manual_seed(0)
         real, padded, tp, rank = 150, 256, group.size(), group.rank()
         hidden, weight = torch.randn(3, 9, 8, generator=generator), torch.randn(padded, 8, generator=generator)
-        targets, weights = torch.randint(0, real, (3, 9), generator=generator), torch.randn(2, 3, 9, generator=generator)
+        targets = torch.randint(0, real, (3, 9), generator=generator)
+        weights = torch.randn(2, 3, 9, generator=generator)
         mine = slice(rank * padded // tp, (rank + 1) * padded // tp)
         part, ours = weight[mine].clone().requires_grad_(), hidden.clone().requires_grad_()
         head = Head(part, real, group, scale=0.5, softcap=4.0)
@@ -89,10 +90,12 @@ def main() -> None:
             wanted = torch.load(zoo / f"{kind}.pt")
             errors = []
             for packing in (True, False):
-                errors += [float((a - b).abs().max()) for a, b in zip(outputs(model, packing=packing, channels=VOCAB), wanted, strict=True)]
+                got = outputs(model, packing=packing, channels=VOCAB)
+                errors += [float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)]
             found[kind] = max(errors)
         if parallel.expert_model_parallel_size > 1:
-            model = Model(open_source(str(zoo / "mixtral")), parallel, head="lm", dtype="float32", seed=3, random_init=True)
+            source = open_source(str(zoo / "mixtral"))
+            model = Model(source, parallel, head="lm", dtype="float32", seed=3, random_init=True)
             found["random"] = outputs(model, packing=True, channels=VOCAB)[0][-1, :20].tolist()
             results[name] = found
             leave_layout()
@@ -103,11 +106,13 @@ def main() -> None:
         found["random"] = outputs(model, packing=True, channels=VOCAB)[0][-1, :20].tolist()
         model = Model(open_source(str(zoo / "llama")), parallel, head="lm", dtype="bfloat16", seed=3)
         found["bfloat16"] = max(
-            float((a - b).abs().max()) for a, b in zip(outputs(model, packing=True, channels=VOCAB), torch.load(zoo / "llama.pt"))
+            float((a - b).abs().max())
+            for a, b in zip(outputs(model, packing=True, channels=VOCAB), torch.load(zoo / "llama.pt"))
         )
         found["logprobs"] = logprobs_error()
         if name == "1":
-            model = Model(open_source(str(zoo / "mixtral")), parallel, head="lm", dtype="float32", seed=3, random_init=True)
+            source = open_source(str(zoo / "mixtral"))
+            model = Model(source, parallel, head="lm", dtype="float32", seed=3, random_init=True)
             found["random experts"] = outputs(model, packing=True, channels=VOCAB)[0][-1, :20].tolist()
         results[name] = found
         leave_layout()

@@ -1,4 +1,5 @@
-"""Under torchrun on 8 ranks: weights from many trainer layouts into many vLLM layouts, against gathering every tensor; writes JSON.
+"""Under torchrun on 8 ranks: weights from many trainer layouts into many vLLM layouts, against gathering every tensor;
+writes JSON.
 
 usage: reshard_program.py OUTPUT.json
 """
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# trainer: tp, pp, pieces (virtual), first, last, ep, cp; then vLLM's tp. `real`: the trainer's tensors are those of a Megatron model
+# trainer: tp, pp, pieces (virtual), first, last, ep, cp; then vLLM's tp.
+# `real`: the trainer's tensors are those of a Megatron model
 CASES: dict[str, dict[str, Any]] = {
     f"{'real ' if case.get('real') else ''}{'moe ' if case.get('moe') else ''}{'tied ' if case.get('tied') else ''}"
-    f"tp{case.get('tp', 1)} pp{case.get('pp', 1)} vpp{case.get('pieces', 1)} ends{case.get('first', '')}/{case.get('last', '')}"
+    f"tp{case.get('tp', 1)} pp{case.get('pp', 1)} vpp{case.get('pieces', 1)} "
+    f"ends{case.get('first', '')}/{case.get('last', '')}"
     f" ep{case.get('ep', 1)} cp{case.get('cp', 1)} -> tp{case['to']}": case
     for case in [
         *({"tp": tp, "pp": pp, "to": to} for tp, pp in ((1, 1), (2, 1), (4, 2), (2, 4), (1, 8)) for to in (1, 2, 4)),
@@ -44,7 +47,9 @@ Shard = Mapping[str, Sequence[Any]]
 
 
 def shard_tensors(shard: Shard, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters of a shard, filled straight from the HF tensors; -1 where no HF row stands (vocabulary padding)."""
+    """The parameters of a shard, filled straight from the HF tensors;
+    -1 where no HF row stands (vocabulary padding).
+    """
     found = {}
     for name, blocks in shard.items():
         sample = values[blocks[0].hf] if blocks else torch.empty(0)
@@ -68,14 +73,19 @@ def minimum(shapes: Mapping[str, tuple[int, ...]], held: Shard, wanted: Shard) -
         return found
 
     mine = rows(held)
-    return sum(len(need - mine[hf, dim]) * math.prod(shapes[hf]) // shapes[hf][dim] for (hf, dim), need in rows(wanted).items())
+    return sum(
+        len(need - mine[hf, dim]) * math.prod(shapes[hf]) // shapes[hf][dim] for (hf, dim), need in rows(wanted).items()
+    )
 
 
-def gathered(shapes: Mapping[str, tuple[int, ...]], shard: Shard, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gathered(
+    shapes: Mapping[str, tuple[int, ...]], shard: Shard, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Every whole HF tensor on every rank."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(
-        parts, [(b, tensors[n].narrow(b.dim, b.offset, b.length).clone()) for n, blocks in shard.items() for b in blocks]
+        parts,
+        [(b, tensors[n].narrow(b.dim, b.offset, b.length).clone()) for n, blocks in shard.items() for b in blocks],
     )
     whole = {hf: torch.full(shape, math.nan) for hf, shape in shapes.items()}
     for b, value in (entry for part in parts for entry in part):
@@ -85,7 +95,7 @@ def gathered(shapes: Mapping[str, tuple[int, ...]], shard: Shard, tensors: Mappi
 
 def main() -> None:
     from mrlhf.config.options import ParallelConfig
-    from mrlhf.models.families import hf_shapes, vllm_map
+    from mrlhf.models.families import hf_tensors, vllm_map
     from mrlhf.models.families.spec import Experts, Layer, ModelSpec, Rope
     from mrlhf.models.reshard_plan import make_weight_update, trainer_shard
     from mrlhf.parallel import state
@@ -106,9 +116,11 @@ def main() -> None:
     dist.batch_isend_irecv = counted
     for name, case in CASES.items():
         spec = ModelSpec(
-            "qwen3_moe" if case.get("moe") else "qwen2", 8, 16, 32, 8, 8, 2, 150, 64, 1e-6, tied=case.get("tied", False),
-            layers=tuple(Layer(moe=bool(case.get("moe")) and i % 3 > 0) for i in range(8)), qkv_bias=not case.get("moe"),
-            qk_norm="head" if case.get("moe") else "none", experts=Experts(8, 2, 16) if case.get("moe") else None, ropes=(Rope(theta=1e4),),
+            "qwen3_moe" if case.get("moe") else "qwen2", 8, 16, 32, 8, 8, 2, 150, 64, 1e-6,
+            tied=case.get("tied", False),
+            layers=tuple(Layer(moe=bool(case.get("moe")) and i % 3 > 0) for i in range(8)),
+            qkv_bias=not case.get("moe"), qk_norm="head" if case.get("moe") else "none",
+            experts=Experts(8, 2, 16) if case.get("moe") else None, ropes=(Rope(theta=1e4),),
         )  # fmt: skip
         parallel = ParallelConfig(
             case.get("tp", 1),
@@ -119,7 +131,8 @@ def main() -> None:
             case.get("cp", 1),
             case.get("ep", 1),
         )
-        layout, shapes = state.Layout.of(parallel, world), hf_shapes(spec, head="lm")
+        layout = state.Layout.from_config(parallel, world)
+        shapes = {name: tensor.shape for name, tensor in hf_tensors(spec, head="lm").items()}
         shard, wanted = trainer_shard(spec, layout, rank), vllm_map(spec, tp=case["to"], rank=rank % case["to"])
         generator = torch.Generator().manual_seed(7)
         held = shard_tensors(shard, {hf: torch.randn(shape, generator=generator) for hf, shape in shapes.items()})
@@ -130,7 +143,8 @@ def main() -> None:
             held = Model(source, parallel, head="lm", dtype="float32", seed=3, random_init=True).parameters()
             misplaced = sorted(set(held) ^ set(shard))
         target = {
-            n: torch.full_like(x, -1.0) for n, x in shard_tensors(wanted, {hf: torch.empty(shape) for hf, shape in shapes.items()}).items()
+            n: torch.full_like(x, -1.0)
+            for n, x in shard_tensors(wanted, {hf: torch.empty(shape) for hf, shape in shapes.items()}).items()
         }
         reshard = make_weight_update(
             spec, layout, rollout_tp=case["to"], rank=rank, dtype=torch.float32, bucket_bytes=BUCKET, node=4
@@ -148,13 +162,21 @@ def main() -> None:
         least = 4 * minimum(shapes, shard, wanted)
         per_rank: list[Any] = [None] * world
         dist.all_gather_object(
-            per_rank, (wrong, misplaced, received[0], reshard.received, least, reshard.packing_bytes, len(reshard.buckets))
+            per_rank,
+            (wrong, misplaced, received[0], reshard.received, least, reshard.packing_bytes, len(reshard.buckets)),
         )
         columns = list(zip(*per_rank, strict=True))
         results[name] = {
-            "wrong": sum(columns[0], []), "misplaced": sum(columns[1], []), "received": columns[2], "planned": columns[3], "minimum": columns[4],
-            "packing": max(columns[5]), "bucket": BUCKET, "buckets": max(columns[6]), "min_buckets": max(columns[3]) // BUCKET,
-        }  # fmt: skip
+            "wrong": sum(columns[0], []),
+            "misplaced": sum(columns[1], []),
+            "received": columns[2],
+            "planned": columns[3],
+            "minimum": columns[4],
+            "packing": max(columns[5]),
+            "bucket": BUCKET,
+            "buckets": max(columns[6]),
+            "min_buckets": max(columns[3]) // BUCKET,
+        }
         if case.get("real"):
             leave_layout()
     if rank == 0:

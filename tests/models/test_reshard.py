@@ -1,4 +1,6 @@
-"""The reshard plan: what arrives equals slicing, nothing moves that is held, both ends agree; and the exchange of 28 pairs of layouts on 8 ranks."""
+"""The reshard plan: what arrives equals slicing, nothing moves that is held, both ends agree;
+and the exchange of 28 pairs of layouts on 8 ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,10 @@ import torch
 from conftest import TESTS, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reshard_program import CASES, minimum, shard_tensors
-from test_weight_maps import specs
 
-from mrlhf.models.families import hf_shapes
-from mrlhf.models.families.blocks import Block
+from models.families.test_weight_maps import hf_shapes, specs
+from models.reshard_program import CASES, minimum, shard_tensors
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.reshard_plan import make_planner
 from mrlhf.parallel.reshard import Planner, Reshard
 from mrlhf.parallel.state import Layout
@@ -23,12 +24,12 @@ from mrlhf.parallel.state import Layout
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[Layout, int, int, int]:
-    """(a layout of at most 16 ranks, how many layers it wants the number of layers to be a multiple of, vLLM's tensor-parallel size,
-    ranks of vLLM's own or 0)."""
+    """(a layout of at most 16 ranks, how many layers it wants the number of layers to be a multiple of, vLLM's
+    tensor-parallel size, ranks of vLLM's own or 0)."""
     tp, pp, dp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     pieces = draw(st.sampled_from([1, 2])) if pp > 1 else 1
     ep = draw(st.sampled_from([n for n in (1, 2, 4) if tp * dp % n == 0]))
-    layout = Layout(tp * pp * dp, tp, pp, ep=ep, pieces=pieces)
+    layout = Layout(tp * pp * dp, tp, pp, ep=ep, virtual_stages=pieces)
     rollout, replicas = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([0, 1, 3]))
     if replicas:
         return layout, pp * pieces, rollout, rollout * replicas
@@ -57,7 +58,7 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(
     for rank in range(world):
         copies = [p for p in planner.incoming(rank) if p.src == rank]
         received = [m for m in messages[rank] if m.dst == rank]
-        for p in (*copies, *(p for m in received for p in m.pieces)):
+        for p in (*copies, *(p for m in received for p in m.transfers)):
             got[rank][p.target].narrow(p.dim, p.target_offset, p.length).copy_(
                 held[p.src][p.source].narrow(p.dim, p.source_offset, p.length)
             )
@@ -66,7 +67,7 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(
             assert torch.equal(got[rank][name], tensor), (rank, name)
             assert torch.equal(written[rank][name], (tensor >= 0).double()), (rank, name)
         assert sum(m.numel for m in received) == minimum(shapes, sources[rank], planner.targets[rank])
-        assert all(m.numel <= limit or (len(m.pieces), m.pieces[0].length) == (1, 1) for m in messages[rank])
+        assert all(m.numel <= limit or (len(m.transfers), m.transfers[0].length) == (1, 1) for m in messages[rank])
         # what one rank sends is what the other expects, and in the same place of one order without ties
         for other in range(world):
             assert [m for m in messages[rank] if m.src == rank and m.dst == other] == [
@@ -75,15 +76,23 @@ def test_plan_equals_slicing_moves_the_least_and_is_agreed(
         assert [m.key for m in messages[rank]] == sorted({m.key for m in messages[rank]})
     totals = planner.bytes_of_ranks(2)
     for r, mine in enumerate(messages):
-        pieces = [p for m in mine for p in m.pieces]
-        parts = [p for p in pieces if p.src == r], [p for p in pieces if p.dst == r], [p for p in planner.incoming(r) if p.src == r]
+        pieces = [p for m in mine for p in m.transfers]
+        parts = (
+            [p for p in pieces if p.src == r],
+            [p for p in pieces if p.dst == r],
+            [p for p in planner.incoming(r) if p.src == r],
+        )
         assert totals[r] == tuple(sum(planner.nbytes(p, 2) for p in part) for part in parts)
 
 
 @given(data=st.data(), chosen=layouts(), limit=st.sampled_from([1, 300, 10**6]))
 @settings(max_examples=30, deadline=None)
-def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[Layout, int, int, int], limit: int) -> None:
-    """What is not written in place comes in rounds: every parameter once, few at a time, and no byte more than in one exchange."""
+def test_rounds_are_the_whole_plan_in_parts(
+    data: st.DataObject, chosen: tuple[Layout, int, int, int], limit: int
+) -> None:
+    """What is not written in place comes in rounds:
+    every parameter once, few at a time, and no byte more than in one exchange.
+    """
     layout, layers, rollout, _ = chosen
     rollout = math.gcd(rollout, layout.world)
     spec = data.draw(specs(splits=math.lcm(layout.tp, rollout, layout.ep), layers=layers))
@@ -92,15 +101,20 @@ def test_rounds_are_the_whole_plan_in_parts(data: st.DataObject, chosen: tuple[L
     rounds = planner.rounds(made, limit)
     assert sorted(n for names in rounds for n in names) == sorted(made)
     sizes = {n: math.prod(planner.shape(n)) for n in made}
-    assert all(sum(sorted(sizes[n] for n in names)[: -layout.pp]) <= limit for names in rounds), "one of each stage may be larger"
-    parts = [planner.only(names) for names in ({*planner.targets[0]} - made, *rounds)]
+    assert all(sum(sorted(sizes[n] for n in names)[: -layout.pp]) <= limit for names in rounds), (
+        "one of each stage may be larger"
+    )
+    parts = [planner.restricted_to(names) for names in ({*planner.targets[0]} - made, *rounds)]
     for rank in range(layout.world):
         for pieces in (Planner.incoming, Planner.outgoing):
             assert Counter(p for part in parts for p in pieces(part, rank)) == Counter(pieces(planner, rank))
-        assert all(sum(b.length for b in planner.targets[rank][n]) == planner.shape(n)[planner.targets[rank][n][0].dim] for n in made)
+        assert all(
+            sum(b.length for b in planner.targets[rank][n]) == planner.shape(n)[planner.targets[rank][n][0].dim]
+            for n in made
+        )
 
 
-def sources_of(spec, layout: Layout) -> list[dict[str, list[Block]]]:
+def sources_of(spec, layout: Layout) -> list[dict[str, list[TensorSlice]]]:
     from mrlhf.models.reshard_plan import trainer_shard
 
     return [trainer_shard(spec, layout, r) for r in range(layout.world)]
@@ -108,32 +122,47 @@ def sources_of(spec, layout: Layout) -> list[dict[str, list[Block]]]:
 
 def test_every_holder_is_asked_alike_and_the_own_machine_first() -> None:
     """Four replicas of a tensor, two ranks without it: the near ones answer, and not all the same one."""
-    block = Block("w", 0, 0, 8, 0)
+    block = TensorSlice("w", 0, 0, 8, 0)
     shards = [{"w": [block]}, {}, {"w": [block]}, {}]
-    planner = Planner(shards, [{"v": [block]}] * 4, shapes={"w": (8, 4)}, distance=lambda src, dst: (src // 2 != dst // 2, (src - dst) % 4))
-    assert Counter((p.src, p.dst) for r in range(4) for p in planner.incoming(r)) == Counter([(0, 0), (0, 1), (2, 2), (2, 3)])
+    planner = Planner(
+        shards,
+        [{"v": [block]}] * 4,
+        shapes={"w": (8, 4)},
+        distance=lambda src, dst: (src // 2 != dst // 2, (src - dst) % 4),
+    )
+    assert Counter((p.src, p.dst) for r in range(4) for p in planner.incoming(r)) == Counter(
+        [(0, 0), (0, 1), (2, 2), (2, 3)]
+    )
     assert planner.bytes_of_ranks(4) == [(128, 0, 128), (0, 128, 0), (128, 0, 128), (0, 128, 0)]
 
 
 def test_buckets_are_bounded() -> None:
     """Of any size: large tensors are cut by rows and columns, small ones share a message."""
-    rows, columns = [Block("a", 0, 0, 64, 0)], [Block("b", 1, 0, 64, 0)]
-    small = {f"s{i}": [Block(f"s{i}", 0, 0, 1, 0)] for i in range(20)}
+    rows, columns = [TensorSlice("a", 0, 0, 64, 0)], [TensorSlice("b", 1, 0, 64, 0)]
+    small = {f"s{i}": [TensorSlice(f"s{i}", 0, 0, 1, 0)] for i in range(20)}
     shapes = {"a": (64, 16), "b": (16, 64)} | dict.fromkeys(small, (1,))
     source = {"a": rows, "b": columns, **small}
     planner = Planner([source, {}], [{}, source], shapes=shapes, distance=lambda src, dst: (0,))
     plan = Reshard(planner, rank=1, dtype=torch.float32, bucket_bytes=2048)
     assert plan.received == 4 * (1024 + 1024 + 20) and plan.sent == plan.copied == 0
     assert all(4 * sum(m.numel for m in bucket) <= 1024 for bucket in plan.buckets) and len(plan.buckets) == 9
-    small_messages = [m for bucket in plan.buckets for m in bucket if any(p.hf.startswith("s") for p in m.pieces)]
-    assert sum(len(m.pieces) for m in small_messages) >= 20 and len(small_messages) <= 2
+    small_messages = [m for bucket in plan.buckets for m in bucket if any(p.hf.startswith("s") for p in m.transfers)]
+    assert sum(len(m.transfers) for m in small_messages) >= 20 and len(small_messages) <= 2
 
 
 def test_numbers_that_stay_in_fp32_travel_so() -> None:
-    """A bias that chooses experts beside bf16 weights: rank 0 sends, rank 1 receives what was sent, whether packed or straight."""
+    """A bias that chooses experts beside bf16 weights:
+    rank 0 sends, rank 1 receives what was sent, whether packed or straight.
+    """
     shapes = {"w": (4, 6), "c": (4, 3), "bias": (5,), "other": (3,)}
-    shard = {hf: [Block(hf, 1 if hf == "c" else 0, 0, shape[1] if hf == "c" else shape[0], 0)] for hf, shape in shapes.items()}
-    source = {hf: torch.randn(shape).to(torch.float32 if hf in ("bias", "other") else torch.bfloat16) for hf, shape in shapes.items()}
+    shard = {
+        hf: [TensorSlice(hf, 1 if hf == "c" else 0, 0, shape[1] if hf == "c" else shape[0], 0)]
+        for hf, shape in shapes.items()
+    }
+    source = {
+        hf: torch.randn(shape).to(torch.float32 if hf in ("bias", "other") else torch.bfloat16)
+        for hf, shape in shapes.items()
+    }
     target = {hf: torch.zeros_like(x) for hf, x in source.items()}
     planner = Planner([shard, {}], [{}, shard], shapes=shapes, distance=lambda src, dst: (0,), wide=("bias", "other"))
     on_the_wire: list[torch.Tensor] = []
@@ -154,7 +183,10 @@ def test_numbers_that_stay_in_fp32_travel_so() -> None:
         return [Arrived()]
 
     for bucket_bytes in (64, 4096):
-        plans = [Reshard(planner, rank=r, dtype=torch.bfloat16, bucket_bytes=bucket_bytes, start_messages=start) for r in (0, 1)]
+        plans = [
+            Reshard(planner, rank=r, dtype=torch.bfloat16, bucket_bytes=bucket_bytes, start_messages=start)
+            for r in (0, 1)
+        ]
         plans[0].exchange(source, {})
         plans[1].exchange({}, target)
         assert not on_the_wire and all(torch.equal(x, target[hf]) for hf, x in source.items())

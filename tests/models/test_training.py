@@ -14,8 +14,16 @@ from zoo import KINDS, MOE, train_reference
 # split over ranks: what no other kind splits in this way
 SPLIT = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", "olmo2", "glm4", "mixtral", "qwen3_moe_mixed", "deepseek_v3")
 BALANCED = ("mixtral+balance", "deepseek_v3+balance")
-LAYOUTS = {"1": (*KINDS, *BALANCED), "tp2": ("deepseek_v3_dense",), "tp2+sp": (*SPLIT, BALANCED[0]), "pp2": (*SPLIT, BALANCED[0]),
-           "dp2": BALANCED, "cp2": BALANCED[:1], "ep2": (*MOE, BALANCED[0]), "tp2xep2": tuple(MOE)}  # fmt: skip
+LAYOUTS = {
+    "1": (*KINDS, *BALANCED),
+    "tp2": ("deepseek_v3_dense",),
+    "tp2+sp": (*SPLIT, BALANCED[0]),
+    "pp2": (*SPLIT, BALANCED[0]),
+    "dp2": BALANCED,
+    "cp2": BALANCED[:1],
+    "ep2": (*MOE, BALANCED[0]),
+    "tp2xep2": tuple(MOE),
+}
 CASES = [(layout, kind) for layout, kinds in LAYOUTS.items() for kind in kinds]
 
 

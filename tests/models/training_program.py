@@ -1,7 +1,10 @@
-"""Under torchrun, or alone: a few training steps of models of the zoo under every layout of this world; rank 0 prints JSON.
+"""Under torchrun, or alone: a few training steps of models of the zoo under every layout of this world;
+rank 0 prints JSON.
 
-usage: training_program.py ZOO_DIR LAYOUT=KIND,KIND ...     (a layout: 1, tp2, tp2+sp, pp2, dp2, cp2, ep2, tp2xep2; KIND+balance: with the
-routers' auxiliary losses, and padded instead of packed under dp2)
+usage: training_program.py ZOO_DIR LAYOUT=KIND,KIND ...
+
+A layout: 1, tp2, tp2+sp, pp2, dp2, cp2, ep2, tp2xep2. KIND+balance: with the routers' auxiliary losses, and padded
+instead of packed under dp2.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ def main() -> None:
         _, dp, _ = layout.coordinates(dist.get_rank())
         mine = rows[dp :: layout.dp]
         multiple = state.pad_multiple(layouts[name])
-        batches = [collate(mine[i : i + 2], packing=name != "dp2", pad_multiple=multiple) for i in range(0, len(mine), 2)]
+        batches = [
+            collate(mine[i : i + 2], packing=name != "dp2", pad_multiple=multiple) for i in range(0, len(mine), 2)
+        ]
         results[name] = {}
         for kind in kinds.split(","):
             trainer = Trainer(

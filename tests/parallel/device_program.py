@@ -1,4 +1,6 @@
-"""What `mrlhf.parallel` changes in a process and what it leaves alone; prints JSON. Runs alone, before any other import of Megatron."""
+"""What `mrlhf.parallel` changes in a process and what it leaves alone; prints JSON. Runs alone, before any other import
+of Megatron.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def main() -> None:
         "type_outside": torch.zeros(1).type(),
         "type_inside": eval("torch.zeros(1).type()", inside),
         "cuda_inside": eval("str(torch.zeros(1).cuda().device)", inside),
-        "facade": facade is not torch and str(facade.zeros(1, device="cuda").device) == "cpu" and facade.float32 is torch.float32,
+        "facade": facade is not torch
+        and str(facade.zeros(1, device="cuda").device) == "cpu"
+        and facade.float32 is torch.float32,
         "facade_is_stock_class": isinstance(facade.zeros(1), torch.Tensor) and facade.Tensor is torch.Tensor,
         "rng": megatron_random._get_cuda_rng_state().equal(torch.get_rng_state()),
         "init_data": mapping.ShardedTensor.init_data.__name__,

@@ -1,8 +1,10 @@
-"""Under torchrun, or alone: a few training steps of every case, one after another; rank 0 prints the losses and gradient norms as JSON.
+"""Under torchrun, or alone: a few training steps of every case, one after another;
+rank 0 prints losses and norms as JSON.
 
 usage: parity_program.py WORLD_DIR STEPS CASE ...
-A case is NAME:KEY=VALUE,... with parallel.* keys (without the prefix) and stage, model, packing, side, micro, budget, lr, dtype, neftune,
-blend=1 (the set twice, as two sources with loss weights that are no integers).
+A case is NAME:KEY=VALUE,... with parallel.* keys (without the prefix)
+and stage, model, packing, side, micro, budget, lr, dtype, neftune, blend=1 (the set twice, as two sources with loss
+weights that are no integers).
 """
 
 import json
@@ -16,26 +18,34 @@ def main() -> None:
     from groups import leave_layout
 
     from mrlhf.checkpoint.source import open_source
-    from mrlhf.config.options import DataConfig, DPOConfig, DPOStage, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+    from mrlhf.config.options import (
+        DataConfig,
+        DPOConfig,
+        DPOStage,
+        ModelConfig,
+        OptimConfig,
+        ParallelConfig,
+        TrainConfig,
+    )
     from mrlhf.data.batching import BatchPlan
     from mrlhf.data.blend import Blend, Dataset
     from mrlhf.data.indexed import PackedDataset
     from mrlhf.data.loader import Loader
     from mrlhf.dpo import preference_loss, reference_logps
     from mrlhf.parallel import state
-    from mrlhf.training.trainer import Trainer
-
-    # isort: split
-    from megatron.core import parallel_state
-
     from mrlhf.rm import reward_loss
     from mrlhf.sft import language_model_loss
+    from mrlhf.training.trainer import Trainer
 
     world, steps, results = Path(sys.argv[1]), int(sys.argv[2]), {}
 
     def run(options: dict[str, str]) -> list[dict[str, float]]:
         stage, dtype, kind = options.pop("stage", "sft"), options.pop("dtype", "float32"), options.pop("model", "qwen2")
-        packing, side, micro = options.pop("packing", "1") == "1", options.pop("side", "right"), int(options.pop("micro", 1))
+        packing, side, micro = (
+            options.pop("packing", "1") == "1",
+            options.pop("side", "right"),
+            int(options.pop("micro", 1)),
+        )
         budget = int(options.pop("budget", 0)) or None
         blended = options.pop("blend", "0") == "1"
         lr, alpha = float(options.pop("lr", 1e-3)), float(options.pop("neftune", 0))
@@ -51,14 +61,14 @@ def main() -> None:
         loader = Loader(
             data,
             BatchPlan(
-            packing=packing,
-            micro_batch_size=micro,
-            dp_rank=dp,
-            dp_size=layout.dp,
-            pad_multiple=state.pad_multiple(parallel),
-            padding_side=side,
-            micro_batch_multiple=state.slice_multiple(parallel),
-            max_tokens=budget,
+                packing=packing,
+                micro_batch_size=micro,
+                dp_rank=dp,
+                dp_size=layout.dp,
+                pad_multiple=state.pad_multiple(parallel),
+                padding_side=side,
+                micro_batch_multiple=state.slice_multiple(parallel),
+                max_tokens=budget,
             ),
         )
         trainer = Trainer(
@@ -77,7 +87,10 @@ def main() -> None:
             loss = reward_loss(trainer, loader, kind="sigmoid")
         else:
             config = DPOStage(
-                model=ModelConfig(kind), data=DataConfig(prefix), train=TrainConfig("", 1), dpo=DPOConfig(beta=0.5, nll_coef=0.1)
+                model=ModelConfig(kind),
+                data=DataConfig(prefix),
+                train=TrainConfig("", 1),
+                dpo=DPOConfig(beta=0.5, nll_coef=0.1),
             )
             loss = preference_loss(config, trainer, loader, reference_logps(trainer, loader))
         # the whole set every step, whatever a row is: packed and unpacked see the same samples
@@ -85,7 +98,7 @@ def main() -> None:
         done = [trainer.step(batches, loss) for _ in range(steps)]
         # ranks that share parameters hold the same ones, also where the next forward pass would have gathered them
         mine = {name: float(p.double().sum()) for name, p in trainer.parameters().items() if ".experts." not in name}
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group = trainer.collection.dp_cp
         shares: list[Any] = [None] * group.size()
         dist.all_gather_object(shares, mine, group=group)
         assert all(share == mine for share in shares)

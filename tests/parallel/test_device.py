@@ -1,4 +1,4 @@
-"""Megatron sees a torch that works on CPU, nobody else does; what is patched must exist in the installed megatron-core."""
+"""Only Megatron sees a torch that works on CPU; what is patched must exist in the installed megatron-core."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from conftest import TESTS, run
 
 from mrlhf.errors import EnvironmentProblem
-from mrlhf.parallel import device
+from mrlhf.parallel import device, megatron
 
 CORE = Path(str(importlib.metadata.distribution("megatron-core").locate_file("megatron/core")))
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is adapted where there is a GPU")
@@ -36,7 +36,10 @@ def test_only_megatron_sees_another_torch() -> None:
 @no_gpu
 def test_megatron_imported_too_early_is_an_error() -> None:
     done = run(
-        sys.executable, "-c", "import sys, types; sys.modules['megatron.core'] = types.ModuleType('m'); import mrlhf.parallel", check=False
+        sys.executable,
+        "-c",
+        "import sys, types; sys.modules['megatron.core'] = types.ModuleType('m'); import mrlhf.parallel",
+        check=False,
     )
     assert done.returncode and "megatron.core was imported before mrlhf.parallel" in done.stderr
 
@@ -48,6 +51,10 @@ def test_megatron_imported_too_early_is_an_error() -> None:
         ("tensor_parallel/random.py", r"^def _get_cuda_rng_state\("),
         ("tensor_parallel/random.py", r"CPU RNG state changed"),
         ("dist_checkpointing/mapping.py", r"^    def init_data\(self, device"),
+        ("dist_checkpointing/strategies/torch.py", r"^def _replace_state_dict_keys_with_sharded_keys\("),
+        ("models/gpt/gpt_model.py", r"^    def _postprocess\("),
+        ("parallel_state.py", r"^def _set_global_memory_buffer\("),
+        ("transformer/moe/moe_utils.py", r"^def maybe_move_tensor_to_cpu\("),
         ("dist_checkpointing/strategies/filesystem_async.py", r"^_results_queue = None"),
         ("jit.py", r"torch\.compile"),
         ("optimizer/optimizer.py", r"torch\.cuda\.FloatTensor"),
@@ -64,15 +71,18 @@ def test_what_is_patched_exists(file: str, pattern: str) -> None:
 
 def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.17.0")
-    with pytest.raises(EnvironmentProblem, match=r"megatron-core 0\.17\.0 is installed; mrlhf is made for 0\.16\.1\n(.*\n)*.*pip install"):
-        device.check_megatron_version()
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"megatron-core 0\.17\.0 is installed; mrlhf is made for 0\.16\.1\n(.*\n)*.*pip install",
+    ):
+        megatron.check_version()
 
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(EnvironmentProblem, match="not installed"):
-        device.check_megatron_version()
+        megatron.check_version()
 
 
 def test_forced_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Parked tensors take no device memory, come back bit for bit where they were, and everything that refers to them still does."""
+"""Parked tensors take no device memory, come back bit for bit where they were, and everything that refers to them still
+does.
+"""
 
 from __future__ import annotations
 

@@ -1,18 +1,15 @@
-"""Every layout = one process, packed = padded, and one process = a plain transformers loop on the same data, in fp32."""
+"""Every layout = one process, packed = padded, one process = a plain transformers loop on the same data; in fp32."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import load_benchmark
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import equivalence
-from equivalence import STEPS, TOLERANCE, Steps
-
+equivalence = load_benchmark("equivalence")
+STEPS, TOLERANCE, Steps = equivalence.STEPS, equivalence.TOLERANCE, equivalence.Steps
 CASES = equivalence.cases(tested=True)
 
 

@@ -22,7 +22,9 @@ def test_every_attempt_has_its_own_keys() -> None:
                 with pytest.raises(TimeoutError, match="not all of the 3 ranks"):
                     fresh_store(store, rank=2, world=3, timeout=datetime.timedelta(seconds=0.1))
             order = [(rank + attempt) % 3 for rank in range(3)]
-            found = [f.result() for f in [pool.submit(fresh_store, store, rank=r, world=3, timeout=LIMIT) for r in order]]
+            found = [
+                f.result() for f in [pool.submit(fresh_store, store, rank=r, world=3, timeout=LIMIT) for r in order]
+            ]
             assert not found[0].check(["address"]), "a key of the attempt before"
             found[0].set("address", str(attempt))
             assert {f.get("address") for f in found} == {str(attempt).encode()}

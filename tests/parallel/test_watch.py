@@ -1,4 +1,6 @@
-"""A rank that is stopped, killed or hangs: all the others end within the time-out, one of them naming it. One that is only slow does not."""
+"""A rank that is stopped, killed or hangs: all the others end within the time-out, one of them naming it.
+One that is only slow does not.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,17 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     command = [sys.executable, TESTS / "parallel/watch_program.py"]
     started = [
-        subprocess.Popen([*command, str(rank), str(WORLD), str(store.port), tmp_path / "logs"], cwd=ROOT, env=environment(), text=True,
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), str(WORLD), str(store.port), tmp_path / "logs"],
+            cwd=ROOT,
+            env=environment(),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for rank in range(WORLD)
-    ]  # fmt: skip
+    ]
     try:
         assert [p.stdout.readline() for p in started] == ["ready\n"] * WORLD
         yield started
@@ -61,14 +70,19 @@ def test_a_silent_rank_is_named_by_the_others(ranks: Ranks, tmp_path: Path, sign
     text = verdict([ranks[0], ranks[2]])
     assert f"rank 1 ({os.uname().nodename}, pid {ranks[1].pid}) has given no sign of life" in text
     assert "it was in 'third'" in text and "the same command resumes" in text
-    assert (tmp_path / "logs/stacks_rank_0.txt").read_text().count("File") and (tmp_path / "logs/stacks_rank_2.txt").is_file()
+    assert (tmp_path / "logs/stacks_rank_0.txt").read_text().count("File") and (
+        tmp_path / "logs/stacks_rank_2.txt"
+    ).is_file()
 
 
 def test_a_rank_that_hangs_is_named_and_shows_where(ranks: Ranks, tmp_path: Path) -> None:
     """Its thread lives: it learns of the verdict itself, and writes where its main thread is."""
     tell(ranks, "hang")
     text = verdict(ranks)
-    assert f"pid {ranks[1].pid}) does not get on: rank 0 has waited for it in 'third'" in text and "it was in 'second'" in text
+    assert (
+        f"pid {ranks[1].pid}) does not get on: rank 0 has waited for it in 'third'" in text
+        and "it was in 'second'" in text
+    )
     assert "watch_program.py" in (tmp_path / "logs/stacks_rank_1.txt").read_text()
 
 

@@ -1,6 +1,8 @@
 """A rank that is watched: no process group, only the store of the test.
 
-usage: watch_program.py RANK WORLD PORT DIRECTORY     Rank 1 hangs in its second phase when it is told "hang", the others go on to their third.
+usage: watch_program.py RANK WORLD PORT DIRECTORY
+
+Rank 1 hangs in its second phase when it is told "hang", the others go on to their third.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from mrlhf.parallel.watch import Watch
 
 def main() -> None:
     rank, world, port = map(int, sys.argv[1:4])
-    store = dist.TCPStore("127.0.0.1", port, None, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=20))
+    store = dist.TCPStore(
+        "127.0.0.1", port, None, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=20)
+    )
     print("ready", flush=True)
     order = sys.stdin.readline().strip()
     watch = Watch(store, rank=rank, world=world, silence_s=2.0, behind_s=2.0, side="all")

@@ -181,14 +181,17 @@ def test_run_skips_resumes_and_starts_anew(tmp_path: Path, capfd: pytest.Capture
 
     def chain(word: str) -> list[Any]:
         def script(code: str) -> tuple[str, ...]:
-            return (f'A={word} python -c "import os, pathlib; p = pathlib.Path(\'{tmp_path}\'); {code}"',)
+            return (f"A={word} python -c \"import os, pathlib; p = pathlib.Path('{tmp_path}'); {code}\"",)
 
         log = "(p / 'log').open('a').write"
         return [
             run.Step("one", script(f"{log}(os.environ['A'])"), (str(tmp_path / "log"),)),
             run.Step(
                 "two",
-                script(f"{log}('2'); (p / 'stage').mkdir(exist_ok=True); (p / 'stage' / 'half').touch(); assert (p / 'ok').exists()"),
+                script(
+                    f"{log}('2'); (p / 'stage').mkdir(exist_ok=True); (p / 'stage' / 'half').touch(); "
+                    "assert (p / 'ok').exists()"
+                ),
                 (),
                 directory=str(tmp_path / "stage"),
             ),

@@ -44,7 +44,13 @@ def main() -> None:
         answers = [a.tokens for a in rollout.answers]
         Path(sys.argv[1]).write_text(
             json.dumps(
-                {"logs": logs, "prompts": rollout.prompts, "answers": answers, "received": ppo.sampler.reshard.received, "parked": parked}
+                {
+                    "logs": logs,
+                    "prompts": rollout.prompts,
+                    "answers": answers,
+                    "received": ppo.sampler.reshard.received,
+                    "parked": parked,
+                }
             )
         )
     ppo.sampler.shutdown()

@@ -22,7 +22,9 @@ def naive_gae(rewards, values, mask, gamma, lam):
         where = mask[b].nonzero().flatten().tolist()
         r, v = rewards[b, where].double().tolist(), values[b, where].double().tolist() + [0.0]
         for t, position in enumerate(where):
-            advantages[b, position] = sum((gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k]) for k in range(len(where) - t))
+            advantages[b, position] = sum(
+                (gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k]) for k in range(len(where) - t)
+            )
     return advantages.float(), (advantages + values.double() * mask).float()
 
 
@@ -68,16 +70,26 @@ class TestGae:
         mask[1, 900:] = 0
         for gamma, lam in ((1.0, 1.0), (1.0, 0.95), (0.99, 0.9)):
             advantages, _ = gae(rewards, values, mask, gamma=gamma, lam=lam)
-            torch.testing.assert_close(advantages, naive_gae(rewards, values, mask, gamma, lam)[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                advantages, naive_gae(rewards, values, mask, gamma, lam)[0], atol=1e-4, rtol=1e-4
+            )
 
     def test_a_hole_in_the_mask_does_not_break_the_chain(self):
-        advantages, _ = gae(torch.tensor([[1.0, NAN, 1.0]]), torch.tensor([[0.0, NAN, 2.0]]), torch.tensor([[1, 0, 1]]), gamma=1.0, lam=1.0)
+        advantages, _ = gae(
+            torch.tensor([[1.0, NAN, 1.0]]),
+            torch.tensor([[0.0, NAN, 2.0]]),
+            torch.tensor([[1, 0, 1]]),
+            gamma=1.0,
+            lam=1.0,
+        )
         assert advantages.tolist() == [[2, 0, -1]]
 
     def test_lambda_one_returns_are_the_discounted_returns(self):
         torch.manual_seed(0)
         rewards, values, mask = torch.randn(3, 9), torch.randn(3, 9), torch.ones(3, 9)
-        torch.testing.assert_close(gae(rewards, values, mask, gamma=0.9, lam=1.0)[1], discounted_returns(rewards, mask, gamma=0.9))
+        torch.testing.assert_close(
+            gae(rewards, values, mask, gamma=0.9, lam=1.0)[1], discounted_returns(rewards, mask, gamma=0.9)
+        )
 
     def test_shapes_must_agree(self):
         with pytest.raises(ValueError, match="shapes differ"):
@@ -86,7 +98,9 @@ class TestGae:
 
 class TestDiscountedReturns:
     def test_by_hand(self):
-        returns = discounted_returns(torch.tensor([[NAN, 1.0, 2.0, 4.0, NAN]]), torch.tensor([[0, 1, 1, 1, 0]]), gamma=0.5)
+        returns = discounted_returns(
+            torch.tensor([[NAN, 1.0, 2.0, 4.0, NAN]]), torch.tensor([[0, 1, 1, 1, 0]]), gamma=0.5
+        )
         assert returns.tolist() == [[0, 3, 4, 4, 0]]
 
 
@@ -122,7 +136,8 @@ class TestWhiten:
 
     @settings(max_examples=50, deadline=None)
     @given(
-        st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=40).filter(lambda x: max(x) - min(x) > 0.1), st.floats(-1000, 1000)
+        st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=40).filter(lambda x: max(x) - min(x) > 0.1),
+        st.floats(-1000, 1000),
     )
     def test_mean_zero_variance_one(self, numbers, shift):
         x = torch.tensor(numbers) + shift
@@ -167,7 +182,12 @@ class TestGroupScores:
         )
 
     @settings(max_examples=50, deadline=None)
-    @given(st.sampled_from(["rloo", "grpo", "dr_grpo", "reinforce_baseline"]), st.integers(2, 6), st.integers(1, 4), st.integers(0, 10**6))
+    @given(
+        st.sampled_from(["rloo", "grpo", "dr_grpo", "reinforce_baseline"]),
+        st.integers(2, 6),
+        st.integers(1, 4),
+        st.integers(0, 10**6),
+    )
     def test_every_group_sums_to_zero(self, estimator, group_size, groups, seed):
         scores = torch.randn(groups * group_size, generator=torch.Generator().manual_seed(seed))
         shaped = group_scores(scores, estimator=estimator, group_size=group_size)
@@ -229,8 +249,16 @@ class TestEstimate:
         kl, values = (torch.randn(rows, length, generator=generator) for _ in range(2))
         mask = (torch.arange(length)[None] < torch.randint(1, length + 1, (rows, 1), generator=generator)).float()
         advantages, returns, rewards = compute_advantages(
-            scores, kl, values if estimator == "gae" else None, mask,
-            estimator=estimator, group_size=n, beta=beta, clip=clip, gamma=gamma, lam=lam,
+            scores,
+            kl,
+            values if estimator == "gae" else None,
+            mask,
+            estimator=estimator,
+            group_size=n,
+            beta=beta,
+            clip=clip,
+            gamma=gamma,
+            lam=lam,
         )
         if white:
             advantages = whiten(advantages, mask)
@@ -245,7 +273,9 @@ class TestEstimate:
             v = values[b].tolist()[:tokens] + [0.0]
             for t in range(tokens):
                 if estimator == "gae":
-                    expected[b][t] = sum((gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k]) for k in range(tokens - t))
+                    expected[b][t] = sum(
+                        (gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k]) for k in range(tokens - t)
+                    )
                     assert returns[b, t].item() == pytest.approx(expected[b][t] + v[t], abs=1e-4)
                 else:
                     expected[b][t] = sum(gamma**k * r[t + k] for k in range(tokens - t))
@@ -255,5 +285,7 @@ class TestEstimate:
             std = max(sum((x - mean) ** 2 for x in flat) / len(flat), 1e-8) ** 0.5
             if std < 1e-3:
                 return  # rounding decides the direction of a difference that is none
-            expected = [[(x - mean) / std if mask[b, t] else 0.0 for t, x in enumerate(row)] for b, row in enumerate(expected)]
+            expected = [
+                [(x - mean) / std if mask[b, t] else 0.0 for t, x in enumerate(row)] for b, row in enumerate(expected)
+            ]
         torch.testing.assert_close(advantages, torch.tensor(expected), atol=1e-3, rtol=1e-3)

@@ -11,7 +11,9 @@ from mrlhf.errors import CheckpointError, ConfigError
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 
 
-@pytest.mark.parametrize("kind,expected", [("k1", [2.0, -1.0, 0.0]), ("k2", [2.0, 0.5, 0.0]), ("k3", [math.exp(-2) + 1, math.e - 2, 0.0])])
+@pytest.mark.parametrize(
+    "kind,expected", [("k1", [2.0, -1.0, 0.0]), ("k2", [2.0, 0.5, 0.0]), ("k3", [math.exp(-2) + 1, math.e - 2, 0.0])]
+)
 def test_by_hand(kind, expected):
     estimate = kl_estimate(torch.tensor([[-1.0, -3.0, -2.0]]), torch.tensor([[-3.0, -2.0, -2.0]]), kind=kind)
     torch.testing.assert_close(estimate, torch.tensor([expected]))
@@ -79,7 +81,9 @@ def test_fixed_never_changes_and_keeps_no_state():
     assert kl.value == 0.05
 
 
-@pytest.mark.parametrize("value,target,horizon", [(-0.1, 6, 100), (0.1, 0, 100), (0.1, 6, -1), (math.nan, 6, 100), (0.1, math.inf, 100)])
+@pytest.mark.parametrize(
+    "value,target,horizon", [(-0.1, 6, 100), (0.1, 0, 100), (0.1, 6, -1), (math.nan, 6, 100), (0.1, math.inf, 100)]
+)
 def test_wrong_settings_are_refused(value, target, horizon):
     with pytest.raises(ConfigError):
         AdaptiveKL(value, target=target, horizon=horizon)

@@ -75,7 +75,9 @@ class TestPolicyLoss:
 
     def test_sequence_ratio_by_hand(self):
         logps, old, mask = logps_for(4.0, 1.0)
-        loss, metrics = policy_loss(logps, old, torch.tensor([[1.0, 1.0]]), mask, clip_low=0.2, clip_high=2.0, ratio="sequence")
+        loss, metrics = policy_loss(
+            logps, old, torch.tensor([[1.0, 1.0]]), mask, clip_low=0.2, clip_high=2.0, ratio="sequence"
+        )
         loss.backward()
         assert loss.item() == pytest.approx(-2)
         assert metrics["ratio_mean"][0].item() == pytest.approx(4)
@@ -88,7 +90,14 @@ class TestPolicyLoss:
         mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]])
         advantage_B = torch.tensor([1.0, -2.0, 0.5])
         loss, _ = policy_loss(
-            logps, old, advantage_B[:, None].expand(3, 6), mask, clip_low=0.9, clip_high=9.0, ratio="sequence", aggregation="sequence"
+            logps,
+            old,
+            advantage_B[:, None].expand(3, 6),
+            mask,
+            clip_low=0.9,
+            clip_high=9.0,
+            ratio="sequence",
+            aggregation="sequence",
         )
         (gradient,) = torch.autograd.grad(loss, logps)
         ratio_B = (((logps - old) * mask).sum(1) / mask.sum(1)).exp()
@@ -108,7 +117,9 @@ class TestPolicyLoss:
         generator = torch.Generator().manual_seed(seed)
         logps, old, advantages = (torch.randn(3, 7, generator=generator) for _ in range(3))
         mask = torch.randint(0, 2, (3, 7), generator=generator)
-        loss, _ = policy_loss(logps, old, advantages, mask, **CLIP, dual_clip=dual, ratio=ratio, aggregation=aggregation)
+        loss, _ = policy_loss(
+            logps, old, advantages, mask, **CLIP, dual_clip=dual, ratio=ratio, aggregation=aggregation
+        )
         assert loss.item() == pytest.approx(
             naive_policy_loss(logps, old, advantages, mask, 0.2, 0.28, dual, ratio == "sequence", aggregation), abs=1e-4
         )
@@ -121,9 +132,13 @@ class TestPolicyLoss:
         mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0]])
         padded, padded_metrics = policy_loss(logps, old, advantages, mask, **CLIP, ratio=ratio, aggregation=aggregation)
         packed, packed_metrics = policy_loss(
-            *(x.view(1, 8) for x in (logps, old, advantages, mask)), **CLIP, ratio=ratio, aggregation=aggregation,
-            segment_ids=torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]]), num_segments=2,
-        )  # fmt: skip
+            *(x.view(1, 8) for x in (logps, old, advantages, mask)),
+            **CLIP,
+            ratio=ratio,
+            aggregation=aggregation,
+            segment_ids=torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]]),
+            num_segments=2,
+        )
         torch.testing.assert_close(packed, padded)
         torch.testing.assert_close(packed_metrics, padded_metrics)
 
@@ -131,7 +146,10 @@ class TestPolicyLoss:
         torch.manual_seed(0)
         args = [torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 5), torch.randint(0, 2, (4, 5))]
         whole, whole_metrics = policy_loss(*args, **CLIP)
-        parts = [policy_loss(*(x[rows] for x in args), **CLIP, denominator=args[3].sum()) for rows in (slice(0, 1), slice(1, 4))]
+        parts = [
+            policy_loss(*(x[rows] for x in args), **CLIP, denominator=args[3].sum())
+            for rows in (slice(0, 1), slice(1, 4))
+        ]
         torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
         for name in ("pg_loss", "pg_clipfrac", "ppo_kl", "ratio_mean"):
             torch.testing.assert_close(sum(metrics[name] for _, metrics in parts), whole_metrics[name])
@@ -158,14 +176,18 @@ class TestPolicyLoss:
 
     def test_gradients_reach_logps_alone(self):
         tensors = [torch.randn(1, 3, requires_grad=True) for _ in range(4)]
-        loss, metrics = policy_loss(*tensors[:3], torch.ones(1, 3), **CLIP, rollout_logps=tensors[3], correction=("tis", 0.5, 2.0))
+        loss, metrics = policy_loss(
+            *tensors[:3], torch.ones(1, 3), **CLIP, rollout_logps=tensors[3], correction=("tis", 0.5, 2.0)
+        )
         loss.backward()
         assert [t.grad is None for t in tensors] == [False, True, True, True]
         assert not any(metric.requires_grad for metric in metrics.values())
 
     def test_wild_ratio_stays_finite(self):
         logps = torch.tensor([[0.0, -500.0]], requires_grad=True)
-        loss, _ = policy_loss(logps, torch.tensor([[-500.0, 0.0]]), torch.tensor([[-1.0, -1.0]]), torch.ones(1, 2), **CLIP)
+        loss, _ = policy_loss(
+            logps, torch.tensor([[-500.0, 0.0]]), torch.tensor([[-1.0, -1.0]]), torch.ones(1, 2), **CLIP
+        )
         loss.backward()
         assert loss.isfinite()
         assert logps.grad.isfinite().all()
@@ -225,7 +247,9 @@ def test_wrong_options_are_refused(options):
 class TestValueLoss:
     def test_without_clip(self):
         values = torch.tensor([[1.0, 3.0, NAN]], requires_grad=True)
-        loss, metrics = value_loss(values, torch.full((1, 3), NAN), torch.tensor([[0.0, 1.0, NAN]]), torch.tensor([[1, 1, 0]]))
+        loss, metrics = value_loss(
+            values, torch.full((1, 3), NAN), torch.tensor([[0.0, 1.0, NAN]]), torch.tensor([[1, 1, 0]])
+        )
         loss.backward()
         assert loss.item() == pytest.approx(0.5 * (1 + 4) / 2)
         assert values.grad.tolist() == [[0.5, 1, 0]]
@@ -233,9 +257,12 @@ class TestValueLoss:
         assert metrics["vf_clipfrac"].tolist() == [0, 2]
 
     def test_clip_by_hand_with_gradient(self):
-        # old 0, clip 0.5. V = 2, R = 2: the clipped error 1.5 wins, no gradient. V = 2, R = -1: the unclipped 3 wins. V = 0.25: inside
+        # old 0, clip 0.5. V = 2, R = 2: the clipped error 1.5 wins, no gradient.
+        # V = 2, R = -1: the unclipped 3 wins. V = 0.25: inside
         values = torch.tensor([[2.0, 2.0, 0.25]], requires_grad=True)
-        loss, metrics = value_loss(values, torch.zeros(1, 3), torch.tensor([[2.0, -1.0, 1.0]]), torch.ones(1, 3), clip=0.5, denominator=1)
+        loss, metrics = value_loss(
+            values, torch.zeros(1, 3), torch.tensor([[2.0, -1.0, 1.0]]), torch.ones(1, 3), clip=0.5, denominator=1
+        )
         loss.backward()
         assert loss.item() == pytest.approx(0.5 * (1.5**2 + 3**2 + 0.75**2))
         assert values.grad.tolist() == [[0, 3, -0.75]]
@@ -257,7 +284,11 @@ class TestValueLoss:
     def test_rounding_is_not_counted_as_clipping(self):
         values = torch.randn(1, 1000)
         _, metrics = value_loss(
-            values, values + 0.1 * torch.randn(1, 1000).clamp(-1, 1), torch.randn(1, 1000), torch.ones(1, 1000), clip=0.2
+            values,
+            values + 0.1 * torch.randn(1, 1000).clamp(-1, 1),
+            torch.randn(1, 1000),
+            torch.ones(1, 1000),
+            clip=0.2,
         )
         assert metrics["vf_clipfrac"][0] == 0
 

@@ -37,7 +37,13 @@ LAYOUTS = {
         },
     ),
     "cp2, by tokens, vllm tp2, packed": (
-        2, {"parallel.context_parallel_size": 2, "rollout.tensor_parallel_size": 2, "rollout.weights": "packed", **BY_TOKENS}
+        2,
+        {
+            "parallel.context_parallel_size": 2,
+            "rollout.tensor_parallel_size": 2,
+            "rollout.weights": "packed",
+            **BY_TOKENS,
+        },
     ),
     "tp2, vllm tp1 on a rank of its own": (
         3,
@@ -58,8 +64,8 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def reward_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rm")
-    mrlhf("rm", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "pref", "--train.output_dir", out,
-          "--train.global_batch_size", 4, "--optim.lr", 1e-3)  # fmt: skip
+    mrlhf("rm", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "pref",
+          "--train.output_dir", out, "--train.global_batch_size", 4, "--optim.lr", 1e-3)  # fmt: skip
     return out
 
 
@@ -115,14 +121,19 @@ def test_a_sampler_that_is_not_the_policy_raises_a_warning(results: dict[str, tu
         assert found["rollout/kl_mismatch"] > 0.01 > 1e-6 > result["logs"][1]["rollout/kl_mismatch"]
         warnings = [line for line in (out / "stdout.txt").read_text().splitlines() if "WARNING" in line]
         assert len(warnings) == 1, warnings
-        assert warnings[0].startswith("step 3: ") and f"rollout/kl_mismatch {found['rollout/kl_mismatch']:.3g} > 0.01" in warnings[0]
+        assert (
+            warnings[0].startswith("step 3: ")
+            and f"rollout/kl_mismatch {found['rollout/kl_mismatch']:.3g} > 0.01" in warnings[0]
+        )
         assert "not corrected" in warnings[0]
 
 
 def test_the_layout_changes_no_number(results: dict[str, tuple[dict, Path]]) -> None:
     first, *others = (result["logs"] for result, _ in results.values())
     keys = [
-        k for k in first[0] if k.startswith(("actor/", "critic/", "objective/", "response_length/", "reward/")) and "ratio_max_dev" not in k
+        k
+        for k in first[0]
+        if k.startswith(("actor/", "critic/", "objective/", "response_length/", "reward/")) and "ratio_max_dev" not in k
     ]
     assert "actor/grad_norm" in keys and "critic/vf_loss" in keys
     for logs in others:
@@ -132,7 +143,10 @@ def test_the_layout_changes_no_number(results: dict[str, tuple[dict, Path]]) -> 
     assert received["tp2, critic pp2, vllm tp2"] == 0, "with one layout on both sides nothing moves between ranks"
     assert received["pp2, interleaved, padded, by tokens, vllm 2 x tp1"] > 0
     parked = {name: result["parked"] for name, (result, _) in results.items()}
-    assert parked["tp2, critic pp2, vllm tp2"] == [] and len(parked["pp2, interleaved, padded, by tokens, vllm 2 x tp1"]) == 2 + 2 + 2
+    assert (
+        parked["tp2, critic pp2, vllm tp2"] == []
+        and len(parked["pp2, interleaved, padded, by tokens, vllm 2 x tp1"]) == 2 + 2 + 2
+    )
     assert all(log["memory/gen_gib"] > 0 for result, _ in results.values() for log in result["logs"])
 
 
@@ -141,7 +155,12 @@ def test_critics_are_saved_whole_whatever_cuts_them(results: dict[str, tuple[dic
     assert "output_layer.weight" in first, list(first)
     for found in others:
         assert found.keys() == first.keys()
-        for name, value in found.items():  # answers drawn after the first update may differ: the updates have moved each by 1e-3 at most
+        for (
+            name,
+            value,
+        ) in (
+            found.items()
+        ):  # answers drawn after the first update may differ: the updates have moved each by 1e-3 at most
             torch.testing.assert_close(value, first[name], rtol=0, atol=2e-3)
 
 
@@ -149,7 +168,9 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     from torch.distributed import checkpoint
 
     reader = checkpoint.FileSystemReader(directory)
-    found = {k: torch.empty(v.size) for k, v in reader.read_metadata().state_dict_metadata.items() if hasattr(v, "size")}
+    found = {
+        k: torch.empty(v.size) for k, v in reader.read_metadata().state_dict_metadata.items() if hasattr(v, "size")
+    }
     checkpoint.load(found, storage_reader=reader, no_dist=True)
     return found
 
@@ -164,7 +185,12 @@ def test_greedy_answers_equal_transformers_on_the_export(results: dict[str, tupl
         for prompt, answer in zip(result["prompts"], result["answers"], strict=True):
             ids = torch.tensor([prompt])
             expected = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=12,
+                do_sample=False,
+                eos_token_id=2,
+                pad_token_id=0,
             )
             assert answer == expected[0, len(prompt) :].tolist()
 
@@ -184,7 +210,13 @@ def test_experts_reach_vllm(world: Path, reward_model: Path, tmp_path: Path) -> 
         "ppo.estimator": "grpo",
         "train.output_dir": tmp_path / "checkpoint",
     }
-    python(TESTS / "rl/ppo_program.py", tmp_path / "result.json", *options(world, reward_model, **changes), ranks=2, vllm=True)
+    python(
+        TESTS / "rl/ppo_program.py",
+        tmp_path / "result.json",
+        *options(world, reward_model, **changes),
+        ranks=2,
+        vllm=True,
+    )
     result = json.loads((tmp_path / "result.json").read_text())
     test_first_ratio_is_one_and_vllm_agrees_with_the_trainer({"": (result, tmp_path)})
     test_greedy_answers_equal_transformers_on_the_export({"": (result, tmp_path)})
@@ -221,11 +253,14 @@ class Talk:
 """
 
 
-def test_grpo_with_every_option_an_environment_and_three_kinds_of_reward(world: Path, reward_model: Path, tmp_path: Path) -> None:
+def test_grpo_with_every_option_an_environment_and_three_kinds_of_reward(
+    world: Path, reward_model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "talk.py").write_text(ENVIRONMENT)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _LengthServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    sources = f"model:{reward_model},examples/rewards/length_penalty.py:length_penalty,http://127.0.0.1:{server.server_port}/score"
+    length_penalty = "examples/rewards/length_penalty.py:length_penalty"
+    sources = f"model:{reward_model},{length_penalty},http://127.0.0.1:{server.server_port}/score"
     extra = {
         "train.output_dir": tmp_path,
         "data.eval": world / "prompts",
@@ -255,14 +290,20 @@ def test_grpo_with_every_option_an_environment_and_three_kinds_of_reward(world: 
     lines = metrics(tmp_path)
     parts = {k: v for k, v in lines[0].items() if k.startswith("reward/")}
     assert len(parts) == 4 and _LengthServer.requests >= 4
-    model, function, http = (next(v for k, v in parts.items() if k.startswith("reward/" + kind)) for kind in ("model", "function", "http"))
+    model, function, http = (
+        next(v for k, v in parts.items() if k.startswith("reward/" + kind)) for kind in ("model", "function", "http")
+    )
     assert http > 0 and function == 0
-    assert lines[0]["critic/score/mean"] == pytest.approx(model + function + 0.1 * http + parts["reward/environment"], rel=1e-5)
+    assert lines[0]["critic/score/mean"] == pytest.approx(
+        model + function + 0.1 * http + parts["reward/environment"], rel=1e-5
+    )
     # the trainer reads every conversation as vLLM did, observations included
     assert lines[0]["rollout/logprob_abs_diff_max"] < 1e-3 and lines[0]["rollout/kl_mismatch"] < 1e-6
     assert lines[0]["environment/turns/mean"] > 1.5 and lines[0]["environment/observed_tokens/mean"] > 2
     assert parts["reward/environment"] > 0.3
-    assert (lines[0]["rollout/prompts_drawn"], lines[0]["rollout/groups_dropped"]) == (8, 0) and lines[0]["actor/ptx_loss"] > 1
+    assert (lines[0]["rollout/prompts_drawn"], lines[0]["rollout/groups_dropped"]) == (8, 0) and lines[0][
+        "actor/ptx_loss"
+    ] > 1
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert "critic/vf_loss" not in lines[0] and lines[0]["actor/ratio_max_dev"] < 1e-5
     assert "eval/score/mean" in lines[-1]

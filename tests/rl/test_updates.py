@@ -27,5 +27,7 @@ def test_the_update_is_the_same_however_the_rollout_is_cut(world: Path, tmp_path
             for key, value in expected_log.items():
                 assert abs(log[key] - value) <= 1e-5 * max(1.0, abs(value)), (key, log[key], value)
     changes = [change / change.norm() for change, _ in reference.values()]
-    assert all(float(a @ b) < 0.999 for i, a in enumerate(changes) for b in changes[:i]), "the cases are different losses"
+    assert all(float(a @ b) < 0.999 for i, a in enumerate(changes) for b in changes[:i]), (
+        "the cases are different losses"
+    )
     assert reference["ptx"][1]["ptx_loss"] > 1

@@ -1,8 +1,10 @@
-"""Under torchrun (or alone): one update of the actor on a fixed rollout, with several micro-batch sizes, packed and padded.
+"""Under torchrun (or alone): one update of the actor on a fixed rollout, with several micro-batch sizes,
+packed and padded.
 
 usage: update_program.py WORLD OUTPUT.pt
 
-Adam's epsilon is so large that a step is proportional to the gradient. OUTPUT: {case: [flat change of the parameters, metrics]}.
+Adam's epsilon is so large that a step is proportional to the gradient.
+OUTPUT: {case: [flat change of the parameters, metrics]}.
 """
 
 import sys
@@ -52,13 +54,27 @@ def main() -> None:
     for case, changes in CASES.items():
         for micro, packing in WAYS:
             values = {
-                "model.path": world / "qwen2", "model.dtype": "float32", "data.train": world / "prompts", "data.packing": str(packing).lower(),
-                "train.output_dir": out.parent / "none", "train.global_batch_size": 16, "train.micro_batch_size": micro, "optim.adam_eps": 1e3,
-                "optim.lr": 1e3, "optim.lr_decay_style": "constant", "optim.clip_grad": 0, "rollout.batch_size": 16,
-                "reward.sources": "examples/rewards/length_penalty.py:length_penalty", "ptx.data": world / "sft", "ptx.batch_size": 4,
-                "ptx.micro_batch_size": 2, **changes,
-            }  # fmt: skip
-            config = load_config(PPOStage, None, [str(part) for key, value in values.items() for part in (f"--{key}", value)])
+                "model.path": world / "qwen2",
+                "model.dtype": "float32",
+                "data.train": world / "prompts",
+                "data.packing": str(packing).lower(),
+                "train.output_dir": out.parent / "none",
+                "train.global_batch_size": 16,
+                "train.micro_batch_size": micro,
+                "optim.adam_eps": 1e3,
+                "optim.lr": 1e3,
+                "optim.lr_decay_style": "constant",
+                "optim.clip_grad": 0,
+                "rollout.batch_size": 16,
+                "reward.sources": "examples/rewards/length_penalty.py:length_penalty",
+                "ptx.data": world / "sft",
+                "ptx.batch_size": 4,
+                "ptx.micro_batch_size": 2,
+                **changes,
+            }
+            config = load_config(
+                PPOStage, None, [str(part) for key, value in values.items() for part in (f"--{key}", value)]
+            )
             layout = layout or state.initialize(config.parallel, seed=1)
             source = open_source(config.model.path)
             trainer = Trainer(source, config.parallel, config.optim, head="lm", dtype="float32", seed=1, total_steps=1)
@@ -67,9 +83,14 @@ def main() -> None:
             ppo.config, ppo.models.config, ppo.updates_per_rollout = config, config, 1
             old_BA = ppo.models.logprobs(trainer, rollout)[0]
             loss = actor_loss(
-                trainer, config, beta=0.3, old_BA=old_BA, ref_BA=old_BA + 0.3 * noise[0], advantages_BA=noise[1],
+                trainer,
+                config,
+                beta=0.3,
+                old_BA=old_BA,
+                ref_BA=old_BA + 0.3 * noise[0],
+                advantages_BA=noise[1],
                 rollout_BA=old_BA + 0.5 * noise[2],
-            )  # fmt: skip
+            )
             ptx = Pretraining(config, open_ptx(config, source)[0], state.groups()) if config.ptx.coef else None
             before = torch.cat([p.flatten().clone() for p in trainer.parameters().values()])
             log = ppo.update(trainer, rollout, loss, step=1, ptx=ptx)

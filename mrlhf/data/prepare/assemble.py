@@ -1,7 +1,8 @@
 """Shards -> packs -> the files of a PREFIX. Rows pass through in windows, so memory does not grow with the data.
 
-A window (32 Mi tokens or 1 Mi samples) is packed and shuffled by itself. With fewer tokens than that, packs are the best-fit-decreasing packs
-of the whole set; with more, a window's last packs are less full, and training's own shuffle mixes the windows.
+Each window (32 Mi tokens or 1 Mi samples) is packed and shuffled by itself. A set that fits in one window gets the
+best-fit-decreasing packs of the whole set; in a larger set the last packs of a window are less full, and the shuffle of
+the training mixes the windows.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _SLICE = 1 << 20  # tokens gathered at once
 class Assembler:
     """One output set. `add` rows in order, then `finish`."""
 
-    def __init__(
-        self, output: OutputSet, *, task: str, seq_length: int, dtype: np.dtype, packed: bool, order: str, seed: int, margins: bool
-    ):
-        """`order` of a window's documents: "shuffled" (by `seed`), "length" (packs as they were made, longest samples first) or "input"."""
-        self.output, self.task, self.seq_length, self.packed, self.order, self.seed = output, task, seq_length, packed, order, seed
+    def __init__(self, output: OutputSet, *, task: str, seq_length: int, dtype: np.dtype, packed: bool, order: str,
+                 seed: int, margins: bool):
+        """`order` of documents in a window: "shuffled" (by `seed`), "length" (as packed, longest first), "input"."""
+        self.output, self.task, self.seq_length = output, task, seq_length
+        self.packed, self.order, self.seed = packed, order, seed
         self.each = 2 if task == "preference" else 1  # samples that must stay together
         self._ids_out = output.indexed("", dtype)
         self._mask_out = None if task == "prompts" else output.indexed("_loss_mask", np.dtype("uint8"))
@@ -65,7 +66,9 @@ class Assembler:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        joined = {name: np.concatenate([part[name] for part in self._waiting]) for name in self._waiting[0] if name != "labels"}
+        joined = {name: np.concatenate([part[name] for part in self._waiting])
+                  for name in self._waiting[0]
+                  if name != "labels"}
         labels = list(chain.from_iterable(part.get("labels", ()) for part in self._waiting))
         self._waiting, self._tokens, self._samples = [], 0, 0
         lengths = joined["lengths"].astype(np.int64)
@@ -84,7 +87,7 @@ class Assembler:
         self._windows += 1
 
     def _documents(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(units in the order of the file, units a document)."""
+        """(units in file order, number of units of each document)."""
         rng = np.random.default_rng(self.seed + self._windows)
         if not self.packed:
             members = rng.permutation(len(units)) if self.order == "shuffled" else np.arange(len(units))
@@ -116,7 +119,7 @@ class Assembler:
                 self._mask_out.add_documents(mask, n, sizes[first:last])
 
     def finish(self) -> dict[str, Any]:
-        """Write what waits; the set's own figures for its metadata."""
+        """Write the last window; returns the figures of the set for its metadata."""
         self._flush()
         if self._labels_out is not None and not self._any_label:
             self.output.discard("_labels.jsonl")
@@ -140,12 +143,12 @@ class Assembler:
 
 
 def _percentiles(by_length: np.ndarray) -> dict[str, float]:
-    """Of the lengths that a histogram counts."""
+    """Percentiles, extremes and mean of lengths; `by_length[n]` counts the samples of n tokens."""
     below, points = np.cumsum(by_length), (5, 25, 50, 75, 90, 95, 99)
     total, present = int(below[-1]), np.flatnonzero(by_length)
-    found = {f"p{p}": int(np.searchsorted(below, p * total / 100)) for p in points}
+    percentiles = {f"p{p}": int(np.searchsorted(below, p * total / 100)) for p in points}
     mean = float((by_length * np.arange(len(by_length))).sum()) / total
-    return {"min": int(present[0]), **found, "max": int(present[-1]), "mean": round(mean, 2)}
+    return {"min": int(present[0]), **percentiles, "max": int(present[-1]), "mean": round(mean, 2)}
 
 
 def merged(counts: list[dict[str, int]]) -> dict[str, int]:

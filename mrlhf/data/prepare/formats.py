@@ -2,10 +2,12 @@
 
     pretrain    text
     sft         messages  |  input + output (strings, or a list of messages and the list of the final assistant message)
-    preference  prompt + chosen + rejected  |  chosen + rejected (whole conversations that share all but the last message); margin optional
+    preference  prompt + chosen + rejected  |  chosen + rejected (conversations that differ in the last message only);
+                margin optional
     prompts     prompt (list of messages ending in a user turn, or string)  |  input; label optional
 
-A normalised conversation is a list of {"role", "content"} messages, or with a plain input template the pair (prompt, answer) of strings.
+A normalised conversation is a list of {"role", "content"} messages; with a plain input template it is the pair
+(prompt, answer) of strings.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ Conversation = list[Message] | tuple[str, str]
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names the user set; None: the default name. `input` stands for the main column of any task."""
+    """Column names set by the user; None: the default name. `input` names the main column of any task."""
 
     text: str | None = None
     messages: str | None = None
@@ -53,18 +55,19 @@ class Sample:
 
 
 def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> Sample:
-    """The sample in `record`. `plain`: prompts and answers are strings (--input-template) rather than messages. Raises RowProblem."""
+    """The sample in `record`. Raises RowProblem. `plain`: prompts and answers are strings (--input-template)."""
     if not isinstance(record, dict):
-        raise RowProblem(
-            "not_object", f"the row is {_kind(record)}, not a JSON object", expected="an object with named columns", fix="one object a row"
-        )
-    sample = {"pretrain": _pretrain, "sft": _sft, "preference": _preference, "prompts": _prompts}[task](record, columns, plain)
+        raise RowProblem("not_object", f"the row is {_kind(record)}, not a JSON object",
+                         expected="an object with named columns", fix="one object a row")
+    sample = {"pretrain": _pretrain, "sft": _sft, "preference": _preference, "prompts": _prompts}[task](
+        record, columns, plain
+    )
     tools = None if task == "pretrain" else _tools(record, columns)
     return replace(sample, tools=tools) if tools else sample
 
 
 def _tools(record: dict[str, Any], columns: Columns) -> list[Any] | None:
-    """The tools column: a list of objects, or such a list as a JSON string. None where it is not there, null or empty."""
+    """The tools column: a list of objects, or that list as a JSON string. None where it is missing, null or empty."""
     key = columns.tools or "tools"
     if columns.tools:
         _column(record, key, "--tools-key COLUMN")
@@ -96,92 +99,99 @@ def _sft(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
     if columns.messages or (columns.input is None and messages_key in record):
         return Sample(conversations=(_conversation(record, messages_key, plain, "--messages-key"),))
     input_key, output_key = columns.input or "input", columns.output or "output"
-    if columns.input is None and input_key not in record and output_key not in record:
-        strings = [k for k, v in record.items() if isinstance(v, str)]
-        lists = [k for k, v in record.items() if _looks_like_messages(v)]
-        fix = "--input-key COLUMN [--output-key COLUMN]"
-        if lists:
-            fix = f"--input-key {lists[0]}"
-        elif len(strings) == 2:
-            fix = f"--input-key {strings[0]} --output-key {strings[1]}"
-        raise _missing(record, messages_key, fix, "'messages', or 'input' and 'output'")
-
+    if columns.input is None and not {input_key, output_key} & record.keys():
+        raise _missing(record, messages_key, _suggest_sft(record), "'messages', or 'input' and 'output'")
     given = _column(record, input_key, _suggest(record, "--input-key", (str, list)))
     if columns.output is None and output_key not in record and _is_messages(given):
         return Sample(conversations=(_conversation(record, input_key, plain, "--input-key"),))
     answer = _column(record, output_key, _suggest(record, "--output-key", (str, list), besides=input_key))
-    if columns.input is None and isinstance(record.get("instruction"), str) and record["instruction"].strip():
-        raise RowProblem(
-            "instruction",
-            "column 'instruction' stands beside 'input' and would be ignored",
-            expected="instruction and input joined in one column",
-            fix="join them, then --input-key COLUMN (or --input-key instruction to use it alone)",
-        )
-    if isinstance(given, str) and isinstance(answer, str):
-        prompt: list[Message] | str = given
-    elif isinstance(given, list) and isinstance(answer, list):
-        prompt = _messages(given, input_key)
-        answer = _one_answer(answer, output_key)
-    else:
-        raise RowProblem(
-            "input_output_types",
-            f"column '{input_key}' is {_kind(given)} and column '{output_key}' is {_kind(answer)}",
-            expected="two strings, or a list of messages and a list with the final assistant message",
-            fix="--input-key COLUMN --output-key COLUMN",
-        )
-    return Sample(conversations=(_join(prompt, answer, plain, input_key, output_key),))
+    if columns.input is None:
+        _refuse_instruction(record)
+    types = {type(given), type(answer)}
+    if types == {list}:
+        given, answer = _messages(given, input_key), _one_answer(answer, output_key)
+    elif types != {str}:
+        raise RowProblem("input_output_types",
+                         f"column '{input_key}' is {_kind(given)} and column '{output_key}' is {_kind(answer)}",
+                         expected="two strings, or a list of messages and a list with the final assistant message",
+                         fix="--input-key COLUMN --output-key COLUMN")
+    return Sample(conversations=(_join(given, answer, plain, input_key, output_key),))
+
+
+def _suggest_sft(record: dict[str, Any]) -> str:
+    """The options that name the columns of `record` which most likely hold the conversation."""
+    lists = [k for k, v in record.items() if _looks_like_messages(v)]
+    if lists:
+        return f"--input-key {lists[0]}"
+    strings = [k for k, v in record.items() if isinstance(v, str)]
+    if len(strings) == 2:
+        return f"--input-key {strings[0]} --output-key {strings[1]}"
+    return "--input-key COLUMN [--output-key COLUMN]"
+
+
+def _refuse_instruction(record: dict[str, Any]) -> None:
+    if isinstance(record.get("instruction"), str) and record["instruction"].strip():
+        raise RowProblem("instruction", "column 'instruction' stands beside 'input' and would be ignored",
+                         expected="instruction and input joined in one column",
+                         fix="join them, then --input-key COLUMN (or --input-key instruction to use it alone)")
 
 
 def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
     keys = {"chosen": columns.chosen or "chosen", "rejected": columns.rejected or "rejected"}
-    answers = {name: _column(record, key, _suggest(record, f"--{name}-key", (str, list))) for name, key in keys.items()}
+    answers = [_column(record, key, _suggest(record, f"--{name}-key", (str, list))) for name, key in keys.items()]
     prompt_key = columns.prompt or columns.input or "prompt"
     if columns.prompt or columns.input:
         _column(record, prompt_key, _suggest(record, "--prompt-key", (str, list)))
-    prompt = record.get(prompt_key)
-    margin_key = columns.margin or "margin"
-    margin = record.get(margin_key)
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin)):
-        raise _wrong_type(margin_key, margin, "a finite number", "--margin-key COLUMN")
+    margin = _margin(record, columns.margin or "margin")
+    whole = all(_is_messages(answer) and len(answer) > 1 for answer in answers)
+    pair = (_whole_conversations if whole else _prompt_with_answers)(record, prompt_key, keys, plain)
+    return Sample(conversations=pair, margin=margin)
 
-    whole = all(_is_messages(a) and len(a) > 1 for a in answers.values())
-    if whole:
-        conversations = {name: _conversation(record, keys[name], plain, f"--{name}-key") for name in keys}
-        chosen, rejected = (_messages(answers[name], keys[name]) for name in keys)
-        if chosen[:-1] != rejected[:-1]:
-            raise RowProblem(
-                "pair_prefix",
-                "chosen and rejected differ before their last message",
-                expected="two conversations that share everything but the final assistant message",
-                fix="cut both after the first message that differs",
-            )
-        stated = prompt[-1].get("content") if isinstance(prompt, list) and _is_messages(prompt) and prompt else prompt
-        if prompt is not None and stated not in (chosen[-2]["content"], chosen[0]["content"]):
-            raise RowProblem(
-                "pair_prompt",
-                f"column '{prompt_key}' is not the prompt that '{keys['chosen']}' begins with",
-                expected=f"only the answers in '{keys['chosen']}' and '{keys['rejected']}', or the same prompt in both places",
-                fix="remove the column, or leave only the assistant's message in the answers",
-            )
-        pair = tuple(conversations.values())
-    else:
-        if prompt is None:
-            raise _missing(
-                record,
-                prompt_key,
-                _suggest(record, "--prompt-key", (str, list), besides=keys["chosen"]),
-                "a prompt, or whole conversations in both",
-            )
-        if not isinstance(prompt, str):
-            prompt = _messages(prompt, prompt_key)
-        parts = []
-        for name, key in keys.items():
-            answer = answers[name]
-            if not isinstance(answer, str):
-                answer = _one_answer(answer, key)
-            parts.append(_join(prompt, answer, plain, prompt_key, key))
-        pair = tuple(parts)
-    return Sample(conversations=pair, margin=None if margin is None else float(margin))
+
+def _margin(record: dict[str, Any], key: str) -> float | None:
+    margin = record.get(key)
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise _wrong_type(key, margin, "a finite number", "--margin-key COLUMN")
+    return float(margin)
+
+
+def _whole_conversations(
+    record: dict[str, Any], prompt_key: str, keys: dict[str, str], plain: bool
+) -> tuple[Conversation, ...]:
+    """The chosen and the rejected conversation of a row that holds both whole; a prompt beside them must be theirs."""
+    conversations = tuple(_conversation(record, key, plain, f"--{name}-key") for name, key in keys.items())
+    chosen, rejected = (record[key] for key in keys.values())
+    if chosen[:-1] != rejected[:-1]:
+        raise RowProblem("pair_prefix", "chosen and rejected differ before their last message",
+                         expected="two conversations that share everything but the final assistant message",
+                         fix="cut both after the first message that differs")
+    prompt: Any = record.get(prompt_key)
+    stated = prompt[-1].get("content") if _looks_like_messages(prompt) else prompt
+    if prompt is not None and stated not in (chosen[-2]["content"], chosen[0]["content"]):
+        answers = f"only the answers in '{keys['chosen']}' and '{keys['rejected']}'"
+        raise RowProblem("pair_prompt", f"column '{prompt_key}' is not the prompt that '{keys['chosen']}' begins with",
+                         expected=f"{answers}, or the same prompt in both places",
+                         fix="remove the column, or leave only the assistant's message in the answers")
+    return conversations
+
+
+def _prompt_with_answers(
+    record: dict[str, Any], prompt_key: str, keys: dict[str, str], plain: bool
+) -> tuple[Conversation, ...]:
+    """The conversations that the row's prompt makes with its chosen and its rejected answer."""
+    prompt = record.get(prompt_key)
+    if prompt is None:
+        fix = _suggest(record, "--prompt-key", (str, list), besides=keys["chosen"])
+        raise _missing(record, prompt_key, fix, "a prompt, or whole conversations in both")
+    if not isinstance(prompt, str):
+        prompt = _messages(prompt, prompt_key)
+    pair = []
+    for key in keys.values():
+        answer = record[key] if isinstance(record[key], str) else _one_answer(record[key], key)
+        pair.append(_join(prompt, answer, plain, prompt_key, key))
+    return tuple(pair)
 
 
 def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
@@ -196,36 +206,26 @@ def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
         return Sample(prompt=prompt if plain else [{"role": "user", "content": prompt}], label=label)
     messages = _messages(prompt, key)
     if messages[-1]["role"] == "assistant":
-        raise RowProblem(
-            "prompt_role",
-            f"column '{key}' ends with a turn of the assistant",
-            expected="a list of messages that ends with a user turn",
-            fix="remove the last message, or --prompt-key COLUMN",
-        )
+        raise RowProblem("prompt_role", f"column '{key}' ends with a turn of the assistant",
+                         expected="a list of messages that ends with a user turn",
+                         fix="remove the last message, or --prompt-key COLUMN")
     return Sample(prompt=_single_turn(messages, key) if plain else messages, label=label)
 
 
 def _conversation(record: dict[str, Any], key: str, plain: bool, flag: str) -> Conversation:
     messages = _messages(_column(record, key, _suggest(record, flag, list)), key)
     if messages[-1]["role"] != "assistant":
-        raise RowProblem(
-            "last_role",
-            f"column '{key}' ends with a turn of '{messages[-1]['role']}'",
-            expected="a conversation whose last message is the assistant's",
-            fix=f"remove what follows the last answer, or {flag} COLUMN",
-        )
+        raise RowProblem("last_role", f"column '{key}' ends with a turn of '{messages[-1]['role']}'",
+                         expected="a conversation whose last message is the assistant's",
+                         fix=f"remove what follows the last answer, or {flag} COLUMN")
     if len(messages) == 1:
-        raise RowProblem(
-            "no_prompt",
-            f"column '{key}' holds an answer and no prompt",
-            expected="at least one turn before the assistant's",
-            fix=f"{flag} COLUMN",
-        )
+        raise RowProblem("no_prompt", f"column '{key}' holds an answer and no prompt",
+                         expected="at least one turn before the assistant's", fix=f"{flag} COLUMN")
     return (_single_turn(messages[:-1], key), _string_content(messages[-1], key)) if plain else messages
 
 
 def _messages(value: Any, key: str) -> list[Message]:
-    """`value` checked to be a list of {role, content}; other keys (tool calls, names) pass through to the chat template."""
+    """`value` after a check that it is a list of {role, content}; other keys pass through to the chat template."""
     expected = 'a list of {"role": ..., "content": ...}'
     if not isinstance(value, list):
         raise _wrong_type(key, value, expected, "--input-key COLUMN")
@@ -233,21 +233,15 @@ def _messages(value: Any, key: str) -> list[Message]:
         raise _empty(f"column '{key}' has no messages")
     for i, message in enumerate(value):
         if not isinstance(message, dict):
-            raise RowProblem(
-                "message_type", f"message {i} of column '{key}' is {_kind(message)}", expected=expected, fix="--input-key COLUMN"
-            )
+            raise RowProblem("message_type", f"message {i} of column '{key}' is {_kind(message)}", expected=expected,
+                             fix="--input-key COLUMN")
         if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
-            raise RowProblem(
-                "message_keys",
-                f"message {i} of column '{key}' has the keys {sorted(message)}",
-                expected=expected,
-                fix="rename them to role and content (user, assistant, system)",
-            )
+            raise RowProblem("message_keys", f"message {i} of column '{key}' has the keys {sorted(message)}",
+                             expected=expected, fix="rename them to role and content (user, assistant, system)")
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list)):
-            raise RowProblem(
-                "content_type", f"content of message {i} of column '{key}' is {_kind(content)}", expected="a string", fix="mend the data"
-            )
+            raise RowProblem("content_type", f"content of message {i} of column '{key}' is {_kind(content)}",
+                             expected="a string", fix="mend the data")
         if not message.get("tool_calls") and (not content or (isinstance(content, str) and not content.strip())):
             raise _empty(f"message {i} of column '{key}' ({message['role']}) is empty")
     return value
@@ -256,24 +250,21 @@ def _messages(value: Any, key: str) -> list[Message]:
 def _one_answer(value: Any, key: str) -> Message:
     messages = _messages(value, key)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise RowProblem(
-            "answer_list",
-            f"column '{key}' holds the turns {[m['role'] for m in messages]}",
-            expected="a list holding one assistant message, or a string",
-            fix="--output-key COLUMN (sft), --chosen-key/--rejected-key COLUMN (preference)",
-        )
+        raise RowProblem("answer_list", f"column '{key}' holds the turns {[m['role'] for m in messages]}",
+                         expected="a list holding one assistant message, or a string",
+                         fix="--output-key COLUMN (sft), --chosen-key/--rejected-key COLUMN (preference)")
     return messages[0]
 
 
-def _join(prompt: list[Message] | str, answer: Message | str, plain: bool, prompt_key: str, answer_key: str) -> Conversation:
+def _join(
+    prompt: list[Message] | str, answer: Message | str, plain: bool, prompt_key: str, answer_key: str
+) -> Conversation:
     for key, value in ((prompt_key, prompt), (answer_key, answer)):
         if isinstance(value, str) and not value.strip():
             raise _empty(f"column '{key}' is empty")
     if plain:
-        return (
-            prompt if isinstance(prompt, str) else _single_turn(prompt, prompt_key),
-            answer if isinstance(answer, str) else _string_content(answer, answer_key),
-        )
+        return (prompt if isinstance(prompt, str) else _single_turn(prompt, prompt_key),
+                answer if isinstance(answer, str) else _string_content(answer, answer_key))
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [*before, {"role": "assistant", "content": answer} if isinstance(answer, str) else answer]
 
@@ -282,20 +273,16 @@ def _single_turn(messages: list[Message], key: str) -> str:
     if len(messages) != 1 or messages[0]["role"] != "user":
         raise RowProblem(
             "plain_turns",
-            f"column '{key}' holds the turns {[m['role'] for m in messages]}, which a plain --input-template cannot render",
-            expected="one user turn before the answer",
-            fix="--chat-template FILE instead of --input-template",
+            f"column '{key}' has turns {[m['role'] for m in messages]}, which a plain --input-template cannot render",
+            expected="one user turn before the answer", fix="--chat-template FILE instead of --input-template"
         )
     return _string_content(messages[0], key)
 
 
 def _string_content(message: Message, key: str) -> str:
     if not isinstance(message.get("content"), str):
-        raise RowProblem(
-            "plain_content",
-            f"column '{key}' has a message whose content is not a string",
-            fix="--chat-template FILE instead of --input-template",
-        )
+        raise RowProblem("plain_content", f"column '{key}' has a message whose content is not a string",
+                         fix="--chat-template FILE instead of --input-template")
     return message["content"]
 
 
@@ -303,12 +290,15 @@ def _column(record: dict[str, Any], key: str, fix: str) -> Any:
     if key not in record:
         raise _missing(record, key, fix, None)
     if record[key] is None:
-        raise RowProblem(f"null:{key}", f"column '{key}' is null", expected="a value in every row", fix=f"remove such rows, or {fix}")
+        raise RowProblem(f"null:{key}", f"column '{key}' is null", expected="a value in every row",
+                         fix=f"remove such rows, or {fix}")
     return record[key]
 
 
 def _missing(record: dict[str, Any], key: str, fix: str, expected: str | None) -> RowProblem:
-    return RowProblem(f"missing:{key}", f"column '{key}' is missing; found {sorted(record)}", expected=expected, fix=fix)
+    return RowProblem(
+        f"missing:{key}", f"column '{key}' is missing; found {sorted(record)}", expected=expected, fix=fix
+    )
 
 
 def _wrong_type(key: str, value: Any, expected: str, fix: str) -> RowProblem:
@@ -336,5 +326,6 @@ def _looks_like_messages(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number",
+             type(None): "null"}
     return names.get(type(value), type(value).__name__)

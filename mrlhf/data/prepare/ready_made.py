@@ -8,7 +8,7 @@ from typing import Any
 from mrlhf.data.tokenizers.special import special_tokens
 from mrlhf.errors import DataError
 
-# What each writes as special tokens of its own; "eos": the tokenizer's.
+# The special tokens that each template writes; "eos": that of the tokenizer.
 TOKENS: dict[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -31,10 +31,11 @@ def ready_made(name: str, tokenizer: Any) -> str:
     missing = [t for t in wanted if t not in known]
     if missing:
         raise DataError(
-            f"the tokenizer has no special tokens {missing}, which --chat-template {name} writes: they would be encoded as ordinary text",
+            f"the tokenizer has no special tokens {missing}, which --chat-template {name} writes: "
+            "they would be encoded as ordinary text",
             where=tokenizer.name_or_path,
             expected=f"a tokenizer with {wanted} among its special tokens",
-            fix="--chat-template plain, or add them with tokenizer.add_special_tokens({'additional_special_tokens': [...]}) "
-            "and resize the model's embeddings",
+            fix="--chat-template plain, or add them with "
+            "tokenizer.add_special_tokens({'additional_special_tokens': [...]}) and resize the model's embeddings",
         )
     return (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Chat templates as transformers renders them: the same sandbox, filters, functions and {% generation %} tag, compiled once."""
+"""Chat templates as transformers renders them: the same sandbox, filters, functions and {% generation %} tag."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mrlhf.errors import DataError, RowProblem
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 LIMIT_S = 10.0  # of a rendering's CPU time; real ones take 0.00003
-LIMIT_BYTES = 1 << 30  # that a rendering may take beside what the process has (Linux)
+LIMIT_BYTES = 1 << 30  # memory that a rendering may add to the process (Linux)
 _PAGE = resource.getpagesize()
 _LARGEST_BITS = 10_000  # of a product or a power: C works on larger ones without looking at the clock
 
@@ -27,22 +27,22 @@ class _TooLong(Exception):
     pass
 
 
-def _end_it(*_: object) -> None:
+def _raise_too_long(*_: object) -> None:
     raise _TooLong
 
 
 class _Limits:
-    """Time and memory of what runs in it; in the main thread only, since signals come to no other. Costs 12 µs."""
+    """Limits time and memory of its block, in the main thread only: no other receives signals. Costs 12 µs."""
 
     def __enter__(self) -> None:
         self.before: tuple[int, int] | None = None
         self.timed = threading.current_thread() is threading.main_thread()
         if not self.timed:
             return
-        if signal.getsignal(signal.SIGVTALRM) is not _end_it:
-            signal.signal(signal.SIGVTALRM, _end_it)
+        if signal.getsignal(signal.SIGVTALRM) is not _raise_too_long:
+            signal.signal(signal.SIGVTALRM, _raise_too_long)
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        if sys.platform == "linux" and soft == resource.RLIM_INFINITY:  # one that is set already does as well
+        if sys.platform == "linux" and soft == resource.RLIM_INFINITY:  # a limit that is set already also serves
             file = os.open("/proc/self/statm", os.O_RDONLY)
             pages = int(os.read(file, 64).split(None, 1)[0])
             os.close(file)
@@ -58,9 +58,11 @@ class _Limits:
 
 
 class ChatTemplate:
-    """A Jinja chat template. `variables`: the names it may use besides messages (bos_token, ...); `where` it comes from. Can be pickled.
+    """A Jinja chat template. Can be pickled.
 
-    Raises jinja2.TemplateSyntaxError from the first rendering on where it is no template.
+    variables  the names it may use besides messages (bos_token, ...)
+    where      its origin, for errors
+    It is compiled at the first rendering.
     """
 
     def __init__(self, source: str, variables: dict[str, Any], *, where: str = ""):
@@ -76,7 +78,7 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """The text, and the spans of its {% generation %} blocks. Strings in `messages` hold no OPEN or CLOSE.
 
-        Raises RowProblem, and DataError where a rendering in the main thread does not end within LIMIT_S or takes more than LIMIT_BYTES.
+        Raises RowProblem, and DataError where a rendering in the main thread takes more than LIMIT_S or LIMIT_BYTES.
         """
         from jinja2 import TemplateError
 
@@ -84,24 +86,21 @@ class ChatTemplate:
             with _Limits():
                 if self._compiled is None:
                     self._compiled = compile_template(self.source)
-                text = self._compiled.render(
-                    messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.variables
-                )
-        except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+                text = self._compiled.render(messages=messages, tools=tools, documents=None,
+                                             add_generation_prompt=add_generation_prompt, **self.variables)
+        except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, ArithmeticError,
+                RecursionError) as error:
             raise RowProblem(
-                "template",
-                f"the chat template refuses this conversation: {error}",
+                "template", f"the chat template refuses this conversation: {error}",
                 expected=f"roles and order the template knows; here {[m.get('role') for m in messages][:8]}",
-                fix="--chat-template FILE",
+                fix="--chat-template FILE"
             ) from error
         except (_TooLong, MemoryError) as error:
-            what = (
-                f"took more than {LIMIT_BYTES / 2**20:,.0f} MiB" if isinstance(error, MemoryError) else f"did not end within {LIMIT_S:g} s"
-            )
-            raise DataError(
-                f"its chat template {what} on {[m.get('role') for m in messages][:8]}",
-                where=self.where, expected="some microseconds and kilobytes: look at it before you use it", fix="--chat-template FILE",
-            ) from None  # fmt: skip
+            what = (f"took more than {LIMIT_BYTES / 2**20:,.0f} MiB"
+                    if isinstance(error, MemoryError) else f"did not end within {LIMIT_S:g} s")
+            raise DataError(f"its chat template {what} on {[m.get('role') for m in messages][:8]}", where=self.where,
+                            expected="some microseconds and kilobytes: read the template before you use it",
+                            fix="--chat-template FILE") from None
         return _take_out_marks(text) if self.marked else (text, [])
 
 
@@ -119,7 +118,7 @@ def _take_out_marks(text: str) -> tuple[str, list[Span]]:
 
 
 def compile_template(source: str) -> Any:
-    """Equivalent to transformers' private compiler, but that a generation block is marked in the text by OPEN and CLOSE."""
+    """Equivalent to transformers' private compiler, except that OPEN and CLOSE mark a generation block in the text."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -148,7 +147,8 @@ def compile_template(source: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+               sort_keys: bool = False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])

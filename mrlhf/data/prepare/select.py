@@ -17,8 +17,8 @@ _BUCKET = 8 << 20  # rows deduplicated at once: about 400 MiB
 def first_of_each(read_keys: Callable[[], Iterable[np.ndarray]], rows: int) -> np.ndarray:
     """bool [R]: true at the first row with each 128-bit key.
 
-    `read_keys()` gives the keys anew, uint64 [r, 2] a shard. They are compared bucket by bucket (by their leading bits), so that the
-    memory stays at one bucket whatever R is; each bucket costs a pass over the keys.
+    `read_keys()` reads the keys, uint64 [r, 2] a shard, and is called once a bucket. Keys are compared bucket by bucket
+    (by their leading bits), so memory stays at one bucket for any R; each bucket costs a pass over the keys.
     """
     keep = np.ones(rows, dtype=bool)
     buckets = -(-rows // _BUCKET)
@@ -36,15 +36,14 @@ def first_of_each(read_keys: Callable[[], Iterable[np.ndarray]], rows: int) -> n
     return keep
 
 
-def within_limits(
-    keep: np.ndarray, sources: np.ndarray, *, limits: Sequence[int] | None, weights: Sequence[float] | None, seed: int
-) -> Counter[str]:
-    """Clears `keep` [R] where a source has more rows than its limit, or than its weight allows; returns the drops by cause.
+def within_limits(keep: np.ndarray, sources: np.ndarray, *, limits: Sequence[int] | None,
+                  weights: Sequence[float] | None, seed: int) -> Counter[str]:
+    """Clear `keep` [R] where a source exceeds its limit or the share its weight allows; returns the drops by cause.
 
     sources  int [R], number of the source of each row
     limits   rows a source at most, its first ones; 0: no limit
-    weights  shares of the sources in the rows that stay. No row is repeated: the largest set with these shares is kept, a random subset
-             of each source.
+    weights  shares of the sources in the rows that stay. No row is repeated: the largest set with these shares stays,
+             a random subset of each source.
     """
     drops: Counter[str] = Counter()
     if limits is not None:
@@ -66,6 +65,6 @@ def within_limits(
 
 
 def split_of(split_keys: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
-    """int [R]: the split of each row, by its hash (uint64 [R]), so that it stays there when rows are added to the input."""
+    """int [R]: the split of each row by its hash (uint64 [R]), so rows added to the input move no other row."""
     edges = np.cumsum(np.asarray(fractions) / sum(fractions))[:-1]
     return np.searchsorted(edges, split_keys.astype(np.float64) / 2.0**64, side="right")

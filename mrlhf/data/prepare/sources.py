@@ -1,8 +1,8 @@
-"""Inputs -> blocks of rows: JSON lines (also .gz, .bz2, .zst or from a pipe), JSON arrays, parquet, Hugging Face datasets.
+"""Inputs -> blocks of rows: JSON lines (also .gz, .bz2, .zst or a pipe), JSON arrays, parquet, Hugging Face datasets.
 
-The parent process only finds where blocks begin and end (and unpacks what is compressed); rows are parsed where they are tokenised.
-Blocks depend on the inputs alone, so that the work on one can be found again after an interruption. Memory: one block, `max_line`
-at most where a single line is longer than that.
+The parent process only locates the blocks and decompresses; the workers parse the rows that they tokenise. Blocks
+depend on the inputs alone, so --resume can reuse the work on one. Memory: one block, or one line of at most MAX_LINE
+bytes where that is longer.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ import msgspec
 from mrlhf.errors import DataError, Problems
 
 MAX_LINE = 64 << 20
+_ARRAY_BYTES = 1 << 16  # read at once from a JSON array
 _BOM = b"\xef\xbb\xbf"
 _FORMATS = "JSON lines (.jsonl, also .gz, .bz2, .zst), a JSON array (.json), parquet, or a HF dataset"
-_ENDINGS = tuple(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".bz2", ".zst")) + (".parquet",)
+_ENDINGS = tuple(
+    f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".bz2", ".zst")
+) + (".parquet",)
 _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of one file. `rows` holds undecoded JSON lines (bytes) or ready records; `numbers` their 1-based lines (or rows)."""
+    """Consecutive rows of one file: undecoded JSON lines (bytes) or records, and their line (row) numbers from 1."""
 
     path: str
     numbers: list[int]
@@ -49,7 +52,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Some consecutive rows of `path`, which belongs to the input argument number `source`.
 
     `data` holds them (JSON lines, or an Arrow stream); without it they are the bytes from `offset` on of a plain file.
@@ -104,7 +107,7 @@ class Block:
 
 @dataclass
 class _Input:
-    """One thing to read. `kind`: lines, parquet or dataset; `before`: (size, mtime) of the file when it was found."""
+    """One input. `kind`: lines, parquet or dataset; `before`: (size, mtime) of the file when the command started."""
 
     source: int
     path: str
@@ -114,10 +117,11 @@ class _Input:
 
 
 class Sources:
-    """What the arguments of --input mean, checked at once. Raises DataError (several as SeveralErrors).
+    """The inputs that the arguments of --input name. Raises DataError (several as SeveralErrors).
 
-    An argument is a file, a glob pattern, a directory of such files, `-` (standard input), a directory that `datasets` saved, or a hub
-    id; for the last two `NAME:SPLIT` picks a split and `NAME@CONFIG` a configuration of a hub id. `total_bytes` is 0 where it is not known.
+    An argument is a file, a glob pattern, a directory of files, `-` (standard input), a directory that `datasets`
+    saved, or a hub id. For the last two, `NAME:SPLIT` picks a split and `NAME@CONFIG` a configuration of a hub id.
+    `total_bytes` is 0 where it is unknown.
     """
 
     def __init__(self, arguments: tuple[str, ...]):
@@ -133,37 +137,38 @@ class Sources:
                 stat = os.stat(item.path)
                 item.before = (stat.st_size, stat.st_mtime_ns)
                 if stat.st_size == 0:
-                    problems.add(DataError("input file is empty", where=item.path, expected=_FORMATS, fix="leave it out of --input"))
+                    problems.add(DataError("input file is empty", where=item.path, expected=_FORMATS,
+                                           fix="leave it out of --input"))
             problems.extend(_missing_package(item))
         problems.raise_if_any()
         sizes = [item.before[0] if item.before else 0 for item in self.inputs]
         self.total_bytes = sum(sizes) if all(sizes) else 0
         self.block_bytes = min(max(self.total_bytes // 64, 1 << 16), 8 << 20) if self.total_bytes else 1 << 20
 
-    def blocks(self) -> Iterator[Block]:
-        """In the order of the arguments, sorted files and rows. Raises DataError where a file as a whole cannot be read."""
+    def blocks(self) -> Iterator[RowBlock]:
+        """All blocks, in the order of the arguments, sorted files and rows. Raises DataError for an unreadable file."""
         for item in self.inputs:
             try:
                 yield from {"lines": self._lines, "parquet": self._parquet, "dataset": self._dataset}[item.kind](item)
             except _UNREADABLE as error:
                 raise DataError(f"cannot be read: {error}", where=item.path, expected=_FORMATS) from error
 
-    def describe(self) -> list[dict[str, Any]]:
-        """[{path, bytes, sha256}] (datasets: path, rows, fingerprint), after reading. Raises DataError where a file changed meanwhile."""
-        found = []
+    def provenance(self) -> list[dict[str, Any]]:
+        """[{path, bytes, sha256}] (datasets: path, rows, fingerprint). Raises DataError where a file changed since."""
+        entries = []
         for item in self.inputs:
             if item.before is None:
-                found.append({"path": item.path, **item.described})
+                entries.append({"path": item.path, **item.described})
                 continue
             stat = os.stat(item.path)
             if (stat.st_size, stat.st_mtime_ns) != item.before:
                 raise DataError("the file changed while it was read", where=item.path, fix="the same command again")
             with open(item.path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found.append({"path": item.path, "bytes": stat.st_size, "sha256": digest})
-        return found
+            entries.append({"path": item.path, "bytes": stat.st_size, "sha256": digest})
+        return entries
 
-    def _lines(self, item: _Input) -> Iterator[Block]:
+    def _lines(self, item: _Input) -> Iterator[RowBlock]:
         if item.path == "-":
             hashing = _HashingReader(sys.stdin.buffer)
             yield from self._piped(item, cast(IO[bytes], hashing))
@@ -172,14 +177,15 @@ class Sources:
         with _open(item.path) as file:
             head = file.read(4096)
         with _open(item.path) as file:
-            if head.removeprefix(_BOM).lstrip()[:1] == b"[" and not {".jsonl", ".ndjson"} & set(Path(item.path).suffixes):
+            is_lines = bool({".jsonl", ".ndjson"} & set(Path(item.path).suffixes))
+            if not is_lines and head.removeprefix(_BOM).lstrip()[:1] == b"[":
                 yield from self._array(item, file)
             elif item.path.endswith((".gz", ".bz2", ".zst")):
                 yield from self._piped(item, file)
             else:
                 yield from self._plain(item, file, start=len(_BOM) if head.startswith(_BOM) else 0)
 
-    def _plain(self, item: _Input, file: IO[bytes], *, start: int) -> Iterator[Block]:
+    def _plain(self, item: _Input, file: IO[bytes], *, start: int) -> Iterator[RowBlock]:
         """Byte ranges that end with a line; what is in them is read by the worker."""
         size = os.fstat(file.fileno()).st_size
         while start < size:
@@ -189,10 +195,10 @@ class Sources:
             if len(rest) == MAX_LINE and not rest.endswith(b"\n"):
                 raise _long_line(item.path, end)
             end = end - 1 + len(rest)
-            yield Block(item.source, item.path, start, end - start)
+            yield RowBlock(item.source, item.path, start, end - start)
             start = end
 
-    def _piped(self, item: _Input, file: IO[bytes]) -> Iterator[Block]:
+    def _piped(self, item: _Input, file: IO[bytes]) -> Iterator[RowBlock]:
         rest, at, first = b"", 0, True
         while data := file.read(self.block_bytes):
             data = rest + data
@@ -200,71 +206,26 @@ class Sources:
                 data, first = data.removeprefix(_BOM), False
             cut = data.rfind(b"\n") + 1
             if cut:
-                yield Block(item.source, item.path, data=data[:cut])
+                yield RowBlock(item.source, item.path, data=data[:cut])
             elif len(data) > MAX_LINE:
                 raise _long_line(item.path, at)
             rest, at = data[cut:], at + len(data)
         if rest:
-            yield Block(item.source, item.path, data=rest)
+            yield RowBlock(item.source, item.path, data=rest)
 
-    def _array(self, item: _Input, file: IO[bytes]) -> Iterator[Block]:
-        """The elements of a JSON array as lines; only the element being read is in memory."""
-        decoder, text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
-        buffer, at, elements, size, count = "", 0, [], 0, 0
-        want = 1 << 16
-
-        def fail(what: str) -> DataError:
-            return DataError(
-                f"not a JSON array: {what}", where=f"{item.path} (element {count + 1})", expected=_FORMATS, fix="one JSON object a line"
-            )
-
-        def skip(also: str) -> bool:
-            """Move `at` over white space and one `also`, reading on where the buffer ends; false at the array's end."""
-            nonlocal buffer, at
-            seen = False
-            while True:
-                while at < len(buffer) and (buffer[at] in " \t\r\n" or (buffer[at] == also and not seen)):
-                    seen = seen or buffer[at] == also
-                    at += 1
-                if at < len(buffer):
-                    break
-                data = file.read(want)
-                buffer, at = text.decode(data, final=not data).removeprefix("\ufeff"), 0
-                if not data:
-                    break
-            if not seen and buffer[at : at + 1] != "]":
-                raise fail(f"{also!r} or ']' expected, {buffer[at : at + 20]!r} found")
-            return seen
-
-        more = skip("[") and buffer[at : at + 1] != "]"
-        while more:
-            while True:
-                try:
-                    _, end = decoder.raw_decode(buffer, at)
-                    if end < len(buffer):  # a number or literal may go on behind the buffer's end
-                        break
-                    problem = "the array is not closed"
-                except (json.JSONDecodeError, RecursionError) as error:
-                    problem = str(error)
-                if len(buffer) - at > MAX_LINE:
-                    raise fail(problem)
-                data = file.read(max(want, len(buffer) - at))
-                if not data:
-                    raise fail(problem)
-                buffer, at = buffer[at:] + text.decode(data), 0
-            # a raw line break can only stand between JSON's words
-            elements.append(buffer[at:end].replace("\n", " ").replace("\r", " ").encode("utf-8", "surrogatepass"))
-            at, count, size = end, count + 1, size + end - at
+    def _array(self, item: _Input, file: IO[bytes]) -> Iterator[RowBlock]:
+        """The elements of a JSON array as lines."""
+        lines, size = [], 0
+        for element in _JsonArray(item.path, file):
+            lines.append(element.encode("utf-8", "surrogatepass") + b"\n")
+            size += len(element)
             if size >= self.block_bytes:
-                yield Block(item.source, item.path, data=b"\n".join(elements) + b"\n")
-                elements, size = [], 0
-            more = skip(",")
-        if (buffer[at + 1 :] + text.decode(file.read(want))).strip():
-            raise fail("something stands behind the array")
-        if elements:
-            yield Block(item.source, item.path, data=b"\n".join(elements) + b"\n")
+                yield RowBlock(item.source, item.path, data=b"".join(lines))
+                lines, size = [], 0
+        if lines:
+            yield RowBlock(item.source, item.path, data=b"".join(lines))
 
-    def _parquet(self, item: _Input) -> Iterator[Block]:
+    def _parquet(self, item: _Input) -> Iterator[RowBlock]:
         import pyarrow
         import pyarrow.parquet
 
@@ -274,24 +235,24 @@ class Sources:
         except pyarrow.ArrowException as error:
             raise DataError(f"not readable as parquet: {error}", where=item.path) from error
 
-    def _dataset(self, item: _Input) -> Iterator[Block]:
+    def _dataset(self, item: _Input) -> Iterator[RowBlock]:
         dataset = open_dataset(item.path)
         item.described = {"rows": len(dataset), "fingerprint": dataset._fingerprint}
         arrow = dataset.with_format("arrow")
         yield from self._arrow(item, (batch for table in arrow.iter(batch_size=1024) for batch in table.to_batches()))
 
-    def _arrow(self, item: _Input, batches: Iterator[Any]) -> Iterator[Block]:
+    def _arrow(self, item: _Input, batches: Iterator[Any]) -> Iterator[RowBlock]:
         import pyarrow
 
         waiting: list[Any] = []
 
-        def block() -> Block:
+        def block() -> RowBlock:
             sink = pyarrow.BufferOutputStream()
             with pyarrow.ipc.new_stream(sink, waiting[0].schema) as stream:
                 for batch in waiting:
                     stream.write_batch(batch)
             waiting.clear()
-            return Block(item.source, item.path, data=sink.getvalue().to_pybytes(), arrow=True)
+            return RowBlock(item.source, item.path, data=sink.getvalue().to_pybytes(), arrow=True)
 
         for batch in batches:
             if batch.num_rows:
@@ -312,6 +273,69 @@ def read_chunks(arguments: tuple[str, ...]) -> Iterator[Chunk]:
         lines[where] += block.count(content)
 
 
+class _JsonArray:
+    """Iterates over the elements of a JSON array, each as text without line breaks. Holds one element in memory.
+
+    Raises DataError where the file is no JSON array.
+    """
+
+    def __init__(self, path: str, file: IO[bytes]):
+        self._path, self._file = path, file
+        self._decoder, self._text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+        self._buffer, self._at, self._count = "", 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        more = self._skip("[") and self._buffer[self._at : self._at + 1] != "]"
+        while more:
+            end = self._element_end()
+            # JSON allows a raw line break between its words only, so it can become a blank
+            yield self._buffer[self._at : end].replace("\n", " ").replace("\r", " ")
+            self._at, self._count = end, self._count + 1
+            more = self._skip(",")
+        if (self._buffer[self._at + 1 :] + self._text.decode(self._file.read(_ARRAY_BYTES))).strip():
+            raise self._error("something stands behind the array")
+
+    def _skip(self, delimiter: str) -> bool:
+        """Move over white space and one `delimiter`, reading on if needed; false at the end of the array."""
+        seen = False
+        while True:
+            while self._at < len(self._buffer):
+                character = self._buffer[self._at]
+                if character not in " \t\r\n" and (seen or character != delimiter):
+                    break
+                seen = seen or character == delimiter
+                self._at += 1
+            if self._at < len(self._buffer):
+                break
+            data = self._file.read(_ARRAY_BYTES)
+            self._buffer, self._at = self._text.decode(data, final=not data).removeprefix("\ufeff"), 0
+            if not data:
+                break
+        if not seen and (behind := self._buffer[self._at : self._at + 20])[:1] != "]":
+            raise self._error(f"{delimiter!r} or ']' expected, {behind!r} found")
+        return seen
+
+    def _element_end(self) -> int:
+        """The end of the element that begins at `_at`, reading on until it is whole."""
+        while True:
+            try:
+                _, end = self._decoder.raw_decode(self._buffer, self._at)
+                if end < len(self._buffer):  # a number or literal may continue behind the buffer
+                    return end
+                problem = "the array is not closed"
+            except (json.JSONDecodeError, RecursionError) as error:
+                problem = str(error)
+            size = len(self._buffer) - self._at
+            data = b"" if size > MAX_LINE else self._file.read(max(_ARRAY_BYTES, size))
+            if not data:
+                raise self._error(problem)
+            self._buffer, self._at = self._buffer[self._at :] + self._text.decode(data), 0
+
+    def _error(self, what: str) -> DataError:
+        return DataError(f"not a JSON array: {what}", where=f"{self._path} (element {self._count + 1})",
+                         expected=_FORMATS, fix="one JSON object a line")
+
+
 class _HashingReader:
     """Standard input, hashed and counted on its way."""
 
@@ -330,41 +354,49 @@ def _resolve(source: int, argument: str) -> list[_Input]:
         return [_Input(source, "-", "lines")]
     if os.path.isfile(argument):
         return [_file(source, argument)]
-    if any(c in argument for c in "*?["):
+    if glob.has_magic(argument):
         matches = sorted(f for f in glob.glob(argument, recursive=True) if os.path.isfile(f))
         if not matches:
-            raise DataError("no file matches", where=argument, fix="check the pattern given to --input (quoted, so that it arrives whole)")
+            raise DataError("no file matches", where=argument,
+                            fix="check the pattern given to --input (quoted, so that the shell leaves it alone)")
         return [_file(source, f) for f in matches]
     directory, _, split = argument.rpartition(":") if ":" in argument else (argument, "", "")
     if os.path.isdir(argument) or os.path.isdir(directory):
-        if _is_dataset(Path(directory if split else argument)):
-            return [_Input(source, argument, "dataset")]
-        files = sorted(str(f) for f in Path(argument).iterdir() if f.name.endswith(_ENDINGS)) if os.path.isdir(argument) else []
-        if not files:
-            raise DataError("is a directory without data files", where=argument, expected=_FORMATS, fix=f"--input '{argument}/*.jsonl'")
-        return [_file(source, f) for f in files]
-    if argument.partition(":")[0].count("/") == 1 and not argument.startswith((".", "/", "~")) and not argument.endswith(_ENDINGS):
+        return _resolve_directory(source, argument, directory if split else argument)
+    is_path = argument.startswith((".", "/", "~")) or argument.endswith(_ENDINGS)
+    if argument.partition(":")[0].count("/") == 1 and not is_path:
         return [_Input(source, argument, "dataset")]
     raise DataError("input file does not exist", where=argument, fix="check the path given to --input")
+
+
+def _resolve_directory(source: int, argument: str, directory: str) -> list[_Input]:
+    """A data set that `datasets` saved in `directory` (`argument` may name a split), or a directory of data files."""
+    if any((Path(directory) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return [_Input(source, argument, "dataset")]
+    files = sorted(Path(argument).iterdir()) if os.path.isdir(argument) else []
+    inputs = [_file(source, str(f)) for f in files if f.name.endswith(_ENDINGS)]
+    if not inputs:
+        raise DataError("is a directory without data files", where=argument, expected=_FORMATS,
+                        fix=f"--input '{argument}/*.jsonl'")
+    return inputs
 
 
 def _file(source: int, path: str) -> _Input:
     return _Input(source, path, "parquet" if path.endswith(".parquet") else "lines")
 
 
-def _is_dataset(directory: Path) -> bool:
-    return (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file()
-
-
 def _missing_package(item: _Input) -> list[DataError]:
-    needed = {"parquet": "pyarrow.parquet", "dataset": "datasets"}.get(item.kind) or ("zstandard" if item.path.endswith(".zst") else None)
+    needed = {"parquet": "pyarrow.parquet", "dataset": "datasets"}.get(item.kind)
+    if needed is None and item.path.endswith(".zst"):
+        needed = "zstandard"
     if needed is None:
         return []
     try:
         __import__(needed)
     except ImportError:
         name = needed.partition(".")[0]
-        return [DataError(f"reading it needs {name}, which is not installed", where=item.path, fix="pip install 'mrlhf[data]'")]
+        return [DataError(f"reading it needs {name}, which is not installed", where=item.path,
+                          fix="pip install 'mrlhf[data]'")]
     return []
 
 
@@ -375,28 +407,23 @@ def open_dataset(argument: str) -> Any:
     name, _, split = argument.partition(":") if not os.path.isdir(argument) else (argument, "", "")
     try:
         if os.path.isdir(name):
-            found = datasets.load_from_disk(name)
+            loaded = datasets.load_from_disk(name)
         else:
             hub_id, _, config = name.partition("@")
-            found = datasets.load_dataset(hub_id, config or None)
+            loaded = datasets.load_dataset(hub_id, config or None)
     except Exception as error:  # the library and the hub's client have no common base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"no such file, and not a HF dataset that can be loaded: {reason}", where=argument, expected=_FORMATS, fix="--input FILE"
-        ) from error
-    if isinstance(found, datasets.Dataset):
-        return found
-    splits = sorted(map(str, found))
+        raise DataError(f"no such file, and not a HF dataset that can be loaded: {reason}", where=argument,
+                        expected=_FORMATS, fix="--input FILE") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    splits = sorted(map(str, loaded))
     if not split and len(splits) == 1:
         split = splits[0]
     if split not in splits:
-        raise DataError(
-            f"has no split '{split}'" if split else "has several splits",
-            where=argument,
-            expected=", ".join(splits),
-            fix=f"--input {name}:{splits[0]}",
-        )
-    return found[split]
+        raise DataError(f"has no split '{split}'" if split else "has several splits", where=argument,
+                        expected=", ".join(splits), fix=f"--input {name}:{splits[0]}")
+    return loaded[split]
 
 
 def _open(path: str) -> IO[bytes]:
@@ -446,6 +473,5 @@ class _Zst:
 
 
 def _long_line(path: str, offset: int) -> DataError:
-    return DataError(
-        f"a line is longer than {MAX_LINE >> 20} MiB (near byte {offset:,})", where=path, expected=_FORMATS, fix="one JSON object a line"
-    )
+    return DataError(f"a line is longer than {MAX_LINE >> 20} MiB (near byte {offset:,})", where=path,
+                     expected=_FORMATS, fix="one JSON object a line")

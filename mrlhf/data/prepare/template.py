@@ -1,8 +1,9 @@
 """Conversations -> token ids and loss masks.
 
-All boundaries are found in the *rendered text* (characters) and carried to tokens by the offsets of one tokenisation, so a token
-that straddles the boundary is trained and no answer token is lost to a merge. A sample ends on exactly one end-of-turn token.
-Special tokens that stand in the users' own text are encoded as text (special.py): only the template can open or close a turn.
+All boundaries are found in the *rendered text* (characters) and carried to tokens by the offsets of one tokenisation,
+so a token that straddles a boundary is trained and no answer token is lost to a merge. A sample ends on exactly one
+end-of-turn token. Special tokens in users' own text are encoded as text (special.py): only the template can open or
+close a turn.
 """
 
 from __future__ import annotations
@@ -35,29 +36,21 @@ class Template:
     loss_on         "last": train the last turn of the assistant; "all": every one
     append_eos      add the end token where the template renders none (and to plain and pretraining text)
     parse_special   read special tokens in users' text as special tokens, instead of as text
-    encoder         what makes ids of texts (choose_encoder); None: HF's tokenizer
+    encoder         encodes the texts (choose_encoder); None: HF's tokenizer
 
-    `end_token`/`end_token_id`: what closes the assistant's turn; None where nothing does. Raises ConfigError or DataError when the
-    template cannot work at all, RowProblem (from the methods) for a conversation it refuses.
+    `end_token`/`end_token_id`: the token that closes the assistant's turn; None where there is none. Raises ConfigError
+    or DataError when the template cannot work at all; the methods raise RowProblem for a conversation it refuses.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        chat_template: str | None = None,
-        input_template: str | None = None,
-        loss_on: str = "last",
-        append_eos: bool = True,
-        parse_special: bool = False,
-        encoder: Encoder | None = None,
-    ):
+    def __init__(self, tokenizer: Any, *, chat_template: str | None = None, input_template: str | None = None,
+                 loss_on: str = "last", append_eos: bool = True, parse_special: bool = False,
+                 encoder: Encoder | None = None):
         if not tokenizer.is_fast:
+            what = f"{type(tokenizer).__name__} is a slow tokenizer"
             raise DataError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it reports no character offsets, which the loss masks are made from",
-                where=tokenizer.name_or_path,
-                expected="a fast tokenizer (tokenizer.json)",
-                fix="convert it: AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) with a recent transformers",
+                f"{what}: it reports no character offsets, which the loss masks are made from",
+                where=tokenizer.name_or_path, expected="a fast tokenizer (tokenizer.json)",
+                fix="convert it: AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) with a recent transformers"
             )
         self.tokenizer, self.loss_on = tokenizer, loss_on
         self.encoder = encoder if encoder is not None else Encoder(tokenizer)
@@ -65,37 +58,36 @@ class Template:
         self._plain_text = input_template or ""
         self._special = self.encoder.special
         self._users_text = SpecialTokens([]) if parse_special else self._special
-        with_special, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
-        start = next((i for i in range(len(with_special)) if with_special[i : i + len(bare)] == bare), 0)
-        self._begin = with_special[:start]  # what the tokenizer puts before a text (bos); what it puts behind is replaced by our end token
-
+        self._begin = _tokens_before(tokenizer)
         self.chat_template: str | None = None
         self.end_token: str | None = tokenizer.eos_token if append_eos else None
         self._append = append_eos
         if self.plain:
-            if self._plain_text.count("{}") != 1:
-                raise ConfigError(f"--input-template {input_template!r} must hold {{}} once", expected='like "User: {}\\nAssistant: "')
-            if append_eos and tokenizer.eos_token is None:
-                raise DataError(
-                    "the tokenizer has no eos token", where=tokenizer.name_or_path, fix="set eos_token there, or --no-append-eos"
-                )
+            self._check_plain()
         elif chat_template is None and tokenizer.chat_template is None:
-            raise ConfigError(
-                "the tokenizer has no chat template",
-                where=tokenizer.name_or_path,
-                fix='--chat-template NAME or FILE, or --input-template "User: {}\\nAssistant: "',
-            )
+            raise ConfigError("the tokenizer has no chat template", where=tokenizer.name_or_path,
+                              fix='--chat-template NAME or FILE, or --input-template "User: {}\\nAssistant: "')
         else:
             self.chat_template = chat_template if chat_template is not None else tokenizer.get_chat_template()
             self._jinja = ChatTemplate(self.chat_template, tokenizer.special_tokens_map, where=tokenizer.name_or_path)
             self._probe()
         self._end = self.end_token or ""
-        self.end_token_id: int | None = None if self.end_token is None else tokenizer.convert_tokens_to_ids(self.end_token)
+        self.end_token_id: int | None = None
+        if self.end_token is not None:
+            self.end_token_id = tokenizer.convert_tokens_to_ids(self.end_token)
 
-    # ---- rendering -------------------------------------------------------------------------------------------------------------
+    def _check_plain(self) -> None:
+        if self._plain_text.count("{}") != 1:
+            raise ConfigError(f"--input-template {self.input_template!r} must hold {{}} once",
+                              expected='like "User: {}\\nAssistant: "')
+        if self._append and self.tokenizer.eos_token is None:
+            raise DataError("the tokenizer has no eos token", where=self.tokenizer.name_or_path,
+                            fix="set eos_token there, or --no-append-eos")
+
+    # ---- rendering -------------------------------------------------------------------------------
 
     def conversation(self, conversation: Conversation, *, tools: list[Any] | None = None) -> Rendered:
-        """The whole conversation, cut after the last end-of-turn token. Takes messages, or (prompt, answer) with a plain template."""
+        """The conversation (messages; plain template: prompt and answer), cut after the last end-of-turn token."""
         self._check_tools(tools)
         table: dict[str, str] = {}
         if self._users_text.needs_protection((conversation, tools)):
@@ -106,7 +98,10 @@ class Template:
             text = before + answer + (self._end if self._append else "")
             return self._users_text.restore(text, [(len(before), len(text))], table)
         text, spans = self._jinja.render(conversation, tools=tools)
-        text, spans = self._close_marked(text, spans) if self._jinja.marked else self._close_turns(text, conversation, tools)
+        if self._jinja.marked:
+            text, spans = self._close_marked(text, spans)
+        else:
+            text, spans = self._close_turns(text, conversation, tools)
         return self._users_text.restore(text, spans, table)
 
     def prompt(self, prompt: list[Message] | str, *, tools: list[Any] | None = None) -> Rendered:
@@ -129,17 +124,15 @@ class Template:
 
     def _check_tools(self, tools: list[Any] | None) -> None:
         if tools and (self.plain or "tools" not in self._jinja.source):
-            raise RowProblem(
-                "tools_ignored",
-                "the row has tools, which the template would leave out",
-                expected="a chat template that renders `tools`",
-                fix="--chat-template FILE, or remove the column",
-            )
+            raise RowProblem("tools_ignored", "the row has tools, which the template would leave out",
+                             expected="a chat template that renders `tools`",
+                             fix="--chat-template FILE, or remove the column")
 
     def _close_marked(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """{% generation %} spans, each brought to end on its end-of-turn token; the text cut after the last."""
         if not spans:
-            raise RowProblem("generation", "the chat template's {% generation %} block is not reached", fix="--chat-template FILE")
+            raise RowProblem("generation", "the chat template's {% generation %} block is not reached",
+                             fix="--chat-template FILE")
         closed = []
         for i, (start, end) in enumerate(spans):
             limit = spans[i + 1][0] if i + 1 < len(spans) else len(text)
@@ -156,35 +149,30 @@ class Template:
         for i in turns if self.loss_on == "all" else turns[-1:]:
             before, _ = self._jinja.render(messages[:i], tools=tools, add_generation_prompt=True)
             if not text.startswith(before):
-                raise RowProblem(
-                    "template_prefix",
-                    f"the chat template renders the turns before message {i} differently once it follows, so its start is unknown",
-                    expected="a template whose prompt is the beginning of the conversation",
-                    fix=_MARKED_FIX,
-                )
+                what = f"the chat template renders the turns before message {i} differently once it follows"
+                raise RowProblem("template_prefix", f"{what}, so its start is unknown",
+                                 expected="a template whose prompt is the beginning of the conversation",
+                                 fix=_MARKED_FIX)
             spans.append((len(before), self._turn_end(text, len(before), messages[i])))
         return self._finish(text, spans)
 
     def _turn_end(self, text: str, start: int, message: Message) -> int:
-        """Behind the first end token that follows the message's content, or behind the content where the template renders none."""
+        """The place behind the first end token after the content, or behind the content where there is no end token."""
         content = message.get("content")
-        found, behind = -1, start
+        content_at, behind = -1, start
         if isinstance(content, str) and not message.get("tool_calls"):
-            stripped = content.strip()  # what every template renders of it, be it trimmed or not
-            found = text.find(stripped, start)
-            if found >= 0:
-                whole = found - (len(content) - len(content.lstrip()))
+            stripped = content.strip()  # a template may trim the content or not, but renders this part
+            content_at = text.find(stripped, start)
+            if content_at >= 0:
+                whole = content_at - (len(content) - len(content.lstrip()))
                 untrimmed = whole >= start and text.startswith(content, whole)
-                behind = whole + len(content) if untrimmed else found + len(stripped)
-        at = -1 if self.end_token is None else text.find(self.end_token, behind)
-        if at >= 0:
-            return at + len(self._end)
-        if found < 0:
-            raise RowProblem(
-                "turn_end",
-                "the chat template changes the answer and renders no end token behind it, so its end is unknown",
-                fix=_MARKED_FIX,
-            )
+                behind = whole + len(content) if untrimmed else content_at + len(stripped)
+        end_token_at = -1 if self.end_token is None else text.find(self.end_token, behind)
+        if end_token_at >= 0:
+            return end_token_at + len(self._end)
+        if content_at < 0:
+            what = "the chat template changes the answer and renders no end token behind it, so its end is unknown"
+            raise RowProblem("turn_end", what, fix=_MARKED_FIX)
         return behind
 
     def _finish(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
@@ -203,7 +191,8 @@ class Template:
             with_prompt, _ = self._jinja.render(_PROBE[:1], add_generation_prompt=True)
             without, _ = self._jinja.render(_PROBE[:1])
         except RowProblem as error:
-            raise DataError(f"{error.what} (a user's and an assistant's message)", where=where, fix="--chat-template FILE") from error
+            raise DataError(f"{error.what} (a user's and an assistant's message)", where=where,
+                            fix="--chat-template FILE") from error
         at = text.find("c2d3")
         if at < 0 or "a0b1" not in text:
             raise DataError("the chat template leaves out messages", where=where, fix="--chat-template FILE")
@@ -211,31 +200,29 @@ class Template:
         unknown = _LIKE_SPECIAL.search(text, at + 4, closing.start() if closing else len(text))
         if unknown:
             raise DataError(
-                f"the chat template closes turns with {unknown.group()!r}, which is no special token of this tokenizer: "
-                "it would be encoded as ordinary text",
+                f"the chat template closes turns with {unknown.group()!r}, "
+                "which is no special token of this tokenizer: it would be encoded as ordinary text",
                 where=where,
-                fix="--chat-template NAME or FILE, or add it with tokenizer.add_special_tokens and resize the model's embeddings",
+                fix="--chat-template NAME or FILE, or add it with tokenizer.add_special_tokens "
+                "and resize the model's embeddings",
             )
         if closing:
             self.end_token, self._append = closing.group(), True
         elif self._append and self.end_token is None:
+            raise DataError("neither the chat template nor the tokenizer has an end token", where=where,
+                            fix="set eos_token in the tokenizer's configuration")
+        ignores_prompt = not self._jinja.marked and with_prompt == without and text.startswith(without)
+        if ignores_prompt and (header := text[len(without) : at]).strip():
             raise DataError(
-                "neither the chat template nor the tokenizer has an end token",
-                where=where,
-                fix="set eos_token in the tokenizer's configuration",
-            )
-        if not self._jinja.marked and with_prompt == without and text.startswith(without) and text[len(without) : at].strip():
-            raise DataError(
-                f"the chat template ignores add_generation_prompt: {text[len(without) : at]!r} would be trained as part of the answer",
-                where=where,
-                expected="{% if add_generation_prompt %} at the template's end",
-                fix=f"mend the template, or {_MARKED_FIX}",
+                f"the chat template ignores add_generation_prompt: {header!r} would be trained as part of the answer",
+                where=where, expected="{% if add_generation_prompt %} at the template's end",
+                fix=f"mend the template, or {_MARKED_FIX}"
             )
 
-    # ---- tokenising ------------------------------------------------------------------------------------------------------------
+    # ---- tokenising ------------------------------------------------------------------------------
 
     def encode(self, items: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """[(ids int32 [T], mask uint8 [T])] of each item; plain text gets the tokenizer's bos where it has one, chat text never."""
+        """(ids int32 [T], mask uint8 [T]) of each item. Plain text gets the tokenizer's bos, chat text does not."""
         begin = np.asarray(self._begin if self.plain else [], dtype=np.int32)
         results: list[Any] = [None] * len(items)
         for guarded in (False, True):
@@ -260,9 +247,9 @@ class Template:
         begin = np.asarray(self._begin, dtype=np.int32)
         end = np.asarray([] if self.end_token_id is None else [self.end_token_id], dtype=np.int32)
         results: list[Any] = [None] * len(texts)
-        literal = [self._users_text.found_in(text) for text in texts]
+        literal = [self._users_text.occurs_in(text) for text in texts]
         for guarded in (False, True):
-            chosen = [i for i, found in enumerate(literal) if found == guarded]
+            chosen = [i for i, is_literal in enumerate(literal) if is_literal == guarded]
             if guarded:
                 own = [self._guard(Rendered(texts[i], literal=((0, len(texts[i])),)))[0] for i in chosen]
             else:
@@ -273,9 +260,14 @@ class Template:
 
     def _guard(self, item: Rendered) -> tuple[str, list[Span]]:
         if not self.encoder.guards_exactly:
-            raise RowProblem(
-                "special_in_text",
-                f"the text holds {item.text[slice(*item.literal[0])]!r}, which this tokenizer cannot encode as plain text",
-                fix="remove special tokens from the texts",
-            )
+            what = f"the text holds {item.text[slice(*item.literal[0])]!r}"
+            raise RowProblem("special_in_text", f"{what}, which this tokenizer cannot encode as plain text",
+                             fix="remove special tokens from the texts")
         return self._special.guard(item)
+
+
+def _tokens_before(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer puts before a text (bos). Our end token replaces those that it puts behind one."""
+    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:start]

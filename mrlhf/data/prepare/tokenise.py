@@ -21,7 +21,7 @@ SHOWN = 3  # problems of a kind that are kept with their lines
 
 
 @dataclass(frozen=True)
-class Problem:
+class RowFault:
     """A row that cannot be used, in a form that travels between processes."""
 
     kind: str
@@ -34,7 +34,7 @@ class Problem:
 
 @dataclass
 class Batch:
-    """What rows became: samples one after another, and counts. `row_samples`: samples of each kept row (pretrain pieces, the two of a pair)."""
+    """Samples of rows, and counts. `row_samples`: samples of each kept row (pretrain pieces, the two of a pair)."""
 
     rows: int = 0
     kept: int = 0
@@ -47,7 +47,7 @@ class Batch:
     labels: list[bytes] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[RowFault] = field(default_factory=list)
     problem_counts: Counter[str] = field(default_factory=Counter)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
 
@@ -63,19 +63,8 @@ class Tokenise:
     identify  compute keys of the rows' content (for --dedup, --split)
     """
 
-    def __init__(
-        self,
-        template: Template,
-        *,
-        task: str,
-        seq_length: int,
-        truncate: str,
-        on_empty: str,
-        columns: Columns,
-        pair_in_one_pack: bool,
-        on_bad: str = "error",
-        identify: bool = False,
-    ):
+    def __init__(self, template: Template, *, task: str, seq_length: int, truncate: str, on_empty: str,
+                 columns: Columns, pair_in_one_pack: bool, on_bad: str = "error", identify: bool = False):
         self.template, self.task, self.limit, self.mode = template, task, seq_length, truncate
         self.on_empty, self.columns, self.pair_in_one_pack = on_empty, columns, pair_in_one_pack
         self.on_bad, self.identify = on_bad, identify
@@ -121,12 +110,12 @@ class Tokenise:
 
     def texts(self, chunk: Chunk) -> list[str]:
         """The texts that the rows of `chunk` would be tokenised from; rows that cannot be used are left out."""
-        found, ignored = [], Batch()
+        texts, ignored = [], Batch()
         for i in range(len(chunk.rows)):
             with _Outcome(self, ignored, chunk, i):
                 sample, rendered = self._render(chunk, i)
-                found += [sample.text] if sample.text is not None else [item.text for item in rendered]
-        return found
+                texts += [sample.text] if sample.text is not None else [item.text for item in rendered]
+        return texts
 
     def _identify(self, batch: Batch, sample: Sample) -> None:
         if self.identify:
@@ -135,7 +124,7 @@ class Tokenise:
             batch.split_keys.append(hashlib.blake2b(prompt, digest_size=8).digest())
 
     def _encode(self, batch: Batch, chunk: Chunk, ready: list[Any]) -> Iterator[tuple[int, Any, list[Any]]]:
-        """Tokenise all texts of the chunk in one call; one by one where a text that cannot be encoded stands among them."""
+        """Tokenise all texts of the chunk in one call; row by row where one of them cannot be encoded."""
         flat: list[Rendered] = [item for _, _, rendered in ready for item in rendered]
         try:
             encoded = iter(self.template.encode(flat))
@@ -157,14 +146,14 @@ class Tokenise:
         if not mask.any():
             raise RowProblem("mask_zeros", "no token of the answer is trained", fix="--chat-template FILE")
         if mask[0]:
-            raise RowProblem(
-                "mask_ones", "the sample begins with a trained token: there is no prompt", fix="--chat-template FILE, or --input-template"
-            )
+            raise RowProblem("mask_ones", "the sample begins with a trained token: there is no prompt",
+                             fix="--chat-template FILE, or --input-template")
         if end is not None and (ids[-1] != end or not mask[-1]):
-            raise RowProblem("mask_end", f"the sample does not end on a trained {self.template.end_token!r}", fix="--chat-template FILE")
+            raise RowProblem("mask_end", f"the sample does not end on a trained {self.template.end_token!r}",
+                             fix="--chat-template FILE")
 
     def _add_text(self, batch: Batch, ids: np.ndarray) -> None:
-        """A pretraining text: whole, cut, or in consecutive pieces. The first token of each has nothing to be predicted from."""
+        """Add a pretraining text: whole, cut, or in consecutive pieces. Nothing predicts the first token of a piece."""
         if len(ids) < 2:
             raise RowProblem("empty", "the text has fewer than two tokens", fix="--on-empty drop")
         pieces = [ids]
@@ -183,17 +172,13 @@ class Tokenise:
 
     def _refuse_long(self, tokens: int) -> None:
         if self.mode == "error":
-            raise RowProblem(
-                "too_long",
-                f"{tokens:,} tokens",
-                expected=f"at most --seq-length {self.limit}",
-                fix="--truncate drop, or a larger --seq-length",
-            )
+            raise RowProblem("too_long", f"{tokens:,} tokens", expected=f"at most --seq-length {self.limit}",
+                             fix="--truncate drop, or a larger --seq-length")
         if self.mode == "drop":
             raise _Drop("too_long")
 
     def _fit(self, batch: Batch, encoded: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """One conversation, or a pair: together within the limit where both stand in one pack, else each."""
+        """A conversation or a pair, cut to the limit: a pair together where both stand in one pack, else each alone."""
         sizes = [len(ids) for ids, _ in encoded]
         together = len(sizes) == 2 and self.pair_in_one_pack
         total = sum(sizes) if together else max(sizes)
@@ -201,22 +186,21 @@ class Tokenise:
             return encoded
         self._refuse_long(total)
         if self.mode == "left":  # the same number from both, so that a pair keeps its common prompt
-            excess = total - self.limit
-            excess = -(-excess // 2) if together else excess
+            excess = -(-(total - self.limit) // 2) if together else total - self.limit
             cut = [(ids[excess:], mask[excess:]) for ids, mask in encoded]
-            lost = any(not len(mask) or mask[0] for _, mask in cut)
+            if any(not len(mask) or mask[0] for _, mask in cut):
+                raise _Drop("answer_too_long")
         else:
             most = max(self.limit // 2, self.limit - min(sizes)) if together else self.limit
             cut = [(ids[:most], mask[:most]) for ids, mask in encoded]
-            lost = self.task != "prompts" and any(not mask.any() for _, mask in cut)
-        if lost:
-            raise _Drop("answer_too_long" if self.mode == "left" else "nothing_left_to_train")
+            if self.task != "prompts" and not all(mask.any() for _, mask in cut):
+                raise _Drop("nothing_left_to_train")
         batch.truncated += 1
         return cut
 
 
 class _Outcome:
-    """Turns what a row raises into a counted drop or a noted problem, and lets the next row go on."""
+    """Turns an exception of a row into a counted drop or a noted problem, so that the next row continues."""
 
     def __init__(self, to: Tokenise, batch: Batch, chunk: Chunk, i: int):
         self.to, self.batch, self.chunk, self.i = to, batch, chunk, i
@@ -231,17 +215,20 @@ class _Outcome:
         elif isinstance(error, RowProblem) and error.kind == "empty" and self.to.on_empty == "drop":
             batch.drops["empty"] += 1
         elif isinstance(error, RowProblem) and error.kind == "special_in_text":
-            batch.drops["special_in_text"] += 1  # rare, and nothing the user could set would help
+            batch.drops["special_in_text"] += 1  # rare, and no option would help
         elif isinstance(error, RowProblem) and self.to.on_bad == "error":
             batch.problem_counts[error.kind] += 1
             if batch.problem_counts[error.kind] <= SHOWN:
                 line = self.chunk.numbers[self.i]
-                batch.problems.append(Problem(error.kind, self.chunk.path, line, error.what, error.expected, error.fix))
+                batch.problems.append(
+                    RowFault(error.kind, self.chunk.path, line, error.what, error.expected, error.fix)
+                )
         elif isinstance(error, RowProblem):
             batch.drops[f"bad row ({error.kind})"] += 1
             if self.to.on_bad == "quarantine":
                 row = self.chunk.rows[self.i]
-                text = row.decode("utf-8", "backslashreplace") if isinstance(row, bytes) else json.dumps(row, default=str)
+                is_line = isinstance(row, bytes)
+                text = row.decode("utf-8", "backslashreplace") if is_line else json.dumps(row, default=str)
                 batch.quarantine.append({"line": self.chunk.numbers[self.i], "problem": error.what, "row": text})
         else:
             return False
@@ -249,7 +236,7 @@ class _Outcome:
 
 
 def row_content(sample: Sample) -> tuple[bytes, bytes]:
-    """What makes a row the same as another, and its part that must not stand in two splits: the prompt, or a pretraining text."""
+    """(content that two equal rows share, the part that must stay in one split: the prompt, or a pretraining text)."""
     if sample.text is not None:
         text = sample.text.encode("utf-8", "surrogatepass")
         return text, text
@@ -257,39 +244,41 @@ def row_content(sample: Sample) -> tuple[bytes, bytes]:
         prompt = msgspec.json.encode(sample.prompt)
         return prompt, prompt
     first = sample.conversations[0]
-    return msgspec.json.encode(sample.conversations), msgspec.json.encode(first[0] if isinstance(first, tuple) else first[:-1])
+    return msgspec.json.encode(sample.conversations), msgspec.json.encode(
+        first[0] if isinstance(first, tuple) else first[:-1]
+    )
 
 
 def _record(chunk: Chunk, i: int) -> Any:
     try:
         record = chunk.record(i)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RowProblem("json", f"not valid JSON: {error}", expected="one JSON object a line", fix="mend or remove the line") from error
+        raise RowProblem("json", f"not valid JSON: {error}", expected="one JSON object a line",
+                         fix="mend or remove the line") from error
     row = chunk.rows[i]
     if isinstance(row, bytes) and isinstance(record, dict):
         repeated = _repeated_key(row, record)
         if repeated is not None:
-            raise RowProblem(
-                "repeated", f"column '{repeated}' stands twice in the row", expected="each column once", fix="mend or remove the line"
-            )
+            raise RowProblem("repeated", f"column '{repeated}' stands twice in the row", expected="each column once",
+                             fix="mend or remove the line")
     return record
 
 
 def _repeated_key(row: bytes, record: dict[str, Any]) -> str | None:
-    """A key that an object of the row has twice: JSON parsers keep one of the values and say nothing."""
+    """A key that an object of the row has twice, of which JSON parsers silently keep one value."""
     objects = [record, *(m for v in record.values() if isinstance(v, list) for m in v if isinstance(m, dict))]
     counts = Counter(key for o in objects for key in o)
     if all(row.count(b'"%s"' % key.encode("utf-8", "replace")) == n for key, n in counts.items()):
         return None
 
-    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [k for k, _ in pairs]
         if len(set(keys)) < len(keys):
             raise KeyError(next(k for k in keys if keys.count(k) > 1))
         return dict(pairs)
 
     try:
-        json.loads(row, object_pairs_hook=check)
+        json.loads(row, object_pairs_hook=refuse_repeated)
     except KeyError as error:
         return str(error.args[0])
     return None

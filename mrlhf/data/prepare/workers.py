@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mrlhf.data.prepare.shards import WorkDirectory, read_head, write_shard
-from mrlhf.data.prepare.sources import Block
+from mrlhf.data.prepare.sources import RowBlock
 from mrlhf.data.prepare.tokenise import Batch, Tokenise
 from mrlhf.errors import EnvironmentProblem
 
@@ -31,13 +31,13 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs to turn blocks into shards; `dtype` of the token ids."""
+    """Turns blocks into shards; `dtype` of the token ids."""
 
     tokenise: Tokenise
     directory: WorkDirectory
     dtype: np.dtype
 
-    def __call__(self, number: int, block: Block) -> dict[str, Any]:
+    def __call__(self, number: int, block: RowBlock) -> dict[str, Any]:
         """The head of the block's shard, which is written unless it is there already (after an interruption)."""
         content = block.content()
         digest = hashlib.sha256(content).hexdigest()
@@ -72,21 +72,22 @@ _work: Work
 def _start(work: Work, parent: int) -> None:
     global _work
     _work = work
-    gc.freeze()  # what was imported stays for good: no collection need look at it, and forked pages stay shared
+    gc.freeze()  # imported objects stay for good: collections skip them, and forked pages stay shared
 
-    def watch() -> None:  # a killed parent closes no queue that its other children hold open, so they would wait for ever
+    # a killed parent closes no queue that its other children hold open, so they would wait for ever
+    def exit_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _run(number: int, block: Block) -> dict[str, Any]:
+def _run(number: int, block: RowBlock) -> dict[str, Any]:
     return _work(number, block)
 
 
-def run(work: Work, blocks: Iterator[Block], *, workers: int) -> Iterator[dict[str, Any]]:
+def run_workers(work: Work, blocks: Iterator[RowBlock], *, workers: int) -> Iterator[dict[str, Any]]:
     """The head of every block's shard; two blocks more than workers in flight, so that memory stays bounded.
 
     Raises EnvironmentProblem where a worker dies.
@@ -110,8 +111,7 @@ def run(work: Work, blocks: Iterator[Block], *, workers: int) -> Iterator[dict[s
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise EnvironmentProblem(
-            "a worker process died, most likely for want of memory", fix=f"fewer than --workers {workers}, then --resume"
-        ) from error
+        raise EnvironmentProblem("a worker process died, most likely for want of memory",
+                                 fix=f"fewer than --workers {workers}, then --resume") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

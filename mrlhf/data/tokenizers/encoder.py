@@ -1,8 +1,8 @@
 """Texts -> token ids, and masks from character spans. Two backends: HF tokenizers, and gigatoken where it proves equal.
 
-Byte-level BPE cuts a text's bytes into tokens one after another, so where each token lies follows from how many bytes stand behind
-each id: one cumulative sum for a whole batch. The sum must come out at the text's length, or else (and for other kinds of tokenizers)
-HF's character offsets are used.
+Byte-level BPE cuts the bytes of a text into consecutive tokens, so the number of bytes of each id gives the place of
+each token: one cumulative sum for a whole batch. Where the sum differs from the length of the text, and for other kinds
+of tokenizers, HF's character offsets are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from mrlhf.data.tokenizers.special import Rendered, Span, SpecialTokens, special_tokens
 from mrlhf.errors import DataError, EnvironmentProblem, RowProblem
 
-_CACHED_WORDS = 100_000  # tokens of words that BPE remembers; its own 10,000 fill up and stay as they are: 3-9 % slower on real text
+# Words whose tokens BPE remembers. The default cache of 10,000 fills up and never changes: 3-9 % slower on real text.
+_CACHED_WORDS = 100_000
 BackendName = Literal["auto", "hf", "gigatoken"]
 
 
@@ -37,24 +38,23 @@ class HfBackend:
             tokenizer.model._resize_cache(_CACHED_WORDS)
 
     def _ready(self) -> Any:
-        """The tokenizer without what other callers may have left set on it: transformers' calls set all three and leave them so."""
+        """The tokenizer without truncation, padding and the like, which calls of transformers may have left set."""
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = False
         return self.tokenizer
 
     def ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        found = [e.ids for e in self._ready().encode_batch_fast(list(texts), add_special_tokens=False)]
-        counts = np.fromiter(map(len, found), np.int64, len(found))
-        return np.fromiter(chain.from_iterable(found), np.int32, int(counts.sum())), counts
+        per_text = [e.ids for e in self._ready().encode_batch_fast(list(texts), add_special_tokens=False)]
+        counts = np.fromiter(map(len, per_text), np.int64, len(per_text))
+        return np.fromiter(chain.from_iterable(per_text), np.int32, int(counts.sum())), counts
 
     def offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text, ids int32 [T] and the characters [start, end) of every token, int64 [T, 2]."""
-        found = self._ready().encode_batch(list(texts), add_special_tokens=False)
-        return [
-            (np.asarray(e.ids, dtype=np.int32), np.fromiter(chain.from_iterable(e.offsets), np.int64, 2 * len(e)).reshape(-1, 2))
-            for e in found
-        ]
+        encodings = self._ready().encode_batch(list(texts), add_special_tokens=False)
+        return [(np.asarray(e.ids, dtype=np.int32),
+                 np.fromiter(chain.from_iterable(e.offsets), np.int64, 2 * len(e)).reshape(-1, 2))
+                for e in encodings]
 
 
 class GigatokenUnfit(DataError):
@@ -62,7 +62,10 @@ class GigatokenUnfit(DataError):
 
 
 class GigatokenBackend:
-    """gigatoken on the same tokenizer.json, one thread. Raises GigatokenUnfit where it fails, ModuleNotFoundError where it is missing."""
+    """gigatoken on the same tokenizer.json, in one thread.
+
+    Raises GigatokenUnfit where it fails, ModuleNotFoundError where it is not installed.
+    """
 
     def __init__(self, state: str):
         from gigatoken import Tokenizer
@@ -82,17 +85,16 @@ class GigatokenBackend:
             return function()
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of its Rust code is no Exception
+        except BaseException as error:  # a panic in its Rust code is no Exception
             reason = str(error).strip().splitlines()
-            raise GigatokenUnfit(
-                f"gigatoken fails: {reason[0] if reason else type(error).__name__}", fix="--tokenizer-backend hf"
-            ) from error
+            raise GigatokenUnfit(f"gigatoken fails: {reason[0] if reason else type(error).__name__}",
+                                 fix="--tokenizer-backend hf") from error
 
 
 class Encoder:
-    """The encoder of one tokenizer (fast, HF). Can be pickled; the backends are built again where it arrives.
+    """The encoder of one tokenizer (fast, HF). Can be pickled; the receiver builds the backends again.
 
-    `guarded` texts are those of SpecialTokens.guard: markers stand for special tokens, and every other text is plain text.
+    `guarded` texts come from SpecialTokens.guard: markers stand for special tokens, all other text is plain.
     """
 
     def __init__(self, tokenizer: Any, backend: Literal["hf", "gigatoken"] = "hf"):
@@ -132,28 +134,29 @@ class Encoder:
             guarded, _ = self.special.guard(Rendered(text))
             bare = [self.ids([t], guarded=True)[0].tolist() for t in tokens]
             known = {*self.tokenizer.convert_tokens_to_ids(tokens)} - {self.tokenizer.unk_token_id}
-            expected, found = self.ids([text])[0], self.ids([guarded], guarded=True)[0]
-            self._exact = np.array_equal(expected, found) and not any(known & set(ids) for ids in bare)
+            expected, ids_of_guarded = self.ids([text])[0], self.ids([guarded], guarded=True)[0]
+            self._exact = np.array_equal(expected, ids_of_guarded) and not any(known & set(ids) for ids in bare)
         return self._exact
 
     def byte_lengths(self, *, guarded: bool = False) -> np.ndarray | None:
-        """Bytes of text behind every id (int32 [V]); None where the tokenizer is not one whose tokens are the text's bytes."""
+        """Bytes of text behind every id (int32 [V]); None where the tokens do not cut the bytes of the text."""
         if guarded not in self._lengths:
             self._lengths[guarded] = byte_lengths(json.loads(self._state(guarded=guarded)))
         return self._lengths[guarded]
 
     def ids(self, texts: Sequence[str], *, guarded: bool = False) -> list[np.ndarray]:
-        """int32 [T] of each text, without the tokens that the tokenizer puts around one. Raises RowProblem for broken unicode."""
+        """int32 [T] of each text, without the tokenizer's bos and eos. Raises RowProblem for broken unicode."""
         for text in texts:
             _size(text)
-        found = _split(*self._backend(self.name, guarded).ids(texts))
+        ids_of = _split(*self._backend(self.name, guarded).ids(texts))
         again = [i for i, text in enumerate(texts) if self._is_doubtful(text)] if self.name != "hf" else []
-        for i, ids in zip(again, _split(*self._backend("hf", guarded).ids([texts[i] for i in again])) if again else (), strict=True):
-            found[i] = ids
-        return found
+        for i, ids in zip(again, _split(*self._backend("hf", guarded).ids([texts[i] for i in again])) if again else (),
+                          strict=True):
+            ids_of[i] = ids
+        return ids_of
 
     def _is_doubtful(self, text: str) -> bool:
-        """Whether Unicode tables of different years may take the text differently: then HF's own are asked, whatever the backend."""
+        """Whether Unicode tables of different years may treat the text differently; HF then encodes it."""
         if text.isascii():
             return False
         return (self._normal is not None and not unicodedata.is_normalized("NFC", text)) or _has_unassigned(text)
@@ -161,7 +164,7 @@ class Encoder:
     def masked(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]], *, guarded: bool = False
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids int32 [T], mask uint8 [T]) of each text; mask: 1 where a token covers at least one character of the text's spans."""
+        """(ids int32 [T], mask uint8 [T]) of each text; mask: 1 where a token covers a character of its spans."""
         sizes = np.fromiter(map(_size, texts), np.int64, len(texts))
         lengths = self.byte_lengths(guarded=guarded)
         if lengths is None:
@@ -173,21 +176,23 @@ class Encoder:
         if self._normal is not None or self.name != "hf":
             inexact |= np.fromiter(map(self._is_doubtful, texts), bool, len(texts))
         again = np.flatnonzero(inexact).tolist()
-        for i, result in zip(again, self._by_offsets([texts[i] for i in again], [spans[i] for i in again], guarded), strict=True):
+        for i, result in zip(again, self._by_offsets([texts[i] for i in again], [spans[i] for i in again], guarded),
+                             strict=True):
             results[i] = result
         return results
 
-    def _by_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], guarded: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        found = self._backend("hf", guarded).offsets(texts)
-        return [(ids, trained_mask(offsets, span)) for (ids, offsets), span in zip(found, spans, strict=True)]
+    def _by_offsets(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], guarded: bool
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        encoded = self._backend("hf", guarded).offsets(texts)
+        return [(ids, trained_mask(offsets, span)) for (ids, offsets), span in zip(encoded, spans, strict=True)]
 
 
 def _has_unassigned(text: str) -> bool:
-    """Characters without a category in Python's Unicode tables: newer ones may be letters to one tokenizer and not to another."""
+    """Whether a character has no category in Python's Unicode tables; tokenizers may disagree on newer letters."""
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    return any(
-        bool(_unassigned(int(plane))[codes[codes >> 16 == plane] & 0xFFFF].any()) for plane in np.flatnonzero(np.bincount(codes >> 16))
-    )
+    return any(bool(_unassigned(int(plane))[codes[codes >> 16 == plane] & 0xFFFF].any())
+               for plane in np.flatnonzero(np.bincount(codes >> 16)))
 
 
 @lru_cache(maxsize=17)
@@ -213,24 +218,13 @@ def guarded_state(state: str, guards: dict[str, str]) -> str:
 
 
 def byte_lengths(tree: dict[str, Any]) -> np.ndarray | None:
-    """Bytes of text behind every id of a parsed tokenizer.json; None where it is not byte-level BPE that takes the text as it is.
+    """Bytes of text behind every id of a parsed tokenizer.json; None where it is no byte-level BPE of unchanged text.
 
-    Nothing here adds a byte that is not in the text (no prefix, no normalizer but NFC, which callers check the text for), so tokens
+    Nothing adds a byte to the text (no prefix, no normalizer but NFC, which callers check the text for), so tokens
     whose bytes sum to the text's length lie one behind the other.
     """
     model, alphabet = tree["model"], _byte_alphabet()
-    steps = _sequence(tree["pre_tokenizer"], "pretokenizers")
-    byte_level = [s for s in steps if s["type"] == "ByteLevel"]
-    if (
-        model["type"] != "BPE"
-        or model.get("byte_fallback")
-        or model.get("continuing_subword_prefix")
-        or model.get("end_of_word_suffix")
-        or len(byte_level) != 1
-        or byte_level[0]["add_prefix_space"]
-        or any(s["type"] not in ("ByteLevel", "Split", "Digits", "Punctuation") for s in steps)
-        or any(s["type"] != "NFC" for s in _sequence(tree["normalizer"], "normalizers"))
-    ):
+    if not _takes_text_as_it_is(tree):
         return None
     added = {t["id"]: len(t["content"].encode()) for t in tree["added_tokens"]}
     lengths = np.zeros(max(chain(model["vocab"].values(), added), default=-1) + 1, dtype=np.int32)
@@ -242,6 +236,17 @@ def byte_lengths(tree: dict[str, Any]) -> np.ndarray | None:
     if unknown is not None:
         lengths[unknown] = 0
     return lengths
+
+
+def _takes_text_as_it_is(tree: dict[str, Any]) -> bool:
+    model, steps = tree["model"], _sequence(tree["pre_tokenizer"], "pretokenizers")
+    changes = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or any(map(model.get, changes)):
+        return False
+    byte_level = [s for s in steps if s["type"] == "ByteLevel"]
+    known = {s["type"] for s in steps} <= {"ByteLevel", "Split", "Digits", "Punctuation"}
+    normalizers = {s["type"] for s in _sequence(tree["normalizer"], "normalizers")}
+    return known and normalizers <= {"NFC"} and len(byte_level) == 1 and not byte_level[0]["add_prefix_space"]
 
 
 def _sequence(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
@@ -262,12 +267,9 @@ def _size(text: str) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
-        raise RowProblem(
-            "surrogate",
-            f"the text holds {text[error.start]!r}, half of a UTF-16 pair, which is no character",
-            expected="valid unicode",
-            fix="mend or remove the row",
-        ) from error
+        raise RowProblem("surrogate",
+                         f"the text holds {text[error.start]!r}, half of a UTF-16 pair, which is no character",
+                         expected="valid unicode", fix="mend or remove the row") from error
 
 
 def _in_bytes(text: str, spans: Sequence[Span]) -> Sequence[Span]:
@@ -280,19 +282,15 @@ def _in_bytes(text: str, spans: Sequence[Span]) -> Sequence[Span]:
 def _mask_of_bytes(
     flat: np.ndarray, counts: np.ndarray, lengths: np.ndarray, spans: Sequence[Sequence[Span]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The mask of all texts (uint8, like `flat`) and the bytes that each text's tokens cover; `spans` are in bytes of their text."""
+    """The mask of all texts (uint8, like `flat`) and the bytes that each text's tokens cover; `spans` in bytes."""
     ends = np.cumsum(lengths[flat], dtype=np.int64)
     bounds = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(counts)])]
-    limits = bounds.tolist()  # a span stays within its own text even where the tokens do not cover all of it
-    edges = np.asarray(
-        [
-            (base + start, min(base + stop, limit))
-            for base, limit, own in zip(limits, limits[1:], spans, strict=False)
-            for start, stop in own
-            if start < stop and base + start < limit
-        ],
-        dtype=np.int64,
-    ).reshape(-1, 2)
+    limits = bounds.tolist()  # a span stays within its own text even where the tokens do not cover the whole text
+    edges = np.asarray([(base + start, min(base + stop, limit))
+                        for base, limit, own in zip(limits, limits[1:], spans, strict=False)
+                        for start, stop in own
+                        if start < stop and base + start < limit],
+                       dtype=np.int64).reshape(-1, 2)
     change = np.zeros(len(flat) + 1, dtype=np.int32)
     np.add.at(change, np.searchsorted(ends, edges[:, 0], side="right"), 1)
     np.add.at(change, np.minimum(np.searchsorted(ends, edges[:, 1], side="left") + 1, len(flat)), -1)
@@ -307,7 +305,7 @@ def _split(flat: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
 def trained_mask(offsets: Sequence[Span] | np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     """uint8 [T]: 1 where a token covers at least one character of a span.
 
-    Byte-level tokenizers leave leading blanks out of a token's offsets; the end of the token before tells where it really begins.
+    Byte-level tokenizers leave leading blanks out of a token's offsets; the token begins at the end of the one before.
     """
     mask = np.zeros(len(offsets), dtype=bool)
     if not len(offsets) or not spans:
@@ -321,41 +319,37 @@ def trained_mask(offsets: Sequence[Span] | np.ndarray, spans: Sequence[Span]) ->
     return mask.astype(np.uint8)
 
 
-# ---- which backend ---------------------------------------------------------------------------------------------------------------
+# ---- which backend -------------------------------------------------------------------------------
 
-# Where other implementations of the same tokenizer have gone wrong: blanks and line ends in runs, contractions, digits, combining
-# marks, characters of one to four bytes, joined emoji, controls, right-to-left text, long runs, and parts of special tokens.
+# Texts on which other implementations of a tokenizer have erred: runs of blanks and line ends, contractions, digits,
+# combining marks, characters of one to four bytes, joined emoji, controls, right-to-left text, long runs, and parts of
+# special tokens.
 PROBES = (
-    *("", " ", "  ", "\n", "\r\n", "\n\n\n", " \n \n", "\t\tx\t", "a  b   c    d", " leading", "trailing ", "\u200b\ufeff\u2060"),
-    *("x\u00a0y\u2003z\u3000", "I'll DON'T we've it'S 'Tis rock'n'roll ''''", "1 12 123 1234 12345678901 1,234.5e-6 ½ ² ٣ 四", "a1b22c333"),
-    *("snake_case camelCase UPPERlower __init__", "x=[1,2];y={'a':-1}//*&^%$#@!~`", "http://a.b/c?d=e&f#g", "<html>&amp;</html>"),
-    *("e\u0301 \u00e9 \u1e9b\u0323 \ufb01 \u2460 \uff21", "ǅ ß ẞ İ ı ſ", "naïve café Zürich", "мир и дружба", "שלום עולם", "مرحبا بالعالم"),
-    *(
-        "नमस्ते दुनिया",
-        "สวัสดีชาวโลก",
-        "東京都へようこそ。",
-        "안녕하세요",
-        "🙂🙃",
-        "👩\u200d👩\u200d👧 🇩🇪 👍🏽",
-        "\U0001f9ff𝔘𝔫𝔦",
-        "\x00\x01\x1b[0m\x7f\x85",
-    ),
-    *("\ud7ff\ue000\ufffd\U0010ffff", "a" * 200, "ab" * 100, " " * 100, "\n" * 50, "🙂" * 30, "aaaaab " * 20),
-    *("<", "<|", "|>", "<|im_", "_end|>", "<s", "[INST", "<0x0A>", "▁x ▁▁"),
+    "", " ", "  ", "\n", "\r\n", "\n\n\n", " \n \n", "\t\tx\t", "a  b   c    d", " leading", "trailing ",
+    "\u200b\ufeff\u2060",
+    "x\u00a0y\u2003z\u3000", "I'll DON'T we've it'S 'Tis rock'n'roll ''''",
+    "1 12 123 1234 12345678901 1,234.5e-6 ½ ² ٣ 四", "a1b22c333",
+    "snake_case camelCase UPPERlower __init__", "x=[1,2];y={'a':-1}//*&^%$#@!~`", "http://a.b/c?d=e&f#g",
+    "<html>&amp;</html>",
+    "e\u0301 \u00e9 \u1e9b\u0323 \ufb01 \u2460 \uff21", "ǅ ß ẞ İ ı ſ", "naïve café Zürich", "мир и дружба",
+    "שלום עולם", "مرحبا بالعالم",
+    "नमस्ते दुनिया", "สวัสดีชาวโลก", "東京都へようこそ。", "안녕하세요", "🙂🙃", "👩\u200d👩\u200d👧 🇩🇪 👍🏽",
+    "\U0001f9ff𝔘𝔫𝔦", "\x00\x01\x1b[0m\x7f\x85",
+    "\ud7ff\ue000\ufffd\U0010ffff", "a" * 200, "ab" * 100, " " * 100, "\n" * 50, "🙂" * 30, "aaaaab " * 20,
+    "<", "<|", "|>", "<|im_", "_end|>", "<s", "[INST", "<0x0A>", "▁x ▁▁",
 )
 _BEFORE, _BEHIND = ("", " ", "x", "x \n", "é"), ("", " ", "  y", "\n", "y", "\n\nz", "'s", "1")
 MOST_CHARACTERS = 1_500_000
 
 
-def choose_encoder(
-    tokenizer: Any, backend: BackendName, sample_texts: Sequence[str], *, verify: int = 2000, masks: bool = True
-) -> tuple[Encoder, str]:
+def choose_encoder(tokenizer: Any, backend: BackendName, sample_texts: Sequence[str], *, verify: int = 2000,
+                   masks: bool = True) -> tuple[Encoder, str]:
     """The encoder to use, and a line that says why.
 
-    gigatoken is taken where it gives HF's ids for PROBES (also around special tokens) and for the first `verify` of `sample_texts`
-    (of the very input; MOST_CHARACTERS at most). Otherwise `auto` falls back to HF, and `gigatoken` raises DataError with the
-    first text that differs. `verify` 0 trusts gigatoken unseen. `masks`: character spans will be asked for (not for pretraining text).
-    Raises EnvironmentProblem where gigatoken is asked for and not installed.
+    gigatoken is used where it gives HF's ids for PROBES (also around special tokens) and for the first `verify` of
+    `sample_texts` (of the input; at most MOST_CHARACTERS). Otherwise `auto` falls back to HF, and `gigatoken` raises
+    DataError with the first text that differs. `verify` 0 skips the comparison. `masks`: the caller will ask for masks.
+    Raises EnvironmentProblem where `backend` is gigatoken and it is not installed.
     """
     plain = Encoder(tokenizer)
     if backend == "hf":
@@ -363,19 +357,22 @@ def choose_encoder(
     encoder = Encoder(tokenizer, "gigatoken")
     try:
         if masks and encoder.byte_lengths() is None:
-            raise GigatokenUnfit("it gives no character offsets, and this tokenizer is not byte-level BPE that takes text as it is")
+            raise GigatokenUnfit(
+                "it gives no character offsets, and this tokenizer is not byte-level BPE that takes text as it is"
+            )
         checked = _compare(encoder, plain, sample_texts, verify)
     except ModuleNotFoundError as error:
         if backend == "gigatoken":
-            raise EnvironmentProblem("gigatoken is not installed", fix="pip install 'mrlhf[data]', or --tokenizer-backend hf") from error
+            raise EnvironmentProblem("gigatoken is not installed",
+                                     fix="pip install 'mrlhf[data]', or --tokenizer-backend hf") from error
         return plain, "tokenizer backend hf: gigatoken is not installed (pip install 'mrlhf[data]')"
     except GigatokenUnfit as error:
         if backend == "gigatoken":
-            raise DataError(
-                f"gigatoken cannot stand in for this tokenizer: {error.what}", where=tokenizer.name_or_path, fix="--tokenizer-backend hf"
-            ) from error
+            raise DataError(f"gigatoken cannot stand in for this tokenizer: {error.what}", where=tokenizer.name_or_path,
+                            fix="--tokenizer-backend hf") from error
         return plain, f"tokenizer backend hf: gigatoken was refused, {error.what}"
-    return encoder, "tokenizer backend gigatoken, " + (f"equal to hf on {checked:,} texts" if verify else "unverified (--verify-tokens 0)")
+    return encoder, "tokenizer backend gigatoken, " + (f"equal to hf on {checked:,} texts"
+                                                       if verify else "unverified (--verify-tokens 0)")
 
 
 def _compare(encoder: Encoder, plain: Encoder, sample_texts: Sequence[str], verify: int) -> int:
@@ -385,15 +382,15 @@ def _compare(encoder: Encoder, plain: Encoder, sample_texts: Sequence[str], veri
         tokens = list(plain.special.guards.values() if guarded else plain.special.guards)
         probes = [*PROBES, *tokens, *(f"{a}{t}{b}{t}" for t in tokens[:6] for a in _BEFORE for b in _BEHIND)]
         sample = _at_most(sample_texts[:verify], MOST_CHARACTERS)
-        texts = [*probes, *(sample if not guarded else filter(plain.special.found_in, sample))] if verify else [""]
+        texts = [*probes, *(sample if not guarded else filter(plain.special.occurs_in, sample))] if verify else [""]
         pairs = zip(plain.ids(texts, guarded=guarded), encoder.ids(texts, guarded=guarded), strict=True)
-        for text, (expected, found) in zip(texts, pairs, strict=True):
-            if not np.array_equal(expected, found):
-                at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+        for text, (expected, ids) in zip(texts, pairs, strict=True):
+            if not np.array_equal(expected, ids):
+                at = next((i for i, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b),
+                          min(len(expected), len(ids)))
                 shown = text if len(text) <= 60 else text[:60] + "..."
-                raise GigatokenUnfit(
-                    f"it differs on {shown!r} at token {at}: {found[at : at + 4].tolist()}, hf {expected[at : at + 4].tolist()}"
-                )
+                both = f"{ids[at : at + 4].tolist()}, hf {expected[at : at + 4].tolist()}"
+                raise GigatokenUnfit(f"it differs on {shown!r} at token {at}: {both}")
         checked += len(texts)
     return checked
 

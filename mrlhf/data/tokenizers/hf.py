@@ -9,25 +9,22 @@ from typing import Any
 
 from mrlhf.data.tokenizers.vocabulary import load_tokenizer, tokenizer_fingerprint
 
-
-def load(hf_dir: Path) -> Any:
-    """Raises DataError where there is none."""
-    return load_tokenizer(str(hf_dir))
+__all__ = ["fingerprint", "load_tokenizer", "stop_ids"]
 
 
 @functools.lru_cache(maxsize=8)
 def fingerprint(hf_dir: Path) -> str:
-    """Of its vocabulary, merges and special tokens; the same for every copy of a tokenizer. Raises DataError where there is none."""
+    """SHA-256 of vocabulary, merges and special tokens; equal for copies. Raises DataError where there is none."""
     return tokenizer_fingerprint(str(hf_dir))
 
 
 def stop_ids(hf_dir: Path, tokenizer: Any) -> tuple[int, ...]:
-    """eos of the tokenizer and of generation_config.json or config.json."""
-    found = {tokenizer.eos_token_id}
+    """Ids that end an answer: eos of the tokenizer, and of generation_config.json or else config.json."""
+    ids = {tokenizer.eos_token_id}
     for file in ("generation_config.json", "config.json"):
         path = hf_dir / file
         if path.is_file():
             value = json.loads(path.read_text()).get("eos_token_id")
-            found |= set(value) if isinstance(value, list) else {value}
+            ids |= set(value) if isinstance(value, list) else {value}
             break
-    return tuple(sorted(i for i in found if i is not None))
+    return tuple(sorted(i for i in ids if i is not None))

@@ -1,4 +1,10 @@
-"""A bare tiktoken file (NAME.tiktoken) as a fast HF tokenizer, for the encodings whose name tells the rest."""
+"""A bare tiktoken file (NAME.tiktoken) as a fast HF tokenizer, for the encodings whose name determines the rest.
+
+transformers 5.19.0 cannot replace this. AutoTokenizer finds no tokenizer in a directory with NAME.tiktoken; it reads
+ranks from tokenizer.model and tiktoken.model alone, and only with the tiktoken package. It then cuts every text by the
+pattern of cl100k_base, numbers special tokens from tokenizer_config.json or not at all, sets no eos, and does not
+notice missing ranks. Its TikTokenConverter, given ranks and pattern, builds the right merges and is used below.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ from mrlhf.errors import DataError
 
 
 class Encoding(NamedTuple):
-    """What the file does not hold: how many ranks there must be, how text is cut, and the special tokens."""
+    """The parts of an encoding that its file does not hold: number of ranks, pattern that cuts text, special tokens."""
 
     ranks: int
     pattern: str
@@ -41,7 +47,7 @@ ENCODINGS = {
 
 
 def from_ranks(path: str) -> Any:
-    """The tokenizer of the rank file `path`, by transformers' converter. Raises DataError where its name is no encoding of ENCODINGS."""
+    """The tokenizer of a rank file. Raises DataError where its name is none of ENCODINGS or ranks are missing."""
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -50,13 +56,13 @@ def from_ranks(path: str) -> Any:
     if encoding is None:
         raise DataError(
             "a tiktoken file holds token ranks only: not how text is cut into words, nor the special tokens",
-            where=path,
-            expected=f"a directory with tokenizer.json, or one of {', '.join(f'{name}.tiktoken' for name in ENCODINGS)}",
-            fix="transformers.integrations.tiktoken.convert_tiktoken_to_fast(ENCODING, DIR), then --tokenizer DIR",
+            where=path, expected=f"a directory with tokenizer.json, or {'.tiktoken, '.join(ENCODINGS)}.tiktoken",
+            fix="transformers.integrations.tiktoken.convert_tiktoken_to_fast(ENCODING, DIR), then --tokenizer DIR"
         )
     ranks = _read(path)
     if len(ranks) != encoding.ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise DataError(f"{len(ranks):,} ranks", where=path, expected=f"{encoding.ranks:,}, numbered from 0", fix="copy the file again")
+        raise DataError(f"{len(ranks):,} ranks", where=path, expected=f"{encoding.ranks:,}, numbered from 0",
+                        fix="copy the file again")
 
     class Converter(TikTokenConverter):
         @staticmethod
@@ -78,7 +84,6 @@ def _read(path: str) -> dict[bytes, int]:
         try:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (binascii.Error, ValueError) as error:
-            raise DataError(
-                "not a line of a tiktoken file", where=f"{path}:{number}", expected="a token in base64 and its rank", fix="copy the file again"
-            ) from error
+            raise DataError("not a line of a tiktoken file", where=f"{path}:{number}",
+                            expected="a token in base64 and its rank", fix="copy the file again") from error
     return ranks

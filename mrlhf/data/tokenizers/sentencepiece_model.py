@@ -1,7 +1,8 @@
 """A bare sentencepiece `.model` file as a fast HF tokenizer, proved equal to sentencepiece itself on probe texts.
 
-transformers loads a directory that holds only tokenizer.model too, but leaves out the model's own normalisation (the blank before a
-text, collapsed blanks), so that its ids differ from sentencepiece's without a word.
+transformers 5.19.0 also loads a directory that holds only tokenizer.model, but its generic converter
+(SpmConverter.build_tokenizer_from_spm_proto) leaves out the model's own normalisation, the blank before a text and
+collapsed blanks, so its ids silently differ from sentencepiece's.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from mrlhf.errors import DataError, EnvironmentProblem
 
 _UNIGRAM, _BPE = 1, 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-# A character that the model maps to another, with a combining mark behind it: the tokenizers library (and so every fast tokenizer of
-# such models) loses the mark, sentencepiece keeps it.
+# A character that the model maps to another, followed by a combining mark: the tokenizers library, and so every fast
+# tokenizer of such models, loses the mark; sentencepiece keeps it.
 _LOSES_A_MARK = "\u1e9b\u0323"
 
 
@@ -26,33 +27,33 @@ def from_sentencepiece(path: str) -> Any:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2 as messages
     except ImportError as error:
-        raise EnvironmentProblem(f"reading {path} needs sentencepiece and protobuf", fix="pip install sentencepiece protobuf") from error
+        raise EnvironmentProblem(f"reading {path} needs sentencepiece and protobuf",
+                                 fix="pip install sentencepiece protobuf") from error
     with open(path, "rb") as file:
         content = file.read()
     try:
         original = sentencepiece.SentencePieceProcessor(model_proto=content)
         proto = messages.ModelProto.FromString(content)  # type: ignore[attr-defined]  # made at run time
     except Exception as error:  # both raise their own kinds for a file that is something else
-        raise DataError(
-            "not a sentencepiece model", where=path, expected="a .model file of sentencepiece", fix="--tokenizer DIR"
-        ) from error
+        raise DataError("not a sentencepiece model", where=path, expected="a .model file of sentencepiece",
+                        fix="--tokenizer DIR") from error
 
     kinds = {_UNIGRAM: _unigram, _BPE: _bpe}
     if proto.trainer_spec.model_type not in kinds or proto.trainer_spec.treat_whitespace_as_suffix:
-        raise DataError("a sentencepiece model of this kind is not supported", where=path, expected="unigram or BPE", fix="--tokenizer DIR")
-    names = {"bos_token": original.bos_id(), "eos_token": original.eos_id(), "unk_token": original.unk_id(), "pad_token": original.pad_id()}
+        raise DataError("a sentencepiece model of this kind is not supported", where=path, expected="unigram or BPE",
+                        fix="--tokenizer DIR")
+    names = {"bos_token": original.bos_id(), "eos_token": original.eos_id(), "unk_token": original.unk_id(),
+             "pad_token": original.pad_id()}
     special = {name: original.id_to_piece(i) for name, i in names.items() if i >= 0}
     backend = _backend(proto, kinds[proto.trainer_spec.model_type](proto))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=path, **special)
     for text in (t.replace(_LOSES_A_MARK, "") for t in PROBES):
-        expected, found = original.encode(text), tokenizer(text, add_special_tokens=False)["input_ids"]
-        if expected != found:
-            raise DataError(
-                f"the model cannot be converted exactly: {text[:40]!r} becomes {found[:8]}, sentencepiece gives {expected[:8]}",
-                where=path,
-                expected="a directory with tokenizer.json",
-                fix="convert it with the model's own transformers class and save_pretrained",
-            )
+        expected, ids = original.encode(text), tokenizer(text, add_special_tokens=False)["input_ids"]
+        if expected != ids:
+            difference = f"{text[:40]!r} becomes {ids[:8]}, sentencepiece gives {expected[:8]}"
+            raise DataError(f"the model cannot be converted exactly: {difference}", where=path,
+                            expected="a directory with tokenizer.json",
+                            fix="convert it with the model's own transformers class and save_pretrained")
     return tokenizer
 
 
@@ -72,7 +73,8 @@ def _bpe(proto: Any) -> Any:
     merges = []
     for piece in sorted(mergeable, key=lambda p: (-proto.pieces[ids[p]].score, ids[p])):
         halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        merges += sorted(((a, b) for a, b in halves if a in mergeable and b in mergeable), key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += sorted(((a, b) for a, b in halves if a in mergeable and b in mergeable),
+                         key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     unknown = proto.pieces[proto.trainer_spec.unk_id].piece
     return models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback)
 
@@ -94,6 +96,8 @@ def _backend(proto: Any, model: Any) -> Any:
         )  # or the text "<0x0A>" would be a byte's piece
     blank = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *blank])
-    backend.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type in (_UNKNOWN, _CONTROL)])
+    backend.add_special_tokens(
+        [AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type in (_UNKNOWN, _CONTROL)]
+    )
     backend.add_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == _USER_DEFINED])
     return backend

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from mrlhf.data.tokenizers.encoder import PROBES
@@ -17,35 +18,43 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _CONFIGURATIONS = ("tokenizer_config.json", "config.json")
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
-_FINGERPRINT_PROBE = "The quick brown fox, 1234567 times:\n\tdéjà vu 東京 🙂  <s></s><|im_start|> don't  \n\n  x = [1.5e-3];"
+_FINGERPRINT_PROBE = (
+    "The quick brown fox, 1234567 times:\n\tdéjà vu 東京 🙂  <s></s><|im_start|> don't  \n\n  x = [1.5e-3];"
+)
 
 
-def load_tokenizer(path: str) -> Any:
-    """The fast HF tokenizer in directory `path` (or hub id), or of a bare sentencepiece .model or .tiktoken file. Never runs code from it.
+def load_tokenizer(path: str | Path) -> Any:
+    """The fast HF tokenizer of a directory, a hub id, or a bare sentencepiece .model or .tiktoken file.
 
-    Slow tokenizers are converted where transformers knows how, and must give the same ids on probe texts. Raises DataError.
+    Runs no code from there. Slow tokenizers are converted where transformers can, and must give the same ids on probe
+    texts. Raises DataError.
     """
-    here = os.listdir(path) if os.path.isdir(path) else []
-    if os.path.isfile(path):
-        tokenizer = _bare_file(path)
-    elif not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise DataError(
-            "no such file or directory", where=path, expected="a directory with tokenizer.json, or a .model file", fix="--tokenizer DIR"
-        )
-    elif here and not any(f in _VOCABULARIES or f.endswith((".model", ".tiktoken")) for f in here) or os.path.isdir(path) and not here:
-        # transformers would make up an empty tokenizer from the model's type
-        raise DataError(
-            "no tokenizer files", where=path, expected="a directory with tokenizer.json", fix="copy the model's tokenizer there"
-        )
-    elif here and not any(f in (*_VOCABULARIES, *_CONFIGURATIONS) for f in here):
-        # only a model: transformers would guess the rest of it
-        tokenizer = _bare_file(os.path.join(path, next(f for f in here if f.endswith((".model", ".tiktoken")))))
-    else:
-        tokenizer = _of_transformers(path)
-        if "tokenizer.model" in here and "tokenizer.json" not in here and type(tokenizer).__name__ in _GENERIC:
-            _check_guess(tokenizer, path)
-    tokenizer.model_max_length = 1 << 60  # lengths are checked against --seq-length; HF's own warning would only repeat for every sample
+    path = str(path)
+    tokenizer = _bare_file(path) if os.path.isfile(path) else _of_directory(path)
+    # lengths are checked against --seq-length; HF's own warning would only repeat for every sample
+    tokenizer.model_max_length = 1 << 60
     return tokenizer if tokenizer.is_fast else _converted(tokenizer)
+
+
+def _of_directory(path: str) -> Any:
+    """The tokenizer of a directory or a hub id."""
+    if not os.path.isdir(path):
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise DataError("no such file or directory", where=path,
+                            expected="a directory with tokenizer.json, or a .model file", fix="--tokenizer DIR")
+        return _of_transformers(path)
+    files = os.listdir(path)
+    models = [f for f in files if f.endswith((".model", ".tiktoken"))]
+    if not models and not {*_VOCABULARIES} & {*files}:
+        # transformers would make up an empty tokenizer from the model's type
+        raise DataError("no tokenizer files", where=path, expected="a directory with tokenizer.json",
+                        fix="copy the model's tokenizer there")
+    if not {*_VOCABULARIES, *_CONFIGURATIONS} & {*files}:  # transformers would guess the rest
+        return _bare_file(os.path.join(path, models[0]))
+    tokenizer = _of_transformers(path)
+    if "tokenizer.model" in files and "tokenizer.json" not in files and type(tokenizer).__name__ in _GENERIC:
+        _check_guess(tokenizer, path)
+    return tokenizer
 
 
 def _of_transformers(path: str) -> Any:
@@ -55,22 +64,27 @@ def _of_transformers(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"cannot load a tokenizer: {reason}", where=path, expected="a directory with tokenizer.json", fix="--tokenizer DIR"
-        ) from error
+        raise DataError(f"cannot load a tokenizer: {reason}", where=path, expected="a directory with tokenizer.json",
+                        fix="--tokenizer DIR") from error
 
 
 def _check_guess(tokenizer: Any, path: str) -> None:
     """transformers read a sentencepiece model without knowing the model's class: refuse where that changed the ids."""
     exact = _bare_file(os.path.join(path, "tokenizer.model"))
+    difference = _first_difference(exact, tokenizer)
+    if difference is not None:
+        raise DataError(f"transformers does not read this sentencepiece model exactly: {difference}", where=path,
+                        expected="tokenizer.json, or the model's tokenizer_class in tokenizer_config.json",
+                        fix=f"--tokenizer {exact.name_or_path} (the bare model), or add the tokenizer_class")
+
+
+def _first_difference(reference: Any, tokenizer: Any) -> str | None:
+    """The first of PROBES that `tokenizer` encodes otherwise than `reference`, in words; None where there is none."""
     for text in PROBES:
-        if (found := tokenizer(text, add_special_tokens=False)["input_ids"]) != exact(text, add_special_tokens=False)["input_ids"]:
-            raise DataError(
-                f"transformers does not read this sentencepiece model exactly: {text[:40]!r} becomes {found[:8]}",
-                where=path,
-                expected="tokenizer.json, or the model's tokenizer_class in tokenizer_config.json",
-                fix=f"--tokenizer {os.path.join(path, 'tokenizer.model')} (the bare model), or add the tokenizer_class",
-            )
+        expected, ids = (each(text, add_special_tokens=False)["input_ids"] for each in (reference, tokenizer))
+        if expected != ids:
+            return f"{text[:40]!r} becomes {ids[:8]}, not {expected[:8]}"
+    return None
 
 
 def _bare_file(path: str) -> Any:
@@ -79,39 +93,31 @@ def _bare_file(path: str) -> Any:
     if _RANK_LINE.fullmatch(first):
         return from_ranks(path)
     if not path.endswith(".model"):
-        raise DataError("not a tokenizer", where=path, expected="a directory with tokenizer.json, or a .model file", fix="--tokenizer DIR")
+        raise DataError("not a tokenizer", where=path, expected="a directory with tokenizer.json, or a .model file",
+                        fix="--tokenizer DIR")
     return from_sentencepiece(path)
 
 
 def _converted(slow: Any) -> Any:
-    """The fast tokenizer that transformers makes of `slow`: masks are made from character offsets, which slow ones do not report."""
+    """The fast tokenizer that transformers makes of `slow`, which reports no character offsets for the masks."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
     name = type(slow).__name__
-    fix = "a model with a fast tokenizer (tokenizer.json)"
+    help_texts = {"where": slow.name_or_path, "expected": "a fast tokenizer (tokenizer.json)",
+                  "fix": "a model with a fast tokenizer (tokenizer.json)"}
     try:
         backend = convert_slow_tokenizer(slow)
     except (ValueError, KeyError, AttributeError, TypeError, OSError, ImportError) as error:
-        raise DataError(
-            f"{name} is a slow tokenizer and transformers cannot convert it: it reports no character offsets, which masks are made from",
-            where=slow.name_or_path,
-            expected="a fast tokenizer (tokenizer.json)",
-            fix=fix,
-        ) from error
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, name_or_path=slow.name_or_path, chat_template=slow.chat_template, **slow.special_tokens_map
-    )
+        what = f"{name} is a slow tokenizer and transformers cannot convert it"
+        raise DataError(f"{what}: it reports no character offsets, which masks are made from", **help_texts) from error
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=slow.name_or_path,
+                                   chat_template=slow.chat_template, **slow.special_tokens_map)
     fast.model_max_length = slow.model_max_length
-    for text in PROBES:
-        expected, found = slow(text, add_special_tokens=False)["input_ids"], fast(text, add_special_tokens=False)["input_ids"]
-        if expected != found:
-            raise DataError(
-                f"transformers' conversion of {name} to a fast tokenizer is not exact: {text[:40]!r} becomes {found[:8]}, not {expected[:8]}",
-                where=slow.name_or_path,
-                expected="a fast tokenizer (tokenizer.json)",
-                fix=fix,
-            )
+    difference = _first_difference(slow, fast)
+    if difference is not None:
+        what = f"transformers' conversion of {name} to a fast tokenizer is not exact"
+        raise DataError(f"{what}: {difference}", **help_texts)
     return fast
 
 
@@ -121,10 +127,10 @@ def vocab_size(tokenizer: Any) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: str | Any) -> str:
-    """SHA-256 over what decides the ids: vocabulary, merges, added tokens, bos/eos and the ids of a probe text.
+    """SHA-256 over all that decides the ids: vocabulary, merges, added tokens, bos/eos and the ids of a probe text.
 
-    Takes a directory or a loaded tokenizer. Saving and loading again keeps it; the chat template, the padding token and the
-    files' layout do not enter.
+    Takes a directory or a loaded tokenizer. Saving and loading keeps it; it does not depend on the chat template, the
+    padding token or the layout of the files.
     """
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     merges: list[Any] = []

@@ -7,13 +7,13 @@ from mrlhf.models.families.names import VLLM_LLAMA, Names
 from mrlhf.models.families.spec import ModelSpec
 
 CLASSIFIERS = {"glm4": "Glm4ForSequenceClassification"}
-NAMES = Names(attention_post_norm="post_self_attn_layernorm", fc1=("mlp.gate_up_proj",), mlp_post_norm="post_mlp_layernorm")
+NAMES = Names(attention_post_norm="post_self_attn_layernorm", fc1=("mlp.gate_up_proj",),
+              mlp_post_norm="post_mlp_layernorm")
 VLLM = VLLM_LLAMA
 
 
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
     f.need("num_key_value_heads", "head_dim", "rms_norm_eps")
-    return ModelSpec(
-        **f.common(), ropes=(f.rope(partial=0.5, interleaved=True),), post_norm=True, qkv_bias=bool(f.get("attention_bias", True))
-    )
+    ropes, bias = (f.rope(partial=0.5, interleaved=True),), bool(f.get("attention_bias", True))
+    return ModelSpec(**f.common(), ropes=ropes, post_norm=True, qkv_bias=bias)

@@ -7,49 +7,21 @@ from mrlhf.models.families.names import Names, VLLMNames
 from mrlhf.models.families.spec import Layer, ModelSpec
 
 CLASSIFIERS = {"gpt2": "GPT2ForSequenceClassification"}
-NAMES = Names(
-    embedding="transformer.wte",
-    positions="transformer.wpe",
-    final_norm="transformer.ln_f",
-    layer="transformer.h.{i}.",
-    attention_norm="ln_1",
-    qkv=("attn.c_attn",),
-    output="attn.c_proj",
-    mlp_norm="ln_2",
-    fc1=("mlp.c_fc",),
-    fc2="mlp.c_proj",
-    transposed=True,
-)
+NAMES = Names(embedding="transformer.wte", positions="transformer.wpe", final_norm="transformer.ln_f",
+              layer="transformer.h.{i}.", attention_norm="ln_1", qkv=("attn.c_attn",), output="attn.c_proj",
+              mlp_norm="ln_2", fc1=("mlp.c_fc",), fc2="mlp.c_proj", transposed=True)
 VLLM = VLLMNames(qkv="attn.c_attn", fc1="mlp.c_fc")
 
 
 def spec(f: Fields) -> ModelSpec:
     layers, hidden, heads, length, vocab = f.need("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")
-    f.get("n_ctx")
     f.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
     f.only("scale_attn_weights", True)
     f.only("scale_attn_by_inverse_layer_idx", False)
-    f.get("reorder_and_upcast_attn")  # of the precision of one product
-    return ModelSpec(
-        family="gpt2",
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=f.get("n_inner", 4 * hidden),
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        head_dim=hidden // heads,
-        vocab_size=vocab,
-        max_position_embeddings=length,
-        norm_eps=float(f.get("layer_norm_epsilon", 1e-5)),
-        tied=bool(f.get("tie_word_embeddings", True)),
-        layers=(Layer(rope=None),) * layers,
-        ropes=(),
-        init_std=float(f.get("initializer_range", 0.02)),
-        norm="layer",
-        qkv_bias=True,
-        output_bias=True,
-        mlp_bias=True,
-        activation="gelu_tanh",
-        gated=False,
-        learned_positions=True,
-    )
+    f.ignore("n_ctx", "reorder_and_upcast_attn")  # the latter is about the precision of one product
+    return ModelSpec(family="gpt2", num_layers=layers, hidden_size=hidden, ffn_hidden_size=f.get("n_inner", 4 * hidden),
+                     num_attention_heads=heads, num_query_groups=heads, head_dim=hidden // heads, vocab_size=vocab,
+                     max_position_embeddings=length, norm_eps=float(f.get("layer_norm_epsilon", 1e-5)),
+                     tied=bool(f.get("tie_word_embeddings", True)), layers=(Layer(rope=None),) * layers, ropes=(),
+                     init_std=float(f.get("initializer_range", 0.02)), norm="layer", activation="gelu_tanh",
+                     gated=False, learned_positions=True, qkv_bias=True, output_bias=True, mlp_bias=True)

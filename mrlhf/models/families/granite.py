@@ -1,4 +1,4 @@
-"""Granite: Llama's block with four multipliers: of the embedding, of each branch, of the scores, and of the logits."""
+"""Granite: Llama's block with four multipliers: for the embedding, each branch, the scores, and the logits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,8 @@ NAMES, VLLM = LLAMA, VLLM_LLAMA
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
     bias = bool(f.get("attention_bias", False))
-    return ModelSpec(
-        **f.common(),
-        ropes=(f.rope(),),
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=bool(f.get("mlp_bias", False)),
-        embedding_scale=float(f.get("embedding_multiplier", 1.0)),
-        residual_scale=float(f.get("residual_multiplier", 1.0)),
-        attention_scale=float(f.get("attention_multiplier", 1.0)),
-        logit_scale=1 / float(f.get("logits_scaling", 1.0)),
-    )
+    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=bias, output_bias=bias,
+                     mlp_bias=bool(f.get("mlp_bias", False)), embedding_scale=float(f.get("embedding_multiplier", 1.0)),
+                     residual_scale=float(f.get("residual_multiplier", 1.0)),
+                     attention_scale=float(f.get("attention_multiplier", 1.0)),
+                     logit_scale=1 / float(f.get("logits_scaling", 1.0)))

@@ -13,5 +13,5 @@ NAMES, VLLM = LLAMA, VLLM_LLAMA
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
     f.only("pretraining_tp", 1)
-    bias = bool(f.get("attention_bias", False))
-    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=bias, output_bias=bias, mlp_bias=bool(f.get("mlp_bias", False)))
+    bias, mlp_bias = bool(f.get("attention_bias", False)), bool(f.get("mlp_bias", False))
+    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=bias, output_bias=bias, mlp_bias=mlp_bias)

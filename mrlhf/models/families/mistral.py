@@ -1,4 +1,4 @@
-"""Mistral and Mixtral: Llama's block, every layer with a sliding window where one is set; Mixtral's MLPs are experts."""
+"""Mistral and Mixtral: Llama's block, every layer with the sliding window if one is set; Mixtral's MLPs are experts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from mrlhf.models.families.spec import Experts, Layer, ModelSpec
 
 CLASSIFIERS = {"mistral": "MistralForSequenceClassification", "mixtral": "MixtralForSequenceClassification"}
 _MOE = "block_sparse_moe."
-NAMES = Names(
-    router=_MOE + "gate", expert_fc1=(_MOE + "experts.{e}.w1", _MOE + "experts.{e}.w3"), expert_fc2=_MOE + "experts.{e}.w2"
-)  # fmt: skip
+NAMES = Names(router=_MOE + "gate", expert_fc1=(_MOE + "experts.{e}.w1", _MOE + "experts.{e}.w3"),
+              expert_fc2=_MOE + "experts.{e}.w2")
 VLLM = VLLMNames(experts=_MOE + "experts.")
 
 
@@ -25,5 +24,5 @@ def spec(f: Fields) -> ModelSpec:
         num, top_k = f.need("num_local_experts", "num_experts_per_tok")
         experts = Experts(num, top_k, common["ffn_hidden_size"])
     layer = Layer(window=f.get("sliding_window"), moe=is_moe)
-    rope = f.rope(theta=1e6 if is_moe else 10000.0)
-    return ModelSpec(**{**common, "num_query_groups": groups, "layers": (layer,) * common["num_layers"]}, ropes=(rope,), experts=experts)
+    common |= {"num_query_groups": groups, "layers": (layer,) * common["num_layers"]}
+    return ModelSpec(**common, ropes=(f.rope(theta=1e6 if is_moe else 10000.0),), experts=experts)

@@ -1,4 +1,4 @@
-"""What a family calls the parts of a decoder, in HF's files and in vLLM. An empty name: the family has no such part."""
+"""A family's names for the parts of a decoder, in HF's files and in vLLM. Empty: the family has no such part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Names:
-    """Names without `.weight` and `.bias`. Those of a layer follow the prefix `layer`, in which {i} is its index."""
+    """Names without `.weight` and `.bias`. Names in a layer follow the prefix `layer`, where {i} is its index."""
 
     embedding: str = "model.embed_tokens"
     positions: str = ""
@@ -15,10 +15,11 @@ class Names:
     head: str = "lm_head"
     layer: str = "model.layers.{i}."
     attention_norm: str = "input_layernorm"
-    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # one name: a matrix of all q, all k, all v
+    # one name: a matrix of all q, all k, all v
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
-    q_down: str = "self_attn.q_a_proj"  # these six: latent attention
+    q_down: str = "self_attn.q_a_proj"  # this and the next five: latent attention
     q_down_norm: str = "self_attn.q_a_layernorm"
     q_up: str = "self_attn.q_b_proj"
     kv_down: str = "self_attn.kv_a_proj_with_mqa"
@@ -32,7 +33,7 @@ class Names:
     mlp_post_norm: str = ""
     router: str = "mlp.gate"
     selection_bias: str = "mlp.gate.e_score_correction_bias"
-    expert_fc1: tuple[str, str] = ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj")  # {e}: the expert
+    expert_fc1: tuple[str, str] = ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj")  # {e}: index of the expert
     expert_fc2: str = "mlp.experts.{e}.down_proj"
     shared_fc1: tuple[str, str] = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
     shared_fc2: str = "mlp.shared_experts.down_proj"
@@ -41,7 +42,7 @@ class Names:
 
 @dataclass(frozen=True)
 class VLLMNames:
-    """Where vLLM's names are not HF's. vLLM stacks q over k over v, and gate over up."""
+    """vLLM's names where they differ from HF's. vLLM stacks q over k over v, and gate over up."""
 
     qkv: str = "self_attn.qkv_proj"
     fc1: str = "mlp.gate_up_proj"

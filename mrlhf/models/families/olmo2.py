@@ -1,4 +1,4 @@
-"""OLMo 2: no norms before attention and MLP but after them; q and k are normed over all heads together."""
+"""OLMo 2: norms after attention and MLP, none before; q and k are normed over all heads together."""
 
 from __future__ import annotations
 
@@ -14,5 +14,6 @@ VLLM = VLLM_LLAMA
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
     bias = bool(f.get("attention_bias", False))
-    common = {**f.common(), "norm_eps": float(f.get("rms_norm_eps", 1e-5))}
-    return ModelSpec(**common, ropes=(f.rope(),), pre_norm=False, post_norm=True, qk_norm="all", qkv_bias=bias, output_bias=bias)
+    common = f.common() | {"norm_eps": float(f.get("rms_norm_eps", 1e-5))}
+    common |= {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
+    return ModelSpec(**common, ropes=(f.rope(),), qkv_bias=bias, output_bias=bias)

@@ -13,7 +13,8 @@ VLLM = VLLM_LLAMA
 
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
-    f.get("original_max_position_embeddings")  # means something to the rotary scalings that f.rope refuses
+    f.ignore("original_max_position_embeddings")  # only rotary scalings that f.rope refuses use it
     common = f.common()
     layers = (Layer(window=f.get("sliding_window")),) * common["num_layers"]
-    return ModelSpec(**{**common, "norm_eps": float(f.get("rms_norm_eps", 1e-5)), "layers": layers}, ropes=(f.rope(partial=1.0),))
+    common |= {"norm_eps": float(f.get("rms_norm_eps", 1e-5)), "layers": layers}
+    return ModelSpec(**common, ropes=(f.rope(partial=1.0),))

@@ -1,4 +1,4 @@
-"""Qwen2 and 2.5 (biases of q, k, v), Qwen3 (norms of q and k), Qwen3-MoE (experts in all or some layers)."""
+"""Qwen2 and Qwen2.5 (biases of q, k, v), Qwen3 (norms of q and k), Qwen3-MoE (experts in all or some layers)."""
 
 from __future__ import annotations
 
@@ -22,27 +22,15 @@ def spec(f: Fields) -> ModelSpec:
     common = f.common()
     n = common["num_layers"]
     experts, moe = _experts(f, n) if kind == "qwen3_moe" else (None, [False] * n)
-    window, types = _window(f), f.get("layer_types")
+    types, size = f.get("layer_types"), f.get("sliding_window")
+    first = 0 if types is None and kind == "qwen3_moe" else f.get("max_window_layers", n)
     if types is None:
-        first = f.get("max_window_layers", n) if kind != "qwen3_moe" else 0
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
-    else:
-        f.get("max_window_layers")
-    layers = tuple(Layer(window=window if t == "sliding_attention" else None, moe=m) for t, m in zip(types, moe, strict=True))
+    windows = {"sliding_attention": size if f.get("use_sliding_window", False) else None}
+    layers = tuple(Layer(window=windows.get(t), moe=m) for t, m in zip(types, moe, strict=True))
     bias = bool(f.get("attention_bias", False)) and kind != "qwen2"
-    return ModelSpec(
-        **{**common, "layers": layers},
-        ropes=(f.rope(),),
-        qkv_bias=bias or kind == "qwen2",
-        output_bias=bias,
-        qk_norm="none" if kind == "qwen2" else "head",
-        experts=experts,
-    )
-
-
-def _window(f: Fields) -> int | None:
-    window = f.get("sliding_window")
-    return window if f.get("use_sliding_window", False) else None
+    return ModelSpec(**{**common, "layers": layers}, ropes=(f.rope(),), qkv_bias=bias or kind == "qwen2",
+                     output_bias=bias, qk_norm="none" if kind == "qwen2" else "head", experts=experts)
 
 
 def _experts(f: Fields, n: int) -> tuple[Experts, list[bool]]:

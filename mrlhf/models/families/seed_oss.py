@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama's block with biases of q, k and v, and one of the output projection where the config says so."""
+"""Seed-OSS: Llama's block with biases for q, k and v and, if the config says so, for the output projection."""
 
 from __future__ import annotations
 
@@ -14,10 +14,5 @@ def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
     f.only("pretraining_tp", 1)
     f.need("num_key_value_heads", "head_dim")
-    return ModelSpec(
-        **f.common(),
-        ropes=(f.rope(),),
-        qkv_bias=bool(f.get("attention_bias", True)),
-        output_bias=bool(f.get("attention_out_bias", False)),
-        mlp_bias=bool(f.get("mlp_bias", False)),
-    )
+    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=bool(f.get("attention_bias", True)),
+                     output_bias=bool(f.get("attention_out_bias", False)), mlp_bias=bool(f.get("mlp_bias", False)))

@@ -1,6 +1,6 @@
-"""What a model is, apart from how it is spread over ranks.
+"""ModelSpec: the architecture of a model, independent of the parallel layout. A family fills it in, `gpt.py` builds it.
 
-`families/` fills it; `gpt.py` builds what it says.
+`check_layout` says which parallel sizes a model allows.
 """
 
 from __future__ import annotations
@@ -15,57 +15,62 @@ from mrlhf.config.options import ParallelConfig
 from mrlhf.errors import CheckpointError, ConfigError
 from mrlhf.models.families.rope_frequencies import Rope
 
-VOCAB_MULTIPLE = 64  # padding of the vocabulary, whatever TP is: checkpoint shapes do not depend on the layout, and vLLM cuts it alike
+# The vocabulary is padded to a multiple of this for every TP: checkpoint shapes do not depend on the layout, and vLLM's
+# shards are the same.
+VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class Layer:
     """What may differ from layer to layer."""
 
-    window: int | None = None  # a token sees itself and window - 1 tokens before it; None: all of them
+    window: int | None = None  # a token attends to itself and window - 1 tokens before it; None: to all before it
     rope: int | None = 0  # index in ModelSpec.ropes; None: no positions
     moe: bool = False
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Of the layers with a mixture of experts: each token goes to `top_k` of `num`, weighted by its scores for them."""
+    """A mixture of experts: each token goes to `top_k` of `num` experts, weighted by its scores for them."""
 
     num: int
     top_k: int
     ffn_hidden_size: int
-    renormalise: bool = True  # the weights of the chosen sum to 1; False: their scores as they are
-    score: Literal["softmax", "sigmoid"] = "softmax"  # over all experts, or of each by itself
-    groups: int = 1  # the experts lie in so many groups, of which a token can choose within `top_groups`
+    renormalise: bool = True  # the weights of the chosen experts sum to 1; False: the weights are the scores
+    score: Literal["softmax", "sigmoid"] = "softmax"  # over all experts, or for each expert alone
+    groups: int = 1  # groups of experts; a token chooses experts within its `top_groups` best groups
     top_groups: int = 1
-    group_score: Literal["best", "best_two"] = "best"  # what the groups are chosen by: the highest score in each, or the sum of two
+    group_score: Literal["best", "best_two"] = "best"  # a group's score: its highest, or the sum of its two highest
     weight_scale: float = 1.0
-    selection_bias: bool = False  # a number for each expert that is added to the scores for the choice, not for the weights
-    shared_ffn_hidden_size: int = 0  # of one more expert, which every token goes to; 0: none
+    selection_bias: bool = False  # a number per expert, added to the scores for the choice but not for the weights
+    shared_ffn_hidden_size: int = 0  # size of a further expert that every token goes to; 0: none
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1): the keys and values of all heads are made from one short vector a token.
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): a short vector per token gives the keys and values.
 
-    A query or key has `nope_dim` dimensions without positions and `rope_dim` that are rotated, the latter of keys common to all heads.
+    A query or key has `nope_dim` dimensions without positions and `rope_dim` rotated ones; all heads share the rotated
+    dimensions of the keys.
     """
 
     kv_rank: int
-    q_rank: int | None  # of the vector that queries are made from; None: from the hidden states
+    q_rank: int | None  # size of the vector that gives the queries; None: the hidden states give them
     nope_dim: int
     rope_dim: int
 
 
 @dataclass(frozen=True)
 class ModelSpec:
+    """Sizes and architecture of a model. The defaults are Llama's."""
+
     family: str  # config.json's model_type
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int  # of the dense layers
+    ffn_hidden_size: int  # in dense layers
     num_attention_heads: int
     num_query_groups: int
-    head_dim: int  # with `latent` of the values, else of queries and keys too
+    head_dim: int  # of values and, without `latent`, of queries and keys
     vocab_size: int
     max_position_embeddings: int
     norm_eps: float
@@ -73,16 +78,16 @@ class ModelSpec:
     layers: tuple[Layer, ...]
     ropes: tuple[Rope, ...] = (Rope(),)
     init_std: float = 0.02
-    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # rms_plus_one multiplies by 1 + weight; layer: mean, variance, weight, bias
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # rms_plus_one: times 1 + weight; layer: LayerNorm with bias
     pre_norm: bool = True  # branch(norm(x)) instead of branch(x)
     post_norm: bool = False  # x + norm(branch) instead of x + branch
-    qk_norm: Literal["none", "head", "all"] = "none"  # of queries and keys: over each head, or over all heads together
+    qk_norm: Literal["none", "head", "all"] = "none"  # norm of queries and keys: per head, or over all heads
     qkv_bias: bool = False
-    output_bias: bool = False  # of attention's output projection
+    output_bias: bool = False  # in attention's output projection
     mlp_bias: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated: bool = True  # fc2(act(gate) * up) instead of fc2(act(fc1))
-    attention_scale: float | None = None  # of queries times keys; None: head_dim ** -0.5
+    attention_scale: float | None = None  # factor for queries times keys; None: head_dim ** -0.5
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
@@ -94,12 +99,12 @@ class ModelSpec:
 
     @property
     def qk_dim(self) -> int:
-        """Of a head's queries and keys."""
+        """Dimensions of a query or key in one head."""
         return self.head_dim if self.latent is None else self.latent.nope_dim + self.latent.rope_dim
 
     @property
     def rope_dim(self) -> int:
-        """What `ropes` divide into pairs."""
+        """Dimensions of a query or key that `ropes` apply to."""
         return self.head_dim if self.latent is None else self.latent.rope_dim
 
     @property
@@ -115,13 +120,13 @@ class ModelSpec:
         return (up + 1) * ffn * self.hidden_size + self.mlp_bias * (up * ffn + self.hidden_size)
 
     def layer_parameters(self, layer: Layer, *, active: bool = False) -> int:
-        """Of one layer; `active`: only the experts that one token uses."""
-        found = self._attention_parameters() + 2 * (self.pre_norm + self.post_norm) * self.norm_parameters
+        """Parameters of one layer. active: count only the experts that one token uses."""
+        count = self._attention_parameters() + 2 * (self.pre_norm + self.post_norm) * self.norm_parameters
         if layer.moe and self.experts is not None:
             e = self.experts
-            found += e.num * (self.hidden_size + e.selection_bias) + self.mlp_parameters(e.shared_ffn_hidden_size)
-            return found + (e.top_k if active else e.num) * self.mlp_parameters(e.ffn_hidden_size)
-        return found + self.mlp_parameters(self.ffn_hidden_size)
+            count += e.num * (self.hidden_size + e.selection_bias) + self.mlp_parameters(e.shared_ffn_hidden_size)
+            return count + (e.top_k if active else e.num) * self.mlp_parameters(e.ffn_hidden_size)
+        return count + self.mlp_parameters(self.ffn_hidden_size)
 
     def _attention_parameters(self) -> int:
         h, n = self.hidden_size, self.num_attention_heads
@@ -130,35 +135,36 @@ class ModelSpec:
             x = self.latent
             queries = h * q if x.q_rank is None else x.q_rank * (h + 1 + q)
             return queries + h * (x.kv_rank + x.rope_dim) + x.kv_rank * (1 + n * (x.nope_dim + self.head_dim)) + out
-        found = h * (q + 2 * kv) + out + self.qkv_bias * (q + 2 * kv) + self.output_bias * h
-        return found + {"none": 0, "head": 2 * self.head_dim, "all": q + kv}[self.qk_norm]
+        norms = {"none": 0, "head": 2 * self.head_dim, "all": q + kv}[self.qk_norm]
+        return h * (q + 2 * kv) + out + self.qkv_bias * (q + 2 * kv) + self.output_bias * h + norms
 
     @property
     def expert_parameters(self) -> int:
-        """Of all experts of all layers."""
+        """Parameters of all experts in all layers, without shared ones."""
         if self.experts is None:
             return 0
-        return sum(layer.moe for layer in self.layers) * self.experts.num * self.mlp_parameters(self.experts.ffn_hidden_size)
+        num_layers = sum(layer.moe for layer in self.layers)
+        return num_layers * self.experts.num * self.mlp_parameters(self.experts.ffn_hidden_size)
 
     @property
     def whole_parameters(self) -> int:
-        """Of the matrices in all layers that every tensor-parallel rank has whole: down to the latent vectors."""
+        """Parameters that tensor parallelism does not shard: all layers' projections down to latent vectors."""
         x = self.latent
         return 0 if x is None else self.num_layers * self.hidden_size * ((x.q_rank or 0) + x.kv_rank + x.rope_dim)
 
     @property
     def end_parameters(self) -> int:
-        """Of everything that is in no layer: embeddings, final norm, LM head; without padding rows."""
+        """Parameters outside the layers: embeddings, final norm, LM head; without padding rows."""
         rows = self.vocab_size * (1 if self.tied else 2) + self.learned_positions * self.max_position_embeddings
         return rows * self.hidden_size + self.norm_parameters
 
     @property
     def num_parameters(self) -> int:
-        """Of the LM, without padding rows."""
+        """Parameters of the LM, without padding rows."""
         return sum(map(self.layer_parameters, self.layers)) + self.end_parameters
 
-    def describe(self) -> str:
-        """Family and size."""
+    def summary(self) -> str:
+        """Family and number of parameters, as the log shows them."""
         text = f"{self.family}, {self.num_parameters:,} parameters"
         if self.experts is not None:
             active = sum(self.layer_parameters(layer, active=True) for layer in self.layers) + self.end_parameters
@@ -166,13 +172,15 @@ class ModelSpec:
         return text
 
     def flops_per_token(self, seq_length: float) -> float:
-        """Forward + backward of one token in a sequence of this mean length (6 x matmul weights + attention)."""
-        weights = sum(self.layer_parameters(layer, active=True) for layer in self.layers) + self.vocab_size * self.hidden_size
-        seen = sum(min(seq_length, layer.window or seq_length) for layer in self.layers)
-        return 6 * weights + 3 * self.num_attention_heads * (self.qk_dim + self.head_dim) * seen
+        """Forward and backward of one token in a sequence of this mean length: 6 x matmul weights + attention."""
+        weights = sum(self.layer_parameters(layer, active=True) for layer in self.layers)
+        attended = sum(min(seq_length, layer.window or seq_length) for layer in self.layers)
+        attention = 3 * self.num_attention_heads * (self.qk_dim + self.head_dim) * attended
+        return 6 * (weights + self.vocab_size * self.hidden_size) + attention
 
 
 def read_hf_config(directory: Path) -> dict[str, Any]:
+    """The content of config.json. Raises CheckpointError if it is missing or not JSON."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError("no config.json", where=str(directory), expected="a HF model directory")
@@ -183,116 +191,99 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
 
 
 def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool = True) -> list[ConfigError]:
-    """What does not divide: the model by TP, PP and EP, the world by TP x PP and EP."""
-    tp, pp, found = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, []
-    limits = {"num_attention_heads": spec.num_attention_heads, "num_key_value_heads (num_query_groups)": spec.num_query_groups}
+    """Every size that does not divide: the model by TP, PP, CP and EP, the world by TP x PP x CP and by EP."""
+    errors = _tensor_errors(parallel, spec) + _pipeline_errors(parallel, spec) + _context_errors(parallel, spec)
+    tp, pp, cp = _parallel_sizes(parallel)
+    if world % (tp * pp * cp):
+        context = f" x context {cp}" if cp > 1 else ""
+        errors.append(ConfigError(f"{world} ranks cannot be divided into tensor {tp} x pipeline {pp}{context}",
+                                  where="parallel", expected=f"a multiple of {tp * pp * cp} ranks",
+                                  fix=f"torchrun --nproc-per-node {tp * pp * cp} -m mrlhf ..."))
+    return errors + _experts_errors(parallel, spec, world, trained=trained)
+
+
+def _parallel_sizes(parallel: ParallelConfig) -> tuple[int, int, int]:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return tp, pp, parallel.context_parallel_size
+
+
+def _size_error(what: str, key: str, allowed: list[int], *, now: int) -> ConfigError:
+    """An error for a size with the values that the model allows; the fix is the largest of them up to `now`."""
+    expected, fix = ", ".join(map(str, allowed)), f"--{key} {max(n for n in allowed if n <= max(now, 1))}"
+    return ConfigError(f"{key} = {now} does not divide {what}", where=key, expected=expected, fix=fix)
+
+
+def _tensor_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+    tp, groups = parallel.tensor_model_parallel_size, spec.num_query_groups
+    limits = {"num_attention_heads": spec.num_attention_heads, "num_key_value_heads (num_query_groups)": groups}
     limits |= {"intermediate_size": spec.ffn_hidden_size, "the padded vocabulary's unit": VOCAB_MULTIPLE}
     if spec.experts is not None:
         limits["the shared experts' intermediate size"] = spec.experts.shared_ffn_hidden_size
         if parallel.expert_model_parallel_size == 1:
             limits["the experts' intermediate size"] = spec.experts.ffn_hidden_size
     wrong = [f"{name} = {size}" for name, size in limits.items() if size % tp]
-    if wrong:
-        good = [n for n in range(1, spec.num_query_groups + 1) if all(size % n == 0 for size in limits.values())]
-        found.append(
-            ConfigError(
-                f"parallel.tensor_model_parallel_size = {tp} does not divide the model's {', '.join(wrong)}",
-                where="parallel.tensor_model_parallel_size",
-                expected=", ".join(map(str, good)),
-                fix=f"--parallel.tensor_model_parallel_size {max(n for n in good if n <= max(tp, 1))}",
-            )
-        )
-    found += _check_pipeline(parallel, spec) + _check_context(parallel, spec)
-    smallest = tp * pp * parallel.context_parallel_size
-    if world % smallest:
-        context = f" x context {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
-        found.append(
-            ConfigError(
-                f"{world} ranks cannot be cut into tensor {tp} x pipeline {pp}{context}",
-                where="parallel",
-                expected=f"a multiple of {smallest} ranks",
-                fix=f"torchrun --nproc-per-node {smallest} -m mrlhf ...",
-            )
-        )
-    return found + _check_experts(parallel, spec, world, trained=trained)
-
-
-def _check_pipeline(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
-    """Layers by stages and, interleaved, by the pieces of each."""
-    pp, pieces = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
-    if pp == 1:
-        return []
-    if first is None and last is None:
-        if spec.num_layers % (pp * pieces) == 0:
-            return []
-        key = "virtual_pipeline_model_parallel_size" if spec.num_layers % pp == 0 else "pipeline_model_parallel_size"
-        whole = spec.num_layers // pp if spec.num_layers % pp == 0 else spec.num_layers
-        what = f"{spec.num_layers // pp} layers of a stage" if spec.num_layers % pp == 0 else f"num_hidden_layers = {spec.num_layers}"
-        return [
-            ConfigError(
-                f"parallel.{key} = {getattr(parallel, key)} does not divide the model's {what}",
-                where=f"parallel.{key}",
-                expected=", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0),
-            )
-        ]
-    ends = [n for n in (first, last) if n is not None]
-    rest, stages = spec.num_layers - sum(ends), pp - len(ends)
-    wrong = rest < 0 or (rest % (stages * pieces) or rest == 0 if stages else rest != 0) or any(n % pieces for n in ends)
     if not wrong:
         return []
-    where = "parallel.num_layers_in_first_pipeline_stage" if first is not None else "parallel.num_layers_in_last_pipeline_stage"
-    return [
-        ConfigError(
-            f"{spec.num_layers} layers less those of the {'first and last' if len(ends) == 2 else 'uneven'} stage leave {rest} for {stages} stages"
-            + (f" of {pieces} pieces" if pieces > 1 else ""),
-            where=where,
-            expected="whole, equal stages (and pieces)",
-        )
-    ]
+    allowed = [n for n in range(1, groups + 1) if all(size % n == 0 for size in limits.values())]
+    return [_size_error(f"the model's {', '.join(wrong)}", "parallel.tensor_model_parallel_size", allowed, now=tp)]
 
 
-def _check_context(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
-    """In attention context-parallel ranks share the heads that a tensor-parallel rank has; key/value heads may be repeated for it."""
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    heads, groups = spec.num_attention_heads // tp, spec.num_query_groups // tp
+def _pipeline_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+    """Stages must divide the layers, and virtual stages the layers of each stage."""
+    pp, pieces = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    layers = spec.num_layers
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    ends = [n for n in (first, last) if n is not None]
+    if pp == 1:
+        return []
+    if not ends:
+        if layers % (pp * pieces) == 0:
+            return []
+        if layers % pp == 0:
+            key, size, whole = "parallel.virtual_pipeline_model_parallel_size", pieces, layers // pp
+            what = f"{whole} layers of a stage"
+        else:
+            key, size, whole = "parallel.pipeline_model_parallel_size", pp, layers
+            what = f"num_hidden_layers = {layers}"
+        expected = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        return [ConfigError(f"{key} = {size} does not divide the model's {what}", where=key, expected=expected)]
+    rest, stages = layers - sum(ends), pp - len(ends)
+    uneven = rest % (stages * pieces) or rest == 0 if stages else rest != 0
+    if rest >= 0 and not uneven and not any(n % pieces for n in ends):
+        return []
+    which, end = "first and last" if len(ends) == 2 else "uneven", "first" if first is not None else "last"
+    what = f"{layers} layers less those of the {which} stage leave {rest} for {stages} stages"
+    what += f" of {pieces} virtual stages" if pieces > 1 else ""
+    where = f"parallel.num_layers_in_{end}_pipeline_stage"
+    return [ConfigError(what, where=where, expected="whole, equal stages (and virtual stages)")]
+
+
+def _context_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+    """In attention, context-parallel ranks share the heads of a tensor-parallel rank; key/value heads may repeat."""
+    tp, _, cp = _parallel_sizes(parallel)
     if spec.num_attention_heads % tp or spec.num_query_groups % tp:
         return []
-    good = [n for n in range(1, heads + 1) if heads % n == 0 and heads // groups % (n // math.gcd(groups, n)) == 0]
-    if cp in good:
+    heads, groups = spec.num_attention_heads // tp, spec.num_query_groups // tp
+    allowed = [n for n in range(1, heads + 1) if heads % n == 0 and heads // groups % (n // math.gcd(groups, n)) == 0]
+    if cp in allowed:
         return []
-    return [
-        ConfigError(
-            f"parallel.context_parallel_size = {cp} does not divide the {heads} heads (and {groups} key/value heads) of a tensor-parallel rank",
-            where="parallel.context_parallel_size",
-            expected=", ".join(map(str, good)),
-            fix=f"--parallel.context_parallel_size {max(n for n in good if n <= max(cp, 1))}",
-        )
-    ]
+    what = f"the {heads} heads (and {groups} key/value heads) of a tensor-parallel rank"
+    return [_size_error(what, "parallel.context_parallel_size", allowed, now=cp)]
 
 
-def _check_experts(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool) -> list[ConfigError]:
-    tp, pp, ep, where = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.expert_model_parallel_size,
-        "parallel.expert_model_parallel_size",
-    )
+def _experts_errors(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool) -> list[ConfigError]:
+    tp, pp, _ = _parallel_sizes(parallel)
+    ep, key = parallel.expert_model_parallel_size, "parallel.expert_model_parallel_size"
     if spec.experts is None:
-        what = f"{where} = {ep}, and the model ({spec.family}) has no experts"
-        return [ConfigError(what, where=where, expected="1", fix=f"--{where} 1")] if ep > 1 and trained else []
-    found = []
-    if spec.experts.num % ep or world // pp % ep:
-        good = [n for n in range(1, spec.experts.num + 1) if spec.experts.num % n == 0 and max(1, world // pp) % n == 0]
-        what = f"{where} = {ep} does not divide the model's {spec.experts.num} experts and the {world // pp} ranks of a pipeline stage"
-        found.append(ConfigError(what, where=where, expected=", ".join(map(str, good)), fix=f"--{where} {max(n for n in good if n <= ep)}"))
+        what = f"{key} = {ep}, and the model ({spec.family}) has no experts"
+        return [ConfigError(what, where=key, expected="1", fix=f"--{key} 1")] if ep > 1 and trained else []
+    errors, num, stage_ranks = [], spec.experts.num, world // pp
+    if num % ep or stage_ranks % ep:
+        allowed = [n for n in range(1, num + 1) if num % n == 0 and max(1, stage_ranks) % n == 0]
+        what = f"the model's {num} experts and the {stage_ranks} ranks of a pipeline stage"
+        errors.append(_size_error(what, key, allowed, now=ep))
     if trained and tp > 1 and not parallel.sequence_parallel:
-        found.append(
-            ConfigError(
-                "megatron-core trains experts under tensor parallelism with sequence parallelism only",
-                where="parallel.sequence_parallel",
-                expected="true",
-                fix="--parallel.sequence_parallel true",
-            )
-        )
-    return found
+        what = "megatron-core trains experts under tensor parallelism only with sequence parallelism"
+        key = "parallel.sequence_parallel"
+        errors.append(ConfigError(what, where=key, expected="true", fix=f"--{key} true"))
+    return errors

@@ -1,4 +1,4 @@
-"""StarCoder2: LayerNorm, biases, a plain GELU MLP, grouped-query attention with rotary positions and a sliding window."""
+"""StarCoder2: LayerNorm, biases, a plain GELU MLP, grouped-query attention with rotary positions, a sliding window."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ def spec(f: Fields) -> ModelSpec:
     f.need("num_key_value_heads")
     bias = bool(f.get("use_bias", True))
     common = f.common()
-    changes = {
-        "norm_eps": float(f.get("norm_epsilon", 1e-5)),
-        "tied": bool(f.get("tie_word_embeddings", True)),
-        "layers": (Layer(window=f.get("sliding_window")),) * common["num_layers"],
-    }
-    return ModelSpec(
-        **{**common, **changes}, ropes=(f.rope(),), norm="layer", gated=False, activation="gelu_tanh",
-        qkv_bias=bias, output_bias=bias, mlp_bias=bias,
-    )  # fmt: skip
+    common |= {"norm_eps": float(f.get("norm_epsilon", 1e-5)), "tied": bool(f.get("tie_word_embeddings", True))}
+    common["layers"] = (Layer(window=f.get("sliding_window")),) * common["num_layers"]
+    return ModelSpec(**common, ropes=(f.rope(),), norm="layer", gated=False, activation="gelu_tanh", qkv_bias=bias,
+                     output_bias=bias, mlp_bias=bias)

@@ -1,27 +1,27 @@
 """Log-probabilities and entropy straight from hidden states, through a vocabulary-parallel LM head, in fp32.
 
-Legend: N tokens (all leading dimensions), H hidden size, V vocabulary, W = V / TP the rows of the head on this rank.
-[N, V] logits are never whole: both passes go through the tokens in chunks. Forward keeps two numbers a token,
-backward multiplies by the head once more (4 matrix products instead of 3) and adds up both gradients, so the memory beyond
-them is two buffers of chunk x W floats. Where one chunk holds all tokens, its logits wait for backward and the fourth
-product is saved. Two collectives in forward and one in backward, whatever N is.
+Legend: N tokens (all leading dimensions), H hidden size, V vocabulary, W = V / TP rows of the head on this rank, R real
+rows of W. [N, V] logits are never whole: both passes go through the tokens in chunks. Forward keeps two numbers a
+token. Backward multiplies by the head once more (4 matrix products instead of 3) and accumulates both gradients, so the
+memory beyond them is two buffers of chunk x W floats. If one chunk holds all tokens, its logits are kept for backward,
+which saves the fourth product. Forward has two collectives and backward one, whatever N is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-# of one fp32 [chunk, W] buffer. A GPU needs some hundred tokens a chunk, or reading the head is all it does
+# Size of one fp32 [chunk, W] buffer. With fewer than some hundred tokens a chunk a GPU mostly reads the head.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
 @dataclass(frozen=True)
 class Head:
-    """How hidden states become logits: softcap * tanh(scale * h @ weight.T / softcap), or scale * h @ weight.T without a softcap."""
+    """Logits are softcap * tanh(scale * h @ weight.T / softcap), without a softcap scale * h @ weight.T."""
 
     weight_WH: torch.Tensor  # this rank's rows; those beyond vocab_size are padding, with probability 0
     vocab_size: int
@@ -30,35 +30,34 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., W], whole: for comparisons, not for training."""
-        found = hidden @ self.weight_WH.T * self.scale
-        return found if self.softcap is None else self.softcap * torch.tanh(found / self.softcap)
+        """[..., H] -> [..., W], all at once: for comparisons, not for training."""
+        logits = hidden @ self.weight_WH.T * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class OfTargets(NamedTuple):
-    """fp32 and differentiable, but for `is_top`; all in the shape of the targets."""
+class TargetLogProbs(NamedTuple):
+    """fp32 and differentiable, except `is_top`; all in the shape of the targets."""
 
     logps: torch.Tensor
-    entropy: torch.Tensor  # of the whole distribution; zeros unless asked for
+    entropy: torch.Tensor  # of the whole distribution; zeros unless `with_entropy`
     is_top: torch.Tensor  # bool: no token is more likely
-    log_z: torch.Tensor  # log of the sum of exp(logit / temperature): what a z-loss keeps near 0
+    log_z: torch.Tensor  # log of the sum of exp(logit / temperature), which a z-loss keeps near 0
 
 
 class _Chunks:
-    """z = logits / temperature of a chunk of tokens, in a buffer that every chunk uses anew (fresh memory costs page faults on CPU)."""
+    """z = logits / temperature of a chunk of tokens, in one buffer (fresh memory costs page faults on CPU)."""
 
-    def __init__(self, hidden_NH: torch.Tensor, weight_RH: torch.Tensor, scale: float, softcap: float | None, temperature: float) -> None:
+    def __init__(self, hidden_NH: torch.Tensor, weight_RH: torch.Tensor, head: Head, temperature: float) -> None:
         self.hidden_NH, self.weight_RH = hidden_NH, weight_RH
-        self.scale, self.softcap, self.temperature = scale, softcap, temperature
+        self.scale, self.softcap, self.temperature = head.scale, head.softcap, temperature
         n, r = hidden_NH.size(0), weight_RH.size(0)
         size = max(1, min(n, CHUNK_BYTES[hidden_NH.device.type] // (4 * max(1, r))))
         self.slices = [slice(i, min(i + size, n)) for i in range(0, n, size)] if r else []
-        self.z_CR, self.other_CR = (torch.empty(size, r, dtype=torch.float32, device=hidden_NH.device) for _ in range(2))
-        half = hidden_NH.dtype != torch.float32
-        self.product_CR = torch.empty(size, r, dtype=hidden_NH.dtype, device=hidden_NH.device) if half else self.z_CR
+        self.z_CR, self.other_CR = (hidden_NH.new_empty(size, r, dtype=torch.float32) for _ in range(2))
+        self.product_CR = self.z_CR if hidden_NH.dtype == torch.float32 else hidden_NH.new_empty(size, r)
 
     def z(self, c: slice) -> torch.Tensor:
-        """The buffer's part, [chunk, R], to be edited in place."""
+        """[chunk, R], a view of the shared buffer; the caller may edit it in place."""
         hidden_CH = self.hidden_NH[c]
         z_CR = self.z_CR[: hidden_CH.size(0)]
         product_CR = self.product_CR[: hidden_CH.size(0)]
@@ -72,8 +71,8 @@ class _Chunks:
     def other(self, c: slice) -> torch.Tensor:
         return self.other_CR[: c.stop - c.start]
 
-    def through(self, grad_z_CR: torch.Tensor, z_CR: torch.Tensor | None) -> torch.Tensor:
-        """Gradient of z -> that of hidden @ weight.T, in place. z_CR: needed with a softcap."""
+    def grad_product(self, grad_z_CR: torch.Tensor, z_CR: torch.Tensor | None) -> torch.Tensor:
+        """Turns the gradient of z into that of hidden @ weight.T, in place. z_CR: needed with a softcap."""
         grad_z_CR.mul_(self.scale / self.temperature)
         if self.softcap is not None:
             assert z_CR is not None
@@ -91,8 +90,9 @@ class _HeadLogProbs(torch.autograd.Function):
         local_N = targets_N - start
         mine_N = (local_N >= 0) & (local_N < real)
         local_N = local_N.clamp(0, max(real - 1, 0))
-        chunks = _Chunks(hidden_NH, weight_WH[:real], head.scale, head.softcap, temperature)
-        # of this rank's part, with z = logit / temperature - its own maximum: sum exp(z), sum exp(z) z; and the target's logit / temperature
+        chunks = _Chunks(hidden_NH, weight_WH[:real], head, temperature)
+        # Sums over this rank's rows, with z = logit / temperature - its own maximum: exp(z), exp(z) z; and the target's
+        # logit / temperature.
         max_N = own_N = torch.full((n,), float("-inf"), device=hidden_NH.device)
         sums_3N = torch.zeros(3, n, dtype=torch.float32, device=hidden_NH.device)
         for c in chunks.slices:
@@ -107,7 +107,8 @@ class _HeadLogProbs(torch.autograd.Function):
         if group is not None:
             own_N = max_N.clone()
             dist.all_reduce(max_N, op=dist.ReduceOp.MAX, group=group)
-            shift_N = (own_N - max_N).clamp(min=-1e4)  # exp of it is 0; -inf of a rank without real rows would give nan
+            # exp(-1e4) is 0; the -inf of a rank without real rows would give nan
+            shift_N = (own_N - max_N).clamp(min=-1e4)
             sums_3N[1] = (sums_3N[1] + shift_N * sums_3N[0]) * shift_N.exp()
             sums_3N[0] *= shift_N.exp()
             dist.all_reduce(sums_3N, group=group)
@@ -132,7 +133,7 @@ class _HeadLogProbs(torch.autograd.Function):
         grad_hidden_NH = torch.zeros_like(hidden_NH)
         # fp32 over the chunks: bf16 would round at every addition
         grad_weight_WH = torch.zeros_like(weight_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        chunks, own_N = ctx.kept or (_Chunks(hidden_NH, weight_RH, ctx.head.scale, ctx.head.softcap, ctx.temperature), None)
+        chunks, own_N = ctx.kept or (_Chunks(hidden_NH, weight_RH, ctx.head, ctx.temperature), None)
         ctx.kept = None
         for c in chunks.slices:
             z_CR = chunks.z(c) if own_N is None else chunks.z_CR.add_(own_N[:, None])
@@ -146,7 +147,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 of_entropy_C1 = grad_entropy_N[c, None]
                 g_CR.mul_(logp_CR.mul_(-of_entropy_C1).sub_(of_entropy_C1 * entropy_N[c, None] + of_p_N[c, None]))
             g_CR.scatter_add_(1, local_N[c, None], torch.where(mine_N[c], grad_logps_N[c], 0.0)[:, None])
-            g_CR = chunks.through(g_CR, capped_CR).to(hidden_NH.dtype)
+            g_CR = chunks.grad_product(g_CR, capped_CR).to(hidden_NH.dtype)
             torch.mm(g_CR, weight_RH, out=grad_hidden_NH[c])
             if grad_weight_WH is None:
                 continue
@@ -160,20 +161,13 @@ class _HeadLogProbs(torch.autograd.Function):
         return grad_hidden_NH, grad_weight, None, None, None, None
 
 
-def head_logprobs(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    head: Head,
-    *,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    keep: torch.Tensor | None = None,
-) -> OfTargets:
-    """Of softmax(logits / temperature), at every target.
+def head_logprobs(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, temperature: float = 1.0,
+                  with_entropy: bool = False, keep: torch.Tensor | None = None) -> TargetLogProbs:
+    """Log-probs under softmax(logits / temperature) at every target.
 
-    hidden [..., H], whole on every tensor-parallel rank; targets [...] global ids.
-    keep [...]: where it is 0 nothing is computed and 0 is returned (prompts cost nothing); the same on all ranks.
-    The gradient of `hidden` is whole on every rank, that of the head is of this rank's rows.
+    hidden: [..., H], whole on every tensor-parallel rank. targets: [...], token ids.
+    keep: [...], equal on all ranks; where it is 0 nothing is computed and 0 is returned (prompts cost nothing).
+    The gradient of `hidden` is whole on every rank; that of the head covers this rank's rows.
     """
     assert hidden.shape[:-1] == targets.shape, (hidden.shape, targets.shape)
     hidden_NH, targets_N, index = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1), None
@@ -181,8 +175,8 @@ def head_logprobs(
         index = keep.reshape(-1).nonzero().squeeze(1)
         hidden_NH, targets_N = hidden_NH.index_select(0, index), targets_N.index_select(0, index)
     if head.group is not None and head.group.size() == 1:
-        head = Head(head.weight_WH, head.vocab_size, None, head.scale, head.softcap)
-    found = _HeadLogProbs.apply(hidden_NH, head.weight_WH, targets_N, head, temperature, with_entropy)
+        head = replace(head, group=None)
+    fields = _HeadLogProbs.apply(hidden_NH, head.weight_WH, targets_N, head, temperature, with_entropy)
     if index is not None:
-        found = tuple(x.new_zeros(targets.numel()).index_copy(0, index, x) for x in found)
-    return OfTargets(*(x.view(targets.shape) for x in found))
+        fields = tuple(x.new_zeros(targets.numel()).index_copy(0, index, x) for x in fields)
+    return TargetLogProbs(*(x.view(targets.shape) for x in fields))

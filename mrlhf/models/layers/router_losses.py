@@ -1,15 +1,16 @@
 """Auxiliary losses of routers: load balancing (Switch Transformer, eq. 4 to 6) and z-loss (ST-MoE, eq. 5).
 
-What is added to a stage's loss, for every layer with experts:
+Every layer with experts adds to a stage's loss:
 
-  aux_coeff x the mean over the step's tokens of  E sum_e f_e p_e      f_e: share of the K choices of the token's *sample* that fell on e
-                                                                       p_e: the token's score for e, its scores summing to 1
+  aux_coeff x the mean over the step's tokens of  E sum_e f_e p_e
+              f_e: share of the K choices of the token's *sample* that fell on e;  p_e: the token's score for e,
+              normalised to sum 1
   z_coeff   x the mean over the step's tokens of  log(sum_e exp(logit_e))^2
 
-The first is eq. 4 for every sample by itself (the papers' "batch" being one sample), averaged by length: 1 if the experts are chosen
-equally often, E if one is always chosen, for K = 1. A batch of tokens that is cut into micro-batches and ranks would give another number
-for every way of cutting; a sample is whole wherever it lands, so neither number depends on micro-batches, packing or ranks. Padding
-counts nowhere; the tokens of prompts do, trained or not.
+The first is eq. 4 with one sample as the papers' "batch", averaged over samples by length. For K = 1 it is 1 if the
+experts are chosen equally often and E if one is always chosen. Over a whole batch of tokens the number would depend on
+how micro-batches and ranks cut it; a sample is never cut, so neither loss depends on micro-batches, packing or ranks.
+Padding does not count; prompt tokens do.
 
 Legend: T tokens, E experts, K choices a token, S samples.
 """
@@ -22,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from mrlhf.config.options import LossConfig, ModelConfig
 from mrlhf.data.loader import MicroBatch
@@ -32,7 +32,7 @@ Count = Callable[[MicroBatch], torch.Tensor]
 
 
 def _weights_BT(batch: MicroBatch) -> torch.Tensor:
-    """Of each token's sample; 0 of padding."""
+    """Weight of each token's sample; 0 at padding."""
     return torch.cat([batch.weights_N, batch.weights_N.new_zeros(1)])[batch.segments_BT]
 
 
@@ -44,17 +44,17 @@ def trained_samples(batch: MicroBatch) -> torch.Tensor:
     return (batch.weights_N * (batch.sum_N(batch.mask_BT) > 0)).sum()
 
 
-def of_aggregation(loss: LossConfig) -> Count:
+def count_for(loss: LossConfig) -> Count:
     return trained_tokens if loss.aggregation == "token" else trained_samples
 
 
-def pairs(batch: MicroBatch) -> torch.Tensor:
+def trained_pairs(batch: MicroBatch) -> torch.Tensor:
     return batch.weights_N.sum() / 2
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Weights of the two losses. `count`: what the stage's loss is divided by, of a micro-batch (as its loss function counts)."""
+    """Coefficients of the two losses. count: a micro-batch's count by which the stage's loss is divided."""
 
     aux_coeff: float
     z_coeff: float
@@ -62,26 +62,28 @@ class Balance:
 
 
 def make_balance(model: ModelConfig, count: Count) -> Balance | None:
-    """None where the configuration asks for neither loss."""
+    """None if the configuration asks for neither loss."""
     if not (model.moe_aux_loss_coeff or model.moe_z_loss_coeff):
         return None
     return Balance(model.moe_aux_loss_coeff, model.moe_z_loss_coeff, count)
 
 
-def describe(model: ModelConfig) -> str:
-    """For the start of a run of a model with experts: what nobody should overlook."""
+def balance_summary(model: ModelConfig) -> str:
+    """One line for the start of a run of a model with experts."""
     if not (model.moe_aux_loss_coeff or model.moe_z_loss_coeff):
         return "experts: trained without a load-balancing loss (model.moe_aux_loss_coeff)"
     return f"experts: load-balancing loss x {model.moe_aux_loss_coeff:g}, router z-loss x {model.moe_z_loss_coeff:g}"
 
 
-def samples_of(batch: MicroBatch) -> torch.Tensor:
-    """[B, T]: index of each token's sample; -1 of padding and fillers."""
+def token_samples(batch: MicroBatch) -> torch.Tensor:
+    """[B, T]: index of each token's sample; -1 at padding and fillers."""
     return torch.where(_weights_BT(batch) > 0, batch.segments_BT, -1)
 
 
-def balancing_sum(scores_TE: torch.Tensor, chosen_TK: torch.Tensor, sample_T: torch.Tensor, *, group: Any = None) -> torch.Tensor:
-    """Sum over this rank's tokens of E sum_e f_e p_e. `group`: the ranks that a sample's tokens are spread over. Gradient: through p."""
+def balancing_sum(
+    scores_TE: torch.Tensor, chosen_TK: torch.Tensor, sample_T: torch.Tensor, *, group: Any = None
+) -> torch.Tensor:
+    """Sum over this rank's tokens of E sum_e f_e p_e. group: the ranks that share a sample's tokens."""
     tokens, experts = scores_TE.shape
     real_T, samples = sample_T >= 0, sample_T.max() + 1
     ranks = 1 if group is None else group.size()
@@ -104,7 +106,7 @@ def z_sum(logits_TE: torch.Tensor, sample_T: torch.Tensor) -> torch.Tensor:
 
 
 class _Attach(torch.autograd.Function):
-    """`x` as it is; in backward `loss` has gradient 1."""
+    """Returns `x`; in backward `loss` gets gradient 1."""
 
     @staticmethod
     def forward(ctx, x, loss):
@@ -116,49 +118,44 @@ class _Attach(torch.autograd.Function):
 
 
 class Balancer:
-    """The losses of one router: `attach` adds them to what its weights give gradient to, and keeps their sums for the log."""
+    """The losses of one router: `attach` adds them to its backward pass and sums them for the log."""
 
     def __init__(self, balance: Balance) -> None:
         self.balance, self.scale = balance, 0.0
         self.sums = torch.zeros(2, dtype=torch.float64, device=device.current().name)
 
-    def attach(
-        self,
-        weights: torch.Tensor,
-        logits_TE: torch.Tensor,
-        scores_TE: torch.Tensor,
-        chosen_TK: torch.Tensor,
-        sample_T: torch.Tensor,
-        group: Any,
-    ) -> torch.Tensor:
+    def attach(self, weights: torch.Tensor, logits_TE: torch.Tensor, scores_TE: torch.Tensor, chosen_TK: torch.Tensor,
+               sample_T: torch.Tensor, group: Any) -> torch.Tensor:
         aux, z = balancing_sum(scores_TE, chosen_TK, sample_T, group=group), z_sum(logits_TE, sample_T)
         self.sums += torch.stack([aux, z]).detach()
         return _Attach.apply(weights, self.scale * (self.balance.aux_coeff * aux + self.balance.z_coeff * z))
 
 
 class StepBalance:
-    """All routers of this rank, over one optimizer step."""
+    """The losses of all routers of this rank over one optimizer step."""
 
-    def __init__(self, balance: Balance, balancers: Iterable[Balancer], *, layers: int) -> None:
-        self.balance, self.balancers, self.layers = balance, list(balancers), layers
+    def __init__(self, balance: Balance, balancers: list[Balancer], *, layers: int, dp_cp: dist.ProcessGroup) -> None:
+        self.balance, self.balancers, self.layers, self.dp_cp = balance, balancers, layers, dp_cp
         self._tokens = self._count = 0.0
 
-    def begin(self, parts: Iterable[MicroBatch]) -> None:
-        """Collective. `parts`: what of the micro-batches this rank computes.
+    def start_step(self, parts: Iterable[MicroBatch]) -> None:
+        """Collective. parts: this rank's parts of the step's micro-batches.
 
-        The schedule adds gradients of sums and divides them by the stage's count; ours are to be divided by the number of tokens.
+        The schedule sums gradients and divides them by the stage's count; these losses are means over tokens, so they
+        are scaled here.
         """
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in parts:
-            totals += torch.stack([(samples_of(batch) >= 0).sum().double().cpu(), self.balance.count(batch).double().cpu()])
-        totals = _summed(totals, parallel_state.get_data_parallel_group(with_context_parallel=True))
+            tokens, count = (token_samples(batch) >= 0).sum(), self.balance.count(batch)
+            totals += torch.stack([tokens.double().cpu(), count.double().cpu()])
+        totals = _summed(totals, self.dp_cp)
         self._tokens, self._count = float(totals[0]), float(totals[1])
         for balancer in self.balancers:
             balancer.scale = self._count / max(1.0, self._tokens)
             balancer.sums.zero_()
 
-    def finish(self, count: float) -> dict[str, float]:
-        """Collective. Means over tokens and layers. `count`: what the loss functions counted in the step."""
+    def finish_step(self, count: float) -> dict[str, float]:
+        """Collective. Means over tokens and layers. count: the step's count by the stage's loss function."""
         assert abs(count - self._count) <= 1e-4 * self._count, (count, self._count)
         sums = _summed(sum((b.sums.cpu() for b in self.balancers), torch.zeros(2, dtype=torch.float64)), None)
         aux, z = (sums / (max(1.0, self._tokens) * self.layers)).tolist()

@@ -1,9 +1,10 @@
-"""Scores from HTTP endpoints: batches in flight over several servers, with time-outs, retries and limits, and never a made-up score.
+"""Scores from HTTP endpoints: batches in flight to several servers, with time-outs, retries and limits.
 
-    POST {"prompts", "completions", "labels", "prompt_ids", "completion_ids", "tokenizer"}     answered by     {"scores": [...]}
+    POST {"prompts", "completions", "labels", "prompt_ids", "completion_ids", "tokenizer"}  ->  {"scores": [...]}
 
-What is sent again: connection errors, time-outs, status 429 and 5xx, and answers that are none (no JSON, another number of scores, NaN),
-since those too come from a server that is being restarted or overloaded. Any other status is final.
+A request is sent again after a connection error, a time-out, status 429 or 5xx, or a malformed answer (no JSON, a wrong
+number of scores, NaN), which a server gives while it restarts or is overloaded. Any other status is final. A failure is
+an error, never a score.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ import httpx
 
 from mrlhf.errors import ConfigError, RewardError
 from mrlhf.observe.redaction import redact
-from mrlhf.rl.rewards.kinds import check_scores, check_url, short
+from mrlhf.rl.rewards.kinds import check_scores, check_url, shorten
 
 LONGEST_PAUSE_S = 30.0
-CONNECT_S = 10.0  # a server that is there takes the connection at once
-ANSWER_BYTES = (1 << 16, 64)  # of an answer: in all, and for each score
+CONNECT_S = 10.0  # a running server accepts the connection at once
+ANSWER_BYTES, ANSWER_BYTES_PER_SCORE = 1 << 16, 64  # the largest answer: their sum
 FAILURES_TO_OPEN, OPEN_S = 3, 20.0
 
 
 class Endpoints:
-    """Which server a request goes to: the one with the fewest requests in flight, in turn where equal.
+    """Chooses the server with the fewest requests in flight, in turn among equal ones. Thread-safe.
 
-    One that has failed FAILURES_TO_OPEN times in a row is left alone for OPEN_S seconds (its circuit is open) as long as another is there;
-    then one request tries it again. Used by several threads.
+    A server that has failed FAILURES_TO_OPEN times in a row gets no request for OPEN_S seconds (its circuit is open) if
+    another server is usable; then one request tries it again.
     """
 
     def __init__(self, urls: Sequence[str], *, first: int = 0) -> None:
@@ -44,7 +45,7 @@ class Endpoints:
         self._turn, self._lock = first, threading.Lock()
 
     def take(self, *, avoid: str | None = None) -> str:
-        """The next server; `avoid` the one that has just failed, if there is another."""
+        """The next server. avoid: one that has just failed; it is chosen only if there is no other."""
         with self._lock:
             now, count = time.monotonic(), len(self._states)
             order = [self._states[(self._turn + i) % count] for i in range(count)]
@@ -54,11 +55,11 @@ class Endpoints:
             self._turn = self._states.index(chosen) + 1
             chosen.in_flight += 1
             if chosen.failures >= FAILURES_TO_OPEN:
-                chosen.open_until = now + OPEN_S  # half open: the others wait for what this request finds
+                chosen.open_until = now + OPEN_S  # half open: other requests wait for the result of this one
             return chosen.url
 
     def give_back(self, url: str, *, failed: bool) -> None:
-        """The request to `url` is over."""
+        """Records the end of a request to `url`."""
         with self._lock:
             endpoint = next(e for e in self._states if e.url == url)
             endpoint.in_flight -= 1
@@ -75,47 +76,34 @@ class _Endpoint:
 
 
 class HttpReward:
-    """Scores from endpoints that hold the same reward function.
+    """Scores from endpoints that all serve the same reward function.
 
-    timeout_s: for one request; a server that sends its answer byte by byte is cut off too. total_s: for a batch with all its retries.
-    retries: sends after the first, to another endpoint if there is one, after backoff_s, 2 backoff_s, ... (30 s at most, half of it random)
-    or after what the server's Retry-After asks for. batch_size: completions a request. concurrency: requests in flight.
-    token_env: environment variable with a bearer token. first_endpoint: where the turn starts.
+    timeout_s: for one request, even if the answer comes byte by byte. total_s: for a batch with all its retries.
+    retries: further tries, at another endpoint if there is one, after backoff_s, 2 backoff_s, ... (at most 30 s, half
+    of it random) or after the server's Retry-After. batch_size: completions a request. concurrency: requests in flight.
+    token_env: environment variable with a bearer token. first_endpoint: index of the endpoint that is used first.
 
-    Raises ConfigError for a bad URL, number or missing token; `score` raises RewardError.
+    Raises ConfigError for a bad URL, a number out of range or a missing token; `score` raises RewardError.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        *,
-        timeout_s: float = 30.0,
-        total_s: float = 600.0,
-        retries: int = 4,
-        backoff_s: float = 0.5,
-        batch_size: int = 64,
-        concurrency: int = 8,
-        token_env: str | None = None,
-        first_endpoint: int = 0,
-    ):
+    def __init__(self, urls: Sequence[str], *, timeout_s: float = 30.0, total_s: float = 600.0, retries: int = 4,
+                 backoff_s: float = 0.5, batch_size: int = 64, concurrency: int = 8, token_env: str | None = None,
+                 first_endpoint: int = 0):
         if not urls:
             raise ConfigError("an HTTP reward needs at least one URL")
         for url in urls:
             check_url(url)
-        at_least = (("batch_size", batch_size, 1), ("concurrency", concurrency, 1), ("retries", retries, 0), ("backoff_s", backoff_s, 0))
-        for name, number, smallest in at_least:
-            if number < smallest:
-                raise ConfigError(f"reward {name} = {number}", expected=f"at least {smallest}")
+        minima = {"batch_size": (batch_size, 1), "concurrency": (concurrency, 1), "retries": (retries, 0),
+                  "backoff_s": (backoff_s, 0)}
+        for name, (number, minimum) in minima.items():
+            if number < minimum:
+                raise ConfigError(f"reward {name} = {number}", expected=f"at least {minimum}")
         for name, seconds in (("timeout_s", timeout_s), ("total_s", total_s)):
             if not seconds > 0:
                 raise ConfigError(f"reward {name} = {seconds}", expected="seconds > 0")
-        headers = {"Accept-Encoding": "identity"}  # else the size of an answer is not what was read
-        self._token = os.environ.get(token_env) if token_env else None
-        if token_env is not None:
-            if not self._token:
-                raise ConfigError(
-                    f"environment variable {token_env} with the reward server's token is not set", fix=f"export {token_env}=..."
-                )
+        headers = {"Accept-Encoding": "identity"}  # ANSWER_BYTES limits the bytes that are read
+        self._token = None if token_env is None else _read_token(token_env)
+        if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
         self.retries, self.backoff_s, self.batch_size, self.concurrency = retries, backoff_s, batch_size, concurrency
         self.timeout_s, self.total_s = timeout_s, total_s
@@ -124,20 +112,14 @@ class HttpReward:
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))
         self._client = httpx.Client(timeout=timeout, headers=headers, limits=limits, follow_redirects=False)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        *,
-        labels: Sequence[Any],
-        prompt_ids: Sequence[list[int]] | None = None,
-        completion_ids: Sequence[list[int]] | None = None,
-        tokenizer: str | None = None,
-    ) -> list[float]:
+    def score(self, prompts: Sequence[str], completions: Sequence[str], *, labels: Sequence[Any],
+              prompt_ids: Sequence[list[int]] | None = None, completion_ids: Sequence[list[int]] | None = None,
+              tokenizer: str | None = None) -> list[float]:
         """One score a completion, in order.
 
-        The ids are what the model saw and wrote, `tokenizer` the fingerprint of theirs, for a server that scores them with the same one.
-        Raises RewardError naming the endpoint when a batch has failed after all retries; the other batches are then given up.
+        The ids are what the model read and wrote, `tokenizer` is the fingerprint of their tokenizer: a server with the
+        same tokenizer scores the ids. Raises RewardError, which names the endpoint, when a batch has failed after all
+        retries; the other batches are then given up.
         """
         columns = {"prompts": prompts, "completions": completions, "labels": labels}
         if prompt_ids is not None and completion_ids is not None:
@@ -148,7 +130,8 @@ class HttpReward:
         give_up = threading.Event()
 
         def send(start: int) -> list[float]:
-            batch: dict[str, Any] = {name: list(values[start : start + self.batch_size]) for name, values in columns.items()}
+            rows = slice(start, start + self.batch_size)
+            batch: dict[str, Any] = {name: list(values[rows]) for name, values in columns.items()}
             if tokenizer is not None and "prompt_ids" in batch:
                 batch["tokenizer"] = tokenizer
             try:
@@ -162,10 +145,10 @@ class HttpReward:
             try:
                 wait(futures)
             finally:
-                give_up.set()  # after Ctrl-C, leaving the pool would otherwise wait for all retries
+                give_up.set()  # else the pool would wait for all retries after Ctrl-C
         failures = [error for future in futures if (error := future.exception()) is not None]
         if failures:
-            # batches that were given up only echo the failure that stopped them
+            # batches that were given up only repeat the failure that stopped them
             raise min(failures, key=lambda error: isinstance(error, _GivenUp))
         return [score for future in futures for score in future.result()]
 
@@ -187,28 +170,29 @@ class HttpReward:
             url = self._endpoints.take(avoid=url)
             outcome: list[float] | _Failure = _Failure("interrupted", final=True)
             try:
-                outcome = self._ask(url, body, count, first)
+                outcome = self._send_request(url, body, count, first)
             finally:
                 self._endpoints.give_back(url, failed=isinstance(outcome, _Failure))
             if not isinstance(outcome, _Failure):
                 return outcome
             failure = outcome
-            pause_s = max(failure.retry_after_s, min(self.backoff_s * 2 ** (attempt - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))
+            backoff_s = min(self.backoff_s * 2 ** (attempt - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
+            pause_s = max(failure.retry_after_s, backoff_s)
             if failure.final or attempt == self.retries + 1:
                 break
             if time.monotonic() + pause_s >= deadline:
-                failure = _Failure(
-                    f"{failure.what}; the next try would end after {self.total_s:g} s", final=True, expected=failure.expected
-                )
+                what = f"{failure.what}; the next try would end after {self.total_s:g} s"
+                failure = _Failure(what, final=True, expected=failure.expected)
                 break
             if give_up.wait(pause_s):
                 raise _GivenUp("given up after the failure of another batch")
         where = f"the {count} completions from index {first}, try {attempt}"
         raise RewardError(f"reward source {url!r} failed for {where}: {failure.what}", expected=failure.expected)
 
-    def _ask(self, url: str, body: _Body, count: int, first: int) -> list[float] | _Failure:
-        """One request. What the server says comes into errors without our token, which it may echo."""
-        end, most, content = time.monotonic() + self.timeout_s, ANSWER_BYTES[0] + ANSWER_BYTES[1] * count, bytearray()
+    def _send_request(self, url: str, body: _Body, count: int, first: int) -> list[float] | _Failure:
+        """One try. The server may echo our token: `_clean` takes it out of the texts that go into errors."""
+        end, most = time.monotonic() + self.timeout_s, ANSWER_BYTES + ANSWER_BYTES_PER_SCORE * count
+        content = bytearray()
         headers = {"Content-Type": "application/json", "Idempotency-Key": body.key}
         try:
             with self._client.stream("POST", url, content=body.data, headers=headers) as response:
@@ -224,14 +208,19 @@ class HttpReward:
             return _Failure(f"{type(error).__name__}: {self._clean(str(error))}", final=True)
         text = content.decode("utf-8", "replace")
         if response.status_code != 200:
-            status, passing = response.status_code, response.status_code == 429 or response.status_code >= 500
-            moved = "; redirects are not followed" if response.is_redirect else ""
-            wait_s = _retry_after(response.headers.get("Retry-After")) if passing else 0.0
-            return _Failure(f"status {status}: {short(self._clean(text))}{moved}", final=not passing, retry_after_s=wait_s)
+            return self._status_failure(response, text)
         try:
             return _read_scores(text, expected=count, source=url, first=first)
         except RewardError as error:
             return _Failure(self._clean(error.what), final=False, expected=error.expected)
+
+    def _status_failure(self, response: httpx.Response, text: str) -> _Failure:
+        status = response.status_code
+        temporary = status == 429 or status >= 500
+        redirect = "; redirects are not followed" if response.is_redirect else ""
+        retry_after_s = _retry_after(response.headers.get("Retry-After")) if temporary else 0.0
+        what = f"status {status}: {shorten(self._clean(text))}{redirect}"
+        return _Failure(what, final=not temporary, retry_after_s=retry_after_s)
 
     def _clean(self, text: str) -> str:
         return redact(text.replace(self._token, "<redacted>") if self._token else text)
@@ -239,7 +228,7 @@ class HttpReward:
 
 @dataclass(frozen=True)
 class _Body:
-    """A request, and the key by which a server can tell that it has come before."""
+    """A request, with the key by which a server can recognise a retry."""
 
     data: bytes
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -247,7 +236,7 @@ class _Body:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a request gave no scores; `final` where another try would be no use."""
+    """Why a request gave no scores. final: another try cannot succeed."""
 
     what: str
     final: bool
@@ -259,8 +248,16 @@ class _GivenUp(RewardError):
     """A batch stopped because another one has failed."""
 
 
+def _read_token(variable: str) -> str:
+    token = os.environ.get(variable)
+    if not token:
+        what = f"environment variable {variable} with the reward server's token is not set"
+        raise ConfigError(what, fix=f"export {variable}=...")
+    return token
+
+
 def _retry_after(header: str | None) -> float:
-    """Seconds to wait; 0 where the server does not say, or says nonsense."""
+    """Seconds to wait; 0 without the header or if it is malformed."""
     if not header:
         return 0.0
     if header.strip().isdigit():
@@ -275,7 +272,9 @@ def _read_scores(text: str, *, expected: int, source: str, first: int) -> list[f
     try:
         answer = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RewardError(f"reward source {source!r} answered with no JSON: {short(text)}", expected='{"scores": [...]}') from error
+        what = f"reward source {source!r} answered with no JSON: {shorten(text)}"
+        raise RewardError(what, expected='{"scores": [...]}') from error
     if not isinstance(answer, dict) or "scores" not in answer:
-        raise RewardError(f"reward source {source!r} answered without 'scores': {short(answer)}", expected='{"scores": [...]}')
+        what = f"reward source {source!r} answered without 'scores': {shorten(answer)}"
+        raise RewardError(what, expected='{"scores": [...]}')
     return check_scores(answer["scores"], expected=expected, source=source, first=first)

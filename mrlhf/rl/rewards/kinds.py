@@ -1,10 +1,10 @@
-"""Where rewards come from: a Python function, HTTP endpoints, or a reward model (named here, run by the caller).
+"""The kinds of reward sources: a Python function, HTTP endpoints, or a reward model (which the caller runs).
 
     examples/rewards/exact_match.py:exact_match     f(prompts, completions, **columns) -> list[float]  (TRL's signature)
     http://a:5000/score,http://b:5000/score         POST {"prompts", "completions", "labels"} -> {"scores"}
     model:checkpoints/rm                            a reward-model checkpoint
 
-A source that fails, or answers with anything but one finite number a completion, is a RewardError, never a 0.
+A source that fails, or does not give one finite number a completion, causes a RewardError, never a score of 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SOURCE_FORMS = "path/file.py:function, http(s)://host/path[,http(s)://...] or mo
 
 @dataclass(frozen=True)
 class RewardSource:
-    """One reward source and its weight in the sum. Raises ConfigError for a weight that is not a finite number."""
+    """One reward source. Raises ConfigError for a weight that is not a finite number."""
 
     kind: str
     "function, http or model"
@@ -39,7 +39,8 @@ class RewardSource:
     "factor of this source's scores in the sum"
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight, bool) or not isinstance(self.weight, numbers.Real) or not math.isfinite(self.weight):
+        is_number = isinstance(self.weight, numbers.Real) and not isinstance(self.weight, bool)
+        if not is_number or not math.isfinite(self.weight):
             raise ConfigError(f"weight {self.weight!r} of reward source {self.spec!r} is not a finite number")
 
     @property
@@ -49,7 +50,7 @@ class RewardSource:
 
 
 def parse_source(text: str, *, weight: float = 1.0) -> RewardSource:
-    """Reads one of the three forms above. Opens nothing. Raises ConfigError for any other text."""
+    """Parses one of the three forms above without opening anything. Raises ConfigError for any other text."""
     text = text.strip()
     if text.startswith("model:"):
         if not text.removeprefix("model:"):
@@ -69,61 +70,42 @@ def parse_source(text: str, *, weight: float = 1.0) -> RewardSource:
 def load_function(source: RewardSource) -> RewardFunction:
     """Imports the file of a `function` source and returns its function.
 
-    Raises ConfigError if the file is missing or does not import, if it has no such function (naming those it has), or if the function
-    cannot be called with prompts, completions and the columns.
+    Raises ConfigError if the file is missing or does not import, if it has no such function (the error lists its
+    functions), or if the function cannot be called with prompts, completions and the columns.
     """
     path_text, _, name = source.spec.rpartition(":")
     module = load_module(path_text, what="reward file")
-    found = {key: value for key, value in vars(module).items() if callable(value) and not inspect.isclass(value)}
-    if name not in found:
-        own = sorted(
-            key
-            for key, value in found.items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
-        )
-        close = difflib.get_close_matches(name, own, n=1)
-        raise ConfigError(
-            f"reward file {path_text!r} has no function {name!r}",
-            expected=f"one of {', '.join(own)}" if own else "a file that defines a function",
-            fix=f"did you mean {path_text}:{close[0]} ?" if close else None,
-        )
-    function = found[name]
+    function = vars(module).get(name)
+    if not callable(function) or inspect.isclass(function):
+        own = inspect.getmembers(module, lambda f: inspect.isfunction(f) and f.__module__ == module.__name__)
+        names = [own_name for own_name, _ in own if not own_name.startswith("_")]
+        close = difflib.get_close_matches(name, names, n=1)
+        raise ConfigError(f"reward file {path_text!r} has no function {name!r}",
+                          expected=f"one of {', '.join(names)}" if names else "a file that defines a function",
+                          fix=f"did you mean {path_text}:{close[0]} ?" if close else None)
     try:
         inspect.signature(function).bind(prompts=[], completions=[], label=[], prompt_ids=[], completion_ids=[])
     except TypeError as error:
         raise ConfigError(
-            f"reward function {source.spec!r} cannot be called with the columns label, prompt_ids, completion_ids: {error}",
-            expected="def f(prompts, completions, **columns) -> list[float]",
-            fix="add **columns to its parameters",
+            f"reward function {source.spec!r} does not take the columns label, prompt_ids, completion_ids: {error}",
+            expected="def f(prompts, completions, **columns) -> list[float]", fix="add **columns to its parameters"
         ) from error
     return function
 
 
-def score_with_function(
-    function: RewardFunction,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    *,
-    labels: Sequence[Any],
-    prompt_ids: Sequence[list[int]],
-    completion_ids: Sequence[list[int]],
-    source: str,
-) -> list[float]:
-    """One score a completion from `function(prompts=, completions=, label=, prompt_ids=, completion_ids=)`.
+def score_with_function(function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], *,
+                        labels: Sequence[Any], prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]],
+                        source: str) -> list[float]:
+    """One score a completion, from `function(prompts=, completions=, label=, prompt_ids=, completion_ids=)`.
 
-    prompts, completions: decoded texts; the ids are those the model saw and wrote. `source` names the function in errors.
+    prompts, completions: decoded texts; the ids are what the model read and wrote. source: the name for errors.
     Raises RewardError if the function raises or if its answer is not one finite number a completion.
     """
     if not completions:
         return []
     try:
-        answer = function(
-            prompts=list(prompts),
-            completions=list(completions),
-            label=list(labels),
-            prompt_ids=list(prompt_ids),
-            completion_ids=list(completion_ids),
-        )
+        answer = function(prompts=list(prompts), completions=list(completions), label=list(labels),
+                          prompt_ids=list(prompt_ids), completion_ids=list(completion_ids))
     except Exception as error:
         raise RewardError(f"reward function {source!r} raised {type(error).__name__}: {error}") from error
     return check_scores(answer, expected=len(completions), source=source)
@@ -132,60 +114,54 @@ def score_with_function(
 def check_scores(answer: Any, *, expected: int, source: str, first: int = 0) -> list[float]:
     """The answer of a source as floats.
 
-    first: index of the batch's first completion, so that errors give the index in the whole list.
-    Raises RewardError, naming source, index and value, unless it is a list of `expected` finite numbers (a bool is none).
+    first: index of the batch's first completion in the whole list, for the index in errors.
+    Raises RewardError, with source, index and value, unless it is a list of `expected` finite numbers (and no bools).
     """
     if not isinstance(answer, list | tuple):
-        raise RewardError(
-            f"reward source {source!r} answered with {type(answer).__name__} {short(answer)}", expected=f"a list of {expected} numbers"
-        )
+        what = f"reward source {source!r} answered with {type(answer).__name__} {shorten(answer)}"
+        raise RewardError(what, expected=f"a list of {expected} numbers")
     if len(answer) != expected:
-        raise RewardError(
-            f"reward source {source!r} answered with {len(answer)} scores for the {expected} completions from index {first}",
-            expected="one score a completion, in the same order",
-        )
+        what = f"{len(answer)} scores for the {expected} completions from index {first}"
+        raise RewardError(f"reward source {source!r} answered with {what}",
+                          expected="one score a completion, in the same order")
     return [_check_score(value, index=first + i, source=source) for i, value in enumerate(answer)]
 
 
 def _check_score(value: Any, *, index: int, source: str) -> float:
     if value is None:
-        raise RewardError(f"reward source {source!r} gave no score at index {index}: None", expected="a finite number")
+        what = f"reward source {source!r} gave no score at index {index}: None"
+        raise RewardError(what, expected="a finite number")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise RewardError(
-            f"reward source {source!r} gave {type(value).__name__} {short(value)} at index {index}", expected="a finite number"
-        )
+        what = f"{type(value).__name__} {shorten(value)}"
+        raise RewardError(f"reward source {source!r} gave {what} at index {index}", expected="a finite number")
     try:
         score = float(value)
     except OverflowError:
         score = math.inf
     if not math.isfinite(score):
-        raise RewardError(f"reward source {source!r} gave {short(value)} at index {index}", expected="a finite number")
+        what = f"reward source {source!r} gave {shorten(value)} at index {index}"
+        raise RewardError(what, expected="a finite number")
     return score
 
 
 def check_url(url: str) -> None:
-    """Raises ConfigError unless `url` names an endpoint and no secret."""
+    """Raises ConfigError unless `url` is an HTTP endpoint without a secret in it."""
     try:
         parts = urlsplit(url)
         host, user, _ = parts.hostname, parts.username, parts.port
     except ValueError as error:
         raise ConfigError(f"reward URL {url!r} is not valid: {error}", expected=SOURCE_FORMS) from error
     if parts.scheme not in ("http", "https") or not host:
-        raise ConfigError(f"reward URL {url!r} is not valid", expected="http(s)://host[:port]/path; several are separated by commas")
-    if user is not None:
-        raise ConfigError(
-            f"the reward URL for {host!r} holds a user name or password, which logs would show",
-            fix="pass a bearer token by an environment variable",
-        )
-    secret = next((key for key, _ in parse_qsl(parts.query) if SECRET_NAME.search(key)), None)
-    if secret is not None:
-        raise ConfigError(
-            f"the reward URL for {host!r} holds a key ({secret}=...), which logs would show",
-            fix="pass a bearer token by an environment variable",
-        )
+        expected = "http(s)://host[:port]/path; separate several by commas"
+        raise ConfigError(f"reward URL {url!r} is not valid", expected=expected)
+    secrets = ["a user name or password"] if user is not None else []
+    secrets += [f"a key ({key}=...)" for key, _ in parse_qsl(parts.query) if SECRET_NAME.search(key)]
+    if secrets:
+        raise ConfigError(f"the reward URL for {host!r} holds {secrets[0]}, which logs would show",
+                          fix="pass a bearer token by an environment variable")
 
 
-def short(value: Any) -> str:
-    """At most 200 characters of what a source has answered."""
+def shorten(value: Any) -> str:
+    """At most 200 characters of a source's answer, quoted if it is a text."""
     text = value if isinstance(value, str) else repr(value)
     return repr(text[:200] + "...") if len(text) > 200 else repr(text) if isinstance(value, str) else text

@@ -1,8 +1,8 @@
-"""A Python reward function in a process of its own, so that its accidents are not the trainer's.
+"""Runs a Python reward function in its own process, so that a fault in it cannot harm the trainer.
 
-The process has a memory limit, a time limit for each call, and an environment without secrets. Only data crosses (msgpack over
-two pipes, no pickle). It is isolation from accidents (a loop that does not end, a memory bomb, os._exit, a crash in a C
-library, a fork that stays behind), not a sandbox: the function has your rights, your files and your network.
+The process has a memory limit, a time limit for each call, and an environment without secrets. Two pipes carry data as
+msgpack, never pickle. This isolates accidents (an endless loop, a memory bomb, os._exit, a crash in a C library, a
+leftover fork). It is not a sandbox: the function has your rights, your files and your network.
 """
 
 from __future__ import annotations
@@ -23,68 +23,66 @@ import msgspec
 from mrlhf.errors import ConfigError, RewardError
 from mrlhf.rl.rewards.kinds import RewardSource, check_scores
 
-# What a program may need to find its files and behave; everything else, with the secrets, stays behind.
-_KEPT = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE",
-         "SSL_CERT_FILE", "SSL_CERT_DIR", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")  # fmt: skip
-_LAST_WORDS_S = 0.5
+# The environment variables that the function's process gets; all others, which may hold secrets, are dropped.
+_PASSED_VARIABLES = frozenset(
+    "PATH HOME USER LANG TZ TMPDIR VIRTUAL_ENV LD_LIBRARY_PATH OMP_NUM_THREADS HF_HOME HF_HUB_OFFLINE SSL_CERT_FILE "
+    "SSL_CERT_DIR http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY".split()
+)
+_GRACE_S = 0.5  # time to write stacks, or to exit, before the process is killed
 
 
 class RewardProcess:
     """The function of `source`, loaded in a new process.
 
-    timeout_s: of one call (and of loading the file). memory_mib: of address space, 0 for no limit. env: names of further variables the function may see.
+    timeout_s: for one call (and for loading the file). memory_mib: limit of the address space, 0 for none.
+    env: names of further environment variables to pass.
 
-    Raises ConfigError where the function cannot be loaded, or where a variable is not set.
+    Raises ConfigError if the function cannot be loaded or a variable is not set.
     """
 
-    def __init__(self, source: RewardSource, *, timeout_s: float = 300.0, memory_mib: int = 8192, env: Sequence[str] = ()) -> None:
+    def __init__(self, source: RewardSource, *, timeout_s: float = 300.0, memory_mib: int = 8192,
+                 env: Sequence[str] = ()) -> None:
         self.spec, self.timeout_s, self.memory_mib, self._ended = source.spec, timeout_s, memory_mib, False
-        absent = [name for name in env if name not in os.environ]
-        if absent:
-            raise ConfigError(
-                f"environment variable {absent[0]} for reward function {self.spec!r} is not set", fix=f"export {absent[0]}=..."
-            )
-        kept = {name: value for name, value in os.environ.items() if name in _KEPT or name in env or name.startswith("LC_")}
-        kept["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        ours, theirs = os.pipe(), os.pipe()  # (read, write) of what we send, of what it sends
+        for name in env:
+            if name not in os.environ:
+                what = f"environment variable {name} for reward function {self.spec!r} is not set"
+                raise ConfigError(what, fix=f"export {name}=...")
+        names = [name for name in os.environ if name in _PASSED_VARIABLES or name in env or name.startswith("LC_")]
+        passed = {name: os.environ[name] for name in names}
+        root = str(Path(__file__).resolve().parents[3])
+        passed["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        (request_read, self._write), (self._read, answer_write) = os.pipe(), os.pipe()
         limits = json.dumps({"memory_mib": memory_mib})
-        command = [sys.executable, "-m", "mrlhf.rl.reward_child", self.spec, limits, str(ours[0]), str(theirs[1])]
-        self._process = subprocess.Popen(command, env=kept, stdin=subprocess.DEVNULL, pass_fds=(ours[0], theirs[1]), start_new_session=True)
-        os.close(ours[0])
-        os.close(theirs[1])
-        self._write, self._read = ours[1], theirs[0]
+        arguments = [self.spec, limits, str(request_read), str(answer_write)]
+        command = [sys.executable, "-m", "mrlhf.rl.reward_child", *arguments]
+        self._process = subprocess.Popen(command, env=passed, stdin=subprocess.DEVNULL,
+                                         pass_fds=(request_read, answer_write), start_new_session=True)
+        os.close(request_read)
+        os.close(answer_write)
         os.set_blocking(self._write, False)
         os.set_blocking(self._read, False)
         try:
-            self._answer("could not be loaded")
+            self._exchange("could not be loaded")
         except RewardError as error:
             raise ConfigError(error.what, where=error.where, expected=error.expected, fix=error.fix) from error
 
-    def score(
-        self, prompts: Sequence[str], completions: Sequence[str], *, labels: Sequence[Any], prompt_ids: Sequence[list[int]],
-        completion_ids: Sequence[list[int]],
-    ) -> list[float]:  # fmt: skip
-        """One score a completion. Raises RewardError naming the function where it fails, takes too long or ends its process."""
+    def score(self, prompts: Sequence[str], completions: Sequence[str], *, labels: Sequence[Any],
+              prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> list[float]:
+        """One score a completion. Raises RewardError, which names the function, if it fails, is too slow or exits."""
         if not completions:
             return []
-        columns = {
-            "prompts": prompts,
-            "completions": completions,
-            "labels": labels,
-            "prompt_ids": prompt_ids,
-            "completion_ids": completion_ids,
-        }
+        columns = {"prompts": prompts, "completions": completions, "labels": labels, "prompt_ids": prompt_ids,
+                   "completion_ids": completion_ids}
         try:
             body = msgspec.msgpack.encode({name: list(values) for name, values in columns.items()})
         except (TypeError, OverflowError, ValueError) as error:
-            raise RewardError(
-                f"the columns for reward function {self.spec!r} cannot be sent: {error}", expected="labels as JSON has them"
-            ) from error
-        answer = self._answer("failed", body)
+            what = f"the columns for reward function {self.spec!r} cannot be sent: {error}"
+            raise RewardError(what, expected="labels of JSON types") from error
+        answer = self._exchange("failed", body)
         return check_scores(answer["scores"], expected=len(completions), source=self.spec)
 
     def close(self) -> None:
-        """Ends the process and what it has started."""
+        """Ends the process and all processes it has started."""
         self._kill()
         for fd in (self._write, self._read):
             os.close(fd)
@@ -96,8 +94,8 @@ class RewardProcess:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _answer(self, what: str, body: bytes | None = None) -> Any:
-        """Sends `body` and reads the answer to it, all before the time is over."""
+    def _exchange(self, failure: str, body: bytes | None = None) -> Any:
+        """Sends `body`, if there is one, and reads the next answer, within timeout_s. failure: a verb for errors."""
         deadline = time.monotonic() + self.timeout_s
         try:
             if body is not None:
@@ -105,20 +103,20 @@ class RewardProcess:
             size = int.from_bytes(self._receive(8, deadline), "little")
             answer = msgspec.msgpack.decode(self._receive(size, deadline))
         except TimeoutError as error:
-            os.kill(self._process.pid, signal.SIGUSR1)  # its stacks go to the log
-            time.sleep(_LAST_WORDS_S)
+            os.kill(self._process.pid, signal.SIGUSR1)  # writes its stacks to the log
+            time.sleep(_GRACE_S)
             self._kill()
             raise RewardError(
-                f"reward function {self.spec!r} {what}: it did not answer within {self.timeout_s:g} s",
-                expected="an answer in time; the log shows where it was", fix="--reward.function_timeout_s",
-            ) from error  # fmt: skip
+                f"reward function {self.spec!r} {failure}: it did not answer within {self.timeout_s:g} s",
+                expected="an answer in time; the log shows its stacks", fix="--reward.function_timeout_s",
+            ) from error
         except (EOFError, BrokenPipeError, msgspec.DecodeError) as error:
-            raise RewardError(f"reward function {self.spec!r} {what}: {self._end()}") from error
+            raise RewardError(f"reward function {self.spec!r} {failure}: {self._wait_for_exit()}") from error
         if "error" in answer:
-            found, where, expected, fix = answer["error"]
-            if "MemoryError" in found and self.memory_mib:
+            what, where, expected, fix = answer["error"]
+            if "MemoryError" in what and self.memory_mib:
                 expected, fix = f"at most {self.memory_mib} MiB of address space", "--reward.function_memory_mib"
-            raise RewardError(found, where=where, expected=expected, fix=fix)
+            raise RewardError(what, where=where, expected=expected, fix=fix)
         return answer
 
     def _wait(self, fd: int, event: int, deadline: float) -> None:
@@ -134,19 +132,19 @@ class RewardProcess:
             view = view[os.write(self._write, view) :]
 
     def _receive(self, size: int, deadline: float) -> bytes:
-        found = bytearray()
-        while len(found) < size:
+        data = bytearray()
+        while len(data) < size:
             self._wait(self._read, select.POLLIN, deadline)
-            part = os.read(self._read, min(size - len(found), 1 << 20))
+            part = os.read(self._read, min(size - len(data), 1 << 20))
             if not part:
                 raise EOFError
-            found += part
-        return bytes(found)
+            data += part
+        return bytes(data)
 
-    def _end(self) -> str:
-        """How the process has ended, in words."""
+    def _wait_for_exit(self) -> str:
+        """How the process ended, in words."""
         try:
-            status = self._process.wait(_LAST_WORDS_S)
+            status = self._process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
             status = None
         self._kill()
@@ -154,7 +152,7 @@ class RewardProcess:
             return "it closed its pipe"
         if status < 0:
             return f"its process was killed by {signal.Signals(-status).name}"
-        return f"it ended its process with exit status {status}"
+        return f"its process exited with status {status}"
 
     def _kill(self) -> None:
         if self._ended:
@@ -163,6 +161,6 @@ class RewardProcess:
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            return  # the group is empty already
+            return  # the process group is empty already
         finally:
             self._process.wait()

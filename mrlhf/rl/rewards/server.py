@@ -1,29 +1,47 @@
-"""The HTTP side of `mrlhf serve-reward`: what is let in, and what is answered. It knows no model, only a function that scores token ids.
+"""The HTTP side of `mrlhf serve-reward`: which requests it accepts, and its answers. The model is behind `submit`.
 
-    POST /score   docs/rewards.md says what goes in and out        GET /health   {"status": "ok"}, without a token
+    POST /score   docs/rewards.md describes request and answer      GET /health   {"status": "ok"}, without a token
+
+The one file that imports starlette and uvicorn.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
-import json
 import math
 import socket
-import socketserver
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
 
-SILENCE_S = 30.0  # a client that sends nothing for so long is dropped
-CONNECTIONS = 128  # at once; further ones get 503
+from mrlhf.errors import EnvironmentProblem
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ModuleNotFoundError as error:
+    what = f"mrlhf serve-reward needs the package {error.name}"
+    raise EnvironmentProblem(what, fix="pip install starlette uvicorn") from error
+
+HEAD_S, BODY_S = 30, 60  # a client is dropped if its first request head, or a body, is not complete after this time
+IDLE_S = 30  # between two requests of a connection
+CONNECTIONS = 128  # at once; a request on a further one gets 503
+
+Sequences = list[list[int]]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
+    """Whether a server that listens there can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -33,7 +51,7 @@ def is_loopback(host: str) -> bool:
 
 
 class ScoreRequest(msgspec.Struct):
-    """A request; further fields are ignored. Either the texts or the ids (with the fingerprint of their tokenizer) are scored."""
+    """A request; further fields are ignored. The ids are scored, with their tokenizer's fingerprint, else the texts."""
 
     prompts: list[str]
     completions: list[str]
@@ -42,161 +60,116 @@ class ScoreRequest(msgspec.Struct):
     tokenizer: str | None = None
 
 
-class _Refused(Exception):
-    """An answer other than 200."""
+class RewardServer:
+    """Listens at `address` from its creation, and answers in a thread of its own between `start` and `stop`.
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class RewardServer(ThreadingHTTPServer):
-    """Listens at `address`; `score` gives a float for each list of token ids, and TimeoutError where the model is too slow.
-
-    token: bearer token that every request but /health needs; None: no token. Requests are limited to max_request_bytes and max_batch_size
-    completions of max_length tokens.
+    submit: returns the future scores of lists of token ids; after timeout_s without them the client gets 503.
+    token: bearer token that every POST needs; None: no token. Requests are limited to max_request_bytes and
+    max_batch_size completions of max_length tokens.
     """
 
-    daemon_threads = True
-    request_queue_size = 128
+    def __init__(self, address: tuple[str, int], *, submit: Callable[[Sequences], Future[list[float]]],
+                 timeout_s: float, tokenizer: Any, fingerprint: str, vocab_size: int, max_length: int,
+                 max_request_bytes: int, max_batch_size: int, token: str | None) -> None:
+        self.submit, self.timeout_s = submit, timeout_s
+        self.tokenizer, self.fingerprint, self.vocab_size = tokenizer, fingerprint, vocab_size
+        self.max_length, self.max_request_bytes, self.max_batch_size = max_length, max_request_bytes, max_batch_size
+        self.token, self._tokenizer_lock = token, threading.Lock()
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        listener = socket.create_server(address, family=family, backlog=CONNECTIONS)
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}/score" if ":" in host else f"http://{host}:{port}/score"
+        routes = [Route("/health", self._health, methods=["GET"]), Route("/score", self._score, methods=["POST"])]
+        config = uvicorn.Config(Starlette(routes=routes, exception_handlers={HTTPException: _refuse}), http=_Protocol,
+                                ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="error",
+                                access_log=False, server_header=False, proxy_headers=False,
+                                limit_concurrency=CONNECTIONS + 1, timeout_keep_alive=IDLE_S,
+                                timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True)
 
-    def __init__(
-        self,
-        address: tuple[str, int],
-        *,
-        score: Callable[[list[list[int]]], list[float]],
-        tokenizer: Any,
-        fingerprint: str,
-        vocab_size: int,
-        max_length: int,
-        max_request_bytes: int,
-        max_batch_size: int,
-        token: str | None,
-    ) -> None:
-        self.score, self.tokenizer, self.fingerprint = score, tokenizer, fingerprint
-        self.vocab_size, self.max_length = vocab_size, max_length
-        self.max_request_bytes, self.max_batch_size, self.token = max_request_bytes, max_batch_size, token
-        self._free = threading.BoundedSemaphore(CONNECTIONS)
-        self._tokenizer_lock = threading.Lock()
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, _Handler)
+    def start(self) -> None:
+        self._thread.start()
 
-    @property
-    def url(self) -> str:
-        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}/score"
+    def stop(self) -> None:
+        """Closes the port and waits for the answers in work, one second at most."""
+        self._server.should_exit = True
+        self._thread.join()
 
-    def server_bind(self) -> None:
-        """Without HTTPServer's look-up of our own name, which can take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+    async def _health(self, request: Request) -> JSONResponse:
+        answer = {"status": "ok", "tokenizer": self.fingerprint, "max_batch_size": self.max_batch_size}
+        return JSONResponse(answer, headers={"Connection": "close"})  # else it could be held without a token
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
-            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    async def _score(self, request: Request) -> JSONResponse:
+        given = request.headers.get("Authorization", "").encode("latin-1")
+        if self.token is not None and not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+        sequences = await asyncio.to_thread(self._read_sequences, await self._read_body(request))
+        if not sequences:
+            return JSONResponse({"scores": []})
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone away is no news."""
-
-    def answer(self, body: bytes) -> dict[str, Any]:
-        """Raises _Refused."""
-        try:
-            asked = msgspec.json.decode(body, type=ScoreRequest)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise _Refused(400, f"not a request: {error}") from error
-        sequences = self._sequences(asked)
-        try:
-            scores = self.score(sequences) if sequences else []
+            scores = await asyncio.wait_for(asyncio.wrap_future(self.submit(sequences)), self.timeout_s)
         except TimeoutError as error:
-            raise _Refused(503, "the model is busy") from error
+            raise HTTPException(503, "the model is busy", {"Retry-After": "1"}) from error
         if not all(map(math.isfinite, scores)):
-            raise _Refused(500, "the model gave a score that is not finite")
-        return {"scores": scores}
+            raise HTTPException(500, "the model gave a score that is not finite")
+        return JSONResponse({"scores": scores})
 
-    def _sequences(self, asked: ScoreRequest) -> list[list[int]]:
-        columns = {"prompts": asked.prompts, "completions": asked.completions, "prompt_ids": asked.prompt_ids, "completion_ids": asked.completion_ids}
-        sizes = {name: len(values) for name, values in columns.items() if values is not None}
-        if len(set(sizes.values())) != 1:
-            raise _Refused(400, f"columns of different lengths: {sizes}")
-        if len(asked.completions) > self.max_batch_size:
-            raise _Refused(413, f"{len(asked.completions)} completions; at most {self.max_batch_size} a request")
-        if asked.prompt_ids is not None and asked.completion_ids is not None:
-            if asked.tokenizer is not None and asked.tokenizer != self.fingerprint:
-                raise _Refused(409, f"the ids are of tokenizer {asked.tokenizer[:64]!r}, the model's is {self.fingerprint!r}")
-            found = [p + c for p, c in zip(asked.prompt_ids, asked.completion_ids, strict=True)]
-        else:
-            end = self.tokenizer.eos_token
-            texts = [p + c.removesuffix(end) + end for p, c in zip(asked.prompts, asked.completions, strict=True)]
-            with self._tokenizer_lock:
-                found = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        for i, ids in enumerate(found):
-            if not 0 < len(ids) <= self.max_length:
-                raise _Refused(400, f"sequence {i} has {len(ids)} tokens; 1 to {self.max_length} are possible")
-            if min(ids) < 0 or max(ids) >= self.vocab_size:
-                raise _Refused(400, f"sequence {i} has ids outside of 0 to {self.vocab_size - 1}")
-        return found
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: RewardServer
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "mrlhf", ""
-    timeout = SILENCE_S
-
-    def do_GET(self) -> None:  # noqa: N802
-        if self.path == "/health":
-            self._send(200, {"status": "ok", "tokenizer": self.server.fingerprint, "max_batch_size": self.server.max_batch_size})
-        else:
-            self._send(404, {"error": "GET /health or POST /score"})
-
-    def do_POST(self) -> None:  # noqa: N802
-        self.close_connection = True  # unless the whole body was read: what is left of it is no request
+    async def _read_body(self, request: Request) -> bytes:
+        length = request.headers.get("Content-Length", "")
+        if not length.isdecimal() or "Transfer-Encoding" in request.headers:
+            raise HTTPException(411, "Content-Length is needed")
+        if int(length) > self.max_request_bytes:
+            raise HTTPException(413, f"{length} bytes; at most {self.max_request_bytes} are taken")
         try:
-            self._send(200, self._score())
-        except _Refused as refusal:
-            self._send(refusal.status, {"error": str(refusal)})
+            return await asyncio.wait_for(request.body(), BODY_S)
+        except (TimeoutError, ClientDisconnect) as error:
+            raise HTTPException(408, f"the body was not complete after {BODY_S} s") from error
 
-    def _score(self) -> dict[str, Any]:
-        token = self.server.token
-        given = self.headers.get("Authorization", "")
-        if token is not None and not hmac.compare_digest(given.encode("utf-8", "replace"), f"Bearer {token}".encode()):
-            raise _Refused(401, "a bearer token is needed")
-        if self.path != "/score":
-            raise _Refused(404, "POST /score")
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
-            raise _Refused(411, "Content-Length is needed")
-        if int(length) > self.server.max_request_bytes:
-            raise _Refused(413, f"{length} bytes; at most {self.server.max_request_bytes} are taken")
-        body = self.rfile.read(int(length))
-        if len(body) != int(length):
-            raise _Refused(400, "the body is cut")
-        self.close_connection = self.headers.get("Connection", "").lower() == "close"
-        return self.server.answer(body)
+    def _read_sequences(self, body: bytes) -> Sequences:
+        """The token ids to score. Raises HTTPException for what is malformed, too large or out of range."""
+        try:
+            request = msgspec.json.decode(body, type=ScoreRequest)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise HTTPException(400, f"not a request: {error}") from error
+        columns = msgspec.structs.asdict(request)
+        sizes = {name: len(values) for name, values in columns.items() if isinstance(values, list)}
+        if len(set(sizes.values())) != 1:
+            raise HTTPException(400, f"columns of different lengths: {sizes}")
+        if len(request.completions) > self.max_batch_size:
+            what = f"{len(request.completions)} completions; at most {self.max_batch_size} a request"
+            raise HTTPException(413, what)
+        sequences = self._token_ids(request)
+        for i, ids in enumerate(sequences):
+            if not 0 < len(ids) <= self.max_length:
+                raise HTTPException(400, f"sequence {i} has {len(ids)} tokens; 1 to {self.max_length} are possible")
+            if min(ids) < 0 or max(ids) >= self.vocab_size:
+                raise HTTPException(400, f"sequence {i} has ids outside of 0 to {self.vocab_size - 1}")
+        return sequences
 
-    def _send(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if status == 401:
-            self.send_header("WWW-Authenticate", "Bearer")
-        if status == 503:
-            self.send_header("Retry-After", "1")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
+    def _token_ids(self, request: ScoreRequest) -> Sequences:
+        if request.prompt_ids is not None and request.completion_ids is not None:
+            if request.tokenizer is not None and request.tokenizer != self.fingerprint:
+                what = f"the ids are of tokenizer {request.tokenizer[:64]!r}, the model's is {self.fingerprint!r}"
+                raise HTTPException(409, what)
+            return [p + c for p, c in zip(request.prompt_ids, request.completion_ids, strict=True)]
+        end = self.tokenizer.eos_token
+        pairs = zip(request.prompts, request.completions, strict=True)
+        texts = [prompt + completion.removesuffix(end) + end for prompt, completion in pairs]
+        with self._tokenizer_lock:
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def log_message(self, *args: object) -> None:
-        """Quiet: a trainer asks thousands of times."""
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    """Closes the connection: the rest of a body that was not read must not be taken for the next request."""
+    assert isinstance(error, HTTPException)
+    headers = {**(error.headers or {}), "Connection": "close"}
+    return JSONResponse({"error": error.detail}, error.status_code, headers)
+
+
+class _Protocol(H11Protocol):
+    """Drops a connection without a complete request head after HEAD_S. uvicorn has no limit for the first head."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_S, lambda: self.cycle or transport.close())

@@ -1,7 +1,8 @@
-"""The rewards of a run: every source of `reward.sources`, built once, asked for each rollout, summed with weights."""
+"""The rewards of a run: each source of `reward.sources` starts once and scores every rollout; the sum is weighted."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -21,125 +22,120 @@ from mrlhf.rl.rollout.tables import Rollout
 from mrlhf.training.scoring import score_micro_batches
 from mrlhf.training.trainer import Model
 
+log = logging.getLogger(__name__)
 
-def _sources(reward: RewardConfig) -> list[RewardSource]:
+
+def _parse_sources(reward: RewardConfig) -> list[RewardSource]:
     weights = reward.weights or (1.0,) * len(reward.sources)
     return [parse_source(text, weight=w) for text, w in zip(reward.sources, weights, strict=True)]
 
 
 def model_sources(reward: RewardConfig) -> list[str]:
-    """Where the local reward models are."""
-    return [s.spec for s in _sources(reward) if s.kind == "model"]
+    """The checkpoint directories of the local reward models."""
+    return [s.spec for s in _parse_sources(reward) if s.kind == "model"]
 
 
-def _start_function(r: RewardConfig, source: RewardSource) -> RewardProcess:
-    return RewardProcess(source, timeout_s=r.function_timeout_s, memory_mib=r.function_memory_mib, env=r.function_env)
-
-
-def _connect(r: RewardConfig, source: RewardSource) -> HttpReward:
-    return HttpReward(
-        source.urls,
-        timeout_s=r.http_timeout_s,
-        total_s=r.http_total_timeout_s,
-        retries=r.http_retries,
-        batch_size=r.http_batch_size,
-        token_env=r.http_token_env,
-    )
+def _start_source(r: RewardConfig, source: RewardSource) -> RewardProcess | HttpReward:
+    if source.kind == "function":
+        return RewardProcess(source, timeout_s=r.function_timeout_s, memory_mib=r.function_memory_mib,
+                             env=r.function_env)
+    return HttpReward(source.urls, timeout_s=r.http_timeout_s, total_s=r.http_total_timeout_s, retries=r.http_retries,
+                      batch_size=r.http_batch_size, token_env=r.http_token_env)
 
 
 def critic_source(config: PPOStage, actor: ModelSource) -> ModelSource:
-    """`ppo.critic`, else the first local reward model, else the actor's model (with a fresh head)."""
+    """The critic's start: `ppo.critic`, else the first local reward model, else the actor (with a new head)."""
     if config.ppo.critic:
         return open_source(config.ppo.critic)
     local = model_sources(config.reward)
     return open_source(local[0]) if local else actor
 
 
-class Rewards:
-    """Functions (in processes of their own) and HTTP are asked by rank 0 and their scores travel; reward models run on all ranks.
+def check_reward_sources(config: RewardConfig, actor: ModelSource, *, parallel: ParallelConfig, world: int,
+                         critic: str | None = None) -> list[MrlhfError]:
+    """Every problem of the reward sources and of the checkpoint that the critic starts from. Builds no model."""
+    try:
+        sources = _parse_sources(config)
+    except ConfigError as error:
+        return [_located(error, "reward.sources")]
+    problems: list[MrlhfError] = []
+    for source in sources:
+        if source.kind == "model":
+            model, model_problems = _open_model("reward.sources", source.spec, actor, needs_value_head=True)
+            problems += model_problems
+            if model is not None:
+                problems += check_layout(parallel, model.spec, world, trained=False)
+    if critic:  # it is trained, and may have a layout of its own, which the stage checks
+        problems += _open_model("ppo.critic", critic, actor, needs_value_head=False)[1]
+    for source in sources:
+        if source.kind != "model" and state.is_main():  # rank 0 calls it
+            try:
+                _start_source(config, source).close()
+            except ConfigError as error:
+                problems.append(_located(error, "reward.sources"))
+    return problems
 
-    environment: the answers have rewards of their own, which are added.
+
+def _open_model(
+    key: str, path: str, actor: ModelSource, *, needs_value_head: bool
+) -> tuple[ModelSource | None, list[MrlhfError]]:
+    try:
+        model = open_source(path)
+    except CheckpointError as error:
+        return None, [_located(error, f"{key}: {error.where or path}")]
+    problems: list[MrlhfError] = []
+    where = f"{key} = {path}"
+    if needs_value_head and model.head != "value":
+        what = "it holds a language model, which gives no score"
+        problems.append(CheckpointError(what, where=where, expected="a reward model (mrlhf rm)"))
+    if fingerprint(model.hf_dir) != fingerprint(actor.hf_dir):
+        expected = f"the tokenizer of {actor.hf_dir}"
+        problems.append(CheckpointError("its tokenizer is not the actor's", where=where, expected=expected))
+    return model, problems
+
+
+def _located(error: MrlhfError, where: str) -> MrlhfError:
+    """The same error at another place."""
+    return type(error)(error.what, where=where, expected=error.expected, fix=error.fix)
+
+
+class Rewards:
+    """All reward sources. Rank 0 calls functions and HTTP servers and broadcasts the scores; models run on all ranks.
+
+    environment: adds the reward that the environment gave to each answer.
     """
 
-    def __init__(
-        self,
-        config: RewardConfig,
-        actor: ModelSource,
-        tokenizer: Any,
-        *,
-        parallel: ParallelConfig,
-        dtype: str,
-        seed: int,
-        environment: bool = False,
-    ) -> None:
-        self.config, self.tokenizer, self.sources, self.environment = config, tokenizer, _sources(config), environment
+    def __init__(self, config: RewardConfig, actor: ModelSource, tokenizer: Any, *, parallel: ParallelConfig,
+                 dtype: str, seed: int, environment: bool = False) -> None:
+        self.config, self.tokenizer, self.environment = config, tokenizer, environment
+        self.sources, self.fingerprint = _parse_sources(config), fingerprint(actor.hf_dir)
         self.models: dict[str, Model] = {}
+        self.external: dict[str, RewardProcess | HttpReward] = {}  # rank 0's
         for source in self.sources:
             if source.kind == "model":
-                self.models[source.spec] = Model(open_source(source.spec), parallel, head="value", dtype=dtype, seed=seed)
-        if config.normalize:
-            for path, model in self.models.items():
-                if "reward_mean" not in model.source.manifest and state.is_main():
-                    print(f"reward model {path} has no score statistics: its scores are not normalised", flush=True)
-        self.outside: dict[str, RewardProcess | HttpReward] = {}
+                model = Model(open_source(source.spec), parallel, head="value", dtype=dtype, seed=seed)
+                self.models[source.spec] = model
+                if config.normalize and "reward_mean" not in model.source.manifest and state.is_main():
+                    log.info(f"reward model {source.spec} has no score statistics: its scores are not normalised")
         if state.is_main():
-            for source in self.sources:
-                if source.kind == "function":
-                    self.outside[source.spec] = _start_function(config, source)
-                elif source.kind == "http":
-                    self.outside[source.spec] = _connect(config, source)
-        self.fingerprint = fingerprint(actor.hf_dir)
+            self.external = {s.spec: _start_source(config, s) for s in self.sources if s.kind != "model"}
 
     def close(self) -> None:
-        for source in self.outside.values():
+        """Ends the processes and connections of rank 0."""
+        for source in self.external.values():
             source.close()
 
-    @staticmethod
-    def check(
-        config: RewardConfig, actor: ModelSource, *, parallel: ParallelConfig, world: int, critic: str | None = None
-    ) -> list[MrlhfError]:
-        """Everything wrong with the sources and the critic's start, before anything is built."""
-        found: list[MrlhfError] = []
-        try:
-            sources = _sources(config)
-        except ConfigError as error:
-            return [ConfigError(error.what, where="reward.sources", expected=error.expected, fix=error.fix)]
-        models = [("reward.sources", path) for path in model_sources(config)]
-        if critic:
-            models.append(("ppo.critic", critic))
-        for key, path in models:
-            try:
-                model = open_source(path)
-            except CheckpointError as error:
-                found.append(CheckpointError(error.what, where=f"{key}: {error.where or path}", expected=error.expected, fix=error.fix))
-                continue
-            if key == "reward.sources" and model.head != "value":
-                found.append(
-                    CheckpointError(
-                        "it holds a language model, which gives no score", where=f"{key} = {path}", expected="a reward model (mrlhf rm)"
-                    )
-                )
-            if fingerprint(model.hf_dir) != fingerprint(actor.hf_dir):
-                found.append(
-                    CheckpointError(
-                        "its tokenizer is not the actor's", where=f"{key} = {path}", expected=f"the tokenizer of {actor.hf_dir}"
-                    )
-                )
-            if key == "reward.sources":  # the critic is trained, and may be cut in its own way: ppo.check
-                found += check_layout(parallel, model.spec, world, trained=False)
-        for source in sources:
-            if source.kind != "model" and state.is_main():  # the rank that calls it
-                try:
-                    (_start_function if source.kind == "function" else _connect)(config, source).close()
-                except ConfigError as error:
-                    found.append(ConfigError(error.what, where="reward.sources", expected=error.expected, fix=error.fix))
-        return found
-
     def score(self, rollout: Rollout, batches: list[MicroBatch]) -> tuple[torch.Tensor, dict[str, float]]:
-        """([B] weighted sum, with the environment's reward, on every rank, {"reward/<source>": mean}). Collective. Raises RewardError on all ranks."""
+        """The weighted sum of all rewards [B], the same on every rank, and the metrics {"reward/<source>": mean}.
+
+        Collective. Raises RewardError on all ranks.
+        """
         total_B, parts = torch.zeros(rollout.size), {}
         for source in self.sources:
-            scores_B = self._model_scores(source, rollout, batches) if source.kind == "model" else self._outside_scores(source, rollout)
+            if source.kind == "model":
+                scores_B = self._model_scores(source, rollout, batches)
+            else:
+                scores_B = self._external_scores(source, rollout)
             total_B += source.weight * scores_B
             parts[f"reward/{source.kind}:{source.spec.rsplit('/', 1)[-1]}"] = float(scores_B.mean())
         if self.environment:
@@ -162,19 +158,21 @@ class Rewards:
             scores_B = (scores_B - statistics["reward_mean"]) / statistics["reward_std"]
         return scores_B
 
-    def _outside_scores(self, source: RewardSource, rollout: Rollout) -> torch.Tensor:
+    def _external_scores(self, source: RewardSource, rollout: Rollout) -> torch.Tensor:
         answer: list[Any] = [None, None]
         if dist.get_rank() == 0:
             prompts = [self.tokenizer.decode(p) for p in rollout.prompts]
             completions = [self.tokenizer.decode(a.tokens, skip_special_tokens=True) for a in rollout.answers]
-            columns = {"labels": rollout.labels, "prompt_ids": rollout.prompts, "completion_ids": [a.tokens for a in rollout.answers]}
-            asked = self.outside[source.spec]
+            columns: dict[str, Any] = {
+                "labels": rollout.labels, "prompt_ids": rollout.prompts,
+                "completion_ids": [a.tokens for a in rollout.answers],
+            }
+            external = self.external[source.spec]
+            if isinstance(external, HttpReward):
+                columns["tokenizer"] = self.fingerprint
             try:
-                if isinstance(asked, HttpReward):
-                    answer[0] = asked.score(prompts, completions, tokenizer=self.fingerprint, **columns)
-                else:
-                    answer[0] = asked.score(prompts, completions, **columns)
-            except RewardError as error:  # the other ranks wait for the broadcast: they must hear of it
+                answer[0] = external.score(prompts, completions, **columns)
+            except RewardError as error:  # raised after the broadcast, which the other ranks wait for
                 answer[1] = error.render()
         dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:

@@ -108,18 +108,15 @@ class Environments:
     conversations.
     """
 
-    def __init__(
-        self, spec: str, tokenizer: Any, *, stop_ids: Sequence[int], max_turns: int, threads: int, timeout_s: float,
-        group: dist.ProcessGroup | None = None, first_rank: int = 0,
-    ) -> None:
+    def __init__(self, spec: str, tokenizer: Any, *, stop_ids: Sequence[int], max_turns: int, threads: int,
+                 timeout_s: float, group: dist.ProcessGroup | None = None, first_rank: int = 0) -> None:
         self.spec, self.cls, self.tokenizer = spec, load_environment_class(spec), tokenizer
         self.stop_ids, self.max_turns, self.threads, self.timeout_s = frozenset(stop_ids), max_turns, threads, timeout_s
         self.group, self.first_rank = group, first_rank
         self.template = Template(tokenizer) if tokenizer.chat_template else None
 
-    def run_conversations(
-        self, engine: VLLMEngine, prompts: Sequence[list[int]], labels: Sequence[Any], seed: SeedFn, sampling: Sampling
-    ) -> list[Answer]:
+    def run_conversations(self, engine: VLLMEngine, prompts: Sequence[list[int]], labels: Sequence[Any], seed: SeedFn,
+                          sampling: Sampling) -> list[Answer]:
         """One conversation per prompt; seed(i, turn) is the seed of a turn of the i-th.
 
         A conversation has at most `max_turns` turns and sampling.max_new_tokens tokens, observations included. A turn
@@ -257,10 +254,8 @@ class Environments:
         return box[0]
 
 
-def make_environments(
-    spec: str | None, tokenizer: Any, stop_ids: Sequence[int], *, max_turns: int, threads: int, timeout_s: float,
-    tp: int, world: int, rank: int,
-) -> Environments | None:
+def make_environments(spec: str | None, tokenizer: Any, stop_ids: Sequence[int], *, max_turns: int, threads: int,
+                      timeout_s: float, tp: int, world: int, rank: int) -> Environments | None:
     """The environments of this rank's vLLM replica (`tp` consecutive ranks); None without a spec. Collective."""
     if spec is None:
         return None
@@ -270,10 +265,8 @@ def make_environments(
         firsts = range(0, world, tp)
         groups = [dist.new_group(list(range(r, r + tp)), backend="gloo", timeout=patience) for r in firsts]
         group = groups[rank // tp]
-    return Environments(
-        spec, tokenizer, stop_ids=stop_ids, max_turns=max_turns, threads=threads, timeout_s=timeout_s,
-        group=group, first_rank=rank // tp * tp,
-    )
+    return Environments(spec, tokenizer, stop_ids=stop_ids, max_turns=max_turns, threads=threads, timeout_s=timeout_s,
+                        group=group, first_rank=rank // tp * tp)
 
 
 def check_environment(spec: str | None, tokenizer: Any, meta: dict[str, Any]) -> list[MrlhfError]:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from mrlhf.config.options import PPOStage
-from mrlhf.data.tokenizers.hf import load
+from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.errors import ToolError
 from mrlhf.memory.tracker import Memory
 from mrlhf.observe import heartbeat
@@ -256,10 +256,10 @@ def run_generator(config: PPOStage, run: preflight.RunInputs, bridge: Bridge, *,
     heartbeat.start(output_dir, rank=bridge.rank)
     stopper = Stopper(budget_minutes=None, began=began, store=bridge.store, rank=bridge.rank)
     if decode_message(bridge.receive(0))[0]["command"] == "start":
-        layout = state.Layout.of(config.parallel, bridge.trainers)
+        layout = state.Layout.from_config(config.parallel, bridge.trainers)
         memory = Memory(config, spec=run.source.spec, rank=bridge.rank, world=bridge.trainers)
         with memory("build"):
-            sampler = Sampler(config, run, load(run.source.hf_dir), layout, bridge)
+            sampler = Sampler(config, run, load_tokenizer(run.source.hf_dir), layout, bridge)
         sampler.engine.should_stop = stopper.requested
         with memory("gen"):
             _serve_commands(sampler, bridge)

@@ -22,41 +22,34 @@ from mrlhf.training import preflight
 from mrlhf.training.trainer import DTYPES
 
 
-def make_vllm_update(
-    config: PPOStage, run: preflight.RunInputs, layout: state.Layout, bridge: Bridge | None, made: Collection[str] = ()
-) -> WeightUpdate:
+def make_vllm_update(config: PPOStage, run: preflight.RunInputs, layout: state.Layout, bridge: Bridge | None,
+                     made: Collection[str] = ()) -> WeightUpdate:
     """This rank's part of a weight update of vLLM. layout: the trainer's. made: parameters that vLLM converts."""
-    return make_weight_update(
-        run.source.spec, layout, rollout_tp=config.rollout.tensor_parallel_size,
-        rank=dist.get_rank() if bridge is None else bridge.rank, dtype=DTYPES[config.model.dtype], made=made,
-        bucket_bytes=config.rollout.reshard_bucket_mib << 20,
-        generators=0 if bridge is None else len(bridge.generators),
-        start_messages=None if bridge is None else bridge.start_messages,
-    )
+    return make_weight_update(run.source.spec, layout, rollout_tp=config.rollout.tensor_parallel_size,
+                              rank=dist.get_rank() if bridge is None else bridge.rank, dtype=DTYPES[config.model.dtype],
+                              made=made, bucket_bytes=config.rollout.reshard_bucket_mib << 20,
+                              generators=0 if bridge is None else len(bridge.generators),
+                              start_messages=None if bridge is None else bridge.start_messages)
 
 
 class Sampler:
     """On every rank of a world with vLLM: the trainer's, or (with `bridge`) that of the generating ranks."""
 
-    def __init__(
-        self, config: PPOStage, run: preflight.RunInputs, tokenizer: Any, layout: state.Layout,
-        bridge: Bridge | None = None,
-    ) -> None:
+    def __init__(self, config: PPOStage, run: preflight.RunInputs, tokenizer: Any, layout: state.Layout,
+                 bridge: Bridge | None = None) -> None:
         """layout: the trainer's. Collective."""
         rollout, hf_dir, rank, world = config.rollout, run.source.hf_dir, dist.get_rank(), dist.get_world_size()
         self.seed, tp = config.train.seed, rollout.tensor_parallel_size
         self.replicas, self.replica = world // tp, rank // tp
-        self.environments = make_environments(
-            rollout.environment, tokenizer, stop_ids(hf_dir, tokenizer), max_turns=rollout.max_turns,
-            threads=rollout.environment_threads, timeout_s=rollout.environment_timeout_s, tp=tp, world=world, rank=rank,
-        )
-        self.engine = VLLMEngine(
-            run.source.spec, hf_dir, dtype=config.model.dtype, tp=tp,
-            max_model_len=run.train.max_length + rollout.max_new_tokens,
-            kv_cache_mib=rollout.kv_cache_mib, max_num_seqs=rollout.max_num_seqs, seed=self.seed,
-            weights=rollout.weights, sleep=rollout.sleep and bridge is None,
-            tokenizer_dir=hf_dir if rollout.stop else None, log_dir=Path(config.train.output_dir) / "logs",
-        )
+        self.environments = make_environments(rollout.environment, tokenizer, stop_ids(hf_dir, tokenizer),
+                                              max_turns=rollout.max_turns, threads=rollout.environment_threads,
+                                              timeout_s=rollout.environment_timeout_s, tp=tp, world=world, rank=rank)
+        self.engine = VLLMEngine(run.source.spec, hf_dir, dtype=config.model.dtype, tp=tp,
+                                 max_model_len=run.train.max_length + rollout.max_new_tokens,
+                                 kv_cache_mib=rollout.kv_cache_mib, max_num_seqs=rollout.max_num_seqs, seed=self.seed,
+                                 weights=rollout.weights, sleep=rollout.sleep and bridge is None,
+                                 tokenizer_dir=hf_dir if rollout.stop else None,
+                                 log_dir=Path(config.train.output_dir) / "logs")
         self.reshard = make_vllm_update(config, run, layout, bridge, self.engine.weights.made)
         self.sleeps, self.sleep = self.engine.sleeps, self.engine.sleep
 
@@ -77,19 +70,16 @@ class Sampler:
         self.engine.weights_changed()
         return float(self.reshard.received), seconds
 
-    def request_rollout(
-        self, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int, first: int = 0
-    ) -> None:
+    def request_rollout(self, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int,
+                        first: int = 0) -> None:
         """Announces the arguments of a later `generate`; only RemoteSampler uses them."""
 
-    def generate(
-        self, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int, first: int = 0
-    ) -> Rollout:
+    def generate(self, prompts: list[list[int]], labels: Sequence[Any], *, n: int, sampling: Sampling, step: int,
+                 first: int = 0) -> Rollout:
         """n answers a prompt, see `generate_rollout`. first: the rollout's prompts before these. Collective."""
-        return generate_rollout(
-            self.engine, prompts, n=n, sampling=sampling, seed=self.seed, step=step, labels=labels,
-            replicas=self.replicas, replica=self.replica, first=first, environments=self.environments,
-        )
+        return generate_rollout(self.engine, prompts, n=n, sampling=sampling, seed=self.seed, step=step, labels=labels,
+                                replicas=self.replicas, replica=self.replica, first=first,
+                                environments=self.environments)
 
     def pending_answers(self) -> bytes | None:
         """For a checkpoint: requested answers that no step has used yet. Here there are none."""

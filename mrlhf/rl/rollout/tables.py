@@ -84,10 +84,9 @@ def request_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])
 
 
-def generate_rollout(
-    engine: VLLMEngine, prompts: Sequence[list[int]], *, n: int, sampling: Sampling, seed: int, step: int,
-    labels: Sequence[Any], replicas: int, replica: int, first: int = 0, environments: Environments | None = None,
-) -> Rollout:
+def generate_rollout(engine: VLLMEngine, prompts: Sequence[list[int]], *, n: int, sampling: Sampling, seed: int,
+                     step: int, labels: Sequence[Any], replicas: int, replica: int, first: int = 0,
+                     environments: Environments | None = None) -> Rollout:
     """n answers a prompt, or n conversations with `environments`. Collective; all ranks get all answers.
 
     Answer i of prompt p has the seed (seed, step, first + p, i), and each later turn its own. Prompts are
@@ -166,10 +165,8 @@ def gather_table(batch: MicroBatch, table_BA: torch.Tensor) -> torch.Tensor:
     return values_BT * batch.mask_BT
 
 
-def compute_tables(
-    model: Model, batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *,
-    shape: tuple[int, int], channels: int = 1,
-) -> list[torch.Tensor]:
+def compute_tables(model: Model, batches: list[MicroBatch], fn: Callable[[torch.Tensor, MicroBatch], torch.Tensor], *,
+                   shape: tuple[int, int], channels: int = 1) -> list[torch.Tensor]:
     """Forward passes over `batches`: `channels` tables of `shape` [B, A] on every rank, zero beyond each answer.
 
     fn(output, batch) -> [channels, B, T], of which the values at the positions that predict an answer token are taken.
@@ -182,5 +179,4 @@ def compute_tables(
             rows = output_CBT[c].cpu()[keep].double().split(lengths)
             for b, row in zip(batch.index_N.tolist(), rows, strict=True):
                 tables[c, b, : len(row)] = row
-    with model.groups.in_force():
-        return [t.float() for t in state.sum_over_data_parallel(tables)]
+    return [t.float() for t in state.sum_over_data_parallel(tables, model.groups)]

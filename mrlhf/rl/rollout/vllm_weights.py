@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mrlhf.errors import ConfigError, EnvironmentProblem
-from mrlhf.models.families.blocks import Block
+from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.parallel import device
 
@@ -84,7 +84,7 @@ class VLLMWeights:
         ]
         self._packed_heads = heads if packed else []
 
-    def misfits(self, expected: dict[str, list[Block]]) -> list[str]:
+    def misfits(self, expected: dict[str, list[TensorSlice]]) -> list[str]:
         """Names of parameters that vLLM's weight map lacks or has too many, or whose shapes differ from it."""
         names = sorted((set(self.parameters) | set(self.made)) ^ set(expected))
         for name, blocks in expected.items():

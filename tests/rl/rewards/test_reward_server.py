@@ -1,0 +1,240 @@
+"""What `mrlhf serve-reward` lets in and what it answers, over real connections;
+the model is a function here (test_reward_runs.py has a real one).
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from mrlhf.config.options import ServeRewardStage
+from mrlhf.rl.rewards import server as reward_server
+from mrlhf.rl.rewards.http import HttpReward
+from mrlhf.rl.rewards.server import RewardServer, is_loopback
+
+TOKEN = "a-token-of-32-characters-or-so"
+
+
+class Tokenizer:
+    eos_token = "$"
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        assert not add_special_tokens
+        return {"input_ids": [list(text.encode()) for text in texts]}
+
+
+def sums(sequences: list[list[int]]) -> Future[list[float]]:
+    future: Future[list[float]] = Future()
+    future.set_result([float(sum(s)) for s in sequences])
+    return future
+
+
+@contextmanager
+def serving(submit=sums, timeout_s: float = 20.0) -> Iterator[RewardServer]:
+    made = RewardServer(
+        ("127.0.0.1", 0),
+        submit=submit,
+        timeout_s=timeout_s,
+        tokenizer=Tokenizer(),
+        fingerprint="print",
+        vocab_size=200,
+        max_length=20,
+        max_request_bytes=100_000,
+        max_batch_size=8,
+        token=TOKEN,
+    )
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServer]:
+    monkeypatch.setattr(reward_server, "HEAD_S", 0.5)
+    monkeypatch.setattr(reward_server, "BODY_S", 0.5)
+    with serving() as made:
+        yield made
+
+
+def post(server: RewardServer, content: object, **headers: bytes) -> httpx.Response:
+    body = content if isinstance(content, (bytes, str)) else json.dumps(content)
+    return httpx.post(
+        server.url, content=body, headers={"Authorization": f"Bearer {TOKEN}".encode(), **headers}, trust_env=False
+    )
+
+
+GOOD = {
+    "prompts": ["a"],
+    "completions": ["b"],
+    "labels": [{"x": [1]}],
+    "prompt_ids": [[1, 2]],
+    "completion_ids": [[3]],
+    "tokenizer": "print",
+}
+
+
+def test_ids_are_scored_as_they_are_and_texts_are_tokenised(server: RewardServer) -> None:
+    assert post(server, GOOD).json() == {"scores": [6.0]}
+    for completion in ("b", "b$"):
+        assert post(server, {"prompts": ["a"], "completions": [completion]}).json() == {
+            "scores": [float(ord("a") + ord("b") + ord("$"))]
+        }
+    assert post(server, {"prompts": [], "completions": []}).json() == {"scores": []}
+    health = httpx.get(server.url.replace("/score", "/health"), trust_env=False)
+    assert health.json() == {"status": "ok", "tokenizer": "print", "max_batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    "given", ["", "Bearer", "Bearer wrong", f"bearer {TOKEN}", f"Bearer {TOKEN}x", TOKEN, "Bearer ü"]
+)
+def test_without_the_token_nothing_is_read(server: RewardServer, given: str) -> None:
+    answer = post(server, GOOD, Authorization=given.encode())
+    assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ("{", 400, "not a request"),
+        ("[" * 40_000, 400, "not a request"),
+        ('{"prompts": ["a"], "completions": ["b"], "labels": ' + "[" * 40_000, 400, "not a request"),
+        ({"prompts": "a", "completions": ["b"]}, 400, "not a request"),
+        ({"prompts": ["a"]}, 400, "completions"),
+        ({"prompts": ["a"], "completions": [1]}, 400, "not a request"),
+        ({"prompts": ["a", "b"], "completions": ["b"]}, 400, "different lengths"),
+        ({**GOOD, "completion_ids": []}, 400, "different lengths"),
+        ({**GOOD, "completion_ids": [[200]]}, 400, "ids outside of 0 to 199"),
+        ({**GOOD, "completion_ids": [[-1]]}, 400, "ids outside"),
+        ({**GOOD, "prompt_ids": [[]], "completion_ids": [[]]}, 400, "0 tokens"),
+        ({**GOOD, "completion_ids": [[1] * 19]}, 400, "21 tokens; 1 to 20"),
+        ({**GOOD, "tokenizer": "another"}, 409, "tokenizer 'another'"),
+        ({"prompts": ["a"] * 9, "completions": ["b"] * 9}, 413, "at most 8"),
+        ({"prompts": ["a" * 100_000], "completions": ["b"]}, 413, "at most 100000"),
+    ],
+)
+def test_wrong_requests_are_refused_with_the_reason(
+    server: RewardServer, change: object, status: int, message: str
+) -> None:
+    answer = post(server, change)
+    assert answer.status_code == status and message in answer.json()["error"]
+    assert post(server, GOOD).status_code == 200
+
+
+def connect(server: RewardServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", httpx.URL(server.url).port))
+
+
+def raw(server: RewardServer, data: bytes, *, wait_s: float = 20.0) -> bytes:
+    with connect(server) as connection:
+        connection.settimeout(wait_s)
+        connection.sendall(data)
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+        return answer
+
+
+def test_a_client_cannot_hold_or_fool_the_server(server: RewardServer) -> None:
+    start = b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n"
+    assert b" 413 " in raw(server, start + b"Content-Length: 99999999999\r\n\r\n"), "before a byte of the body has come"
+    assert b" 400 " in raw(server, start + b"Content-Length: -1\r\n\r\n")
+    assert b" 411 " in raw(server, start + b"\r\n")
+    assert b" 411 " in raw(server, start + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n")
+    assert b" 404 " in raw(server, start.replace(b"/score", b"/../x") + b"Content-Length: 0\r\n\r\n")
+    assert b" 405 " in raw(server, b"DELETE /score HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 408 " in raw(server, start + b"Content-Length: 50\r\n\r\n{"), "a body that does not come"
+    assert raw(server, b"") == raw(server, start) == b"", "nor does a head"
+    smuggled = start + b"Content-Length: 99999999\r\n\r\n" + start + b"Content-Length: 0\r\n\r\n"
+    assert raw(server, smuggled).count(b"HTTP/1.1") == 1, "what follows a refused request is not read as another"
+
+
+def test_a_head_that_comes_byte_by_byte_is_cut_off(server: RewardServer) -> None:
+    with connect(server) as connection, pytest.raises(ConnectionError):
+        for _ in range(200):
+            connection.sendall(b"x")
+            time.sleep(0.05)
+
+
+def test_a_slow_model_is_busy_and_its_work_is_cancelled() -> None:
+    future: Future[list[float]] = Future()
+    with serving(lambda sequences: future, timeout_s=0.1) as server:
+        answer = post(server, GOOD)
+    assert answer.status_code == 503 and answer.json() == {"error": "the model is busy"}
+    assert answer.headers["Retry-After"] == "1" and future.cancelled()
+
+
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    future: Future[list[float]] = Future()
+    future.set_result([float("nan")])
+    with serving(lambda sequences: future) as server:
+        assert post(server, GOOD).status_code == 500
+
+
+def test_connections_beyond_the_limit_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_server, "CONNECTIONS", 1)
+    with serving() as server, connect(server) as holding:
+        assert b" 503 " in raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"), (
+            "connections are taken in the order in which they were made"
+        )
+        holding.close()
+        deadline = time.monotonic() + 10
+        while b" 200 " not in raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+            assert time.monotonic() < deadline, "a closed connection makes room"
+            time.sleep(0.01)
+
+
+def test_the_client_gets_through_it(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", TOKEN)
+    monkeypatch.setenv("no_proxy", "*")
+    ids = [[i, i] for i in range(1, 31)]
+    with HttpReward([server.url], batch_size=4, token_env="MY_TOKEN") as reward, ThreadPoolExecutor(4) as pool:
+
+        def ask(_: int) -> list[float]:
+            return reward.score(
+                ["p"] * 30, ["c"] * 30, labels=[None] * 30, prompt_ids=ids, completion_ids=[[1]] * 30, tokenizer="print"
+            )
+
+        for scores in pool.map(ask, range(4)):
+            assert scores == [2.0 * i + 1 for i in range(1, 31)]
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("a.b", False)],
+)
+def test_is_loopback(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
+
+
+def test_requests_that_wait_go_through_the_model_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mrlhf.commands import serve_reward
+
+    monkeypatch.setattr(serve_reward, "Model", lambda *args, **options: None)
+    config, one_rank = ServeRewardStage("rm", max_batch_size=4, normalize=False), SimpleNamespace(world=1)
+    scorer = serve_reward.Scorer(config, source=None, layout=one_rank)
+    batches: list[int] = []
+
+    def score(sequences: list[list[int]]) -> list[float]:
+        batches.append(len(sequences))
+        return [float(sum(s)) for s in sequences]
+
+    monkeypatch.setattr(scorer, "score_sequences", score)
+    futures = [scorer.submit([[i]] * size) for i, size in enumerate((1, 2, 1, 3, 4, 1))]
+    assert futures[2].cancel(), "its client waits no longer"
+    scorer.stop()
+    late = scorer.submit([[9]])
+    scorer.serve_requests()
+    assert batches == [3, 3, 4, 1], "4 at most; the cancelled request is not scored"
+    assert [f.result() for f in futures if not f.cancelled()] == [[0.0], [1.0] * 2, [3.0] * 3, [4.0] * 4, [5.0]]
+    with pytest.raises(TimeoutError):
+        late.result(timeout=0)

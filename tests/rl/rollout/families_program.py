@@ -1,0 +1,103 @@
+"""vLLM loads HF directories, one after the other in one process; prints JSON.
+
+usage: families_program.py DIRECTORY ...
+
+For each: greedy answers of vLLM and of transformers, and the vLLM parameters that differ from what the family's map
+says of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_MLA_DISABLE="1",
+        MRLHF_DEVICE="cpu",
+    )
+    import torch
+    import vllm
+    import vllm.distributed.parallel_state as groups
+    from transformers import AutoModelForCausalLM
+
+    from mrlhf.checkpoint.source import open_source
+    from mrlhf.config.options import ParallelConfig
+    from mrlhf.models.families import vllm_map
+    from mrlhf.models.hf_files import HFReader
+    from mrlhf.parallel import state
+    from mrlhf.rl.rollout.vllm_weights import VLLMWeights, keep_linear_weights
+
+    state.initialize(ParallelConfig(), seed=1)
+    keep_linear_weights()
+    prompts = [
+        [5, 17, 101, 33],
+        [2, 9, 250],
+        [77, 3, 91, 64, 12, 8, 150, 31, 6, 200, 40, 11],
+    ]  # the last is longer than the windows
+
+    def greedy(model, prompt: list[int], count: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        return ids[len(prompt) :]
+
+    directories, wanted = [Path(d) for d in sys.argv[1:]], {}
+    for directory in directories:  # before vLLM, which changes transformers' classes where it has no model of its own
+        theirs = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        with torch.no_grad():
+            wanted[directory] = [greedy(theirs, p, 10) for p in prompts]
+    results: dict[str, object] = {}
+    for directory in directories:
+        source = open_source(str(directory))
+        llm = vllm.LLM(
+            str(directory),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=128,
+            distributed_executor_backend="external_launcher",
+            kv_cache_memory_bytes=64 << 20,
+            max_num_seqs=8,
+            enforce_eager=True,
+            disable_log_stats=True,
+            seed=1,
+        )
+        sampling = vllm.SamplingParams(temperature=0.0, max_tokens=10, detokenize=False, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        reader, expected, found = (
+            HFReader(directory, source.spec, head="lm"),
+            vllm_map(source.spec, tp=1, rank=0),
+            VLLMWeights(llm, source.spec).parameters,
+        )
+        wrong = sorted(set(found) ^ set(expected))
+        # experts are packed on CPU: what is written into them is compared by the answers of tests/rl/test_ppo.py
+        wrong += [
+            name
+            for name in expected
+            if name in found
+            and not name.endswith(("w13_weight", "w2_weight"))
+            and not all(
+                torch.equal(found[name].narrow(b.dim, b.offset, b.length), reader.read(b)) for b in expected[name]
+            )
+        ]
+        results[directory.name] = {
+            "vllm": [list(o.outputs[0].token_ids) for o in outputs],
+            "hf": wanted[directory],
+            "wrong": wrong,
+        }
+        llm.llm_engine.engine_core.shutdown()
+        groups.destroy_model_parallel()
+        groups._WORLD = None
+    print("RESULT " + json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
