@@ -141,13 +141,16 @@ def _read_yaml(path: str, given: _Input) -> Written | None:
         raise ConfigError(what, where=path, expected="a YAML file", fix=fix)
     try:
         root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        place = lambda node: f"{path}:{node.start_mark.line + 1}"  # noqa: E731
+        return None if root is None else _from_node(root, "", place, given)
+    except RecursionError:
+        raise ConfigError("is nested too deeply, or an alias refers to itself", where=path) from None
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         where = f"{path}:{mark.line + 1}" if mark else path
         raise ConfigError(f"not valid YAML: {e.problem or e.context}", where=where) from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"cannot be read: {' '.join(str(e).split())}", where=path) from None
-    return None if root is None else _from_node(root, "", lambda node: f"{path}:{node.start_mark.line + 1}", given)
 
 
 def _from_node(node: yaml.Node, key: str, place: Callable[[yaml.Node], str], given: _Input) -> Written:

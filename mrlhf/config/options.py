@@ -238,7 +238,8 @@ class RolloutConfig:
     batch_size: PositiveInt = option(REQUIRED, "prompts per rollout")
     n: PositiveInt = option(1, "answers per prompt")
     max_new_tokens: PositiveInt = option(128, "longest answer, in tokens")
-    temperature: PositiveFloat = option(1.0, "also divides the trainer's logits; greedy answers (0) have no gradient")
+    temperature: Annotated[float, Meta(gt=0, le=2)] = option(  # vLLM takes no more than 2
+        1.0, "also divides the trainer's logits; greedy answers (0) have no gradient")
     top_p: TopP = option(1.0, "nucleus; 1: off")
     top_k: TopK = option(-1, "-1: off")
     tensor_parallel_size: PositiveInt = option(1, "vLLM's; independent of the trainer's; divides the generating ranks")
@@ -448,7 +449,7 @@ class GenerateStage:
         None, "with best_of: jsonl to write with the best and the worst answers, rows for rm and dpo")
     min_score: Score | None = option(
         None, "with best_of: leave out prompts whose best answer scores less (rejection sampling)")
-    temperature: NonNegativeFloat = option(1.0, "0: greedy")
+    temperature: Annotated[float, Meta(ge=0, le=2)] = option(1.0, "0: greedy")
     top_p: TopP = option(1.0, "nucleus; 1: off")
     top_k: TopK = option(-1, "-1: off")
     max_new_tokens: PositiveInt = option(128, "longest answer (conversation), in tokens")

@@ -337,3 +337,9 @@ def test_score_has_options_of_its_own_and_of_a_section():
         ScoreStage, None, [*MINIMAL["score"], "--parallel.tensor_model_parallel_size", "2", "--padding-side", "left"]
     )
     assert config.parallel.tensor_model_parallel_size == 2 and config.padding_side == "left"
+
+
+@pytest.mark.parametrize("text", ["a: &x [*x]\n", "a: " + "[" * 3000 + "]" * 3000 + "\n"])
+def test_a_file_without_an_end(write, text):
+    with pytest.raises(MrlhfError, match="nested too deeply, or an alias refers to itself"):
+        load_config(SFTStage, write(text), [])

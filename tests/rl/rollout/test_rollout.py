@@ -5,14 +5,15 @@ whole or cut.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mrlhf.data.batching import BatchPlan
 from mrlhf.data.loader import MicroBatch
-from mrlhf.rl.rollout.tables import Rollout, gather_table, micro_batches
-from mrlhf.rl.rollout.vllm_engine import Answer
+from mrlhf.rl.rollout.tables import Rollout, gather_table, generate_rollout, micro_batches, request_seed
+from mrlhf.rl.rollout.vllm_engine import Answer, Sampling
 
 PROMPTS = [[5, 6], [5, 6], [7], [7]]
 ANSWERS = [[11, 12, 13], [21], [31, 32], [41, 42, 43, 44]]
@@ -54,3 +55,27 @@ def test_a_rank_without_answers_gets_a_filler() -> None:
     assert [[b.index_N.tolist() for b in batches] for batches in (one, other)] in ([[[0]], [[3]]], [[[3]], [[0]]])
     assert len(filler) == 1 and filler[0].weights_N.tolist() == [0] and filler[0].mask_BT.sum() == 0
     assert not gather_table(filler[0], TABLE_BA).any()
+
+
+def test_the_seed_of_an_answer_is_a_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(run seed, step, prompt, answer), the same on any replica: a resumed run draws the same answers."""
+    assert [request_seed(1, 2, 3, 0), request_seed(1, 2, 3, 0, 1), request_seed(2, 1, 3, 0)] == [
+        3822189696,
+        956539761,
+        1539688509,
+    ]
+    seeds: dict[int, int] = {}
+
+    def generate(prompts: list[list[int]], given: list[int], sampling: Sampling) -> list[Answer]:
+        seeds.update(zip([10 * p[0] + i for p in prompts[::2] for i in (0, 1)], given, strict=True))
+        return [Answer([0], [0.0], True) for _ in prompts]
+
+    monkeypatch.setattr("mrlhf.rl.rollout.tables.state.on_any_rank", bool)
+    monkeypatch.setattr("mrlhf.rl.rollout.tables.dist.get_world_size", lambda: 1)
+    monkeypatch.setattr(
+        "mrlhf.rl.rollout.tables.dist.all_gather_object", lambda parts, part: parts.__setitem__(0, part)
+    )
+    sampling, prompts = Sampling(1.0, 1.0, -1, 8, (), ()), [[0], [1], [2]]
+    how = {"n": 2, "sampling": sampling, "seed": 7, "step": 5, "labels": [None] * 3, "first": 4}
+    generate_rollout(SimpleNamespace(generate=generate), prompts, replicas=1, replica=0, **how)  # type: ignore[arg-type]
+    assert seeds == {10 * p + i: request_seed(7, 5, 4 + p, i) for p in range(3) for i in (0, 1)}
