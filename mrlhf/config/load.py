@@ -53,7 +53,7 @@ class Written:
 
 
 @dataclass
-class _Input:
+class _ConfigInput:
     """The input so far: values and sections with their places, the keys without a usable value, and all problems."""
 
     options: dict[str, Option]
@@ -81,7 +81,7 @@ def load_config(stage_cls: type, path: str | None, overrides: list[str]) -> Any:
 
     Raises one `ConfigError`, or `SeveralErrors` with every problem of file, flags and check.py.
     """
-    given = _Input(options_of(stage_cls), path)
+    given = _ConfigInput(options_of(stage_cls), path)
     if path is not None and (root := _read_yaml(path, given)) is not None:
         _sort_into_options(root, "", given)
     _read_flags(overrides, given)
@@ -94,7 +94,7 @@ def load_config(stage_cls: type, path: str | None, overrides: list[str]) -> Any:
     return config
 
 
-def _value(option: Option, given: _Input) -> Value:
+def _value(option: Option, given: _ConfigInput) -> Value:
     """The option's value. Where the input gives none that is usable, a default that lets the checks go on."""
     key = option.key
     if key in given.written:
@@ -130,7 +130,7 @@ def _concerns(problem: ConfigError, unusable: set[str]) -> bool:
 # ---------------------------------------------------------------- YAML
 
 
-def _read_yaml(path: str, given: _Input) -> Written | None:
+def _read_yaml(path: str, given: _ConfigInput) -> Written | None:
     """The file as a tree with the place of every key; None if it is empty. Raises ConfigError if it is not YAML."""
     file = Path(path)
     if not file.is_file():
@@ -153,7 +153,7 @@ def _read_yaml(path: str, given: _Input) -> Written | None:
         raise ConfigError(f"cannot be read: {' '.join(str(e).split())}", where=path) from None
 
 
-def _from_node(node: yaml.Node, key: str, place: Callable[[yaml.Node], str], given: _Input) -> Written:
+def _from_node(node: yaml.Node, key: str, place: Callable[[yaml.Node], str], given: _ConfigInput) -> Written:
     """A value in a mapping has the place of its key. A key that is given twice is a problem; its first value counts."""
     if isinstance(node, yaml.ScalarNode):
         return Written(node.value, place(node), quoted=bool(node.style))
@@ -171,7 +171,7 @@ def _from_node(node: yaml.Node, key: str, place: Callable[[yaml.Node], str], giv
     return Written(mapping, place(node))
 
 
-def _sort_into_options(section: Written, prefix: str, given: _Input) -> None:
+def _sort_into_options(section: Written, prefix: str, given: _ConfigInput) -> None:
     """Records every key of a section, and of the sections inside, with its place."""
     if section.is_null:
         return
@@ -196,7 +196,7 @@ def _sort_into_options(section: Written, prefix: str, given: _Input) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-def _read_flags(args: list[str], given: _Input) -> None:
+def _read_flags(args: list[str], given: _ConfigInput) -> None:
     """`--key VALUE`, `--key=VALUE`, `--bool`; a tuple takes several values, repeated or separated by commas."""
     flags: dict[str, Written] = {}
     rest = list(reversed(args))
@@ -244,7 +244,7 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _add_unknown(key: str, where: str, given: _Input, *, flag: bool) -> None:
+def _add_unknown(key: str, where: str, given: _ConfigInput, *, flag: bool) -> None:
     """Names the nearest valid keys: misspelt in its section, or right in another one, or misspelt anywhere."""
     keys = list(given.options)
     section, _, leaf = key.rpartition(".")
@@ -280,7 +280,7 @@ def _convert(option: Option, written: Written) -> Any:
     return tuple(_convert_scalar(option, item) for item in items)
 
 
-def _convert_sections(option: Option, given: _Input) -> tuple[Any, ...]:
+def _convert_sections(option: Option, given: _ConfigInput) -> tuple[Any, ...]:
     """A list of dataclasses, from a text (one item, its first field), a mapping (one item) or a list of both.
 
     On the command line a text that begins with [ or { is YAML. Every problem inside goes to `given`.

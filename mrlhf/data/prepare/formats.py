@@ -40,8 +40,9 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """`text` for pretrain; `conversations` for sft (1) and preference (2: chosen, rejected); `prompt` for prompts.
+class NormalRecord:
+    """A record in its normal form: `text` for pretrain; `conversations` for sft (1) and preference (2: chosen,
+    rejected); `prompt` for prompts.
 
     `tools`: what the conversations or the prompt may call, for the chat template.
     """
@@ -54,7 +55,7 @@ class Sample:
     tools: list[Any] | None = None
 
 
-def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> Sample:
+def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> NormalRecord:
     """The sample in `record`. Raises RowProblem. `plain`: prompts and answers are strings (--input-template)."""
     if not isinstance(record, dict):
         raise RowProblem("not_object", f"the row is {_kind(record)}, not a JSON object",
@@ -84,26 +85,26 @@ def _tools(record: dict[str, Any], columns: Columns) -> list[Any] | None:
     return tools
 
 
-def _pretrain(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
+def _pretrain(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
     key = columns.text or columns.input or "text"
     text = _column(record, key, _suggest(record, "--text-key", str))
     if not isinstance(text, str):
         raise _wrong_type(key, text, "a string", "--text-key COLUMN")
     if not text.strip():
         raise _empty(f"column '{key}' is empty")
-    return Sample(text=text)
+    return NormalRecord(text=text)
 
 
-def _sft(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
+def _sft(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
     messages_key = columns.messages or "messages"
     if columns.messages or (columns.input is None and messages_key in record):
-        return Sample(conversations=(_conversation(record, messages_key, plain, "--messages-key"),))
+        return NormalRecord(conversations=(_conversation(record, messages_key, plain, "--messages-key"),))
     input_key, output_key = columns.input or "input", columns.output or "output"
     if columns.input is None and not {input_key, output_key} & record.keys():
         raise _missing(record, messages_key, _suggest_sft(record), "'messages', or 'input' and 'output'")
     given = _column(record, input_key, _suggest(record, "--input-key", (str, list)))
     if columns.output is None and output_key not in record and _is_messages(given):
-        return Sample(conversations=(_conversation(record, input_key, plain, "--input-key"),))
+        return NormalRecord(conversations=(_conversation(record, input_key, plain, "--input-key"),))
     answer = _column(record, output_key, _suggest(record, "--output-key", (str, list), besides=input_key))
     if columns.input is None:
         _refuse_instruction(record)
@@ -115,7 +116,7 @@ def _sft(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
                          f"column '{input_key}' is {_kind(given)} and column '{output_key}' is {_kind(answer)}",
                          expected="two strings, or a list of messages and a list with the final assistant message",
                          fix="--input-key COLUMN --output-key COLUMN")
-    return Sample(conversations=(_join(given, answer, plain, input_key, output_key),))
+    return NormalRecord(conversations=(_join(given, answer, plain, input_key, output_key),))
 
 
 def _suggest_sft(record: dict[str, Any]) -> str:
@@ -136,7 +137,7 @@ def _refuse_instruction(record: dict[str, Any]) -> None:
                          fix="join them, then --input-key COLUMN (or --input-key instruction to use it alone)")
 
 
-def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
+def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
     keys = {"chosen": columns.chosen or "chosen", "rejected": columns.rejected or "rejected"}
     answers = [_column(record, key, _suggest(record, f"--{name}-key", (str, list))) for name, key in keys.items()]
     prompt_key = columns.prompt or columns.input or "prompt"
@@ -145,7 +146,7 @@ def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> Sample
     margin = _margin(record, columns.margin or "margin")
     whole = all(_is_messages(answer) and len(answer) > 1 for answer in answers)
     pair = (_whole_conversations if whole else _prompt_with_answers)(record, prompt_key, keys, plain)
-    return Sample(conversations=pair, margin=margin)
+    return NormalRecord(conversations=pair, margin=margin)
 
 
 def _margin(record: dict[str, Any], key: str) -> float | None:
@@ -194,7 +195,7 @@ def _prompt_with_answers(
     return tuple(pair)
 
 
-def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
+def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
     key = columns.prompt or columns.input or ("prompt" if "prompt" in record or "input" not in record else "input")
     prompt = _column(record, key, _suggest(record, "--prompt-key", (str, list)))
     if columns.label:
@@ -203,13 +204,13 @@ def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> Sample:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise _empty(f"column '{key}' is empty")
-        return Sample(prompt=prompt if plain else [{"role": "user", "content": prompt}], label=label)
+        return NormalRecord(prompt=prompt if plain else [{"role": "user", "content": prompt}], label=label)
     messages = _messages(prompt, key)
     if messages[-1]["role"] == "assistant":
         raise RowProblem("prompt_role", f"column '{key}' ends with a turn of the assistant",
                          expected="a list of messages that ends with a user turn",
                          fix="remove the last message, or --prompt-key COLUMN")
-    return Sample(prompt=_single_turn(messages, key) if plain else messages, label=label)
+    return NormalRecord(prompt=_single_turn(messages, key) if plain else messages, label=label)
 
 
 def _conversation(record: dict[str, Any], key: str, plain: bool, flag: str) -> Conversation:

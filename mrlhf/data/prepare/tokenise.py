@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from mrlhf.data.prepare.formats import Columns, Sample, normalise
+from mrlhf.data.prepare.formats import Columns, NormalRecord, normalise
 from mrlhf.data.prepare.sources import Chunk
 from mrlhf.data.prepare.template import Rendered, Template
 from mrlhf.errors import RowProblem
@@ -101,7 +101,7 @@ class Tokenise:
                     batch.margins.append(sample.margin)
         return batch
 
-    def _render(self, chunk: Chunk, i: int) -> tuple[Sample, list[Rendered]]:
+    def _render(self, chunk: Chunk, i: int) -> tuple[NormalRecord, list[Rendered]]:
         """Row i and its texts to tokenise (none for pretraining, whose text is in the sample). Raises RowProblem."""
         sample = normalise(_record(chunk, i), self.task, self.columns, plain=self.template.plain)
         if sample.prompt is not None:
@@ -117,7 +117,7 @@ class Tokenise:
                 texts += [sample.text] if sample.text is not None else [item.text for item in rendered]
         return texts
 
-    def _identify(self, batch: Batch, sample: Sample) -> None:
+    def _identify(self, batch: Batch, sample: NormalRecord) -> None:
         if self.identify:
             whole, prompt = row_content(sample)
             batch.keys.append(hashlib.blake2b(whole, digest_size=16).digest())
@@ -235,7 +235,7 @@ class _Outcome:
         return True
 
 
-def row_content(sample: Sample) -> tuple[bytes, bytes]:
+def row_content(sample: NormalRecord) -> tuple[bytes, bytes]:
     """(content that two equal rows share, the part that must stay in one split: the prompt, or a pretraining text)."""
     if sample.text is not None:
         text = sample.text.encode("utf-8", "surrogatepass")
