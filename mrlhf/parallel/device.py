@@ -19,7 +19,7 @@ class Device:
     name: str
     backend: str
 
-    @property
+    @functools.cached_property
     def is_cuda(self) -> bool:
         return self.name == "cuda"
 
