@@ -91,7 +91,7 @@ def test_contradictions_are_refused() -> None:
         ({"rollout.max_staleness": 1}, "rollout.max_staleness = 1 with rollout.placement = colocated"),
         ({**separate, "rollout.max_staleness": 2}, "rollout.max_staleness = 2"),
         ({**separate, "rollout.max_staleness": -1}, "rollout.max_staleness = -1"),
-        ({**separate, "rollout.max_staleness": 1}, "rollout.correction = none leaves the loss as if it did not"),
+        ({**separate, "rollout.max_staleness": 1}, "rollout.correction = none does not correct for it"),
     ):
         with pytest.raises(MrlhfError, match=message):
             config(**changes)
