@@ -37,7 +37,7 @@ def throughput(args: argparse.Namespace) -> list[str]:
     from mrlhf.config.options import ParallelConfig
     from mrlhf.models.families import spec_from_hf
     from mrlhf.parallel import state
-    from mrlhf.rl.rollout.tables import generate, request_seed
+    from mrlhf.rl.rollout.tables import generate_rollout, request_seed
     from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine
 
     config = {
@@ -81,7 +81,7 @@ def throughput(args: argparse.Namespace) -> list[str]:
         return sum(len(o.outputs[0].token_ids) for o in engine.llm.generate(texts, params, use_tqdm=False))
 
     def ours() -> int:
-        rollout = generate(
+        rollout = generate_rollout(
             engine, prompts, n=1, sampling=sampling, seed=1, step=1, labels=[None] * len(prompts), replicas=1, replica=0
         )
         return sum(len(a.tokens) for a in rollout.answers)
