@@ -51,10 +51,10 @@ def diff(before: StageConfig, after: StageConfig) -> list[str]:
     return [f"{key}: {show_value(old)} -> {show_value(new)}" for key, (old, new) in pairs.items() if old != new]
 
 
-def _leaves(config: Any, prefix: str = "") -> dict[str, Value]:
+def _leaves(node: Any, prefix: str = "") -> dict[str, Value]:
     """Dotted key -> value."""
     leaves: dict[str, Value] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
+    for f in fields(node):
+        value = getattr(node, f.name)
         leaves |= _leaves(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
     return leaves

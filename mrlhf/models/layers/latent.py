@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mrlhf.models.layers.attention import LayerRope
 from mrlhf.models.layers.norms import Norm
@@ -44,8 +45,8 @@ class LatentAttention(LayerRope, Attention):
     the keys (yarn).
     """
 
-    def __init__(self, config: Any, *args: Any, nope_dim: int, rope_dim: int, kv_rank: int, q_rank: int | None,
-                 key_scale: float, scale: float, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, nope_dim: int, rope_dim: int, kv_rank: int,
+                 q_rank: int | None, key_scale: float, scale: float, **kwargs: Any) -> None:
         super().__init__(config, *args, attention_type="self", **kwargs)
         self.nope_dim, self.rope_dim, self.kv_rank, self.key_scale = nope_dim, rope_dim, kv_rank, key_scale
         self.core_attention.scale = scale

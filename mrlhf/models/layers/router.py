@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mrlhf.models.families.spec import Experts
 from mrlhf.models.layers.router_losses import Balancer
@@ -42,7 +43,7 @@ def choose_experts(
 class Router(TopKRouter):
     """Routes as `experts` says. The selection bias, where a model has one, is a frozen fp32 parameter."""
 
-    def __init__(self, config: Any, pg_collection: Any = None, *, experts: Experts) -> None:
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, *, experts: Experts) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.experts = experts
         self.balancer: Balancer | None = None  # set by a trainer
