@@ -24,7 +24,7 @@ MARK = "<!-- from here on written by docs/generate.py -->\n"
 METRICS = (
     "# Metrics\n\nEvery number that a run logs, to the console, `metrics.jsonl` and the trackers. "
     "Written by docs/generate.py from\n"
-    "`mrlhf/observe/metrics.py`; a key that is not in this table cannot be logged.\n\n"
+    "`mrlhf/observe/metrics.py`; a key that is not in this table is logged with a warning.\n\n"
 )
 
 
