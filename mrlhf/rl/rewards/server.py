@@ -80,9 +80,10 @@ class RewardServer:
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}/score" if ":" in host else f"http://{host}:{port}/score"
         routes = [Route("/health", self._health, methods=["GET"]), Route("/score", self._score, methods=["POST"])]
-        config = uvicorn.Config(Starlette(routes=routes, exception_handlers={HTTPException: _refuse}), http=_Protocol,
-                                ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="error",
-                                access_log=False, server_header=False, proxy_headers=False,
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
+        app.router.redirect_slashes = False  # a redirect would answer without a token, and keep the connection
+        config = uvicorn.Config(app, http=_Protocol, ws="none", loop="asyncio", lifespan="off", log_config=None,
+                                log_level="error", access_log=False, server_header=False, proxy_headers=False,
                                 limit_concurrency=CONNECTIONS + 1, timeout_keep_alive=IDLE_S,
                                 timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
@@ -168,8 +169,24 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
 
 
 class _Protocol(H11Protocol):
-    """Drops a connection without a complete request head after HEAD_S. uvicorn has no limit for the first head."""
+    """Drops a connection that has sent no complete request head HEAD_S after it opened or got its last answer.
+
+    uvicorn limits neither the first head nor a later one that has begun.
+    """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(HEAD_S, lambda: self.cycle or transport.close())
+        self._await_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_head()
+
+    def _await_head(self) -> None:
+        last = self.cycle
+
+        def drop() -> None:
+            if self.cycle is last and (last is None or last.response_complete):
+                self.transport.close()
+
+        self.loop.call_later(HEAD_S, drop)

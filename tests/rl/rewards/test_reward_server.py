@@ -165,6 +165,25 @@ def test_a_head_that_comes_byte_by_byte_is_cut_off(server: RewardServer) -> None
             time.sleep(0.05)
 
 
+def test_a_second_head_that_never_ends_is_cut_off(server: RewardServer) -> None:
+    body = b'{"prompts": [], "completions": []}'
+    head = b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + TOKEN.encode()
+    with connect(server) as connection:
+        connection.settimeout(10)
+        connection.sendall(head + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        answer = b""
+        while not answer.endswith(b'{"scores":[]}'):
+            answer += connection.recv(1 << 16)
+        connection.sendall(b"P")  # ends uvicorn's own limit for idle connections
+        assert connection.recv(1 << 16) == b""
+
+
+def test_a_path_with_a_slash_is_refused_and_closed(server: RewardServer) -> None:
+    for line in (b"GET /health/", b"POST /score/"):
+        answer = raw(server, line + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        assert b" 404 " in answer and b"connection: close" in answer.lower()
+
+
 def test_a_slow_model_is_busy_and_its_work_is_cancelled() -> None:
     future: Future[list[float]] = Future()
     with serving(lambda sequences: future, timeout_s=0.1) as server:
