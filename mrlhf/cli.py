@@ -15,7 +15,7 @@ from mrlhf import __version__
 from mrlhf.commands.tool import show_user_errors
 from mrlhf.config.load import load_config
 from mrlhf.config.options import STAGES
-from mrlhf.config.process import USER_ERROR, prepare_environment
+from mrlhf.config.process import USER_ERROR, prepare_environment, torchrun_rank
 from mrlhf.config.schema import help_text
 from mrlhf.errors import ConfigError
 
@@ -119,7 +119,7 @@ def _split_args(stage: str, args: list[str]) -> tuple[str | None, bool, list[str
 
 
 def _print_once(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if torchrun_rank() == 0:
         sys.stdout.write(text)
 
 

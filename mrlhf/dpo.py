@@ -16,10 +16,9 @@ from mrlhf.data.blend import sources_of
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.losses import dpo_loss
 from mrlhf.models.layers.router_losses import trained_pairs
-from mrlhf.parallel import state
 from mrlhf.training.reference_cache import cached_logps, model_fingerprint
 from mrlhf.training.run import SupervisedRun
-from mrlhf.training.trainer import LossFn, Model, Trainer
+from mrlhf.training.trainer import LossFn, Model, Trainer, sample_values
 
 
 def answer_logps(model: Model, hidden_BTH: torch.Tensor, batch: MicroBatch, *, mean: bool) -> torch.Tensor:
@@ -42,13 +41,7 @@ def _logps_of(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
 
 def reference_logps(model: Model, loader: Loader) -> torch.Tensor:
     """Summed log-prob [samples] of each answer of the data set, under `model`. The same on all ranks. Collective."""
-    logps = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
-    for rows in loader.in_order():
-        batches = loader.micro_batches(rows)
-        for batch, logps_N in zip(batches, _logps_of(model, batches), strict=True):
-            real = batch.weights_N > 0
-            logps[batch.index_N[real]] = logps_N[real].double()
-    return state.sum_over_data_parallel(logps).float()
+    return sample_values(loader, partial(_logps_of, model)).float()
 
 
 def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, reference: torch.Tensor) -> LossFn:

@@ -89,6 +89,11 @@ class SeveralErrors(MrlhfError):
         super().__init__("\n".join(f"{type(e).__name__}: {e.render()}" for e in errors))
 
 
+def error_text(error: MrlhfError) -> str:
+    """The error as a user sees it: with its kind, which each of several errors has in its own text."""
+    return str(error) if isinstance(error, SeveralErrors) else f"{type(error).__name__}: {error}"
+
+
 class Problems:
     """Collects errors; `raise_if_any` raises a single one, or several as `SeveralErrors`."""
 

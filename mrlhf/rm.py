@@ -6,6 +6,7 @@ Legend: B rows, T tokens, N samples, P pairs.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from mrlhf.losses import accuracy_by_margin, pairwise_loss
 from mrlhf.models.layers.router_losses import trained_pairs
 from mrlhf.parallel import state
 from mrlhf.training.run import SupervisedRun
-from mrlhf.training.trainer import LossFn, Trainer, score_micro_batches
+from mrlhf.training.trainer import LossFn, Trainer, sample_values, score_micro_batches
 
 
 def reward_loss(trainer: Trainer, loader: Loader, *, kind: str, by_margin: bool = False) -> LossFn:
@@ -41,13 +42,7 @@ def reward_loss(trainer: Trainer, loader: Loader, *, kind: str, by_margin: bool 
 
 def all_scores(trainer: Trainer, loader: Loader) -> torch.Tensor:
     """Scores, float64 [samples], of a preference set: chosen, rejected, ... The same on all ranks. Collective."""
-    scores = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
-    for rows in loader.in_order():
-        batches = loader.micro_batches(rows)
-        for batch, scores_N in zip(batches, score_micro_batches(trainer, batches), strict=True):
-            real = batch.weights_N > 0
-            scores[batch.index_N[real]] = scores_N[real].double()
-    return state.sum_over_data_parallel(scores)
+    return sample_values(loader, partial(score_micro_batches, trainer))
 
 
 def score_statistics(scores: torch.Tensor) -> dict[str, float]:

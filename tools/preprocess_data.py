@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mrlhf.config.schema import options_of  # noqa: E402
 from mrlhf.data.prepare.job import preprocess  # noqa: E402
 from mrlhf.data.prepare.options import PreprocessConfig  # noqa: E402
-from mrlhf.errors import MrlhfError, SeveralErrors  # noqa: E402
+from mrlhf.errors import MrlhfError, error_text  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,24 +26,19 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    hints = get_type_hints(PreprocessConfig)
-    for option in fields(PreprocessConfig):
-        hint = hints[option.name]
-        plain = next((t for t in get_args(hint) if t is not type(None)), hint) if type(None) in get_args(hint) else hint
-        settings: dict[str, Any] = {"help": option.metadata["help"].replace("%", "%%"), "default": option.default}
-        if option.default is MISSING:
-            settings = {"help": settings["help"], "required": True}
-        elif option.default is not None and not isinstance(option.default, bool):
-            settings["help"] += f" (default: {option.default})"
-        if plain is bool:
+    for name, option in options_of(PreprocessConfig).items():
+        settings: dict[str, Any] = {"help": option.help.replace("%", "%%"), "required": option.required}
+        if not option.required:
+            settings["default"] = option.default
+            if option.default is not None and option.kind is not bool:
+                settings["help"] += f" (default: {option.default})"
+        if option.kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
-        elif get_origin(plain) is Literal:
-            settings["choices"] = get_args(plain)
-        elif get_origin(plain) is tuple:
-            settings |= {"nargs": "+", "type": get_args(plain)[0]}
+        elif option.choices:
+            settings["choices"] = option.choices
         else:
-            settings["type"] = plain
-        names = ["--" + option.name.replace("_", "-"), *(("--text-column",) if option.name == "text_key" else ())]
+            settings |= {"type": option.kind} | ({"nargs": "+"} if option.several else {})
+        names = ["--" + name.replace("_", "-"), *(("--text-column",) if name == "text_key" else ())]
         made.add_argument(*names, **settings)
     return made
 
@@ -59,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130
     except MrlhfError as error:
-        print(error if isinstance(error, SeveralErrors) else f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         return 2
     return 0
 

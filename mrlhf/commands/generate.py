@@ -137,8 +137,7 @@ def score_answers(
     rewards = Rewards(config.reward, source, tokenizer, parallel=parallel, dtype=config.dtype, seed=config.seed,
                       environment=environment)
     plan = make_batch_plan(state.groups(), packing=True, micro_batch_size=config.micro_batch_size)
-    rows = [*range(rollout.size), *[-1] * (-rollout.size % plan.rows_per_slice)]
-    scores_B, _ = rewards.score(rollout, micro_batches(rollout, rows, plan))
+    scores_B, _ = rewards.score(rollout, micro_batches(rollout, plan.with_fillers(range(rollout.size)), plan))
     rewards.close()
     return scores_B.tolist()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from mrlhf.config.process import torchrun_rank
 from mrlhf.errors import ConfigError
 from mrlhf.observe.report import build_report
 
@@ -13,7 +13,7 @@ USAGE = "RUN_DIR [RUN_DIR ...] [--output report.html]"
 
 def main(args: list[str]) -> int:
     """Writes the report on rank 0 and prints its path. Raises ConfigError for a wrong command line."""
-    is_rank_0 = int(os.environ.get("RANK", "0")) == 0
+    is_rank_0 = torchrun_rank() == 0
     if "--help" in args or "-h" in args:
         if is_rank_0:
             print(f"usage: mrlhf report {USAGE}")

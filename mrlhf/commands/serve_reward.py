@@ -11,7 +11,7 @@ import os
 import queue
 import signal
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,14 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 
 from mrlhf.checkpoint.source import ModelSource, open_source
 from mrlhf.config.options import ServeRewardStage
-from mrlhf.data.loader import MicroBatch, Sample, collate
+from mrlhf.data.loader import Sample, collate
 from mrlhf.data.tokenizers.hf import fingerprint, load_tokenizer
 from mrlhf.errors import CheckpointError, ConfigError, Problems
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import device, state
 from mrlhf.rl.rewards.server import RewardServer, is_loopback
-from mrlhf.training.trainer import Model, score_micro_batches
+from mrlhf.training.batches import make_batch_plan
+from mrlhf.training.trainer import Model, place_samples, score_micro_batches
 
 Sequences = list[list[int]]
 _IDLE_S = 60.0  # without work, rank 0 broadcasts an empty batch after this time: else the collective would time out
@@ -89,23 +90,19 @@ class Scorer:
         Collective; returns all scores on every rank.
         """
         rows = min(self.config.micro_batch_size, len(sequences))
-        unit, (_, dp, _) = rows * self.layout.dp, self.layout.coordinates(dist.get_rank())
+        plan = make_batch_plan(self.model.groups, packing=self.config.packing, micro_batch_size=rows)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # similar lengths need little padding
-        order += order[-1:] * (-len(order) % (unit * state.slice_multiple(self.config.parallel)))
-        batches = [self._batch(sequences, order[at : at + rows]) for at in range(dp * rows, len(order), unit)]
+        samples = [Sample(np.array(sequences[i], np.int64), np.zeros(len(sequences[i]), np.uint8), i) for i in order]
+        samples.append(replace(samples[-1], weight=0.0))  # -1, the filler
+        parts = plan.split(plan.with_fillers(range(len(order))), lambda at: [len(samples[at].tokens)])
+        batches = [collate([samples[at] for at in part], packing=plan.packing, pad_multiple=plan.pad_multiple)
+                   for part in parts]
         scores_N = torch.zeros(len(sequences), dtype=torch.float64)
-        counts_N = torch.zeros(len(sequences), dtype=torch.float64)
-        for batch, values_N in zip(batches, score_micro_batches(self.model, batches), strict=True):
-            scores_N.index_add_(0, batch.index_N, values_N.double())
-            counts_N.index_add_(0, batch.index_N, torch.ones_like(values_N, dtype=torch.float64))
-        scores_N = state.sum_over_data_parallel(scores_N) / state.sum_over_data_parallel(counts_N)
+        place_samples(scores_N, batches, score_micro_batches(self.model, batches))
+        scores_N = state.sum_over_data_parallel(scores_N)
         if "reward_mean" in self.statistics:
             scores_N = (scores_N - self.statistics["reward_mean"]) / self.statistics["reward_std"]
         return scores_N.float().tolist()
-
-    def _batch(self, sequences: Sequences, rows: list[int]) -> MicroBatch:
-        samples = [Sample(np.array(sequences[i], np.int64), np.zeros(len(sequences[i]), np.uint8), i) for i in rows]
-        return collate(samples, packing=self.config.packing, pad_multiple=state.pad_multiple(self.config.parallel))
 
     def submit(self, sequences: Sequences) -> Future[list[float]]:
         """The scores of one request. A caller that waits no longer cancels them. Any thread may call it."""

@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from mrlhf.config.process import USER_ERROR, prepare_environment
-from mrlhf.errors import MrlhfError, SeveralErrors
+from mrlhf.config.process import USER_ERROR, prepare_environment, torchrun_rank
+from mrlhf.errors import MrlhfError, SeveralErrors, error_text
 
 PATIENCE_S = 15.0  # rank 0 shows its error first; another rank shows its own only if the job still runs after this time
 
@@ -32,7 +32,7 @@ def run_tool(
     try:
         return call(arguments)
     except MrlhfError as error:
-        print(error if isinstance(error, SeveralErrors) else f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         return USER_ERROR
     finally:
         if "mrlhf.parallel.state" in sys.modules:
@@ -54,11 +54,8 @@ def show_user_errors(call: Callable[[], int]) -> int:
 
 def _show_error(error: MrlhfError) -> None:
     """On rank 0 at once. On another rank only if the job outlives PATIENCE_S: then rank 0 did not see the problem."""
-    if isinstance(error, SeveralErrors):
-        text = f"{len(error.errors)} problems:\n{error}"
-    else:
-        text = f"{type(error).__name__}: {error}"
-    rank = int(os.environ.get("RANK", "0"))
+    count = f"{len(error.errors)} problems:\n" if isinstance(error, SeveralErrors) else ""
+    text, rank = count + error_text(error), torchrun_rank()
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the stage's own handler would let the sleep continue
         time.sleep(PATIENCE_S)

@@ -287,12 +287,11 @@ def _convert_sections(option: Option, given: _ConfigInput) -> tuple[Any, ...]:
     """
     written, cls, key = given.written[option.key], option.kind, option.key
     if isinstance(written.value, str) and written.value.lstrip()[:1] in ("[", "{") and not written.quoted:
-        try:
-            node = yaml.compose(written.value, Loader=yaml.SafeLoader)
-        except yaml.YAMLError:
-            raise _Unreadable(f"{written.value} (not valid YAML)") from None
         where = written.where
-        written = _from_node(node, key, lambda _: where, given)
+        try:
+            written = _from_node(yaml.compose(written.value, Loader=yaml.SafeLoader), key, lambda _: where, given)
+        except (yaml.YAMLError, RecursionError):
+            raise _Unreadable(f"{written.value} (not valid YAML)") from None
     inside = options_of(cls)
     first = next(iter(inside))
 

@@ -12,6 +12,11 @@ from mrlhf.observe import log
 USER_ERROR = 2
 
 
+def torchrun_rank() -> int:
+    """This process's rank of torchrun's; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def prepare_environment() -> None:
     """Sets what torch, tokenizers and Megatron read at import time, and logging; values the user has set are kept."""
     log.set_up()

@@ -71,6 +71,10 @@ class BatchPlan:
         rows = self.micro_batch_size if self.max_tokens is None else 1
         return rows * self.dp_size * self.micro_batch_multiple
 
+    def with_fillers(self, rows: Sequence[int]) -> list[int]:
+        """The rows, and as many fillers (-1) as whole slices need."""
+        return [*rows, *[-1] * (-len(rows) % self.rows_per_slice)]
+
     def split(self, rows: Sequence[int], lengths_of: Callable[[int], Sequence[int]]) -> list[list[int]]:
         """The rows of each of this rank's micro-batches, -1 for a filler.
 

@@ -26,6 +26,7 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mrlhf.config.options import ParallelConfig, TrainConfig
+from mrlhf.config.process import torchrun_rank
 from mrlhf.errors import ConfigError
 from mrlhf.parallel import device, watch
 from mrlhf.parallel.rendezvous import fresh_store
@@ -173,7 +174,7 @@ def ranks_of_a_node() -> int:
 
 
 def is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return torchrun_rank() == 0
 
 
 def check_batch(train: TrainConfig, parallel: ParallelConfig, world: int) -> list[ConfigError]:

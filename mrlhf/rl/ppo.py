@@ -38,7 +38,6 @@ from mrlhf.rl.rollout.vllm_engine import Sampling
 from mrlhf.rl.rollout_metrics import Tables, answers_as_text, mismatch_warning, rollout_metrics
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
-from mrlhf.training.batches import training_batch_plan
 from mrlhf.training.preflight import RunInputs
 from mrlhf.training.resume import check_resume
 from mrlhf.training.run import Run
@@ -234,8 +233,7 @@ class PPO(Run):
 
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, Metrics]:
         """The score of every answer [B], and the mean of each reward source."""
-        unit = training_batch_plan(self.config, self.models.actor.groups).rows_per_slice
-        rows = [*range(rollout.size), *[-1] * (-rollout.size % unit)]
+        rows = self.models.plan.with_fillers(range(rollout.size))
         return self.rewards.score(rollout, self.models.batches(self.models.actor, rollout, rows))
 
     def shape_scores(self, rollout: Rollout, scores_B: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ class PPOModels:
         common: dict[str, Any] = {"dtype": dtype, "seed": seed, "total_steps": updates}
         balance = make_balance(config.model, count_for(config.loss))
         self.actor = Trainer(inputs.source, config.parallel, config.optim, head="lm", balance=balance, **common)
+        self.plan = self.critic_plan = training_batch_plan(config, self.actor.groups)
         self.critic: Trainer | None = None
         if config.ppo.estimator_row.needs_critic:
             lr = config.ppo.critic_lr
@@ -41,6 +42,7 @@ class PPOModels:
             groups = state.groups_for(config.critic_parallel)
             self.critic = Trainer(source, config.critic_parallel, optim, head="value", balance=balance, groups=groups,
                                   **common)
+            self.critic_plan = training_batch_plan(config, self.critic.groups)
         self.reference: Model | None = None
         if config.kl.coef > 0:
             self.reference = Model(inputs.source, config.parallel, head="lm", dtype=dtype, seed=seed)
@@ -60,7 +62,7 @@ class PPOModels:
 
     def batches(self, model: Model, rollout: Rollout, rows: list[int] | range) -> list[MicroBatch]:
         """This rank's micro-batches of the rows, by the process groups of `model`."""
-        return micro_batches(rollout, rows, training_batch_plan(self.config, model.groups))
+        return micro_batches(rollout, rows, self.critic_plan if model is self.critic else self.plan)
 
     def logprobs(self, model: Model, rollout: Rollout, *, with_entropy: bool = False) -> list[torch.Tensor]:
         """Log-probs [B, A] of the answers at the rollout's temperature, and with_entropy the entropies [B, A]."""

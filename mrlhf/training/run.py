@@ -24,6 +24,7 @@ import gc
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ log = logging.getLogger(__name__)
 _H100_BF16_TFLOPS = 989.0  # dense, SXM
 
 
-class Run:
+class Run(ABC):
     """The parts of every training stage: directory, stopper, checkpoints, tracker, phases, the range of steps.
 
     With the configuration of an earlier run in the same directory it continues after the newest checkpoint (`resumed`,
@@ -131,9 +132,9 @@ class Run:
     def due_save(self, step: int) -> bool:
         return step == self.total_steps or _is_multiple(step, self.config.checkpoint.save_interval)
 
+    @abstractmethod
     def save(self, step: int) -> None:
         """Saves the checkpoint of a step. A stage passes its content to `write_checkpoint`."""
-        raise NotImplementedError
 
     def with_optimizer(self, step: int) -> bool:
         return step < self.total_steps or self.config.checkpoint.save_optimizer

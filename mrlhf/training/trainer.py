@@ -31,7 +31,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from mrlhf.checkpoint.save import Part
 from mrlhf.checkpoint.source import ModelSource, load_optimizer, load_weights
 from mrlhf.config.options import OptimConfig, ParallelConfig
-from mrlhf.data.loader import MicroBatch
+from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.models import gpt
 from mrlhf.models.layers import neftune
 from mrlhf.models.layers.logprobs import Head, TargetLogProbs, head_logprobs
@@ -98,8 +98,8 @@ class Model:
     def logprobs(self, hidden_BTH: torch.Tensor, batch: MicroBatch, *, temperature: float = 1.0,
                  with_entropy: bool = False, keep_BT: torch.Tensor | None = None) -> TargetLogProbs:
         """Log-probs of the batch's targets from an LM's output, fields [B, T]; see `head_logprobs`."""
-        compute = partial(head_logprobs, temperature=temperature, with_entropy=with_entropy, keep=keep_BT)
-        return compute(hidden_BTH, batch.targets_BT, self._head())
+        return head_logprobs(hidden_BTH, batch.targets_BT, self._head(), temperature=temperature,
+                             with_entropy=with_entropy, keep=keep_BT)
 
     def _head(self) -> Head:
         return gpt.lm_head(self.modules[-1], self.spec)
@@ -358,6 +358,25 @@ class Trainer(Model):
         load_optimizer(directory, self.modules, self.optimizer)
         self.scheduler.step(increment=scheduled)
         self.steps_done = steps_done
+
+
+def place_samples(out: torch.Tensor, batches: list[MicroBatch], values: list[torch.Tensor]) -> None:
+    """Writes the values, [N] of every micro-batch, to the samples' indices in `out`, float64 [samples]; no fillers."""
+    for batch, values_N in zip(batches, values, strict=True):
+        real = batch.weights_N > 0
+        out[batch.index_N[real]] = values_N[real].double()
+
+
+def sample_values(loader: Loader, compute: Callable[[list[MicroBatch]], list[torch.Tensor]]) -> torch.Tensor:
+    """float64 [samples] of the loader's data set, the same on all ranks. Collective.
+
+    compute: the values [N] of every micro-batch, in the order of the batches.
+    """
+    out = torch.zeros(loader.dataset.num_samples, dtype=torch.float64)
+    for rows in loader.in_order():
+        batches = loader.micro_batches(rows)
+        place_samples(out, batches, compute(batches))
+    return state.sum_over_data_parallel(out)
 
 
 def score_micro_batches(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:

@@ -343,3 +343,8 @@ def test_score_has_options_of_its_own_and_of_a_section():
 def test_a_file_without_an_end(write, text):
     with pytest.raises(MrlhfError, match="nested too deeply, or an alias refers to itself"):
         load_config(SFTStage, write(text), [])
+
+
+def test_a_source_that_refers_to_itself():
+    (error,) = problems(SFTStage, None, [*MINIMAL["sft"], "--data.train", "[&x [*x]]"])
+    assert error.what == "data.train = [&x [*x]] (not valid YAML)"

@@ -32,6 +32,7 @@ def main() -> None:
     from mrlhf.rl.rollout.tables import Rollout
     from mrlhf.rl.rollout.vllm_engine import Answer
     from mrlhf.rl.updates import Pretraining, actor_loss
+    from mrlhf.training.batches import training_batch_plan
     from mrlhf.training.trainer import Trainer
 
     world, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -81,6 +82,7 @@ def main() -> None:
             ppo = object.__new__(PPO)  # its updates alone: no vLLM, no other models
             ppo.models = object.__new__(PPOModels)
             ppo.config, ppo.models.config, ppo.updates_per_rollout = config, config, 1
+            ppo.models.plan, ppo.models.critic = training_batch_plan(config, trainer.groups), None
             old_BA = ppo.models.logprobs(trainer, rollout)[0]
             loss = actor_loss(
                 trainer,

@@ -19,7 +19,7 @@ from mrlhf.rl.rewards.http import HttpReward
 from mrlhf.rl.rewards.kinds import RewardSource, parse_source
 from mrlhf.rl.rewards.process import RewardProcess
 from mrlhf.rl.rollout.tables import Rollout
-from mrlhf.training.trainer import Model, score_micro_batches
+from mrlhf.training.trainer import Model, place_samples, score_micro_batches
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +146,7 @@ class Rewards:
     def _model_scores(self, source: RewardSource, rollout: Rollout, batches: list[MicroBatch]) -> torch.Tensor:
         model = self.models[source.spec]
         scores_B = torch.zeros(rollout.size, dtype=torch.float64)
-        for batch, scores_N in zip(batches, score_micro_batches(model, batches), strict=True):
-            real = batch.weights_N > 0
-            scores_B[batch.index_N[real]] = scores_N[real].double()
+        place_samples(scores_B, batches, score_micro_batches(model, batches))
         scores_B = state.sum_over_data_parallel(scores_B).float()
         if not bool(scores_B.isfinite().all()):
             raise RewardError(f"reward model {source.spec!r} gave a score that is not finite")
