@@ -77,8 +77,8 @@ class OutOfMemory(MrlhfError):
     def render(self) -> str:
         lines = [self.what, "  peaks:    " + ", ".join(f"{phase} {gib:.2f} GiB" for phase, gib in self.peaks.items())]
         lines += [f"  fix:      {remedy}" for remedy in self.remedies]
-        kept = "the last checkpoint, but nothing of this step; a resume that changes a key outside of parallel. needs"
-        return "\n".join([*lines, f"  kept:     {kept} --train.allow_changes '[KEY]'"])
+        kept = "the last checkpoint, but nothing of this step; the command with such a change goes on from it"
+        return "\n".join([*lines, f"  kept:     {kept}"])
 
 
 class SeveralErrors(MrlhfError):

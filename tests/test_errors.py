@@ -512,7 +512,15 @@ def test_resuming_with_another_configuration_shows_the_difference(world: Path, t
     (tmp_path / "config.yaml").write_text(dump_yaml(config()))
     check_resume(config(), tmp_path)
     check_resume(
-        config(**{"parallel.tensor_model_parallel_size": 2, "logging.log_interval": 5, "checkpoint.keep_last": 9}),
+        config(
+            **{
+                "parallel.tensor_model_parallel_size": 2,
+                "logging.log_interval": 5,
+                "checkpoint.keep_last": 9,
+                "train.max_tokens_per_micro_batch": 4096,
+                "optim.use_distributed_optimizer": "false",
+            }
+        ),
         tmp_path,
     )
     with pytest.raises(MrlhfError) as raised:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch.distributed as dist
 
 from mrlhf.checkpoint import rng
 from mrlhf.checkpoint.manifest import MANIFEST, await_files, check_manifest, newest_whole, steps_in
-from mrlhf.checkpoint.safe_pickle import check_directory, read_metadata
+from mrlhf.checkpoint.optimizer_state import load_dist
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families import spec_from_hf
 from mrlhf.models.families.spec import ModelSpec, read_hf_config
@@ -71,14 +70,6 @@ def open_source(path: str, *, verify: str = "size") -> ModelSource:
     return ModelSource(directory, directory, spec, "value" if is_value else "lm", {})
 
 
-def _dist_load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Fills `state`. Raises CheckpointError before it unpickles anything that a checkpoint does not hold."""
-    from megatron.core import dist_checkpointing
-
-    check_directory(directory)
-    return dist_checkpointing.load(state, str(directory))
-
-
 def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int) -> None:
     """Fills this rank's model chunks from `source`.
 
@@ -99,7 +90,7 @@ def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int
                     del tensors[name]
         absent = ("output_layer.",) if new_head else ()
         with torch.no_grad():
-            loaded = _dist_load(state, source.path / "dist")
+            loaded = load_dist(state, source.path / "dist")
             for chunk, model in zip(state, models, strict=True):
                 missing, unexpected = model.load_state_dict(loaded[chunk], strict=False)
                 missing = [k for k in missing if not k.endswith("_extra_state") and not k.startswith(absent)]
@@ -125,39 +116,6 @@ class _WithNewHead:
 
     def read(self, block: Any) -> torch.Tensor:
         return (self.head if block.hf == "score.weight" else self.reader).read(block)
-
-
-def check_optimizer_names(names: Iterable[str], *, spread: bool, where: str) -> None:
-    """Raises CheckpointError where experts are over ranks now (`spread`) and were not at the save, or reverse.
-
-    names: the tensors in the checkpoint. Megatron has a second optimizer for experts over ranks, with other names.
-    """
-    was_spread = any(name.startswith("chained_") for name in names)
-    if was_spread != spread:
-        size = f"parallel.expert_model_parallel_size {'above' if was_spread else '='} 1"
-        fix = "that size (above 1: any), or a new run from its weights: --model.path and another --train.output_dir"
-        raise CheckpointError(f"its optimizer state was written with {size}", where=where, expected=size, fix=fix)
-
-
-def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
-    """Loads weights and optimizer state from a checkpoint directory, whatever layout wrote it.
-
-    Raises CheckpointError where experts were over ranks and are not now, or reverse (`check_optimizer_names`).
-    """
-    from mrlhf.models import gpt
-    from mrlhf.parallel.state import on_any_rank
-
-    spread = on_any_rank(len(optimizer.chained_optimizers) > 1)
-    check_optimizer_names(read_metadata(directory / "dist").state_dict_metadata, spread=spread, where=str(directory))
-    state = gpt.sharded_state(models)
-    chunks, weights = list(state), state["model"] if len(models) == 1 else dict(state)
-    metadata = gpt.sharding_metadata(models[0])
-    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
-    with torch.no_grad():
-        loaded = _dist_load(state, directory / "dist")
-        for chunk, model in zip(chunks, models, strict=True):
-            model.load_state_dict(loaded[chunk])
-        optimizer.load_state_dict(loaded["optimizer"])
 
 
 def to_resume(run_dir: Path, *, total_steps: int, verify: str = "size") -> ModelSource | None:

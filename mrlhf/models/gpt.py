@@ -368,7 +368,9 @@ def forward(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], to
 
 
 def sharding_metadata(model: Any) -> dict[str, Any]:
-    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "dp_cp_group": model.pg_collection.dp_cp}
+    # one name for a tensor, however many optimizers this rank has: with experts over ranks Megatron has two
+    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "chained_optim_avoid_prefix": True,
+            "dp_cp_group": model.pg_collection.dp_cp}
 
 
 def sharded_state(models: list[Any]) -> dict[str, Any]:

@@ -16,16 +16,25 @@ from mrlhf.observe.redaction import redact
 from mrlhf.parallel.state import Layout
 from mrlhf.training.batches import tokenizer_fingerprint_or_none
 
-# keys that may differ between the first command and the one that resumes the run
-_FREE_TO_CHANGE = ("parallel.", "logging.", "checkpoint.", "train.output_dir", "train.eval_interval",
-                   "train.allow_changes", "train.exit_duration_minutes")
+# Keys, and beginnings of keys, that may differ between the first command and the one that resumes the run. They say
+# where and when it runs, what it holds in memory and what it writes, and change its numbers by rounding only.
+FREE_TO_CHANGE = (
+    "parallel.", "logging.", "checkpoint.", "offload.", "train.output_dir", "train.eval_interval",
+    "train.allow_changes", "train.exit_duration_minutes", "train.loss_spike_threshold", "train.micro_batch_size",
+    "train.max_tokens_per_micro_batch", "ptx.micro_batch_size", "dpo.reference", "optim.use_distributed_optimizer",
+    "ppo.critic_tensor_model_parallel_size", "ppo.critic_pipeline_model_parallel_size",
+    "rollout.tensor_parallel_size", "rollout.placement", "rollout.num_ranks", "rollout.kv_cache_mib",
+    "rollout.max_num_seqs", "rollout.reshard_bucket_mib", "rollout.sleep", "rollout.environment_threads",
+    "rollout.environment_timeout_s", "rollout.mismatch_warning", "rollout.samples_to_log", "reward.function_",
+    "reward.http_",
+)
 
 
 def check_resume(config: TrainingConfig, output_dir: Path) -> None:
     """Raises ConfigError, with all differences, if the run in `output_dir` has another configuration."""
     before = output_dir / "config.yaml"
     if before.is_file():
-        free = (*_FREE_TO_CHANGE, *config.train.allow_changes)
+        free = (*FREE_TO_CHANGE, *config.train.allow_changes)
         changed = [
             line for line in diff(load_config(type(config), str(before), []), config) if not line.startswith(free)
         ]

@@ -28,8 +28,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from mrlhf.checkpoint.optimizer_state import load_optimizer
 from mrlhf.checkpoint.save import Part
-from mrlhf.checkpoint.source import ModelSource, load_optimizer, load_weights
+from mrlhf.checkpoint.source import ModelSource, load_weights
 from mrlhf.config.options import OptimConfig, ParallelConfig
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.models import gpt

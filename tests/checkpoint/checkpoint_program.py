@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 
-def make(source: str, parallel: Any, dtype: str, head: str = "lm", distributed: bool = True) -> Any:
+def make(
+    source: str,
+    parallel: Any,
+    dtype: str,
+    head: str = "lm",
+    distributed: bool = True,
+    lr: float = 1e-3,
+    beta2: float = 0.999,
+) -> Any:
     from mrlhf.checkpoint.source import open_source
     from mrlhf.config.options import OptimConfig
     from mrlhf.training.trainer import Trainer
 
     optim = OptimConfig(
-        lr=1e-3, lr_decay_style="linear", adam_beta2=0.999, weight_decay=0.01, use_distributed_optimizer=distributed
+        lr=lr, lr_decay_style="linear", adam_beta2=beta2, weight_decay=0.01, use_distributed_optimizer=distributed
     )
     return Trainer(open_source(source), parallel, optim, head=head, dtype=dtype, seed=1, total_steps=6)
 

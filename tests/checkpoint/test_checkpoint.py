@@ -358,18 +358,6 @@ def test_other_things_are_refused(copied: Path, tmp_path: Path) -> None:
         open_source(str(tmp_path / "nothing"))
 
 
-def test_optimizer_state_of_experts_over_ranks_is_not_that_of_experts_cut() -> None:
-    """Megatron has an optimizer for each then, and other names; without this a KeyError of 40 kB."""
-    from mrlhf.checkpoint.source import check_optimizer_names
-
-    one, two = ["optimizer.state.exp_avg.x", "x"], ["chained_0.optimizer.state.exp_avg.x", "x"]
-    check_optimizer_names(one, spread=False, where="here")
-    check_optimizer_names(two, spread=True, where="here")
-    for names, spread, wanted in ((one, True, "= 1"), (two, False, "above 1")):
-        with pytest.raises(CheckpointError, match=f"written with parallel.expert_model_parallel_size {wanted}"):
-            check_optimizer_names(names, spread=spread, where="here")
-
-
 def test_hash_behind_the_writer(tmp_path: Path) -> None:
     """In pieces, with a stretch that was written twice before it was given up,
     and a file that is shorter than was said.

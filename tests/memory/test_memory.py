@@ -5,6 +5,7 @@ Whole runs that do: tests/faults/test_kills.py.
 from __future__ import annotations
 
 import errno
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mrlhf.errors import OutOfMemory
 from mrlhf.memory.advice import remedies
 from mrlhf.memory.tracker import Memory, is_out_of_memory, requested_memory
 from mrlhf.models.families.spec import Layer, ModelSpec
+from mrlhf.training.resume import FREE_TO_CHANGE
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. "
@@ -88,7 +90,11 @@ def test_the_phase_and_its_peaks_are_in_the_error() -> None:
 
 
 def keys(config: SFTStage | PPOStage, phase: str, *, world: int = 1, cuda: bool = True) -> list[str]:
-    return [line.split()[0].removeprefix("--") for line in remedies(config, phase, spec=SPEC, world=world, cuda=cuda)]
+    lines = remedies(config, phase, spec=SPEC, world=world, cuda=cuda)
+    advised = [key for line in lines for key in re.findall(r"--(\w+\.\w+)", line)]
+    # no remedy needs train.allow_changes: the command with it goes on from the last checkpoint
+    assert not [key for key in advised if not key.startswith(FREE_TO_CHANGE)]
+    return [line.split()[0].removeprefix("--") for line in lines]
 
 
 def test_only_what_is_not_in_force_and_fits_is_offered() -> None:

@@ -1,0 +1,118 @@
+"""Saves with one kind of optimizer, goes on with another; prints JSON. Under torchrun with 2 ranks.
+
+usage: optimizer_program.py DENSE_HF MOE_HF DATA_PREFIX WORK_DIR
+
+Each writer saves after two steps and takes two more. Each reader takes these two steps from each writer's checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# name: parallel sizes, use_distributed_optimizer
+KINDS: dict[str, tuple[dict[str, Any], bool]] = {
+    "dp2": ({}, True),
+    "dp2 whole": ({}, False),
+    "tp2 whole": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, False),
+    "interleaved": ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, True),
+    "ep2": ({"expert_model_parallel_size": 2}, True),
+    "ep2 before": ({"expert_model_parallel_size": 2}, True),  # with the names of earlier versions
+    "ep2 whole": ({"expert_model_parallel_size": 2}, False),
+}
+# model, dtype, writers, readers
+CASES = (
+    ("dense", "float32", ["dp2", "dp2 whole"], ["dp2", "dp2 whole"]),
+    ("dense", "bfloat16", ["dp2", "dp2 whole"], ["dp2", "dp2 whole", "interleaved"]),
+    ("moe", "float32", ["dp2", "ep2 before", "ep2 whole"], ["dp2", "ep2", "tp2 whole"]),
+)
+
+
+def trainer_of(hf: str, kind: str, dtype: str, **options: Any) -> Any:
+    from checkpoint_program import make
+
+    from mrlhf.config.options import ParallelConfig
+    from mrlhf.parallel import state
+
+    sizes, distributed = KINDS[kind]
+    parallel = ParallelConfig(**sizes)
+    state.initialize(parallel, seed=1)
+    return make(hf, parallel, dtype, distributed=distributed, **options)
+
+
+def write(trainer: Any, name: str, target: Path, dtype: str) -> None:
+    from checkpoint_program import save
+
+    from mrlhf.models import gpt
+
+    metadata = gpt.sharding_metadata
+    if name.endswith("before"):
+        gpt.sharding_metadata = lambda model: {
+            k: v for k, v in metadata(model).items() if k != "chained_optim_avoid_prefix"
+        }
+    save(trainer, target, dtype=dtype, step=2, keep_last=None)
+    gpt.sharding_metadata = metadata
+
+
+def in_float32(checkpoint: Path, reader: str, hf: str) -> dict[str, Any]:
+    """A run that goes on in float32 with other options: its weights are the masters, its options are its own."""
+    import torch
+
+    trainer = trainer_of(hf, reader, "float32", lr=5e-4, beta2=0.9)
+    trainer.resume(checkpoint, 2, 2)
+    groups = [[g["betas"][1], g["max_lr"], g["step"]] for g in trainer.optimizer.param_groups]
+    (model,) = trainer.modules
+    weights = {name: p.detach().clone() for name, p in trainer.parameters().items()}
+    rounded = trainer_of(hf, "dp2", "bfloat16")
+    rounded.resume(checkpoint, 2, 2)
+    pairs = [(weights[name], p.detach().float()) for name, p in rounded.parameters().items()]
+    return {
+        "groups": groups,
+        "more than bfloat16": any(not torch.equal(w, w.bfloat16().float()) for w, _ in pairs),
+        "rounds to it": all(torch.equal(w.bfloat16().float(), p) for w, p in pairs),
+        "sum": [float(sum(w.double().sum() for w, _ in pairs))],
+    }
+
+
+def main() -> None:
+    dense, moe, prefix, work = *sys.argv[1:4], Path(sys.argv[4])
+    import torch.distributed as dist
+    from checkpoint_program import steps
+    from groups import leave_layout
+
+    from mrlhf.checkpoint.safe_pickle import read_metadata
+
+    result: dict[str, Any] = {}
+    models = {"dense": dense, "moe": moe}
+    for model, dtype, writers, readers in CASES:
+        here = result[f"{model} {dtype}"] = {}
+        for writer in writers:
+            trainer = trainer_of(models[model], writer, dtype)
+            steps(trainer, prefix, 2)
+            target = work / model / dtype / writer
+            write(trainer, writer, target, dtype)
+            names = read_metadata(target / "dist").state_dict_metadata
+            here[writer] = {
+                "unbroken": steps(trainer, prefix, 2),
+                "chained": any(name.startswith("chained_") for name in names),
+            }
+            leave_layout()
+            for reader in readers:
+                trainer = trainer_of(models[model], reader, dtype)
+                trainer.resume(target, 2, 2)
+                here[writer][reader] = steps(trainer, prefix, 2)
+                leave_layout()
+    for writer in ("dp2", "dp2 whole"):
+        for reader in ("dp2", "dp2 whole"):
+            checkpoint = work / "dense/bfloat16" / writer
+            result[f"{writer} as float32 {reader}"] = in_float32(checkpoint, reader, dense)
+            leave_layout()
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
