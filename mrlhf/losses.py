@@ -126,6 +126,11 @@ def masked_cross_entropy(logps: Tensor, mask: Tensor, *, denominator: Tensor | f
                        segment_ids=segment_ids, num_segments=num_segments)[0]
 
 
+def _rounding(*terms: Tensor, relative: float = 1e-6) -> Tensor:
+    """What fp32 rounding of the terms can make of a sum of them that is 0."""
+    return relative * torch.stack(terms).detach().abs().sum(0)
+
+
 def pairwise_loss(chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | float | None = None, kind: str = "sigmoid",
                   denominator: Tensor | float | None = None, weight: Tensor | None = None) -> tuple[Tensor, Metrics]:
     """Bradley-Terry loss of a reward model over P pairs (InstructGPT, Ouyang 2022, eq. 1; margin: Llama 2, eq. 2).
@@ -134,9 +139,9 @@ def pairwise_loss(chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | floa
     kind: "sigmoid" -log sigmoid(d), "logexp" log(1 + exp(-d)): the same function in two forms, both safe for any d.
     weight [P]: 1 for a pair, 0 for a padding pair, which is not counted. denominator: pairs of the whole step.
 
-    Returns (loss, metrics): accuracy (share with chosen > rejected), margin (chosen - rejected), mean_reward (over
-    both) as [sum, count]; min_reward and max_reward as [value, 1], reduced by min and max (+inf and -inf if all pairs
-    are padding).
+    Returns (loss, metrics): accuracy (share with chosen > rejected by more than rounding), margin (chosen - rejected),
+    mean_reward (over both) as [sum, count]; min_reward and max_reward as [value, 1], reduced by min and max (+inf and
+    -inf if all pairs are padding).
     Raises ConfigError for an unknown kind, ValueError if shapes differ.
     """
     check_choice("kind", kind, ("sigmoid", "logexp"))
@@ -152,7 +157,7 @@ def pairwise_loss(chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | floa
     scores_2P, keep_2P = torch.cat([chosen_P, rejected_P]).detach(), torch.cat([keep, keep])
     one = torch.ones((), device=scores_2P.device)
     metrics = {
-        "accuracy": sum_and_count(chosen_P > rejected_P, keep),
+        "accuracy": sum_and_count(difference_P > _rounding(chosen_P, rejected_P), keep),
         "margin": sum_and_count(difference_P, keep),
         "mean_reward": sum_and_count(scores_2P, keep_2P),
         "min_reward": torch.stack([scores_2P.masked_fill(~keep_2P, torch.inf).amin(), one]),
@@ -176,13 +181,15 @@ def accuracy_by_margin(chosen_P: Tensor, rejected_P: Tensor, *, weight: Tensor) 
     for low, high in zip(MARGIN_EDGES, MARGIN_EDGES[1:], strict=False):
         inside = keep & (difference_P.abs() >= low) & (difference_P.abs() < high)
         name = f"{low:g}-{high:g}" if high < float("inf") else f"{low:g}+"
-        metrics[f"accuracy_by_margin/{name}"] = sum_and_count(difference_P > 0, inside)
+        is_right_P = difference_P > _rounding(chosen_P, rejected_P)
+        metrics[f"accuracy_by_margin/{name}"] = sum_and_count(is_right_P, inside)
     return metrics
 
 
 def dpo_loss(
     pc_B: Tensor, pr_B: Tensor, rc_B: Tensor, rr_B: Tensor, *, beta: float, kind: str = "sigmoid",
     label_smoothing: float = 0.0, denominator: Tensor | float | None = None, weight: Tensor | None = None,
+    rounding: float = 1e-6,
 ) -> tuple[Tensor, Metrics]:
     """Direct preference optimization over P pairs, from log-probs *summed* over each answer's tokens (Rafailov 2023).
 
@@ -191,6 +198,7 @@ def dpo_loss(
           "ipo" (d - 1 / (2 beta))^2 (Azar 2023, eq. 17), "hinge" max(0, 1 - beta d) (SLiC, Zhao 2023).
           For length-normalized ipo pass means instead of sums.
     weight [P]: 0 for a padding pair, which is not counted. denominator: pairs of the whole optimizer step.
+    rounding: relative error of a log-prob; d must exceed that of its terms to count in rewards/accuracies.
 
     Returns (loss, metrics): rewards/{chosen,rejected} = beta (policy - reference), rewards/margins, rewards/accuracies,
     logps/{chosen,rejected}, all [sum, count]. With policy == reference the sigmoid loss is ln 2.
@@ -224,7 +232,7 @@ def dpo_loss(
         "rewards/chosen": sum_and_count(beta * chosen_P, keep),
         "rewards/rejected": sum_and_count(beta * rejected_P, keep),
         "rewards/margins": sum_and_count(beta * d_P, keep),
-        "rewards/accuracies": sum_and_count(d_P > 0, keep),
+        "rewards/accuracies": sum_and_count(d_P > _rounding(pc_P, pr_P, rc_P, rr_P, relative=rounding), keep),
         "logps/chosen": sum_and_count(pc_P, keep),
         "logps/rejected": sum_and_count(pr_P, keep),
     }

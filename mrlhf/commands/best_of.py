@@ -21,8 +21,11 @@ class Choice:
     worst: int | None
 
 
-def choose_best_and_worst(texts: Sequence[str], scores: Sequence[float], stopped: Sequence[bool]) -> Choice | None:
+def choose_best_and_worst(texts: Sequence[str], scores: Sequence[float], stopped: Sequence[bool], *,
+                          tolerance: float = 0.0) -> Choice | None:
     """The answers with the highest and the lowest score; the first of equal ones. None if no answer can be the best.
+
+    tolerance: scores within this x max(1, largest |score|) are equal (reward.equal_tolerance).
 
     The best must have stopped by itself and not be empty: an answer that was cut off would teach the model not to stop.
     The worst is any non-empty answer.
@@ -30,10 +33,10 @@ def choose_best_and_worst(texts: Sequence[str], scores: Sequence[float], stopped
     whole = [i for i, text in enumerate(texts) if stopped[i] and text.strip()]
     if not whole:
         return None
-    best = max(whole, key=lambda i: (scores[i], -i))
-    worse = [
-        i for i, text in enumerate(texts) if text.strip() and text != texts[best] and scores[i] < scores[best]
-    ]
+    margin = tolerance * max(1.0, *map(abs, scores))
+    top = max(scores[i] for i in whole)
+    best = next(i for i in whole if scores[i] >= top - margin)
+    worse = [i for i, text in enumerate(texts) if text.strip() and text != texts[best] and scores[i] < top - margin]
     return Choice(best, min(worse, key=lambda i: (scores[i], i)) if worse else None)
 
 

@@ -173,7 +173,7 @@ def write_answers(config: GenerateStage, tokenizer: Any, prompts: list[PromptRow
 def _add_best(config: GenerateStage, prompt: PromptRow, texts: list[str], scores: list[float], stopped: list[bool],
               rows: list[Row], pairs: list[Row]) -> None:
     """Appends the prompt's best answer to `rows`, its best and worst answers to `pairs`."""
-    choice = choose_best_and_worst(texts, scores, stopped)
+    choice = choose_best_and_worst(texts, scores, stopped, tolerance=config.reward.equal_tolerance)
     if choice is None or (config.min_score is not None and scores[choice.best] < config.min_score):
         return
     best, worst = choice.best, choice.worst

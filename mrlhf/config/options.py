@@ -295,6 +295,9 @@ class RewardConfig:
     weights: tuple[ScoreWeight, ...] = option((), "one weight per source; empty: 1 each")
     normalize: bool = option(True, "reward models: (score - mean) / std with the statistics in their checkpoint")
     clip: PositiveFloat = option(10.0, "clip the sequence score to +- this")
+    equal_tolerance: NonNegativeFloat = option(
+        1e-6, "scores of a prompt's answers are equal, with advantage 0, if they differ by no more than this x max(1, "
+        "largest |score|); 0.01 for a bfloat16 reward model, whose score of a text moves with its micro-batch")
     scaling: Literal["none", "whiten", "std", "running_std"] = option(
         "none", "of a rollout's scores: whiten: (score - mean) / std; std: score / std; "
         "running_std: score / std of all rollouts so far")
@@ -333,6 +336,9 @@ class PPOConfig:
     dual_clip: Annotated[float, Meta(gt=1)] | None = option(
         None, "lower bound of the objective for negative advantages, e.g. 3")
     ratio: Literal["token", "sequence"] = option("token", "sequence: gspo")
+    ratio_tolerance: PositiveFloat | None = option(
+        None, "end the run if |ratio - 1| is above this on average at a rollout's first update; unset: 0.001 in "
+        "float32, 0.05 in bfloat16")
     gamma: UnitInterval = option(1.0, "discount")
     lam: UnitInterval = option(0.95, "GAE lambda")
     entropy_coef: NonNegativeFloat = option(0.0, "weight of the entropy bonus")

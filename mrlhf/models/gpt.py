@@ -64,7 +64,7 @@ class ValueHead(torch.nn.Linear):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_SBH, weight=None, runtime_gather_output=None):
-        values_SB1 = F.linear(hidden_SBH, self.weight).float()
+        values_SB1 = F.linear(hidden_SBH.float(), self.weight.float())  # bf16 would round a value of 4 to steps of 1/32
         if self.sequence_parallel:
             options = {"tensor_parallel_output_grad": False, "group": self.group}
             values_SB1 = gather_from_sequence_parallel_region(values_SB1, **options)

@@ -60,7 +60,7 @@ METRICS: dict[str, Metric] = {
     "train/entropy": Metric("entropy of the prediction, over trained tokens", "nats", "mean"),
     "train/log_z_squared": Metric("log(sum of exp(logits))^2 over trained tokens (with loss.z_loss)", "", "mean"),
     # rm
-    "train/accuracy": Metric("pairs whose chosen answer scores higher", "share", "mean"),
+    "train/accuracy": Metric("pairs whose chosen answer scores higher, by more than rounding", "share", "mean"),
     "train/margin": Metric("score of the chosen minus the rejected answer", "score", "mean"),
     "train/mean_reward": Metric("score over all answers", "score", "mean"),
     "train/min_reward": Metric("lowest score", "score", "min"),
@@ -69,7 +69,7 @@ METRICS: dict[str, Metric] = {
     "train/rewards/chosen": Metric("beta x (policy - reference log-prob) of the chosen answer", "score", "mean"),
     "train/rewards/rejected": Metric("the same for the rejected answer", "score", "mean"),
     "train/rewards/margins": Metric("rewards/chosen - rewards/rejected", "score", "mean"),
-    "train/rewards/accuracies": Metric("pairs with a margin above 0", "share", "mean"),
+    "train/rewards/accuracies": Metric("pairs with a margin above 0 and its rounding", "share", "mean"),
     "train/logps/chosen": Metric("log-prob of the chosen answer (summed over its tokens)", "nats", "mean"),
     "train/logps/rejected": Metric("log-prob of the rejected answer (summed over its tokens)", "nats", "mean"),
     # ppo
@@ -81,6 +81,10 @@ METRICS: dict[str, Metric] = {
     "actor/entropy": Metric("entropy of the tempered policy over answer tokens", "nats", "mean"),
     "actor/ratio_mean": Metric("probability ratio new / old", "", "mean"),
     "actor/ratio_max_dev": Metric("largest |ratio - 1|; 0 at the first update of a rollout", "", "max"),
+    "actor/ratio_mean_dev": Metric("mean of |ratio - 1|, at most 1 a token, at the first update of a rollout", "",
+        "mean"),
+    "actor/ratio_far": Metric("tokens whose ratio is beyond a factor of 2, at the first update of a rollout", "share",
+        "mean"),
     "actor/ptx_loss": Metric("negative log-likelihood of the mixed-in pretraining data (with "
         "ptx.coef)", "nats", "mean"),
     "actor/grad_norm": Metric("the actor's gradient norm before clipping", "", "last"),
@@ -94,7 +98,14 @@ METRICS: dict[str, Metric] = {
     "critic/moe_aux_loss": Metric("as train/moe_aux_loss, of the critic", "", "last"),
     "critic/moe_z_loss": Metric("as train/moe_z_loss, of the critic", "", "last"),
     "critic/lr": Metric("the critic's learning rate", "", "last"),
-    "critic/score/mean": Metric("sequence score before the KL penalty", "score", "mean"),
+    "critic/score/mean": Metric("sequence score before the KL penalty and reward.clip", "score", "mean"),
+    "critic/score/std": Metric("its (biased) standard deviation over the answers; 0: nothing to learn from", "score",
+        "mean"),
+    "critic/score/min": Metric("lowest sequence score", "score", "min"),
+    "critic/score/max": Metric("highest sequence score", "score", "max"),
+    "critic/score/clipped_mean": Metric("the sequence score that is trained on, clipped to +-reward.clip", "score",
+        "mean"),
+    "critic/score/clip_ratio": Metric("answers whose score reward.clip cut", "share", "mean"),
     "critic/rewards/mean": Metric("sum of an answer's token rewards, KL penalty included", "score", "mean"),
     "critic/advantages/mean": Metric("advantage of answer tokens before whitening", "score", "mean"),
     "critic/returns/mean": Metric("return of answer tokens", "score", "mean"),
@@ -117,8 +128,9 @@ METRICS: dict[str, Metric] = {
         "rollout.dynamic_sampling)", "prompts", "last"),
     "rollout/groups_dropped": Metric("of these, those whose answers scored all the same and were "
         "replaced", "prompts", "last"),
-    "rollout/groups_equal": Metric("groups of equal scores left in the rollout after the last "
-        "refill", "prompts", "last"),
+    "rollout/groups_equal": Metric("prompts of the rollout whose answers have equal scores "
+        "(reward.equal_tolerance), from 2 answers a prompt on", "prompts", "last"),
+    "rollout/groups_equal_share": Metric("the same, as a share", "share", "last"),
     "environment/turns/mean": Metric("turns of the model in a conversation", "turns", "mean"),
     "environment/observed_tokens/mean": Metric("tokens that the environment put into a conversation", "tokens", "mean"),
     "timing_s/generators": Metric("separate placement: what the generation took on its ranks; timing_s/gen: "
@@ -140,6 +152,7 @@ PATTERNS: list[tuple[str, Metric]] = [
     ("memory/*_gib", Metric("largest memory during a phase, of the fullest rank: tensors on the device; "
         "on CPU resident memory", "GiB", "max")),
     ("reward/*", Metric("score of one reward source before its weight", "score", "mean")),
+    ("reward_std/*", Metric("standard deviation of that score", "score", "mean")),
     ("train/accuracy_by_margin/*", Metric("(eval) accuracy of the pairs whose scores differ by so much", "share",
         "mean")),
     ("data/*/epoch", Metric("passes over one source of a blend so far", "epochs", "last")),

@@ -56,6 +56,11 @@ _COLUMNS = (
 )
 
 
+def _short(value: float, spec: str) -> str:
+    """A number for the console; one with more than six digits before the point as 1.3e+29."""
+    return f"{value:{'.1e' if 1e6 <= abs(value) < math.inf else spec}}"
+
+
 def collect_env(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Versions, machine, command, git commit and environment variables, without secrets."""
     versions = {"python": platform.python_version(), "mrlhf": __version__}
@@ -136,7 +141,7 @@ class Tracker:
         if _is_evaluation(values):
             parts += [f"{k.replace('eval/', 'eval ', 1)} {v:.4f}" for k, v in values.items()]
             return " | ".join(parts)
-        parts += [f"{label} {values[key]:>{pad}{spec}}" for key, label, spec, pad in _COLUMNS if key in values]
+        parts += [f"{label} {_short(values[key], spec):>{pad}}" for key, label, spec, pad in _COLUMNS if key in values]
         speed = values.get("perf/tokens_per_s_per_gpu", values.get("rollout/tokens_per_s"))
         if speed is not None:
             parts.append(f"{speed:>6.0f} tok/s")

@@ -15,9 +15,9 @@ from torch import Tensor
 from mrlhf.errors import ConfigError
 from mrlhf.losses import check_choice, check_same_shape, fill_masked
 from mrlhf.rl.estimators import ESTIMATORS
+from mrlhf.rl.shaping import EQUAL_TOLERANCE, VARIANCE_FLOOR, equal_groups, is_rounding
 
-VARIANCE_FLOOR = 1e-8
-GRPO_EPSILON = 1e-9
+GRPO_EPSILON = 1e-6
 
 
 def token_rewards(scores_B: Tensor, kl: Tensor, mask: Tensor, *, beta: float, clip: float | None = None) -> Tensor:
@@ -69,6 +69,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor
 def whiten(x: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """(x - mean) / sqrt(max(variance, 1e-8)) over the masked-in positions, 0 elsewhere. [B, T] or [B].
 
+    Numbers that differ by rounding alone give 0.
     The variance is biased (divided by the count). With `group` the statistics run over the tokens of all its ranks
     (collective; shapes may differ): an all-reduce of two numbers, then one of the squares centred on the global mean,
     so that the result does not depend on how rows are spread over ranks. Pass the data-parallel group: ranks that hold
@@ -81,11 +82,14 @@ def whiten(x: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -
     if group is not None:
         dist.all_reduce(sum_and_count, group=group)
     count = sum_and_count[1].clamp(min=1)
-    centred_BT = fill_masked(x_BT - (sum_and_count[0] / count).float(), keep)
+    mean = sum_and_count[0] / count
+    centred_BT = fill_masked(x_BT - mean.float(), keep)
     squares = centred_BT.square().sum(dtype=torch.float64)
     if group is not None:
         dist.all_reduce(squares, group=group)
-    return centred_BT * (squares / count).clamp(min=VARIANCE_FLOOR).rsqrt().float()
+    variance = squares / count
+    scale = variance.clamp(min=VARIANCE_FLOOR).rsqrt().masked_fill(is_rounding(variance.sqrt(), mean), 0.0)
+    return centred_BT * scale.float()
 
 
 def no_baseline(scores_GN: Tensor) -> Tensor:
@@ -105,15 +109,15 @@ def minus_mean_of_others(scores_GN: Tensor) -> Tensor:
 
 
 def standardized_in_group(scores_GN: Tensor) -> Tensor:
-    """(r - mean) / (unbiased std + 1e-9) (GRPO, Shao 2024)."""
+    """(r - mean) / (unbiased std + 1e-6) (GRPO, Shao 2024)."""
     return minus_group_mean(scores_GN) / (scores_GN.std(1, keepdim=True, unbiased=True) + GRPO_EPSILON)
 
 
-def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor:
+def group_scores(scores_B: Tensor, *, estimator: str, group_size: int, tolerance: float = EQUAL_TOLERANCE) -> Tensor:
     """Scores shaped by a critic-free estimator of rl/estimators.py, such as `rloo`. [B] -> [B] fp32.
 
-    scores_B: the group_size answers to one prompt stand next to each other. A group of equal scores gives exactly 0
-    where the estimator compares the answers to one prompt.
+    scores_B: the group_size answers to one prompt stand next to each other. A group of equal scores (`equal_groups`)
+    gives exactly 0 where the estimator compares the answers to one prompt.
 
     Raises ConfigError for an unknown estimator, and for a group_size below 2 (1 without comparison) or that does not
     divide B.
@@ -131,27 +135,27 @@ def group_scores(scores_B: Tensor, *, estimator: str, group_size: int) -> Tensor
     scores_GN = scores_B.float().view(-1, group_size)
     shaped_GN = row.resolve()(scores_GN)
     if row.needs_groups:
-        # in fp32 three scores of 0.1 have a mean of 0.1 + 1 ulp, which grpo's division turns into an advantage near 1
-        all_equal_G1 = (scores_GN == scores_GN[:, :1]).all(1, keepdim=True)
-        shaped_GN = shaped_GN.masked_fill(all_equal_G1, 0.0)
+        equal_G = equal_groups(scores_B, group_size=group_size, tolerance=tolerance)
+        shaped_GN = shaped_GN.masked_fill(equal_G[:, None], 0.0)
     return shaped_GN.flatten()
 
 
 def compute_advantages(
     scores_B: Tensor, kl: Tensor, values: Tensor | None, mask: Tensor, *, estimator: str, group_size: int,
-    beta: float, clip: float, gamma: float, lam: float,
+    beta: float, clip: float, gamma: float, lam: float, tolerance: float = EQUAL_TOLERANCE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(advantages, returns, token rewards) of a rollout by an estimator of rl/estimators.py, [B, T] each, not yet
     whitened.
 
     scores_B [B]: one score per answer, clipped here. kl [B, T]: per token. values [B, T]: needed by an estimator with a
-    critic. Without a critic returns = advantages.
+    critic. Without a critic returns = advantages. tolerance: see `equal_groups`.
     """
     if ESTIMATORS[estimator].needs_critic:
         rewards_BT = token_rewards(scores_B, kl, mask, beta=beta, clip=clip)
         advantages_BT, returns_BT = ESTIMATORS[estimator].resolve()(rewards_BT, values, mask, gamma=gamma, lam=lam)
         return advantages_BT, returns_BT, rewards_BT
-    shaped_B = group_scores(scores_B.clamp(-clip, clip), estimator=estimator, group_size=group_size)
+    shaped_B = group_scores(scores_B.clamp(-clip, clip), estimator=estimator, group_size=group_size,
+                            tolerance=tolerance)
     rewards_BT = token_rewards(shaped_B, kl, mask, beta=beta)
     returns_BT = discounted_returns(rewards_BT, mask, gamma=gamma)
     return returns_BT, returns_BT, rewards_BT

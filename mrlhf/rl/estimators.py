@@ -52,7 +52,7 @@ _ROWS = (
         needs_groups=True, undiscounted=True,
     ),
     Estimator(
-        "grpo", f"{_HERE}:standardized_in_group", "(r - mean) / (std + 1e-9), std with n - 1", "GRPO, Shao 2024",
+        "grpo", f"{_HERE}:standardized_in_group", "(r - mean) / (std + 1e-6), std with n - 1", "GRPO, Shao 2024",
         needs_groups=True, undiscounted=True,
     ),
     Estimator(

@@ -16,6 +16,7 @@ from mrlhf.errors import ConfigError
 from mrlhf.losses import check_choice, check_same_shape, fill_masked, reduce_loss, sequence_means, sum_and_count
 
 LOG_RATIO_LIMIT = 20.0
+FAR_LOG_RATIO = math.log(2.0)
 
 
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float,
@@ -37,8 +38,9 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
         denominator.
 
     Returns (loss, metrics): pg_loss (by the aggregation), pg_clipfrac (share of tokens where clipping raised the loss),
-    ppo_kl (mean of old_logp - logp) and ratio_mean as [sum, count]; ratio_max_dev = [max |ratio - 1|, 1], reduced by
-    max.
+    ppo_kl (mean of old_logp - logp), ratio_mean and, from each token's own ratio, ratio_mean_dev (mean of
+    min(|ratio - 1|, 1)) and ratio_far (share of tokens beyond a factor of 2) as [sum, count]; ratio_max_dev =
+    [max |ratio - 1|, 1], reduced by max.
     Raises ConfigError for options out of range, ValueError if shapes differ.
     """
     check_choice("ratio", ratio, ("token", "sequence"))
@@ -72,11 +74,15 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
     loss, pg_loss = reduce_loss(-objective_BT, mask, aggregation=aggregation, denominator=denominator, **segments)
 
     deviation = fill_masked((ratio_BT.detach() - 1).abs(), keep).amax()
+    # one token of a ratio of 100 says less about all of them than a hundred tokens of a ratio of 2
+    own_deviation_BT = torch.expm1(token_log_ratio_BT.detach().clamp(max=FAR_LOG_RATIO)).abs()
     metrics = {
         "pg_loss": pg_loss,
         "pg_clipfrac": sum_and_count(clipped_BT < unclipped_BT, keep),
         "ppo_kl": sum_and_count(-token_log_ratio_BT, keep),
         "ratio_mean": sum_and_count(ratio_BT, keep),
+        "ratio_mean_dev": sum_and_count(own_deviation_BT, keep),
+        "ratio_far": sum_and_count(token_log_ratio_BT.abs() > FAR_LOG_RATIO, keep),
         "ratio_max_dev": torch.stack([deviation, torch.ones_like(deviation)]),
     }
     return loss, metrics

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.parallel import device, reshard, state
 from mrlhf.parallel.split import Bridge, split_world
 from mrlhf.rl import advantages as adv
+from mrlhf.rl.health import Health
 from mrlhf.rl.kl import AdaptiveKL, FixedKL, kl_estimate
 from mrlhf.rl.offload import Offload
 from mrlhf.rl.ppo_checks import check_ppo, open_ptx
@@ -35,7 +38,7 @@ from mrlhf.rl.rollout.remote import RemoteSampler, run_generator, start_generato
 from mrlhf.rl.rollout.sampler import Sampler
 from mrlhf.rl.rollout.tables import Rollout
 from mrlhf.rl.rollout.vllm_engine import Sampling
-from mrlhf.rl.rollout_metrics import Tables, answers_as_text, mismatch_warning, rollout_metrics
+from mrlhf.rl.rollout_metrics import Tables, answers_as_text, rollout_metrics
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
 from mrlhf.training.preflight import RunInputs
@@ -48,9 +51,8 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, float]
 PENDING_ANSWERS = "ahead.bin"  # in a checkpoint: answers to the next rollout's prompts that no step has used
 PHASES = ("gen", "reward", "logprobs", "values", "adv", "update_critic", "update_actor", "reshard")  # timed
+FIRST_UPDATE = ("ratio_max_dev", "ratio_mean_dev", "ratio_far")  # a rollout's first update, not the mean of all
 CRITIC_METRICS = ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "moe_z_loss")
-# Rounding differences between the pass for the old log-probs and the training pass; the policy is the same.
-_FIRST_RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 
 
 def main(config: PPOStage) -> int:
@@ -147,6 +149,10 @@ class PPO(Run):
         else:
             self.sampler = RemoteSampler(config, inputs, self.layout, self.bridge)
 
+    @cached_property
+    def health(self) -> Health:
+        return Health(self.config)
+
     # ------------------------------------------------------------------ one step
 
     def step(self, step: int) -> tuple[Metrics, list[dict[str, Any]]]:
@@ -182,7 +188,9 @@ class PPO(Run):
         `rollout.dynamic_sampling` (DAPO, section 3.2) drops groups of equal scores and draws new prompts in their
         place, at most `rollout.max_refills` times. It keeps every group of the last refill.
         """
-        config, n = self.config.rollout, self.config.rollout.n
+        config, reward, n = self.config.rollout, self.config.reward, self.config.rollout.n
+        clip = reward.clip if reward.scaling == "none" else math.inf  # with a scaling it applies to the scaled scores
+        informative = partial(informative_groups, group_size=n, tolerance=reward.equal_tolerance, clip=clip)
         metrics: Metrics = {}
         kept, scores_B, drawn, stale, seconds = Rollout([], [], []), torch.zeros(0), 0, 0.0, 0.0
         for refills_left in range(config.max_refills if config.dynamic_sampling else 0, -1, -1):
@@ -197,12 +205,12 @@ class PPO(Run):
                 self.request_rollout(step + 1)
             with self.phase("reward", step), self.offload.using(*self.rewards.models):
                 new_B, parts = self.score(rollout)
-            for name, mean in parts.items():
-                metrics[name] = (metrics.get(name, 0.0) * drawn + mean * missing) / (drawn + missing)
+            for name, value in parts.items():
+                metrics[name] = (metrics.get(name, 0.0) * drawn + value * missing) / (drawn + missing)
             drawn += missing
             rows = list(range(rollout.size))
             if refills_left:
-                differ_B = informative_groups(new_B, group_size=n).repeat_interleave(n)
+                differ_B = informative(new_B).repeat_interleave(n)
                 rows = [b for b in rows if differ_B[b]]
             kept, scores_B = kept + rollout.take(rows), torch.cat([scores_B, new_B[rows]])
             if facts := self.sampler.generation_metrics():
@@ -213,7 +221,7 @@ class PPO(Run):
         if config.dynamic_sampling:
             metrics["rollout/prompts_drawn"] = float(drawn)
             metrics["rollout/groups_dropped"] = float(drawn - config.batch_size)
-            metrics["rollout/groups_equal"] = float((~informative_groups(scores_B, group_size=n)).sum())
+            metrics["rollout/groups_equal"] = float((~informative(scores_B)).sum())
             self.request_rollout(step + 1)
         if seconds:
             metrics |= {"rollout/staleness": stale / kept.size, "timing_s/generators": seconds}
@@ -253,7 +261,8 @@ class PPO(Run):
             kl_BA = kl_estimate(old_BA, ref_BA, kind=config.kl.kind) * mask_BA
         raw_BA, returns_BA, rewards_BA = adv.compute_advantages(
             scores_B, kl_BA, values_BA, mask_BA, estimator=ppo.estimator, group_size=config.rollout.n,
-            beta=0.0 if config.kl.in_loss else self.kl.value, clip=config.reward.clip, gamma=ppo.gamma, lam=ppo.lam
+            beta=0.0 if config.kl.in_loss else self.kl.value, clip=config.reward.clip, gamma=ppo.gamma, lam=ppo.lam,
+            tolerance=config.reward.equal_tolerance
         )
         rollout_BA = rollout.rollout_logps_BA()
         tables = Tables(scores_B, mask_BA, rollout_BA, old_BA, entropy_BA, ref_BA, values_BA, rewards_BA, raw_BA,
@@ -277,7 +286,8 @@ class PPO(Run):
                ptx: Pretraining | None = None) -> Metrics:
         """`ppo.epochs` passes over shuffled mini-batches. Returns the metrics' means over the updates.
 
-        ratio_max_dev is the first update's largest |ratio - 1|. Raises FloatingPointError if it exceeds rounding.
+        ratio_max_dev, ratio_mean_dev and ratio_far are the first update's. Raises FloatingPointError as
+        `Health.first_ratio`.
         """
         size = self.config.train.global_batch_size
         updates: list[Metrics] = []
@@ -292,12 +302,10 @@ class PPO(Run):
                     count = policy_count(rollout, rows, self.config.loss.aggregation)
                     batches, mixed = batches + more, ptx.mixed(loss, trainer, more, policy_count=count)
                 updates.append(trainer.step(batches, mixed))
-            first = updates[0].get("ratio_max_dev", 0.0)
-            if first > _FIRST_RATIO_TOLERANCE[self.config.model.dtype]:
-                raise FloatingPointError(f"a rollout's first ratio differs from 1 by {first}: the training pass and "
-                                         "the pass for the old log-probs disagree")
+                if len(updates) == 1 and "ratio_max_dev" in updates[0]:
+                    self.health.first_ratio(step, updates[0], tokens=int(rollout.lengths_B()[rows].sum()))
         means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-        return means | ({"ratio_max_dev": updates[0]["ratio_max_dev"]} if "ratio_max_dev" in means else {})
+        return means | {name: updates[0][name] for name in FIRST_UPDATE if name in means}
 
     def sync_weights(self) -> Metrics:
         """Sends the actor's weights to vLLM. Collective."""
@@ -310,16 +318,11 @@ class PPO(Run):
 
     def step_metrics(self, step: int, rollout: Rollout, tables: Tables, metrics: Metrics) -> Metrics:
         """All metrics of a step. Adapts the KL coefficient after recording it."""
-        phases, config = self.phase.metrics(PHASES), self.config.rollout
+        phases = self.phase.metrics(PHASES)
         gen_seconds = metrics.get("timing_s/generators", phases["timing_s/gen"])
-        with_environment = config.environment is not None
-        metrics |= rollout_metrics(rollout, tables, beta=self.kl.value, gen_seconds=gen_seconds,
-                                   with_environment=with_environment)
+        metrics |= rollout_metrics(rollout, tables, self.config, beta=self.kl.value, gen_seconds=gen_seconds)
         metrics |= phases
-        corrected = config.correction != "none"
-        warning = mismatch_warning(metrics, limit=config.mismatch_warning, corrected=corrected)
-        if warning is not None and state.is_main():
-            log.warning(f"step {step}: {warning}")
+        self.health.rollout(step, tables.scores_B, metrics)
         self.kl.update(float(tables.kl_B().mean()), rollout.size)
         return metrics
 

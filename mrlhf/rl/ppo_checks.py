@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mrlhf.checkpoint.source import ModelSource
@@ -10,6 +11,7 @@ from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import state
+from mrlhf.rl.health import truncation_notes
 from mrlhf.rl.rewards.sources import check_reward_sources, critic_source
 from mrlhf.rl.rollout.environments import check_environment
 from mrlhf.rl.rollout.vllm_engine import check_vllm_model
@@ -77,4 +79,5 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
         if opened.datasets():
             _, data = opened.datasets()[0]
             problems.extend(check_environment(config.rollout.environment, load_tokenizer(source.hf_dir), data.meta))
-    return opened.inputs()
+    inputs = opened.inputs()
+    return replace(inputs, notes=(*inputs.notes, *truncation_notes(config)))

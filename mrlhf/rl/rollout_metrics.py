@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from mrlhf.config.options import PPOStage
 from mrlhf.rl.kl import kl_estimate
 from mrlhf.rl.rollout.tables import Rollout
+from mrlhf.rl.shaping import EQUAL_TOLERANCE, equal_groups, is_rounding
 
 
 @dataclass(frozen=True)
@@ -51,26 +53,6 @@ def logprob_mismatch(old_BA: torch.Tensor, rollout_BA: torch.Tensor, mask_BA: to
     }
 
 
-def mismatch_warning(metrics: dict[str, float], *, limit: float, corrected: bool) -> str | None:
-    """A warning where vLLM's policy differs from the trainer's by more than `limit` nats a token."""
-    kl = metrics["rollout/kl_mismatch"]
-    if kl <= limit:
-        return None
-    stale = metrics.get("rollout/staleness", 0.0)
-    age = f" (its weights are {stale:g} update(s) older, which explains a part)" if stale else ""
-    treatment = (
-        "rollout.correction weights the loss, but a difference this large has a cause"
-        if corrected
-        else "the loss is not corrected for it (rollout.correction none)"
-    )
-    return (
-        f"vLLM samples from another policy than the trainer's{age}: rollout/kl_mismatch {kl:.3g} > {limit:g} "
-        f"nats a token, |log-prob difference| {metrics['rollout/logprob_abs_diff_mean']:.3g} mean, "
-        f"{metrics['rollout/logprob_abs_diff_max']:.3g} max; {treatment}. Possible causes: weights not updated, "
-        "top_p/top_k on, another dtype or kernel (rollout.mismatch_warning sets the limit)"
-    )
-
-
 def answers_as_text(
     rollout: Rollout, tables: Tables, decode: Callable[[list[int]], str], *, most: int
 ) -> list[dict[str, Any]]:
@@ -81,13 +63,35 @@ def answers_as_text(
              "stopped": answers[b].stopped} for b in range(min(most, rollout.size))]
 
 
-def rollout_metrics(
-    rollout: Rollout, tables: Tables, *, beta: float, gen_seconds: float, with_environment: bool
+def score_metrics(
+    scores_B: torch.Tensor, *, clip: float, group_size: int, tolerance: float = EQUAL_TOLERANCE
 ) -> dict[str, float]:
-    """Means over the rollout's answers or tokens. beta: KL coefficient. gen_seconds: time of the generation."""
-    t, lengths_B = tables, rollout.lengths_B().float()
+    """Of the scores, of the scores clipped to +-clip, and of the groups that are equal then (from 2 answers on)."""
+    scores_B, clipped_B = scores_B.double(), scores_B.double().clamp(-clip, clip)
     metrics = {
-        "critic/score/mean": float(t.scores_B.mean()),
+        "critic/score/mean": float(scores_B.mean()),
+        "critic/score/std": float(scores_B.std(unbiased=False)),
+        "critic/score/min": float(scores_B.min()),
+        "critic/score/max": float(scores_B.max()),
+        "critic/score/clipped_mean": float(clipped_B.mean()),
+        "critic/score/clip_ratio": float((scores_B.abs() > clip).double().mean()),
+    }
+    if group_size > 1:
+        equal_G = equal_groups(clipped_B, group_size=group_size, tolerance=tolerance).double()
+        metrics["rollout/groups_equal"] = float(equal_G.sum())
+        metrics["rollout/groups_equal_share"] = float(equal_G.mean())
+    return metrics
+
+
+def rollout_metrics(
+    rollout: Rollout, tables: Tables, config: PPOStage, *, beta: float, gen_seconds: float
+) -> dict[str, float]:
+    """`score_metrics`, and means over the rollout's answers or tokens. beta: KL coefficient. gen_seconds: time of the
+    generation.
+    """
+    t, lengths_B, reward = tables, rollout.lengths_B().float(), config.reward
+    metrics = {
+        **score_metrics(t.scores_B, clip=reward.clip, group_size=config.rollout.n, tolerance=reward.equal_tolerance),
         "critic/rewards/mean": float(t.rewards_BA.sum(-1).mean()),
         "critic/advantages/mean": t.token_mean(t.advantages_BA),
         "critic/returns/mean": t.token_mean(t.returns_BA),
@@ -102,7 +106,7 @@ def rollout_metrics(
         "actor/entropy": t.token_mean(t.entropy_BA),
         **logprob_mismatch(t.old_BA, t.rollout_BA, t.mask_BA),
     }
-    if with_environment:
+    if config.rollout.environment is not None:
         observed_tokens = sum(stop - start for a in rollout.answers for start, stop in a.observed)
         metrics["environment/turns/mean"] = sum(a.turns for a in rollout.answers) / rollout.size
         metrics["environment/observed_tokens/mean"] = observed_tokens / rollout.size
@@ -111,5 +115,6 @@ def rollout_metrics(
         variance = t.token_mean((t.returns_BA - mean_return) ** 2)
         unexplained = t.token_mean((residual_BA - t.token_mean(residual_BA)) ** 2)
         metrics["critic/values/mean"] = t.token_mean(t.values_BA)
-        metrics["critic/vf_explained_var"] = 1 - unexplained / max(variance, 1e-8)
+        constant = is_rounding(torch.tensor(variance**0.5), torch.tensor(mean_return))
+        metrics["critic/vf_explained_var"] = 0.0 if constant else 1 - unexplained / max(variance, 1e-8)
     return metrics

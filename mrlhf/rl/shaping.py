@@ -14,6 +14,7 @@ from mrlhf.losses import check_choice
 
 SCALINGS = ("none", "whiten", "std", "running_std")
 VARIANCE_FLOOR = 1e-8
+EQUAL_TOLERANCE = 1e-6  # the default of reward.equal_tolerance: above the rounding of fp32 sums
 
 
 def overlong_penalty(lengths_B: Tensor, *, limit: int, buffer: int, factor: float) -> Tensor:
@@ -30,12 +31,26 @@ def overlong_penalty(lengths_B: Tensor, *, limit: int, buffer: int, factor: floa
     return -factor * beyond_B.clamp(0.0, 1.0)
 
 
-def informative_groups(scores_B: Tensor, *, group_size: int) -> Tensor:
-    """bool [G]: whether the scores of a group differ. Equal scores give advantages of 0 with every group estimator:
-    DAPO's dynamic sampling (Yu 2025) drops such groups.
+def equal_groups(scores_B: Tensor, *, group_size: int, tolerance: float = EQUAL_TOLERANCE) -> Tensor:
+    """bool [G]: whether the scores of a group are equal: max - min <= tolerance x max(1, largest |score|).
+
+    What differs by less is rounding, which a division by the group's std would turn into advantages of order 1.
     """
-    scores_GN = scores_B.view(-1, group_size)
-    return (scores_GN != scores_GN[:, :1]).any(1)
+    scores_GN = scores_B.double().view(-1, group_size)
+    return scores_GN.amax(1) - scores_GN.amin(1) <= tolerance * scores_GN.abs().amax(1).clamp(min=1.0)
+
+
+def informative_groups(scores_B: Tensor, *, group_size: int, tolerance: float = EQUAL_TOLERANCE,
+                       clip: float = math.inf) -> Tensor:
+    """bool [G]: whether the scores of a group, clipped to +-clip, differ. Equal scores give advantages of 0 with every
+    group estimator: DAPO's dynamic sampling (Yu 2025) drops such groups.
+    """
+    return ~equal_groups(scores_B.clamp(-clip, clip), group_size=group_size, tolerance=tolerance)
+
+
+def is_rounding(std: Tensor, mean: Tensor) -> Tensor:
+    """bool: whether numbers of this mean and standard deviation are all the same but for fp32 rounding."""
+    return std <= EQUAL_TOLERANCE * mean.abs()
 
 
 class RunningStd:
@@ -71,8 +86,8 @@ class RunningStd:
 def scale_scores(scores_B: Tensor, *, scaling: str, running: RunningStd) -> Tensor:
     """[B]. none: r. whiten: (r - mean) / std. std: r / std. running_std: r / std of all rollouts so far.
 
-    Mean and biased std run over scores_B, or over all scores that `running` has seen; a std is at least 1e-4. Raises
-    ConfigError for an unknown scaling.
+    Mean and biased std run over scores_B, or over all scores that `running` has seen; a std is at least 1e-4. Scores
+    that differ by rounding alone whiten to 0. Raises ConfigError for an unknown scaling.
     """
     check_choice("scaling", scaling, SCALINGS)
     if scaling == "none":
@@ -80,5 +95,7 @@ def scale_scores(scores_B: Tensor, *, scaling: str, running: RunningStd) -> Tens
     if scaling == "running_std":
         return (scores_B.double() / running.update(scores_B)).float()
     x = scores_B.double()
-    std = x.var(unbiased=False).clamp(min=VARIANCE_FLOOR).sqrt()
-    return ((x - x.mean() if scaling == "whiten" else x) / std).float()
+    std, mean = x.std(unbiased=False), x.mean()
+    if scaling == "whiten":
+        x = (x - mean).masked_fill(is_rounding(std, mean), 0.0)
+    return (x / std.clamp(min=VARIANCE_FLOOR**0.5)).float()

@@ -26,7 +26,7 @@ FREE_TO_CHANGE = (
     "rollout.tensor_parallel_size", "rollout.placement", "rollout.num_ranks", "rollout.kv_cache_mib",
     "rollout.max_num_seqs", "rollout.reshard_bucket_mib", "rollout.sleep", "rollout.environment_threads",
     "rollout.environment_timeout_s", "rollout.mismatch_warning", "rollout.samples_to_log", "reward.function_",
-    "reward.http_",
+    "reward.http_", "ppo.ratio_tolerance",
 )
 
 

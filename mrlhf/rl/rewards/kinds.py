@@ -14,7 +14,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -37,6 +37,8 @@ class RewardSource:
     "file.py:function, comma-separated URLs, or the checkpoint directory"
     weight: float = 1.0
     "factor of this source's scores in the sum"
+    name: str = ""
+    "in metrics, see `name_sources`"
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.weight, numbers.Real) and not isinstance(self.weight, bool)
@@ -65,6 +67,26 @@ def parse_source(text: str, *, weight: float = 1.0) -> RewardSource:
     if colon and path.endswith(".py") and function.isidentifier():
         return RewardSource("function", text, weight)
     raise ConfigError(f"reward source {text!r} is none of the known forms", expected=SOURCE_FORMS)
+
+
+def name_sources(sources: Sequence[RewardSource]) -> list[RewardSource]:
+    """The sources with names that differ: `function:rewards.py:score` and the like, from the end of each spec.
+
+    A name takes as many parts of its path as tell it from all others. Equal sources are numbered: `...#2`.
+    """
+    paths = [source.spec.rstrip("/").split("/") for source in sources]
+
+    def name(i: int, parts: int) -> str:
+        return f"{sources[i].kind}:{'/'.join(paths[i][-parts:])}"
+
+    names: list[str] = []
+    for i, path in enumerate(paths):
+        others = [k for k in range(len(paths)) if k != i and (sources[k].kind, paths[k]) != (sources[i].kind, path)]
+        lengths = range(1, len(path) + 1)
+        parts = next((n for n in lengths if all(name(k, n) != name(i, n) for k in others)), len(path))
+        names.append(name(i, parts))
+    return [replace(source, name=names[i] + (f"#{names[:i].count(names[i]) + 1}" if names[i] in names[:i] else ""))
+            for i, source in enumerate(sources)]
 
 
 def load_function(source: RewardSource) -> RewardFunction:

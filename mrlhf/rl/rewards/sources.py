@@ -16,7 +16,7 @@ from mrlhf.errors import CheckpointError, ConfigError, MrlhfError, RewardError
 from mrlhf.models.families.spec import check_layout
 from mrlhf.parallel import state
 from mrlhf.rl.rewards.http import HttpReward
-from mrlhf.rl.rewards.kinds import RewardSource, parse_source
+from mrlhf.rl.rewards.kinds import RewardSource, name_sources, parse_source
 from mrlhf.rl.rewards.process import RewardProcess
 from mrlhf.rl.rollout.tables import Rollout
 from mrlhf.training.trainer import Model, place_samples, score_micro_batches
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def _parse_sources(reward: RewardConfig) -> list[RewardSource]:
     weights = reward.weights or (1.0,) * len(reward.sources)
-    return [parse_source(text, weight=w) for text, w in zip(reward.sources, weights, strict=True)]
+    return name_sources([parse_source(text, weight=w) for text, w in zip(reward.sources, weights, strict=True)])
 
 
 def model_sources(reward: RewardConfig) -> list[str]:
@@ -113,11 +113,11 @@ class Rewards:
         for source in self.sources:
             if source.kind == "model":
                 model = Model(open_source(source.spec), parallel, head="value", dtype=dtype, seed=seed)
-                self.models[source.spec] = model
+                self.models[source.name] = model
                 if config.normalize and "reward_mean" not in model.source.manifest and state.is_main():
                     log.info(f"reward model {source.spec} has no score statistics: its scores are not normalised")
         if state.is_main():
-            self.external = {s.spec: _start_source(config, s) for s in self.sources if s.kind != "model"}
+            self.external = {s.name: _start_source(config, s) for s in self.sources if s.kind != "model"}
 
     def close(self) -> None:
         """Ends the processes and connections of rank 0."""
@@ -125,29 +125,34 @@ class Rewards:
             source.close()
 
     def score(self, rollout: Rollout, batches: list[MicroBatch]) -> tuple[torch.Tensor, dict[str, float]]:
-        """The weighted sum of all rewards [B], the same on every rank, and the metrics {"reward/<source>": mean}.
+        """The weighted sum of all rewards [B], the same on every rank, and the metrics {"reward/<source>": mean,
+        "reward_std/<source>": standard deviation}.
 
-        Collective. Raises RewardError on all ranks.
+        The sum is taken in float64: in fp32 sums that are equal on paper differ. Collective. Raises RewardError on all
+        ranks.
         """
-        total_B, parts = torch.zeros(rollout.size), {}
+        scores: dict[str, torch.Tensor] = {}
+        total_B = torch.zeros(rollout.size, dtype=torch.float64)
         for source in self.sources:
             if source.kind == "model":
                 scores_B = self._model_scores(source, rollout, batches)
             else:
                 scores_B = self._external_scores(source, rollout)
             total_B += source.weight * scores_B
-            parts[f"reward/{source.kind}:{source.spec.rsplit('/', 1)[-1]}"] = float(scores_B.mean())
+            scores[source.name] = scores_B
         if self.environment:
-            scores_B = torch.tensor([answer.reward for answer in rollout.answers])
-            total_B += scores_B
-            parts["reward/environment"] = float(scores_B.mean())
-        return total_B, parts
+            scores["environment"] = torch.tensor([answer.reward for answer in rollout.answers], dtype=torch.float64)
+            total_B += scores["environment"]
+        means = {f"reward/{name}": float(scores_B.mean()) for name, scores_B in scores.items()}
+        stds = {f"reward_std/{name}": float(scores_B.std(unbiased=False)) for name, scores_B in scores.items()}
+        largest = torch.finfo(torch.float32).max  # beyond it fp32 has infinity, which no clip brings back into a mean
+        return total_B.clamp(-largest, largest).float(), means | stds
 
     def _model_scores(self, source: RewardSource, rollout: Rollout, batches: list[MicroBatch]) -> torch.Tensor:
-        model = self.models[source.spec]
+        model = self.models[source.name]
         scores_B = torch.zeros(rollout.size, dtype=torch.float64)
         place_samples(scores_B, batches, score_micro_batches(model, batches))
-        scores_B = state.sum_over_data_parallel(scores_B).float()
+        scores_B = state.sum_over_data_parallel(scores_B)
         if not bool(scores_B.isfinite().all()):
             raise RewardError(f"reward model {source.spec!r} gave a score that is not finite")
         statistics = model.source.manifest
@@ -164,7 +169,7 @@ class Rewards:
                 "labels": rollout.labels, "prompt_ids": rollout.prompts,
                 "completion_ids": [a.tokens for a in rollout.answers],
             }
-            external = self.external[source.spec]
+            external = self.external[source.name]
             if isinstance(external, HttpReward):
                 columns["tokenizer"] = self.fingerprint
             try:
@@ -174,4 +179,4 @@ class Rewards:
         dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
             raise RewardError(answer[1])
-        return torch.tensor(answer[0], dtype=torch.float32)
+        return torch.tensor(answer[0], dtype=torch.float64)
