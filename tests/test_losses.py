@@ -168,7 +168,25 @@ def test_accuracy_by_margin():
     }
 
 
+def test_accuracy_does_not_count_rounding():
+    scores = torch.tensor([1.0, -3.3333333, 1e4])
+    higher = scores + torch.tensor([1.2e-7, 2.4e-7, 1e-3])
+    _, metrics = pairwise_loss(higher, scores)
+    assert mean(metrics["accuracy"]) == 0
+    buckets = accuracy_by_margin(higher, scores, weight=torch.ones(3))
+    assert buckets["accuracy_by_margin/0-0.5"].tolist() == [0, 3]
+    assert mean(pairwise_loss(scores + 1e-1, scores)[1]["accuracy"]) == 1
+
+
 class TestDpoLoss:
+    @pytest.mark.parametrize("rounding,noise", [(1e-6, 1e-5), (1e-4, 3e-3)])
+    def test_accuracy_does_not_count_rounding(self, rounding, noise):
+        pc, pr = torch.tensor([-50.0, -80.0, -60.0]), torch.tensor([-40.0, -90.0, -55.0])
+        rc = pc - torch.tensor([noise, -noise, noise])
+        options = {"beta": 0.1, "rounding": rounding}
+        assert mean(dpo_loss(pc, pr, rc, pr, **options)[1]["rewards/accuracies"]) == 0
+        assert mean(dpo_loss(pc, pr, pc - 0.1, pr, **options)[1]["rewards/accuracies"]) == 1
+
     def test_first_loss_is_ln_2(self):
         pc, pr = torch.tensor([-812.25, -3.0]), torch.tensor([-700.5, -9.0])
         loss, metrics = dpo_loss(pc, pr, pc, pr, beta=0.1)

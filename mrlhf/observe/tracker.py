@@ -139,7 +139,7 @@ class Tracker:
         width = len(str(self.total_steps))
         parts = [f"step {step:>{width}}/{self.total_steps}"]
         if _is_evaluation(values):
-            parts += [f"{k.replace('eval/', 'eval ', 1)} {v:.4f}" for k, v in values.items()]
+            parts += [f"{k.replace('eval/', 'eval ', 1)} {_short(v, '.4f')}" for k, v in values.items()]
             return " | ".join(parts)
         parts += [f"{label} {_short(values[key], spec):>{pad}}" for key, label, spec, pad in _COLUMNS if key in values]
         speed = values.get("perf/tokens_per_s_per_gpu", values.get("rollout/tokens_per_s"))

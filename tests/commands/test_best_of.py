@@ -22,6 +22,9 @@ def test_choose() -> None:
         "nor is an empty text an answer"
     )
     assert choose_best_and_worst(["a", ""], [1.0, 3.0], [False, True]) is None
+    nearly = [2.0, 2.0000001, 1.9999999]
+    assert choose_best_and_worst(["a", "b", "c"], nearly, [True] * 3, tolerance=1e-6) == Choice(0, None), "rounding"
+    assert choose_best_and_worst(["a", "b", "c"], [2.0, 2.1, 1.0], [True] * 3, tolerance=1e-6) == Choice(1, 2)
 
 
 def test_rows_are_what_preprocessing_takes() -> None:

@@ -87,6 +87,9 @@ def test_console_line_of_sft_and_ppo(tmp_path):
         "ETA 1:00:00"
     )
     assert line.isascii()
+    huge = run.console_line(99, {"critic/score/mean": -1.25e29, "actor/grad_norm": 123456789.0})
+    assert "| score -1.3e+29 | grad_norm 1.2e+08 |" in huge
+    assert "| eval score/mean 1.0e+30" in run.console_line(99, {"eval/score/mean": 1e30})
 
 
 def test_log_interval_thins_the_console_only(tmp_path, capsys):

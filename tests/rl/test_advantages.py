@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mrlhf.errors import ConfigError
 from mrlhf.rl.advantages import compute_advantages, discounted_returns, gae, group_scores, token_rewards, whiten
+from mrlhf.rl.shaping import RunningStd, informative_groups, scale_scores
 
 NAN = float("nan")
 
@@ -163,6 +164,13 @@ class TestWhiten:
         torch.testing.assert_close(got, whiten(x, mask), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("values", [[1e6, 1e6 + 0.0625, 1e6], [0.1, 0.1 + 7e-9, 0.1], [-3.0, -3.0000002]])
+def test_whitening_makes_nothing_of_rounding(values):
+    x = torch.tensor(values)
+    assert not whiten(x, torch.ones_like(x)).any()
+    assert not scale_scores(x, scaling="whiten", running=RunningStd()).any()
+
+
 class TestGroupScores:
     SCORES = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
 
@@ -197,6 +205,46 @@ class TestGroupScores:
     @given(st.sampled_from(["rloo", "grpo", "dr_grpo", "reinforce_baseline"]), st.integers(2, 9), st.floats(-10, 10))
     def test_equal_scores_give_exactly_zero(self, estimator, group_size, score):
         assert not group_scores(torch.full((group_size,), score), estimator=estimator, group_size=group_size).any()
+
+    NEARLY_EQUAL = (
+        [1.0 * 0.0 + 0.5 * 0.0 + 0.2 * 0.8, 0.16 + 1.5e-8],
+        [0.1 + 0.2 - 0.3, 0.0, 7.45e-9, -7.45e-9],
+        [1e4, 1e4 + 2**-10, 1e4, 1e4 - 2**-10],
+        [-3.3333333, -3.3333335, -3.333333],
+        [1e-8, 2e-8],
+    )
+
+    @pytest.mark.parametrize("estimator", ["rloo", "grpo", "dr_grpo", "reinforce_baseline"])
+    @pytest.mark.parametrize("scores", NEARLY_EQUAL)
+    def test_rounding_gives_exactly_zero(self, estimator, scores):
+        scores = torch.tensor(scores, dtype=torch.float64)
+        for x in (scores, scores.float()):
+            assert not group_scores(x, estimator=estimator, group_size=len(x)).any()
+            assert not informative_groups(x, group_size=len(x)).any()
+        assert not group_scores(scores + 5, estimator=estimator, group_size=len(scores)).any()
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.integers(2, 9), st.integers(0, 10**6), st.floats(-2, 1), st.floats(-5, 5))
+    def test_grpo_is_within_a_thousandth_of_the_plain_formula(self, n, seed, scale, offset):
+        scores = offset + 10.0**scale * torch.rand(
+            n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        spread = scores.std()
+        if spread > 1e-3:
+            plain = ((scores - scores.mean()) / (spread + 1e-9)).float()
+            torch.testing.assert_close(
+                group_scores(scores, estimator="grpo", group_size=n), plain, atol=2e-3, rtol=1e-3
+            )
+
+    def test_the_tolerance_covers_a_model_of_less_precision(self):
+        scores = torch.tensor([1.0, 1.0078125, 1.0, 0.0, 1.0, 0.0])
+        assert group_scores(scores, estimator="grpo", group_size=3).count_nonzero() == 6
+        shaped = group_scores(scores, estimator="grpo", group_size=3, tolerance=0.02)
+        assert not shaped[:3].any() and shaped[3:].count_nonzero() == 3
+        mask = torch.ones(6, 4)
+        options = {"group_size": 3, "beta": 0.0, "clip": 10.0, "gamma": 1.0, "lam": 1.0, "tolerance": 0.02}
+        advantages, *_ = compute_advantages(scores, torch.zeros(6, 4), None, mask, estimator="rloo", **options)
+        assert not advantages[:3].any() and advantages[3:].any()
 
     def test_wrong_groups_are_refused(self):
         with pytest.raises(ConfigError, match="do not split into groups of 4"):

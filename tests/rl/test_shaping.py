@@ -41,6 +41,12 @@ def test_informative_groups() -> None:
     assert informative_groups(scores, group_size=3).tolist() == [False, True, False]
 
 
+def test_groups_that_the_clip_makes_equal_are_not_informative() -> None:
+    scores = torch.tensor([1e30, 2e30, 11.0, 9.0])
+    assert informative_groups(scores, group_size=2).tolist() == [True, True]
+    assert informative_groups(scores, group_size=2, clip=10.0).tolist() == [False, True]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_running_std_is_that_of_all_scores_together(rollouts: list[list[float]]) -> None:

@@ -4,6 +4,8 @@ parallelism.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -140,6 +142,47 @@ def test_shape_and_dtype() -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.bfloat16
         assert float((a.float() - b).norm() / b.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_bf16_logits_keep_fp32_digits(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
+    """Logits near 30 of hidden states that differ by bf16 rounding: bf16 logits would move a ratio by 13 % and more."""
+    monkeypatch.setattr(logprobs, "_TILE_BYTES", 7 * 4 * 64)  # several tiles of the head
+    generator = torch.Generator().manual_seed(0)
+    n, h, v = 500, 64, 600
+    weight = torch.randn(v, h, generator=generator) / h**0.5
+    best, second = torch.randint(0, v, (2, n), generator=generator)
+    towards = weight[best] + 0.9 * weight[second]
+    hidden = 30 * towards / (towards * weight[best]).sum(-1, keepdim=True)
+    again = hidden * (1 + 0.002 * torch.randn(n, h, generator=generator))
+    head = Head(weight.bfloat16(), v - 3, softcap=softcap)
+    old, new = (head_logprobs(x.bfloat16(), second.clamp(max=v - 4), head).logps for x in (hidden, again))
+    exact = Head(head.weight_WH.float(), v - 3, softcap=softcap)
+    wanted = head_logprobs(hidden.bfloat16().float(), second.clamp(max=v - 4), exact).logps
+    torch.testing.assert_close(old, wanted, atol=2e-5, rtol=2e-6)
+    assert float(((new - old).exp() - 1).abs().max()) < 0.1
+
+
+def test_the_product_on_a_gpu_has_an_fp32_result() -> None:
+    """Shapes and dtypes alone: fake tensors on a device that need not be there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(n, 16, dtype=torch.bfloat16, device="cuda") for n in (8, 32))
+        logprobs._product(hidden, weight, torch.empty(8, 32, device="cuda"))
+        with pytest.raises(RuntimeError):
+            logprobs._product(hidden, weight, torch.empty(8, 32, dtype=torch.bfloat16, device="cuda"))
+
+
+def test_values_of_a_bf16_model_keep_fp32_digits() -> None:
+    from mrlhf.models.gpt import ValueHead
+
+    config = SimpleNamespace(hidden_size=64, params_dtype=torch.bfloat16, sequence_parallel=False)
+    head, hidden = ValueHead(config, None), torch.randn(5, 1, 64).bfloat16().requires_grad_()
+    values, _ = head(hidden)
+    assert torch.equal(values, hidden.detach().float() @ head.weight.detach().float().T)
+    values.sum().backward()
+    assert hidden.grad.dtype == head.weight.grad.dtype == torch.bfloat16
 
 
 def test_large_logits_do_not_overflow() -> None:

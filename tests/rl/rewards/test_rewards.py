@@ -6,9 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mrlhf.errors import ConfigError, RewardError
-from mrlhf.rl.rewards.kinds import RewardSource, check_scores, load_function, parse_source, score_with_function
+from mrlhf.rl.rewards.kinds import (
+    RewardSource,
+    check_scores,
+    load_function,
+    name_sources,
+    parse_source,
+    score_with_function,
+)
+from mrlhf.rl.rewards.sources import Rewards
+from mrlhf.rl.rollout.tables import Rollout
+from mrlhf.rl.rollout.vllm_engine import Answer
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "rewards"
 
@@ -45,6 +56,58 @@ class TestParseSource:
     def test_wrong_weights_are_refused(self, weight):
         with pytest.raises(ConfigError, match="weight"):
             parse_source("model:rm", weight=weight)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "texts,names",
+        [
+            (["rw/a/rew.py:rew", "rw/b/rew.py:rew"], ["function:a/rew.py:rew", "function:b/rew.py:rew"]),
+            (["rew.py:rew", "b/rew.py:rew"], ["function:rew.py:rew", "function:b/rew.py:rew"]),
+            (["x/rew.py:f", "x/rew.py:g"], ["function:rew.py:f", "function:rew.py:g"]),
+            (["http://a:1/score", "http://b:1/score"], ["http:a:1/score", "http:b:1/score"]),
+            (["http://a/s,http://b/s", "http://c/s"], ["http:b/s", "http:c/s"]),
+            (["model:x/hf", "model:y/hf/", "model:z/rm"], ["model:x/hf", "model:y/hf", "model:rm"]),
+            (["model:a/b/hf", "model:c/b/hf", "x.py:f"], ["model:a/b/hf", "model:c/b/hf", "function:x.py:f"]),
+            (["x.py:f", "x.py:f", "x.py:f"], ["function:x.py:f", "function:x.py:f#2", "function:x.py:f#3"]),
+            (["model:rm"], ["model:rm"]),
+        ],
+    )
+    def test_every_source_has_a_name_of_its_own(self, texts, names):
+        assert [source.name for source in name_sources([parse_source(text) for text in texts])] == names
+
+
+def make_rewards(scores: dict[str, list[float]], weights: list[float], environment: bool = False) -> Rewards:
+    """Rewards whose sources gave these scores."""
+    rewards = object.__new__(Rewards)
+    rewards.environment = environment
+    rewards.sources = [
+        RewardSource("function", name, weight, name) for name, weight in zip(scores, weights, strict=True)
+    ]
+    rewards._external_scores = lambda source, _: torch.tensor(scores[source.name], dtype=torch.float64)
+    return rewards
+
+
+def rollout_of(*rewards: float) -> Rollout:
+    return Rollout([[1]] * len(rewards), [Answer([2], [0.0], True, (), r) for r in rewards], [None] * len(rewards))
+
+
+class TestSum:
+    def test_sums_that_are_equal_on_paper_are_equal(self):
+        given = {"a": [0.0, 0.0, 0.7], "b": [0.0, 0.2, 0.1], "c": [0.8, 0.3, -2.95]}
+        total, _ = make_rewards(given, [1.0, 0.5, 0.2]).score(rollout_of(0, 0, 0), [])
+        assert total.dtype == torch.float32 and total.tolist() == [total[0]] * 3
+        given = {"a": [0.1, 0.0], "b": [0.2, 0.0], "c": [0.3, 0.0]}
+        total, _ = make_rewards(given, [1.0, 1.0, -1.0], environment=True).score(rollout_of(1e4, 1e4), [])
+        assert total.tolist() == [1e4, 1e4]
+
+    def test_means_and_deviations_of_every_source(self):
+        _, parts = make_rewards({"a": [1.0, 3.0], "b": [2.0, 2.0]}, [1.0, 1.0]).score(rollout_of(0, 0), [])
+        assert parts == {"reward/a": 2, "reward/b": 2, "reward_std/a": 1, "reward_std/b": 0}
+
+    def test_a_score_beyond_fp32_stays_finite(self):
+        total, _ = make_rewards({"a": [1e300, -1e300]}, [1e10]).score(rollout_of(0, 0), [])
+        assert total.isfinite().all() and total[0] > 3e38
 
 
 class TestLoadFunction:
