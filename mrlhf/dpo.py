@@ -50,7 +50,6 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
     reference: summed log-prob of every answer of the loader's dataset, by sample index.
     """
     options, mean = config.dpo, config.dpo.length_normalize
-    rounding = 1e-6 if config.model.dtype == "float32" else 1e-4
 
     def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
         policy_N = answer_logps(trainer, hidden_BTH, batch, mean=mean)
@@ -61,7 +60,7 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
         weight_P = batch.weights_N[chosen]
         total, partials = dpo_loss(policy_N[chosen], policy_N[rejected], reference_N[chosen], reference_N[rejected],
                                    beta=options.beta, kind=options.loss, label_smoothing=options.label_smoothing,
-                                   denominator=1.0, weight=weight_P, rounding=rounding)
+                                   denominator=1.0, weight=weight_P)
         if options.nll_coef:
             nll_P = -policy_N[chosen] / (1 if mean else batch.sum_N(batch.mask_BT)[chosen].clamp(min=1))
             total = total + options.nll_coef * (nll_P * weight_P).sum()

@@ -126,9 +126,9 @@ def masked_cross_entropy(logps: Tensor, mask: Tensor, *, denominator: Tensor | f
                        segment_ids=segment_ids, num_segments=num_segments)[0]
 
 
-def _rounding(*terms: Tensor, relative: float = 1e-6) -> Tensor:
+def _rounding(*terms: Tensor) -> Tensor:
     """What fp32 rounding of the terms can make of a sum of them that is 0."""
-    return relative * torch.stack(terms).detach().abs().sum(0)
+    return 1e-6 * torch.stack(terms).detach().abs().sum(0)
 
 
 def pairwise_loss(chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | float | None = None, kind: str = "sigmoid",
@@ -189,7 +189,6 @@ def accuracy_by_margin(chosen_P: Tensor, rejected_P: Tensor, *, weight: Tensor) 
 def dpo_loss(
     pc_B: Tensor, pr_B: Tensor, rc_B: Tensor, rr_B: Tensor, *, beta: float, kind: str = "sigmoid",
     label_smoothing: float = 0.0, denominator: Tensor | float | None = None, weight: Tensor | None = None,
-    rounding: float = 1e-6,
 ) -> tuple[Tensor, Metrics]:
     """Direct preference optimization over P pairs, from log-probs *summed* over each answer's tokens (Rafailov 2023).
 
@@ -198,10 +197,10 @@ def dpo_loss(
           "ipo" (d - 1 / (2 beta))^2 (Azar 2023, eq. 17), "hinge" max(0, 1 - beta d) (SLiC, Zhao 2023).
           For length-normalized ipo pass means instead of sums.
     weight [P]: 0 for a padding pair, which is not counted. denominator: pairs of the whole optimizer step.
-    rounding: relative error of a log-prob; d must exceed that of its terms to count in rewards/accuracies.
 
-    Returns (loss, metrics): rewards/{chosen,rejected} = beta (policy - reference), rewards/margins, rewards/accuracies,
-    logps/{chosen,rejected}, all [sum, count]. With policy == reference the sigmoid loss is ln 2.
+    Returns (loss, metrics): rewards/{chosen,rejected} = beta (policy - reference), rewards/margins, rewards/accuracies
+    (share with d above its rounding), logps/{chosen,rejected}, all [sum, count]. With policy == reference the sigmoid
+    loss is ln 2.
     Raises ConfigError for an unknown kind, beta <= 0 or a label_smoothing that does not apply; ValueError if shapes
     differ.
     """
@@ -232,7 +231,7 @@ def dpo_loss(
         "rewards/chosen": sum_and_count(beta * chosen_P, keep),
         "rewards/rejected": sum_and_count(beta * rejected_P, keep),
         "rewards/margins": sum_and_count(beta * d_P, keep),
-        "rewards/accuracies": sum_and_count(d_P > _rounding(pc_P, pr_P, rc_P, rr_P, relative=rounding), keep),
+        "rewards/accuracies": sum_and_count(d_P > _rounding(pc_P, pr_P, rc_P, rr_P), keep),
         "logps/chosen": sum_and_count(pc_P, keep),
         "logps/rejected": sum_and_count(pr_P, keep),
     }

@@ -1,4 +1,4 @@
-"""The first ratio: rounding goes on, faults end the run. A rollout that teaches nothing shows in metrics and warnings."""
+"""The first ratio: rounding goes on, faults end the run. A rollout that teaches nothing shows in metrics and log."""
 
 from __future__ import annotations
 

@@ -98,6 +98,12 @@ def main() -> None:
             log = ppo.update(trainer, rollout, loss, step=1, ptx=ptx)
             after = torch.cat([p.flatten() for p in trainer.parameters().values()])
             found[case, micro, packing] = (after - before, log)
+    try:  # the old log-probs of another position, on the last trainer: every rank must end
+        wrong = actor_loss(trainer, config, beta=0.3, old_BA=old_BA.roll(1, 1), ref_BA=None, advantages_BA=noise[1],
+                           rollout_BA=old_BA)  # fmt: skip
+        ppo.update(trainer, rollout, wrong, step=2)
+    except FloatingPointError as error:
+        found["fault"] = str(error)
     if dist.get_rank() == 0:
         torch.save(found, out)
     state.shutdown()
