@@ -9,12 +9,13 @@ import difflib
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from mrlhf import __version__
-from mrlhf.commands.tool import show_user_errors
+from mrlhf.commands.tool import leave_at_interrupt, show_user_errors
 from mrlhf.config.load import load_config
-from mrlhf.config.options import STAGES
+from mrlhf.config.options import STAGES, TrainingConfig
 from mrlhf.config.process import USER_ERROR, prepare_environment, torchrun_rank
 from mrlhf.config.schema import help_text
 from mrlhf.errors import ConfigError
@@ -51,6 +52,7 @@ USAGE = (
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status: 2 for an `MrlhfError`, which is printed once."""
+    leave_at_interrupt()
     prepare_environment()
     return show_user_errors(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
 
@@ -85,7 +87,8 @@ def _dispatch(argv: list[str]) -> int:
 
     def run_stage() -> int:
         module = MODULES.get(name, f"mrlhf.{name}")
-        return show_user_errors(lambda: _exit_status(importlib.import_module(module).main(config)))
+        run_dir = Path(config.train.output_dir) if isinstance(config, TrainingConfig) else None
+        return show_user_errors(lambda: _exit_status(importlib.import_module(module).main(config)), run_dir=run_dir)
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record

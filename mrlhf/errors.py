@@ -10,14 +10,18 @@ without a traceback and exits with status 2; any other exception is a bug and ke
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 
 class MrlhfError(ValueError):
     """Base of all errors that the user's input causes.
 
-    `where` is `file:line` or a config key; `expected` and `fix` are one-line texts or None.
+    `where` is `file:line` or a config key; `expected` and `fix` are one-line texts or None. `ends_a_run`: it ends a run
+    under way, and the command line adds what is kept. `on_all_ranks`: every rank raises it, after the same collectives.
     """
+
+    ends_a_run = on_all_ranks = False
 
     def __init__(self, what: str, *, where: str | None = None, expected: str | None = None, fix: str | None = None):
         self.what, self.where, self.expected, self.fix = what, where, expected, fix
@@ -55,9 +59,19 @@ class CheckpointError(MrlhfError):
 class RewardError(MrlhfError):
     """A reward source failed, or a score is missing or not finite."""
 
+    ends_a_run = on_all_ranks = True
+
 
 class ToolError(MrlhfError):
     """An environment (rollout.environment) raised an error, timed out or returned a wrong type."""
+
+    ends_a_run = on_all_ranks = True
+
+
+class NotFinite(MrlhfError, FloatingPointError):
+    """A loss or gradient norm is NaN or infinite, or passes over the same tokens disagree."""
+
+    ends_a_run = on_all_ranks = True
 
 
 class EnvironmentProblem(MrlhfError):
@@ -70,6 +84,8 @@ class OutOfMemory(MrlhfError):
     peaks: GiB of every phase so far, including this one. remedies: one line for each possible change.
     """
 
+    ends_a_run = True
+
     def __init__(self, what: str, *, peaks: dict[str, float], remedies: list[str]):
         self.peaks, self.remedies = peaks, remedies
         super().__init__(what)
@@ -77,8 +93,7 @@ class OutOfMemory(MrlhfError):
     def render(self) -> str:
         lines = [self.what, "  peaks:    " + ", ".join(f"{phase} {gib:.2f} GiB" for phase, gib in self.peaks.items())]
         lines += [f"  fix:      {remedy}" for remedy in self.remedies]
-        kept = "the last checkpoint, but nothing of this step; the command with such a change goes on from it"
-        return "\n".join([*lines, f"  kept:     {kept}"])
+        return "\n".join(lines)
 
 
 class SeveralErrors(MrlhfError):
@@ -92,6 +107,20 @@ class SeveralErrors(MrlhfError):
 def error_text(error: MrlhfError) -> str:
     """The error as a user sees it: with its kind, which each of several errors has in its own text."""
     return str(error) if isinstance(error, SeveralErrors) else f"{type(error).__name__}: {error}"
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+                errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
+def disk_problem(error: OSError) -> EnvironmentProblem | None:
+    """The error as the user's: a full or read-only disk, no permission, a wrong kind of path. None for other causes."""
+    if error.errno not in _DISK_ERRORS:
+        return None
+    name = "a disk" if error.filename is None else str(error.filename)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "make room, then the same command again" if full else "another path, or mend this one"
+    return EnvironmentProblem(str(error.strerror), where=name, fix=fix)
 
 
 class Problems:

@@ -165,7 +165,7 @@ def test_everything_at_once_and_once_under_torchrun(world: Path, other_tokenizer
         "ConfigError: parallel: 2 ranks cannot be divided into tensor 3 x pipeline 1",
         f"DataError: data.train = {world / 'pref'}: the data was made with --task preference",
         f"DataError: data.train = {world / 'pref'}: the data's tokenizer ({world / 'qwen2'}, ",
-        f"DataError: {world / 'nowhere'}.json: no such dataset",
+        f"DataError: data.eval: {world / 'nowhere'}.json: no such dataset",
         "5 problems:",
     ):
         assert done.stderr.count(text) == 1, text
@@ -534,3 +534,118 @@ def test_resuming_with_another_configuration_shows_the_difference(world: Path, t
     for key, value in {"data.seq_length": 160, "train.global_batch_size": 16}.items():
         with pytest.raises(MrlhfError, match=key):
             check_resume(config(**{key: value}), tmp_path)
+
+
+def test_paths_are_compared_as_paths(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model, of data, and of the sources of a blend; relative ones from where the run was started."""
+    from mrlhf.training.resume import check_resume
+
+    def config(data: object, model: object = world / "qwen2") -> Any:
+        changes = {"train.output_dir": run_dir, "data.train": data, "data.eval": data_eval, "model.path": model}
+        return load_config(STAGES["sft"], None, options(world, "sft", **changes))
+
+    run_dir, data_eval = tmp_path / "run", "sft"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(dump_yaml(config(f"[{{prefix: {world}/sft, epochs: 2}}]", "qwen2")))
+    (run_dir / "env.json").write_text(json.dumps({"cwd": str(world)}))
+    (tmp_path / "link").symlink_to(world)
+    monkeypatch.chdir(tmp_path)
+    data_eval = "link/sft"
+    check_resume(config("[{prefix: ./link/sft, epochs: 2}]", "link/qwen2/"), run_dir)
+    for data, model in (("[{prefix: link/sft, epochs: 3}]", "link/qwen2"), ("[{prefix: x, epochs: 2}]", "link/qwen2")):
+        with pytest.raises(MrlhfError, match="another configuration: data.train: "):
+            check_resume(config(data, model), run_dir)
+    with pytest.raises(MrlhfError, match="another configuration: model.path: "):
+        check_resume(config("[{prefix: link/sft, epochs: 2}]", "link/llama"), run_dir)
+
+
+def test_the_run_of_another_stage_is_named(world: Path, tmp_path: Path) -> None:
+    from mrlhf.checkpoint.manifest import write_manifest
+    from mrlhf.training.resume import check_resume
+
+    def config(stage: str) -> Any:
+        return load_config(STAGES[stage], None, options(world, stage, **{"train.output_dir": tmp_path}))
+
+    (tmp_path / "config.yaml").write_text(dump_yaml(config("ppo")))
+    with pytest.raises(MrlhfError, match=f"{tmp_path} holds a run of ppo"):
+        check_resume(config("sft"), tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    check_resume(config("sft"), tmp_path)
+    (tmp_path / "checkpoints/step_3").mkdir(parents=True)
+    write_manifest(tmp_path / "checkpoints/step_3", {"stage": "rm", "step": 3})
+    with pytest.raises(MrlhfError, match=f"{tmp_path} holds a run of rm"):
+        check_resume(config("sft"), tmp_path)
+    check_resume(config("rm"), tmp_path)
+
+
+def test_a_directory_and_loggers_that_do_not_work(
+    problems: Callable[..., list[MrlhfError]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every problem before the run, also of what has been a note until the run was over."""
+    (tmp_path / "file").touch()
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    changes = {
+        "logging__wandb_project": "p",
+        "logging__mlflow_experiment": "e",
+        "train__output_dir": tmp_path / "file/x",
+    }
+    for stage in ("sft", "ppo"):
+        wandb, mlflow, directory = problems(stage, **changes)
+        assert wandb.where == "logging.wandb_project" and "pip install 'mrlhf[wandb]'" in (wandb.fix or "")
+        assert mlflow.where == "logging.mlflow_experiment" and f"{tmp_path}/file is not a directory" in directory.what
+
+
+def test_a_gpu_that_torch_cannot_use_is_a_problem_of_every_stage(
+    problems: Callable[..., list[MrlhfError]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrlhf.errors import EnvironmentProblem
+    from mrlhf.parallel import device
+
+    def refuse() -> None:
+        raise EnvironmentProblem("there is a GPU")
+
+    monkeypatch.setattr(device, "current", refuse)
+    (error,) = problems("sft")
+    assert error.what == "there is a GPU"
+
+
+def test_raw_records_are_told_from_data(problems: Callable[..., list[MrlhfError]], world: Path, tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "rows.json", "rows.parquet"):
+        (tmp_path / name).write_text("[]")
+        (error,) = problems("sft", data__train=tmp_path / name)
+        assert error.where == f"data.train = {tmp_path / name}" and "a file of raw records" in error.what
+        assert f"tools/preprocess_data.py --input {tmp_path / name}" in (error.fix or "")
+    (error,) = problems("sft", data__eval=tmp_path)
+    assert "a directory" in error.what and "data.eval" in (error.where or "")
+    (error,) = problems("sft", data__train=world / "sft.bin")
+    assert "leave out .bin" in (error.fix or "")
+
+
+def test_hardly_a_step_is_warned_of(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mrlhf.commands import dry_run
+
+    for size, more, warned in ((512, {}, True), (1, {}, False), (512, {"train.max_steps": 1}, False)):
+        changes = {"train.global_batch_size": size, "train.output_dir": tmp_path / "run", **more}
+        dry_run.main(load_config(STAGES["sft"], None, options(world, "sft", **changes)))
+        shown = capsys.readouterr().out
+        assert f"{size:,} packs, about " in shown and ("warning: the run ends after 1 step(s)" in shown) == warned
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EROFS", "EACCES", "ENAMETOOLONG", "ENOTDIR", "EDQUOT", "EFBIG"])
+def test_an_error_of_the_disk_is_a_message(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import errno
+    import os
+
+    from mrlhf.commands.tool import show_user_errors
+
+    def fail() -> int:
+        code = getattr(errno, number)
+        raise OSError(code, os.strerror(code), "runs/x/config.yaml")
+
+    assert show_user_errors(fail) == 2
+    assert capsys.readouterr().err.splitlines()[1].startswith("EnvironmentProblem: runs/x/config.yaml: ")
+    with pytest.raises(FileNotFoundError):
+        show_user_errors(lambda: len(os.listdir("/no/such")))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mrlhf.config.schema import options_of  # noqa: E402
 from mrlhf.data.prepare.job import preprocess  # noqa: E402
 from mrlhf.data.prepare.options import PreprocessConfig  # noqa: E402
-from mrlhf.errors import MrlhfError, error_text  # noqa: E402
+from mrlhf.errors import MrlhfError, disk_problem, error_text  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except MrlhfError as error:
         print(error_text(error), file=sys.stderr)
+        return 2
+    except OSError as caught:
+        if (problem := disk_problem(caught)) is None:
+            raise
+        print(error_text(problem), file=sys.stderr)
         return 2
     return 0
 

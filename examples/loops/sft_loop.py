@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/loops/sft_loop.py --model DIR --data PREFIX --output DIR --tensor-parallel 2
 
 Copy it and change what you like: the loss, the schedule, the log. The stage (`mrlhf sft`) adds resume, evaluation,
-background saves, a stop on SIGTERM, memory and hang reports around the same parts.
+background saves, a stop on Ctrl-C and SIGTERM, memory and hang reports around the same parts.
 Legend: B rows, T tokens, H hidden size.
 """
 

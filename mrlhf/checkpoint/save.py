@@ -48,6 +48,7 @@ from mrlhf.checkpoint.tensor_archive import own_storage, save_tensor, write_meta
 from mrlhf.errors import CheckpointError
 from mrlhf.models import gpt
 from mrlhf.models.hf_files import copy_side_files, write_from
+from mrlhf.observe.directory import is_held
 from mrlhf.parallel import megatron, state
 
 _SPARE_BYTES = 4 << 20  # index, manifest, random states: not counted before a save
@@ -124,9 +125,10 @@ def _remove(path: Path) -> None:
 
 
 def clear_unfinished(directory: Path) -> None:
-    """Removes the temporary directories and files of killed saves."""
+    """Removes the temporary directories and files of killed saves and exports, but for an export that still runs."""
     for path in directory.glob("*.tmp"):
-        _remove(path)
+        if not is_held(path / "lock"):
+            _remove(path)
 
 
 class _Writer(threading.Thread):

@@ -21,7 +21,7 @@ from mrlhf.models.reshard_plan import make_planner
 from mrlhf.parallel import reshard, state
 from mrlhf.parallel.state import Layout
 from mrlhf.training import preflight
-from mrlhf.training.batches import make_order
+from mrlhf.training.batches import few_steps_warning, make_order, step_contents
 from mrlhf.training.resume import check_resume
 
 
@@ -99,6 +99,9 @@ def _show_steps(config: TrainingConfig, data: Dataset) -> None:
         order = make_order(config, data)
         epochs = order.epoch(order.total_steps)
         print(f"steps    {order.total_steps}: {order.mix.pass_rows:,} rows x {epochs:.3g} epochs")
+        print(f"         {step_contents(config, data)}")
+        if warning := few_steps_warning(config, order, data):
+            print(f"warning: {warning}")
     counts = f"{data.num_samples:,} samples in {data.num_packs:,} packs, {data.num_tokens:,} tokens"
     print(f"data     {data.prefix}: {counts}")
     _show_blend(data, order)

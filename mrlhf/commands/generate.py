@@ -24,6 +24,7 @@ from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.errors import CheckpointError, DataError, Problems, RowProblem
 from mrlhf.models.families.spec import check_layout
 from mrlhf.models.reshard_plan import make_weight_update
+from mrlhf.observe.directory import file_problems
 from mrlhf.parallel import device, state
 from mrlhf.rl.rewards.sources import Rewards, check_reward_sources
 from mrlhf.rl.rollout.environments import check_environment, make_environments
@@ -83,9 +84,11 @@ def check_generate(config: GenerateStage, world: int) -> tuple[ModelSource, Para
     if source.head != "lm":
         what = "it holds a value model, which writes no text"
         problems.add(CheckpointError(what, where=config.checkpoint, expected="a language model"))
-    for path in (config.output, config.pairs):
+    for key, path in (("output", config.output), ("pairs", config.pairs)):
         if path is not None and not Path(path).resolve().parent.is_dir():
             problems.add(DataError("the directory does not exist", where=path))
+        elif path is not None:
+            problems.extend(file_problems(path, key=key))
     problems.extend(check_reward_sources(config.reward, source, parallel=parallel, world=world))
     problems.extend(check_environment(config.environment, load_tokenizer(source.hf_dir), {}))
     problems.raise_if_any()

@@ -24,6 +24,7 @@ from mrlhf.data.blend import Dataset
 from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.errors import CheckpointError, ConfigError, Problems
 from mrlhf.models.families.spec import check_layout
+from mrlhf.observe.directory import file_problems
 from mrlhf.parallel import device, state
 from mrlhf.training.batches import make_batch_plan
 from mrlhf.training.preflight import open_data
@@ -54,9 +55,7 @@ def check_score(config: ScoreStage, world: int) -> tuple[ModelSource, Dataset]:
             problems.add(ConfigError(what, where="padding_side", expected="right"))
     data, data_problems = open_data(config.data, key="data", task=None, source=source, seq_length=None)
     problems.extend(data_problems)
-    if Path(config.output).is_dir():
-        what = f"output = {config.output} is a directory"
-        problems.add(ConfigError(what, where="output", expected="a file to write"))
+    problems.extend(file_problems(config.output, key="output"))
     problems.raise_if_any()
     assert source is not None and data is not None
     return source, data

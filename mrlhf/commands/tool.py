@@ -9,9 +9,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from mrlhf.checkpoint.manifest import newest_whole, steps_in
 from mrlhf.config.process import USER_ERROR, prepare_environment, torchrun_rank
-from mrlhf.errors import MrlhfError, SeveralErrors, error_text
+from mrlhf.errors import MrlhfError, SeveralErrors, disk_problem, error_text
 
 PATIENCE_S = 15.0  # rank 0 shows its error first; another rank shows its own only if the job still runs after this time
 
@@ -25,6 +27,7 @@ def run_tool(
     into one machine's memory.
     """
     arguments = parser.parse_args(argv)
+    leave_at_interrupt()
     prepare_environment()
     os.environ.setdefault("MRLHF_DEVICE", "cpu")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -34,28 +37,60 @@ def run_tool(
     except MrlhfError as error:
         print(error_text(error), file=sys.stderr)
         return USER_ERROR
+    except OSError as caught:
+        if (problem := disk_problem(caught)) is None:
+            raise
+        print(error_text(problem), file=sys.stderr)
+        return USER_ERROR
     finally:
         if "mrlhf.parallel.state" in sys.modules:
             sys.modules["mrlhf.parallel.state"].shutdown()
 
 
-def show_user_errors(call: Callable[[], int]) -> int:
-    """Returns the exit status of `call()`; an MrlhfError is printed framed and gives 2."""
+def leave_at_interrupt() -> None:
+    """Ctrl-C ends the process at once and without a traceback, also inside C code; training stages take it later
+    (training/stopping.py). What a command has not finished has a temporary name.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def show_user_errors(call: Callable[[], int], *, run_dir: Path | None = None) -> int:
+    """Returns the exit status of `call()`; an MrlhfError or an error of the disk is printed framed and gives 2.
+
+    run_dir: the run's directory, if `call` is a training stage.
+    """
     try:
         return call()
-    except MrlhfError as error:
-        _show_error(error)
-        if _is_distributed():
-            # A normal exit runs destructors, which wait for ranks that are still inside a collective.
-            sys.stdout.flush()
-            os._exit(USER_ERROR)
-        return USER_ERROR
+    except MrlhfError as caught:
+        error = caught
+    except OSError as caught:
+        if (problem := disk_problem(caught)) is None:
+            raise
+        error = problem
+    _show_error(error, run_dir if error.ends_a_run else None)
+    if _is_distributed():
+        # A normal exit runs destructors, which wait for ranks that are still inside a collective.
+        sys.stdout.flush()
+        os._exit(USER_ERROR)
+    return USER_ERROR
 
 
-def _show_error(error: MrlhfError) -> None:
-    """On rank 0 at once. On another rank only if the job outlives PATIENCE_S: then rank 0 did not see the problem."""
+def _kept(run_dir: Path) -> str:
+    newest, _ = newest_whole(steps_in(run_dir / "checkpoints"), verify="size")
+    if newest is None:
+        return "  kept:     nothing: this run has no checkpoint yet"
+    return f"  kept:     {newest}: the same command continues from there (other numbers: --train.allow_changes '[KEY]')"
+
+
+def _show_error(error: MrlhfError, run_dir: Path | None) -> None:
+    """On rank 0 at once. On another rank only if the job outlives PATIENCE_S: then rank 0 did not see the problem.
+
+    run_dir: of a run that the error ends; its newest checkpoint is named.
+    """
     count = f"{len(error.errors)} problems:\n" if isinstance(error, SeveralErrors) else ""
     text, rank = count + error_text(error), torchrun_rank()
+    if run_dir is not None:
+        text += f"\n{_kept(run_dir)}"
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the stage's own handler would let the sleep continue
         time.sleep(PATIENCE_S)

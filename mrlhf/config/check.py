@@ -120,8 +120,9 @@ def _check_checkpoint(config: options.TrainingConfig) -> Errors:
     interval, saves = config.checkpoint.export_hf_interval, config.checkpoint.save_interval
     if interval and (not saves or interval % saves):
         key = "checkpoint.export_hf_interval"
-        what = f"{key} = {interval} is not a multiple of checkpoint.save_interval = {saves}"
-        errors.append(_error(key, what, "an export is made of a saved checkpoint"))
+        what = f"{key} = {interval} is not a multiple of checkpoint.save_interval = {saves or 'null'}"
+        errors.append(_error(key, what, "an export is made of a saved checkpoint",
+                             None if saves else f"--checkpoint.save_interval {interval}"))
     return errors
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -30,6 +32,12 @@ def dump_yaml(config: StageConfig) -> str:
     return f"# mrlhf {__version__}, {stage}\n{text}"
 
 
+def stage_of(text: str) -> str | None:
+    """The stage in the first line of what `dump_yaml` wrote; None for another text."""
+    name = text.partition("\n")[0].rpartition(", ")[2]
+    return name if name in STAGES else None
+
+
 def _mapping(section: Any) -> dict[str, object]:
     """A dataclass as YAML has it: sections are mappings, tuples are lists."""
     return {f.name: _yaml_value(getattr(section, f.name)) for f in fields(section)}
@@ -44,11 +52,11 @@ def _yaml_value(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def diff(before: StageConfig, after: StageConfig) -> list[str]:
+def diff(before: StageConfig, after: StageConfig, *, same: Callable[[Any, Any], bool] = operator.eq) -> list[str]:
     """What differs between two configurations: `train.seed: 1 -> 2`, in the order of the options."""
     a, b = _leaves(before), _leaves(after)
     pairs = {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in {**a, **b}}
-    return [f"{key}: {show_value(old)} -> {show_value(new)}" for key, (old, new) in pairs.items() if old != new]
+    return [f"{key}: {show_value(old)} -> {show_value(new)}" for key, (old, new) in pairs.items() if not same(old, new)]
 
 
 def _leaves(node: Any, prefix: str = "") -> dict[str, Value]:

@@ -170,7 +170,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    save_interval: NonNegativeInt = option(0, "steps between saves; 0: only at the end")
+    save_interval: NonNegativeInt | None = option(
+        None, "steps between saves; unset: a save every 30 minutes; 0: only at the end. A stopped run saves too")
     keep_last: PositiveInt = option(2, "complete checkpoints to keep")
     best_metric: str | None = option(
         None,

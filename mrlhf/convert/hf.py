@@ -40,6 +40,7 @@ from mrlhf.models import gpt
 from mrlhf.models.families import HFTensor, hf_tensors
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.hf_files import INDEX, HFReader, HFWriter, OutputFile, copy_side_files, plan_output
+from mrlhf.observe.directory import DirectoryLock, directory_problem
 from mrlhf.parallel import device, state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,21 +96,40 @@ def check_weight_map(skeleton: Skeleton, tensors: Mapping[str, HFTensor], spec: 
         )
 
 
+def _lock(temporary: Path, output: Path) -> DirectoryLock:
+    lock = DirectoryLock(temporary / "lock", key=f"--output {output}", kind=CheckpointError,
+                         fix="wait until it ends, or another --output")
+    try:
+        _refuse_existing(output)  # another process may just have finished it
+    except CheckpointError:
+        lock.release()
+        raise
+    return lock
+
+
 @contextmanager
 def _work_directory(output: Path, fingerprint: Mapping[str, Any]) -> Iterator[tuple[Path, Journal]]:
     """The temporary directory of a conversion, and this rank's journal in it.
 
-    The directory stays if the process is killed, and is removed if the input turns out not to fit. A directory of an
-    earlier conversion is continued if it has the same fingerprint, else it is replaced.
+    The directory is locked, stays if the process is killed, and is removed if the input turns out not to fit. A
+    directory of an earlier conversion is continued if it has the same fingerprint, else it is replaced.
     """
     temporary, rank = output.with_name(output.name + ".tmp"), dist.get_rank()
     fingerprint = {"mrlhf": mrlhf.__version__, "ranks": dist.get_world_size(), **fingerprint}
     file = temporary / f"progress_{rank}.jsonl"
+    lock, error = None, None
     if rank == 0:
+        try:
+            lock = _lock(temporary, output)
+        except MrlhfError as caught:
+            error = caught
+    if state.on_any_rank(rank == 0 and lock is None):
+        raise error or CheckpointError("rank 0 cannot write the output", where=str(output))
+    if lock is not None:
         first = file.read_text().split("\n")[0] if file.is_file() else ""
-        if first != json.dumps(fingerprint, sort_keys=True):
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
+        for old in temporary.iterdir() if first != json.dumps(fingerprint, sort_keys=True) else ():
+            if old != lock.file:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     dist.barrier()
     try:
         journal = Journal(file, fingerprint)
@@ -119,14 +139,17 @@ def _work_directory(output: Path, fingerprint: Mapping[str, Any]) -> Iterator[tu
     except MrlhfError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _finish(directory: Path, output: Path, write_last: Callable[[Path], None]) -> None:
     """Waits for all ranks; then rank 0 calls `write_last`, flushes all files to the disk, and renames the directory."""
     dist.barrier()
     if dist.get_rank() == 0:
-        for journal in directory.glob("progress_*.jsonl"):
-            journal.unlink()
+        for own in (*directory.glob("progress_*.jsonl"), directory / "lock"):
+            own.unlink()
         write_last(directory)
         for file in directory.rglob("*"):
             manifest.fsync(file)
@@ -141,6 +164,8 @@ def _refuse_existing(output: Path) -> None:
 
 
 def _check_disk_space(output: Path, nbytes: int) -> None:
+    if (problem := directory_problem(output.parent, key="--output")) is not None:
+        raise problem
     parent = next(p for p in (output.parent, *output.parent.parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
     if free < nbytes:

@@ -308,7 +308,8 @@ def read_meta(prefix: str) -> dict[str, Any]:
     path = Path(prefix + ".json")
     if not path.is_file():
         for ending in (".bin", ".idx", ".json"):
-            if prefix.endswith(ending) and Path(prefix.removesuffix(ending) + ".json").is_file():
+            whole = prefix.removesuffix(ending)
+            if prefix.endswith(ending) and all(Path(whole + part).is_file() for part in (".json", ".bin")):
                 raise DataError(f"{prefix} is a file of the set", where=prefix, expected="the prefix",
                                 fix=f"leave out {ending}")
         if Path(prefix + ".bin").exists():
@@ -318,6 +319,11 @@ def read_meta(prefix: str) -> dict[str, Any]:
                 expected="its output; data of Megatron-LM's own tool has no loss masks and serves pretraining alone",
                 fix=_REMAKE,
             )
+        if Path(prefix).exists():
+            what = "a directory" if Path(prefix).is_dir() else "a file of raw records"
+            expected = "a prefix written by tools/preprocess_data.py"
+            raise DataError(f"{what}, not a data set", where=prefix, expected=expected,
+                            fix=f"tools/preprocess_data.py --input {prefix} --output-prefix NEW ..., then NEW here")
         raise DataError("no such dataset", where=str(path), expected="a prefix written by tools/preprocess_data.py",
                         fix="--output-prefix of that command")
     text = path.read_bytes()

@@ -7,6 +7,7 @@ Importing this module sets up nothing: the command line calls `set_up`, and a li
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -20,7 +21,8 @@ class _Console(logging.Handler):
         if not is_warning and int(os.environ.get("RANK", "0")):
             return
         text = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
-        print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that was closed, or a full disk, must not end a run
+            print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
 
 
 def set_up() -> None:

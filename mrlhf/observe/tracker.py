@@ -6,6 +6,7 @@ samples/step_N.jsonl. The loggers are extras: an error in one is shown once and 
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf import __version__
+from mrlhf.errors import EnvironmentProblem
 from mrlhf.observe.metrics import METRICS, find_metric
 from mrlhf.observe.redaction import redact
 
@@ -79,6 +81,22 @@ def collect_env(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     return redact({**facts, **(extra or {})})
+
+
+_KEYS = {"wandb": "logging.wandb_project", "mlflow": "logging.mlflow_experiment"}
+
+
+def logger_problems(asked: Mapping[str, str]) -> list[EnvironmentProblem]:
+    """The loggers ("wandb", "mlflow") that cannot be imported. asked: by name the value of its option."""
+    problems = []
+    for name, value in asked.items():
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a broken installation raises anything
+            what = f"{_KEYS[name]} = {value}, and {name} does not import: {error}"
+            problems.append(EnvironmentProblem(what, where=_KEYS[name],
+                                               fix=f"pip install 'mrlhf[{name}]', or --{_KEYS[name]} null"))
+    return problems
 
 
 class Tracker:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import re
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -31,13 +35,54 @@ class Device:
         return f"CPU, {torch.get_num_threads()} threads a rank (gloo), {versions}"
 
 
+def gpu_files(dev: Path = Path("/dev")) -> list[Path]:
+    """The device files of GPUs that this process was not told to leave alone. They exist without a working driver.
+
+    NVIDIA_VISIBLE_DEVICES alone says nothing: CUDA's container images set it also where there is no GPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if (hidden is not None and hidden.split(",")[0].strip() in ("", "-1", "NoDevFiles")) or (
+        os.environ.get("NVIDIA_VISIBLE_DEVICES") in ("void", "none", "")
+    ):
+        return []
+    patterns = ("nvidia[0-9]*", "dxg", *(("kfd",) if torch.version.hip else ()))  # dxg: Windows' subsystem for Linux
+    return sorted(file for pattern in patterns for file in dev.glob(pattern))
+
+
+def _unusable_gpu(what: str, reason: str, proc: Path = Path("/proc")) -> EnvironmentProblem:
+    """reason: torch's own words, or nothing."""
+    build = torch.version.cuda and f"CUDA {torch.version.cuda}" or torch.version.hip and f"ROCm {torch.version.hip}"
+    driver = "unknown"
+    with contextlib.suppress(OSError, AttributeError):
+        text = (proc / "driver/nvidia/version").read_text()
+        driver = re.search(r"\b\d{3}\.\d+[\d.]*", text)[0]  # type: ignore[index]
+    what = f"{what}: driver {driver}, torch {torch.__version__} (for {build or 'the CPU only'}){reason}"
+    if build is None:
+        expected = "a build of torch for the GPU"
+    else:
+        expected = f"a driver for {build} or newer, or a build of torch for this driver"
+    return EnvironmentProblem(what, expected=expected, fix="that, or MRLHF_DEVICE=cpu to insist on the CPU")
+
+
 @functools.lru_cache(maxsize=1)
 def current() -> Device:
-    """The device of this process. `MRLHF_DEVICE=cpu` forces the CPU on a machine with a GPU."""
+    """The device of this process: CUDA where torch can use it, else the CPU. `MRLHF_DEVICE` insists on one of them.
+
+    Raises EnvironmentProblem where a GPU is there that torch cannot use: a run would take the CPU without a word.
+    """
     forced = os.environ.get("MRLHF_DEVICE", "")
     if forced not in ("", "cpu", "cuda"):
         raise EnvironmentProblem(f"MRLHF_DEVICE = {forced!r}", expected="cpu or cuda")
-    if forced == "cuda" and not torch.cuda.is_available():
-        fix = "install a CUDA build of torch, or unset MRLHF_DEVICE"
-        raise EnvironmentProblem("MRLHF_DEVICE = cuda, and torch sees no GPU", fix=fix)
-    return Device("cuda", "nccl") if torch.cuda.is_available() and forced != "cpu" else Device("cpu", "gloo")
+    if forced == "cpu":
+        return Device("cpu", "gloo")
+    with warnings.catch_warnings(record=True) as caught:  # torch warns of an old driver
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if usable:
+        return Device("cuda", "nccl")
+    reason = "".join(f"; {' '.join(str(w.message).split())[:300]}" for w in caught[:1])
+    if forced == "cuda":
+        raise _unusable_gpu("MRLHF_DEVICE = cuda, and torch sees no GPU", reason)
+    if files := gpu_files():
+        raise _unusable_gpu(f"there is a GPU ({files[0]}), and torch cannot use it", reason)
+    return Device("cpu", "gloo")

@@ -12,6 +12,7 @@ from collections import Counter
 import torch
 
 from mrlhf.config.options import PPOStage
+from mrlhf.errors import NotFinite
 from mrlhf.parallel import state
 from mrlhf.rl.shaping import equal_groups
 
@@ -41,7 +42,7 @@ class Health:
     def first_ratio(self, step: int, update: Metrics, *, tokens: int) -> None:
         """Judges the first update of a rollout, of so many tokens. Collective.
 
-        Raises FloatingPointError on all ranks if the ratios are not 1 on average (`ppo.ratio_tolerance`), or too many
+        Raises NotFinite on all ranks if the ratios are not 1 on average (`ppo.ratio_tolerance`), or too many
         of them are beyond a factor of 2; warns where they are near that.
         """
         dtype = self.config.model.dtype
@@ -51,11 +52,10 @@ class Health:
         what = (f"at the first update of the rollout |ratio - 1| is {mean:.2g} on average (limit {tolerance:g}), "
                 f"{largest:.2g} at most, and {far:.2%} of the tokens are beyond a factor of 2 (limit {far_limit:.2%})")
         if state.on_any_rank(not (mean <= tolerance and far <= far_limit)):
-            raise FloatingPointError(
-                f"step {step}: {what}: the training pass and the pass for the old log-probs disagree by more than "
-                f"rounding.\n  expected: ratios of 1, the policy is the same\n"
-                f"  fix:      if rounding can explain it ({dtype}, experts), --ppo.ratio_tolerance {2 * mean:.2g}"
-            )
+            what += ": the training pass and the pass for the old log-probs disagree by more than rounding"
+            fix = f"--model.dtype float32 in another --train.output_dir. If it goes on there: --ppo.ratio_tolerance " \
+                  f"{2 * mean:.2g} here" if dtype == "bfloat16" else "none in the configuration: please report it"
+            raise NotFinite(what, where=f"step {step}", expected="ratios of 1: the policy is the same", fix=fix)
         if state.on_any_rank(mean > tolerance / 5 or largest > _LARGEST_OF_A_TOKEN[dtype]):
             self.warn(step, "ratio", f"{what}. The two passes see the tokens in other micro-batches: in {dtype} that "
                       "moves log-probs, most of all where a MoE router then chooses another expert. The run goes on")

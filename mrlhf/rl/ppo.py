@@ -14,7 +14,6 @@ import math
 import time
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,8 @@ from mrlhf.checkpoint.source import ModelSource, restore_randomness
 from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
+from mrlhf.errors import RewardError, ToolError
+from mrlhf.observe.directory import DirectoryLock
 from mrlhf.parallel import device, reshard, state
 from mrlhf.parallel.split import Bridge, split_world
 from mrlhf.rl import advantages as adv
@@ -42,7 +43,7 @@ from mrlhf.rl.rollout_metrics import Tables, answers_as_text, rollout_metrics
 from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
 from mrlhf.training.preflight import RunInputs
-from mrlhf.training.resume import check_resume
+from mrlhf.training.resume import open_directory
 from mrlhf.training.run import Run
 from mrlhf.training.stopping import Interrupted
 from mrlhf.training.trainer import LossFn, Trainer
@@ -58,20 +59,24 @@ CRITIC_METRICS = ("vf_loss", "vf_clipfrac", "grad_norm", "lr", "moe_aux_loss", "
 def main(config: PPOStage) -> int:
     began = time.monotonic()
     inputs = check_ppo(config, state.world_size())
-    check_resume(config, Path(config.train.output_dir))
+    lock = open_directory(config)
     bridge = make_bridge(config)
     if bridge is not None and not bridge.trains:
         run_generator(config, inputs, bridge, began=began)
         return 0
-    run = PPO(config, inputs, bridge, began=began)
+    run = PPO(config, inputs, bridge, began=began, lock=lock)
     for step in run.steps():
         before = run.sampling_state()
         try:
             metrics, samples = run.step(step)
-        except Interrupted:  # only the rollout was in progress: the resumed run draws it again from its seeds
+        except (Interrupted, RewardError, ToolError) as error:
+            # only the rollout was in progress: the resumed run draws it again from its seeds
             run.restore_sampling_state(before)
             run.stop_after(step - 1)
-            continue
+            if isinstance(error, Interrupted):
+                continue
+            run.saver.finish()
+            raise
         run.log_step(step, metrics, samples)
         if run.due_evaluation(step):
             run.evaluate(step)
@@ -94,12 +99,14 @@ class PPO(Run):
 
     config: PPOStage
 
-    def __init__(self, config: PPOStage, inputs: RunInputs, bridge: Bridge | None, *, began: float) -> None:
+    def __init__(self, config: PPOStage, inputs: RunInputs, bridge: Bridge | None, *, began: float,
+                 lock: DirectoryLock | None) -> None:
         """bridge: the connection to separate generating ranks, if there are any."""
         layout = state.initialize(config.parallel, seed=config.train.seed)
         self.prompts, self.bridge = Prompts(config, inputs.train), bridge
         store = None if bridge is None else bridge.store
-        super().__init__(config, inputs, layout, total_steps=self.prompts.total_steps, began=began, store=store)
+        super().__init__(config, inputs, layout, total_steps=self.prompts.total_steps, began=began, lock=lock,
+                         store=store)
         if self.finished:
             return
         if bridge is not None:
@@ -286,7 +293,7 @@ class PPO(Run):
                ptx: Pretraining | None = None) -> Metrics:
         """`ppo.epochs` passes over shuffled mini-batches. Returns the metrics' means over the updates.
 
-        ratio_max_dev, ratio_mean_dev and ratio_far are the first update's. Raises FloatingPointError as
+        ratio_max_dev, ratio_mean_dev and ratio_far are the first update's. Raises NotFinite as
         `Health.first_ratio`.
         """
         size = self.config.train.global_batch_size
@@ -386,13 +393,12 @@ class PPO(Run):
             self.sampler.restore_pending(ahead.read_bytes(), prompts, labels, n=rollout.n, sampling=self.sampling,
                                          step=manifest["step"] + 1)
 
-    def close(self) -> int:
+    def close_parts(self) -> None:
         if not self.finished:
             self.rewards.close()
             self.sampler.shutdown()
         elif self.bridge is not None:
             stop_generators(self.bridge)
-        return super().close()
 
 
 def _prompts_and_labels(data: Dataset, rows: list[int]) -> tuple[list[list[int]], list[Any]]:

@@ -14,6 +14,7 @@ from mrlhf.data.tokenizers.hf import fingerprint
 from mrlhf.errors import CheckpointError, DataError, Problems
 from mrlhf.parallel.state import Groups, pad_multiple, slice_multiple
 
+_FEW_STEPS = 10
 DATA, TOKENIZER = "data", "tokenizer"  # names in train.allow_changes beside configuration keys
 
 
@@ -23,6 +24,22 @@ def make_order(config: TrainingConfig, data: Dataset) -> Order:
     mix = Mix.from_weights(rows, [s.weight for s in config.data.train], [s.epochs for s in config.data.train])
     return Order(mix, global_batch_size=config.train.global_batch_size, num_epochs=config.train.num_epochs,
                  max_steps=config.train.max_steps, seed=config.train.seed, shuffle=config.data.shuffle)
+
+
+def step_contents(config: TrainingConfig, data: Dataset) -> str:
+    """What a step takes: a row may be a pack of several samples."""
+    rows, packed = config.train.global_batch_size, config.data.packing
+    kind, each = ("pairs", 2) if data.task == "preference" else ("samples", 1)
+    count = rows * data.num_samples / each / data.num_packs
+    return f"{rows:,} packs, about {count:,.0f} {kind}, a step" if packed else f"{rows:,} {kind} a step"
+
+
+def few_steps_warning(config: TrainingConfig, order: Order, data: Dataset) -> str | None:
+    """Of a run that ends after hardly a step, which nobody has asked for; None for others."""
+    if order.total_steps >= _FEW_STEPS or config.train.max_steps is not None:
+        return None
+    return (f"the run ends after {order.total_steps} step(s): train.global_batch_size takes "
+            f"{step_contents(config, data)}, and the data has {order.mix.pass_rows:,} rows")
 
 
 def source_epochs(order: Order, data: Dataset, consumed: list[int]) -> dict[str, float]:

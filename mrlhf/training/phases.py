@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
+from mrlhf.errors import MrlhfError
 from mrlhf.memory.tracker import Memory, phase_label
 from mrlhf.observe import heartbeat
 from mrlhf.parallel import device, watch
@@ -19,11 +20,11 @@ class Phases:
 
     Inside, the watch reports a hang with the phase (parallel/watch.py), RUN/heartbeat/ shows the phase, and running out
     of memory raises OutOfMemory with the peaks of all phases. `seconds` and `peaks` hold, by phase, its time in this
-    step and its memory peak in GiB.
+    step and its memory peak in GiB. before_end: called before an error that all ranks raise leaves a phase; collective.
     """
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, memory: Memory, *, before_end: Callable[[], None] = lambda: None) -> None:
+        self.memory, self._before_end = memory, before_end
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
         self.step_start = time.perf_counter()
@@ -37,8 +38,13 @@ class Phases:
     def __call__(self, name: str, step: int | None = None) -> Iterator[None]:
         watch.set_phase(phase_label(name, step))
         start = time.perf_counter()
-        with heartbeat.in_phase(name, step or 0), self.memory(name, step):
-            yield
+        try:
+            with heartbeat.in_phase(name, step or 0), self.memory(name, step):
+                yield
+        except MrlhfError as error:
+            if error.on_all_ranks:
+                self._before_end()
+            raise
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peaks[name] = max(self.peaks.get(name, 0.0), self.memory.last_peak)
 

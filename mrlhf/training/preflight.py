@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mrlhf.checkpoint.source import ModelSource, open_source
@@ -15,10 +16,12 @@ from mrlhf.data.blend import Blend, Dataset, mismatches, sources_of
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.data.megatron_text import MegatronText, is_megatron
 from mrlhf.data.tokenizers.hf import fingerprint
-from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError, Problems
+from mrlhf.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, MrlhfError, Problems
 from mrlhf.models.families.spec import check_layout
 from mrlhf.models.layers import router_losses
-from mrlhf.parallel import state
+from mrlhf.observe.directory import directory_problem
+from mrlhf.observe.tracker import logger_problems
+from mrlhf.parallel import device, state
 
 TASKS = {"pretrain": "pretrain", "sft": "sft", "rm": "preference", "dpo": "preference", "ppo": "prompts"}
 
@@ -93,7 +96,8 @@ def open_data(prefix: str, *, key: str, task: str | None, source: ModelSource | 
         else:
             data = PackedDataset.open(prefix)
     except DataError as error:
-        return None, [error]
+        where = f"{key} = {prefix}" if error.where in (None, prefix, f"{key} = {prefix}") else f"{key}: {error.where}"
+        return None, [DataError(error.what, where=where, expected=error.expected, fix=error.fix)]
     problems: list[MrlhfError] = []
 
     def add_problem(what: str, expected: str, fix: str | None = None) -> None:
@@ -129,6 +133,7 @@ def open_data(prefix: str, *, key: str, task: str | None, source: ModelSource | 
 def open_run(config: TrainingConfig, *, world: int) -> Opened:
     """Opens model and data and does the checks that all training stages share. world: number of training ranks."""
     opened = Opened(config, problems := Problems())
+    problems.extend(_check_machine(config))
     try:
         source: ModelSource | None = open_source(config.model.path)
     except CheckpointError as error:
@@ -154,6 +159,21 @@ def open_run(config: TrainingConfig, *, world: int) -> Opened:
 def check_run(config: TrainingConfig, *, world: int) -> RunInputs:
     """The inputs of a supervised stage. Raises all problems together."""
     return open_run(config, world=world).inputs()
+
+
+def _check_machine(config: TrainingConfig) -> list[MrlhfError]:
+    """The device, the loggers that were asked for, and the directory that the run writes into."""
+    problems: list[MrlhfError] = []
+    try:
+        device.current()
+    except EnvironmentProblem as error:
+        problems.append(error)
+    if state.is_main():
+        asked = {"wandb": config.logging.wandb_project, "mlflow": config.logging.mlflow_experiment}
+        problems += logger_problems({name: value for name, value in asked.items() if value})
+        problem = directory_problem(Path(config.train.output_dir), key="train.output_dir")
+        problems += [] if problem is None else [problem]
+    return problems
 
 
 def _check_model(config: TrainingConfig, source: ModelSource) -> list[ConfigError]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mrlhf.config.dump import diff
+from mrlhf.checkpoint.manifest import newest_whole, read_manifest, steps_in
+from mrlhf.config.dump import diff, stage_of
 from mrlhf.config.load import load_config
-from mrlhf.config.options import TrainingConfig
+from mrlhf.config.options import DataSource, TrainingConfig
 from mrlhf.errors import ConfigError
+from mrlhf.observe.directory import DirectoryLock
 from mrlhf.observe.redaction import redact
+from mrlhf.parallel import state
 from mrlhf.parallel.state import Layout
 from mrlhf.training.batches import tokenizer_fingerprint_or_none
 
@@ -30,14 +36,59 @@ FREE_TO_CHANGE = (
 )
 
 
+def open_directory(config: TrainingConfig) -> DirectoryLock | None:
+    """Before anything is written: checks the run's directory, and on rank 0 takes it. Raises ConfigError where it holds
+    another run, where another process writes there, or where it cannot be written.
+    """
+    directory = Path(config.train.output_dir)
+    check_resume(config, directory)
+    if not state.is_main():
+        return None
+    return DirectoryLock(directory / "lock", key="train.output_dir", patience_s=3.0,
+                         fix="wait until that run ends, or end it; else another --train.output_dir")
+
+
+def _stage_in(output_dir: Path) -> str | None:
+    """The stage of the run that a directory holds, None for no run."""
+    before = output_dir / "config.yaml"
+    if before.is_file():
+        return stage_of(before.read_text(encoding="utf-8", errors="replace"))
+    newest, _ = newest_whole(steps_in(output_dir / "checkpoints"), verify="size")
+    return None if newest is None else read_manifest(newest).get("stage")
+
+
+def _cwd_of(output_dir: Path) -> str:
+    """The directory in which the run was started, which its relative paths belong to."""
+    try:
+        return str(json.loads((output_dir / "env.json").read_text())["cwd"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return os.getcwd()
+
+
+def _same(cwd: str, old: Any, new: Any) -> bool:
+    """Whether two values of an option are equal, or name one path (`old` from within `cwd`)."""
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        return all(_same(cwd, a, b) for a, b in zip(old, new, strict=True))
+    if isinstance(old, DataSource) and isinstance(new, DataSource):
+        return _same(cwd, old.prefix, new.prefix) and replace(old, prefix="") == replace(new, prefix="")
+    if isinstance(old, str) and isinstance(new, str) and old != new:
+        return os.path.realpath(os.path.join(cwd, old)) == os.path.realpath(new)
+    return old == new
+
+
 def check_resume(config: TrainingConfig, output_dir: Path) -> None:
-    """Raises ConfigError, with all differences, if the run in `output_dir` has another configuration."""
+    """Raises ConfigError if the run in `output_dir` is of another stage or has another configuration, with all
+    differences.
+    """
+    stage = _stage_in(output_dir)
+    if stage not in (None, config.stage):
+        raise ConfigError(f"{output_dir} holds a run of {stage}", where="train.output_dir",
+                          expected=f"a new directory, or one of {config.stage}", fix="another --train.output_dir")
     before = output_dir / "config.yaml"
     if before.is_file():
         free = (*FREE_TO_CHANGE, *config.train.allow_changes)
-        changed = [
-            line for line in diff(load_config(type(config), str(before), []), config) if not line.startswith(free)
-        ]
+        lines = diff(load_config(type(config), str(before), []), config, same=partial(_same, _cwd_of(output_dir)))
+        changed = [line for line in lines if not line.startswith(free)]
         if changed:
             keys = ", ".join(dict.fromkeys(line.partition(":")[0] for line in changed))
             raise ConfigError(f"the run in {output_dir} was started with another configuration: {'; '.join(changed)}",

@@ -26,6 +26,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,26 @@ from mrlhf.data.loader import Loader, MicroBatch
 from mrlhf.memory.tracker import Memory
 from mrlhf.models.layers.router_losses import Count, make_balance
 from mrlhf.observe import heartbeat, metrics
+from mrlhf.observe.directory import DirectoryLock
 from mrlhf.observe.loss_spikes import SpikeDetector
 from mrlhf.observe.tracker import Tracker
 from mrlhf.parallel import device, state, watch
-from mrlhf.training.batches import data_position, make_order, restore_position, source_epochs, training_batch_plan
+from mrlhf.training.batches import (
+    data_position,
+    few_steps_warning,
+    make_order,
+    restore_position,
+    source_epochs,
+    training_batch_plan,
+)
 from mrlhf.training.phases import Phases
 from mrlhf.training.preflight import RunInputs, check_run
-from mrlhf.training.resume import check_resume, run_manifest
+from mrlhf.training.resume import open_directory, run_manifest
 from mrlhf.training.stopping import EXIT_STOPPED, Stopper
 from mrlhf.training.trainer import LossFn, Trainer
 
 log = logging.getLogger(__name__)
+DEFAULT_SAVE_S = 1800.0  # between saves without checkpoint.save_interval
 _H100_BF16_TFLOPS = 989.0  # dense, SXM
 
 
@@ -64,9 +74,12 @@ class Run(ABC):
     """
 
     def __init__(self, config: TrainingConfig, inputs: RunInputs, layout: state.Layout, *, total_steps: int,
-                 began: float, store: dist.Store | None = None) -> None:
-        """Needs torch.distributed. began: time.monotonic() at the process's start. store: see Stopper."""
+                 began: float, lock: DirectoryLock | None, store: dist.Store | None = None) -> None:
+        """Needs torch.distributed. began: time.monotonic() at the process's start. lock: rank 0's of the directory.
+        store: see Stopper.
+        """
         self.config, self.inputs, self.layout, self.total_steps = config, inputs, layout, total_steps
+        self._lock = lock
         self.output_dir = Path(config.train.output_dir)
         watch.write_stacks_to(self.output_dir / "logs")
         heartbeat.start_beating(self.output_dir, rank=dist.get_rank())
@@ -80,9 +93,11 @@ class Run(ABC):
         self.status = 0
         self.manifest = run_manifest(config, layout, inputs.source.hf_dir)  # the same in every checkpoint
         self.closing_line = f"{'already ' if self.finished else ''}finished: {self.output_dir / 'checkpoints'}"
-        self.phase = Phases(Memory(config, spec=inputs.source.spec, rank=dist.get_rank(), world=layout.world))
+        memory = Memory(config, spec=inputs.source.spec, rank=dist.get_rank(), world=layout.world)
+        self.phase = Phases(memory, before_end=self.saver.finish)
         self.tracker: Tracker | None = None
         self._evaluation: tuple[int, dict[str, float]] = 0, {}
+        self._saved_at, self._save_next = time.monotonic(), False
 
     def steps(self) -> Iterator[int]:
         """The remaining steps. On a stop request it saves and ends early."""
@@ -93,7 +108,9 @@ class Run(ABC):
         # and every save of Megatron does one.
         gc.collect()
         gc.freeze()
+        self._saved_at = time.monotonic()
         for step in range(self.done + 1, self.total_steps + 1):
+            self.stopper.start_step()
             self.phase.start_step(step)
             yield step
             if self.status:
@@ -103,10 +120,14 @@ class Run(ABC):
                 self._evaluation = 0, {}
                 self.stop_after(step)
                 return
+            if self.config.checkpoint.save_interval is None:
+                waited = time.monotonic() - self._saved_at + self.phase.step_seconds()
+                self._save_next = state.on_any_rank(state.is_main() and waited >= DEFAULT_SAVE_S)
 
     def stop_after(self, step: int) -> None:
-        """Saves `step` unless a checkpoint of it exists, and ends `steps()`."""
+        """Saves `step` unless a checkpoint of it exists, and ends `steps()`. Raises CheckpointError if that fails."""
         if step not in (self.done, self.saver.last_step):
+            self.saver.config = replace(self.saver.config, on_save_error="stop")
             self.save(step)
         self.status, self.closing_line = EXIT_STOPPED, self.stopper.message(step)
 
@@ -130,7 +151,8 @@ class Run(ABC):
         return step == self.total_steps or _is_multiple(step, interval) or (best is not None and self.due_save(step))
 
     def due_save(self, step: int) -> bool:
-        return step == self.total_steps or _is_multiple(step, self.config.checkpoint.save_interval)
+        interval = self.config.checkpoint.save_interval
+        return step == self.total_steps or (self._save_next if interval is None else _is_multiple(step, interval))
 
     @abstractmethod
     def save(self, step: int) -> None:
@@ -146,16 +168,23 @@ class Run(ABC):
         if self._evaluation[0] == step:
             manifest["eval"] = self._evaluation[1]
         self.saver.save(step, parts, manifest, last=step == self.total_steps, files=files)
+        self._saved_at = time.monotonic()
 
     def close(self) -> int:
-        """Ends a run, complete or stopped. Returns the exit status."""
-        self.saver.finish()
+        """Ends a run, complete or stopped, in the one right order. Returns the exit status."""
+        self.saver.finish()  # while torch's default group stands, which vLLM's end destroys
+        self.close_parts()
         if self.tracker is not None:
             self.tracker.close()
         heartbeat.stop_beating()
         log.info(self.closing_line)
         state.shutdown()
+        if self._lock is not None:
+            self._lock.release()
         return self.status
+
+    def close_parts(self) -> None:  # noqa: B027  most stages have none
+        """Ends what a stage has started besides. Collective."""
 
     def _make_tracker(self) -> Tracker:
         options = self.config.logging
@@ -176,10 +205,12 @@ class SupervisedRun(Run):
         """
         began = time.monotonic()
         inputs = check_run(config, world=state.world_size())
-        check_resume(config, Path(config.train.output_dir))
+        lock = open_directory(config)
         layout = state.initialize(config.parallel, seed=config.train.seed)
         self.order = make_order(config, inputs.train)
-        super().__init__(config, inputs, layout, total_steps=self.order.total_steps, began=began)
+        if state.is_main() and (warning := few_steps_warning(config, self.order, inputs.train)):
+            log.warning(warning)
+        super().__init__(config, inputs, layout, total_steps=self.order.total_steps, began=began, lock=lock)
         if self.finished:
             return
         if self.resumed is not None:
@@ -245,11 +276,16 @@ class SupervisedRun(Run):
         return values
 
     def evaluate(self, step: int, loss_fn: LossFn, prepare: Callable[[list[MicroBatch]], None] | None = None) -> None:
-        """Logs eval/* over every row of the evaluation set. prepare: called with micro-batches before they run."""
+        """Logs eval/* over every row of the evaluation set, or nothing where a stop request comes meanwhile.
+
+        prepare: called with micro-batches before they run.
+        """
         assert self.eval_loader is not None
         results = []
         with self.phase("evaluate", step):
             for rows in self.eval_loader.in_order():
+                if state.on_any_rank(self.stopper.requested()):
+                    return
                 batches = self.eval_loader.micro_batches(rows)
                 if prepare is not None:
                     prepare(batches)

@@ -1,4 +1,7 @@
-"""Stops a run on SIGTERM, SIGUSR1 (SLURM's warning) or at the end of its time budget, with a save and EXIT_STOPPED.
+"""Stops a run on a signal or at the end of its time budget, with a save and EXIT_STOPPED.
+
+SIGINT (Ctrl-C), SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (SLURM's warning) end a run after the step. A second
+Ctrl-C ends it at once, and so does the first before the first step, when nothing can be lost.
 
 A signal may reach only one rank, while its main thread waits inside a collective, where Python runs no handler. So the
 C-level handler writes to a pipe, a thread reads the pipe and sets a key in the job's store, and every rank reads that
@@ -7,6 +10,7 @@ key at its next safe point.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -18,8 +22,11 @@ from torch.distributed import distributed_c10d
 
 from mrlhf.parallel import device, state
 
+log = logging.getLogger(__name__)
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues the run
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as of a command that Ctrl-C ends
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_ECHO_S = 0.3  # a launcher may pass on the Ctrl-C that the rank has got from the terminal too
 _KEY = "mrlhf/stop"
 _POLL_S = 0.5
 
@@ -42,19 +49,52 @@ class Stopper:
         self._store = distributed_c10d._get_default_store() if store is None else store
         self._rank = dist.get_rank() if rank is None else rank
         self._last_poll = 0.0
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in _SIGNALS:
-            signal.signal(number, lambda *_: None)  # the default action would end the process
+        self._steps_began = False
+        reader, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        # nohup ignores SIGHUP on purpose
+        self._signals = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._take_signals()
+        os.register_at_fork(after_in_child=self._leave_signals)
         threading.Thread(target=self._forward_signals, args=(reader,), name="signals", daemon=True).start()
 
+    def _take_signals(self) -> None:
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        for number in self._signals:
+            signal.signal(number, lambda *_: None)  # the default action would end the process
+
+    def _leave_signals(self) -> None:
+        """In a forked child, whose signals must not reach this rank's pipe."""
+        signal.set_wakeup_fd(-1)
+        for number in self._signals:
+            signal.signal(number, signal.SIG_DFL)
+
+    def start_step(self) -> None:
+        """Before each step. Takes the signals again, which a library (vLLM, asyncio) may have taken meanwhile."""
+        self._steps_began = True
+        self._take_signals()
+
     def _forward_signals(self, reader: int) -> None:
-        """The thread: writes the signals of this rank into the store."""
+        """The thread: writes the signals of this rank into the store, or ends the process at once."""
+        interrupted: float | None = None
         while data := os.read(reader, 1):
-            if data[0] in _SIGNALS:
-                name = signal.Signals(data[0]).name
-                self._store.set(_KEY, f"{name} (rank {self._rank})")
+            number, now = data[0], time.monotonic()
+            if number not in self._signals:
+                continue
+            # torchrun answers a second Ctrl-C with SIGTERM to the ranks
+            may_end = number in (signal.SIGINT, signal.SIGTERM)
+            again = may_end and interrupted is not None and now - interrupted > _ECHO_S
+            if again or (number == signal.SIGINT and not self._steps_began):
+                try:
+                    os.write(2, b"interrupted: left at once, without a save\n" if again else b"interrupted\n")
+                finally:  # the terminal may be gone
+                    os._exit(EXIT_INTERRUPTED)
+            name = signal.Signals(number).name
+            if number == signal.SIGINT and interrupted is None:
+                interrupted = now
+                log.info("SIGINT: the run ends after this step, with a save; a second Ctrl-C ends it at once, without")
+            # in a thread of its own: the store may be busy or gone, and a second Ctrl-C must still be read
+            threading.Thread(target=self._store.set, args=(_KEY, f"{name} (rank {self._rank})"), daemon=True).start()
 
     def requested(self) -> bool:
         """True once any rank got a signal. Not collective; reads the store at most twice a second."""

@@ -33,6 +33,7 @@ from mrlhf.checkpoint.save import Part
 from mrlhf.checkpoint.source import ModelSource, load_weights
 from mrlhf.config.options import OptimConfig, ParallelConfig
 from mrlhf.data.loader import Loader, MicroBatch
+from mrlhf.errors import NotFinite
 from mrlhf.models import gpt
 from mrlhf.models.layers import neftune
 from mrlhf.models.layers.logprobs import Head, TargetLogProbs, head_logprobs
@@ -247,7 +248,7 @@ class Trainer(Model):
         which `loss` does not contain.
 
         A loss or gradient norm that is not finite on any rank leaves parameters and optimizer state of all ranks as
-        they were. Raises FloatingPointError then, naming the samples; with "skip" only for the last of MAX_SKIPPED
+        they were. Raises NotFinite then, naming the samples; with "skip" only for the last of MAX_SKIPPED
         steps in a row.
         """
         for chunk in self.chunks:
@@ -337,12 +338,12 @@ class Trainer(Model):
             where = f"in the gradient, no loss is: sample(s) {_shortened(everyone)}"
         what = f"not finite {where}; loss {values['loss']}, gradient norm {values['grad_norm']}"
         self.skipped_in_a_row += 1
+        fix = f"a lower learning rate (it was {self.lr:g}), a longer --optim.lr_warmup_steps, or mend these samples"
+        if self.on_nonfinite == "skip" and self.skipped_in_a_row >= MAX_SKIPPED:
+            raise NotFinite(f"{what}: the {MAX_SKIPPED}th step in a row to be skipped (train.on_nonfinite)", fix=fix)
         if self.on_nonfinite == "stop":
-            consequence = "stopped, parameters untouched; the last checkpoint is whole (train.on_nonfinite)"
-            raise FloatingPointError(f"{what}: {consequence}")
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            consequence = f"the {MAX_SKIPPED}th step in a row to be skipped; the last checkpoint is whole"
-            raise FloatingPointError(f"{what}: {consequence}")
+            skip = "; pretrain, sft, rm, dpo: --train.on_nonfinite skip leaves such steps out"
+            raise NotFinite(f"{what}: the step is not taken (train.on_nonfinite)", fix=fix + skip)
         log.info(f"step skipped: {what}")
 
     @property

@@ -14,6 +14,9 @@ from conftest import TESTS, load_benchmark, make_hf_model, python, run
 from safetensors.torch import load_file, save_file
 from zoo import MOE
 
+from mrlhf.checkpoint.save import clear_unfinished
+from mrlhf.observe.directory import DirectoryLock
+
 KILL = TESTS / "convert/convert_kill_program.py"
 PARAMETERS = 2 * 7 + 3  # of the zoo's qwen2
 RANKS = ("qwen2_tied", "gpt2", "gemma2", "qwen3_moe_mixed", "deepseek_v3")
@@ -48,6 +51,24 @@ def test_what_was_begun_from_other_inputs_begins_anew(zoo: Path, tmp_path: Path)
     os.utime(source / "model.safetensors", (1, 1))
     last = python(KILL, "import", source, tmp_path / "out", 0)
     assert last.stdout.split()[-1] == str(PARAMETERS) and "continuing the conversion in" not in last.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_conversions_do_not_write_one_output(ranks: int, zoo: Path, tmp_path: Path) -> None:
+    """And a run that starts leaves the directory of an export that still runs."""
+    out, arguments = tmp_path / "hf/out", ("--hf", zoo / "qwen2", "--output", tmp_path / "hf/out")
+    with DirectoryLock(tmp_path / "hf/out.tmp/lock", key="--output", fix="") as lock:
+        theirs = [lock.file.with_name(f"progress_{rank}.jsonl") for rank in range(2)]
+        for file in theirs:
+            file.write_text("of the other")
+        refused = python("tools/convert/hf_to_megatron.py", *arguments, ranks=ranks, check=False)
+        assert refused.returncode in (1, 2) and f"pid {os.getpid()}" in refused.stderr
+        assert "is writing there" in refused.stderr and not out.exists()
+        clear_unfinished(out.parent)
+        assert [file.read_text() for file in theirs] == ["of the other"] * 2
+    if ranks == 1:
+        python("tools/convert/hf_to_megatron.py", *arguments)
+        assert not list(out.rglob("lock")) and not lock.file.exists()
 
 
 def test_several_ranks_share_the_work(zoo: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import mrlhf
 
 from faults.runs import Run, check_equal, last, ppo, sft
 
@@ -24,8 +25,8 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_rank_is_warned_and_torchrun_is_ended(world: Path, tmp_path: Path, whole: Path) -> None:
-    """SIGUSR1 to one rank, then SIGTERM (twice) to torchrun:
-    saved at that step both times, status 75 of every rank, and the end is the same.
+    """SIGUSR1 to one rank, then SIGTERM (twice) to torchrun, then its Ctrl-C:
+    saved at that step each time, status 75 of every rank, and the end is the same.
     """
     run = Run(tmp_path / "run", sft(world, STEPS, **{"checkpoint.save_interval": 30}), ranks=2)
     run.start()
@@ -42,19 +43,31 @@ def test_one_rank_is_warned_and_torchrun_is_ended(world: Path, tmp_path: Path, w
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.wait() != 0
     assert "stopped by SIGTERM" in run.output()
-    assert int(last(run.directory).name[5:]) == run.steps() > first
+    second = int(last(run.directory).name[5:])
+    assert second == run.steps() > first
+    run.start()
+    assert run.until(lambda: run.steps() >= second + 2)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait() != 0
+    assert "stopped by SIGINT" in run.output() and int(last(run.directory).name[5:]) == run.steps() > second
     run.finish()
     check_equal(whole, run.directory)
 
 
 def test_a_rank_that_stands_still_is_named(world: Path, tmp_path: Path) -> None:
+    """And while it runs, a second run of the same directory is refused before it touches anything."""
     run = Run(
         tmp_path / "run", sft(world, 100_000, **{"checkpoint.save_interval": 0, "parallel.silence_seconds": 5}), ranks=2
     )
     run.start()
     assert run.until(lambda: run.steps() >= 3 and run.beat(1).get("pid")), run.output()[-4000:]
     stopped = run.beat(1)["pid"]
-    time.sleep(3)  # its sign comes every second, and tells of a step from now on
+    config = run.directory / "config.yaml"
+    written = config.stat().st_mtime_ns
+    refused = mrlhf(*run.args, "--train.output_dir", run.directory, ranks=2, check=False)
+    # more than 3 s have gone: the rank's sign comes every second, and tells of a step by now
+    assert f"pid {run.beat(0)['pid']}, since" in refused.stderr and config.stat().st_mtime_ns == written
+    assert run.beat(1)["pid"] == stopped
     os.kill(stopped, signal.SIGSTOP)
     assert run.until(lambda: "RankProblem" in run.output(), 60)
     os.kill(stopped, signal.SIGKILL)  # torchrun would give it 30 s to answer SIGTERM

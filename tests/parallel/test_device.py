@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import shutil
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,17 +88,69 @@ def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         megatron.check_version()
 
 
-def test_forced_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = device.current.__wrapped__
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("MRLHF_DEVICE", "cpu")
-    assert choose() == device.Device("cpu", "gloo")
-    monkeypatch.delenv("MRLHF_DEVICE")
-    assert choose() == device.Device("cuda", "nccl")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("MRLHF_DEVICE", "cuda")
-    with pytest.raises(EnvironmentProblem, match="sees no GPU"):
-        choose()
-    monkeypatch.setenv("MRLHF_DEVICE", "tpu")
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., device.Device]:
+    """`device.current` on a machine with these device files, driver and build of torch, where torch sees no GPU."""
+
+    def one(files: tuple[str, ...] = (), *, build: str | None = "13.0", **env: str) -> device.Device:
+        for name in ("MRLHF_DEVICE", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        dev, proc = tmp_path / "dev", tmp_path / "proc"
+        shutil.rmtree(tmp_path)
+        (proc / "driver/nvidia").mkdir(parents=True)
+        dev.mkdir()
+        for name in files:
+            (dev / name).touch()
+        text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 2021\nGCC version:  gcc 9.3.0\n"
+        (proc / "driver/nvidia/version").write_text(text)
+
+        def unavailable() -> bool:
+            warnings.warn("The NVIDIA driver on your system is too old (found version 11040).", stacklevel=1)
+            return False
+
+        monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+        monkeypatch.setattr(torch.version, "cuda", build)
+        monkeypatch.setattr(device.gpu_files, "__defaults__", (dev,))
+        monkeypatch.setattr(device._unusable_gpu, "__defaults__", (proc,))
+        return device.current.__wrapped__()
+
+    return one
+
+
+CPU = device.Device("cpu", "gloo")
+
+
+def test_forced_devices(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., device.Device]) -> None:
+    assert choose(("nvidia0",), MRLHF_DEVICE="cpu") == CPU
+    with pytest.raises(EnvironmentProblem, match="MRLHF_DEVICE = cuda, and torch sees no GPU: driver 470.57.02"):
+        choose(MRLHF_DEVICE="cuda")
     with pytest.raises(EnvironmentProblem, match="'tpu'"):
-        choose()
+        choose(MRLHF_DEVICE="tpu")
+    monkeypatch.delenv("MRLHF_DEVICE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.current.__wrapped__() == device.Device("cuda", "nccl")
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(choose: Callable[..., device.Device]) -> None:
+    with pytest.raises(EnvironmentProblem) as caught:
+        choose(("nvidia0", "nvidiactl"))
+    text = str(caught.value)
+    assert "nvidia0" in text and "driver 470.57.02" in text and f"torch {torch.__version__} (for CUDA 13.0)" in text
+    assert "too old (found version 11040)" in text and "MRLHF_DEVICE=cpu" in text
+    with pytest.raises(EnvironmentProblem, match=r"for the CPU only\).*\n.*a build of torch for the GPU"):
+        choose(("nvidia12",), build=None)
+    for files in (("dxg",), ("nvidia0", "nvidia1")):
+        with pytest.raises(EnvironmentProblem, match="torch cannot use it"):
+            choose(files, NVIDIA_VISIBLE_DEVICES="all", CUDA_VISIBLE_DEVICES="0,1")
+
+
+def test_where_no_gpu_is_meant_the_cpu_is_taken(choose: Callable[..., device.Device]) -> None:
+    assert choose() == CPU
+    assert choose(NVIDIA_VISIBLE_DEVICES="all", NVIDIA_DRIVER_CAPABILITIES="compute,utility") == CPU  # CUDA's images
+    assert choose(("nvidiactl", "nvidia-uvm", "nvidia-caps", "kfd", "null")) == CPU  # a driver without a GPU
+    for hidden in ("", "-1", "NoDevFiles"):
+        assert choose(("nvidia0",), CUDA_VISIBLE_DEVICES=hidden) == CPU
+    for hidden in ("void", "none", ""):
+        assert choose(("nvidia0",), NVIDIA_VISIBLE_DEVICES=hidden) == CPU

@@ -15,6 +15,7 @@ from mrlhf.data.prepare.ready_made import TEMPLATE_NAMES
 from mrlhf.data.prepare.select import SPLIT_NAMES
 from mrlhf.data.writer import OutputSet
 from mrlhf.errors import ConfigError, DataError, MrlhfError
+from mrlhf.observe.directory import directory_problem
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,8 @@ def _check_outputs(config: PreprocessConfig) -> list[MrlhfError]:
     if too_many or not sums_up or any(not 0 < f <= 1 for f in fractions):
         expected = "up to three fractions (train, valid, test), each above 0, that sum to 1"
         errors.append(ConfigError(f"--split {config.split}", expected=expected))
+    problem = directory_problem(Path(config.output_prefix).parent, key="--output-prefix")
+    errors += [] if problem is None else [problem]
     for prefix in () if config.overwrite or config.resume else config.prefixes:
         try:
             OutputSet.refuse_existing(Path(prefix))

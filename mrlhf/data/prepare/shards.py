@@ -6,20 +6,20 @@ the digest of its block: after an interruption a block is tokenised again unless
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from mrlhf.data.prepare.tokenise import Batch
 from mrlhf.errors import DataError
+from mrlhf.observe.directory import DirectoryLock
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,15 @@ class WorkDirectory:
     def __init__(self, prefix: Path, *, job: str, resume: bool, discard: bool):
         self.path = prefix.parent / f".{prefix.name}.work"
         self._prefix, self._job, self.resume, self._discard = prefix, job, resume, discard
-        self._lock: IO[bytes] | None = None
+        self._lock: DirectoryLock | None = None
         self.shards_found = 0
 
     def shard(self, number: int) -> Path:
         return self.path / f"{number:08}.npz"
 
     def __enter__(self) -> WorkDirectory:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "ab")  # noqa: SIM115  held until the end
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError("another process is writing this output", where=str(self._prefix),
-                            fix="wait for it, or another --output-prefix") from error
+        self._lock = DirectoryLock(self.path / "lock", key=f"--output-prefix {self._prefix}", kind=DataError,
+                                   fix="wait until it ends, or another --output-prefix")
         job_file = self.path / "job"
         before = job_file.read_text() if job_file.is_file() else None
         self.shards_found = shards = len(list(self.path.glob("*.npz")))
@@ -140,4 +135,4 @@ class WorkDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._lock is not None
-        self._lock.close()
+        self._lock.release()

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -72,6 +73,7 @@ _work: Work
 def _start(work: Work, parent: int) -> None:
     global _work
     _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent ends this one
     gc.freeze()  # imported objects stay for good: collections skip them, and forked pages stay shared
 
     # a killed parent closes no queue that its other children hold open, so they would wait for ever

@@ -262,6 +262,7 @@ def run_generator(config: PPOStage, run: preflight.RunInputs, bridge: Bridge, *,
         with phase("build"):
             sampler = Sampler(config, run, load_tokenizer(run.source.hf_dir), layout, bridge)
         sampler.engine.should_stop = stopper.requested
+        stopper.start_step()
         with phase("gen"):
             _serve_commands(sampler, bridge)
         sampler.shutdown()

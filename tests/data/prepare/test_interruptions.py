@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.data.prepare.job import preprocess
 from mrlhf.data.prepare.options import PreprocessConfig
+from mrlhf.data.prepare.workers import run_workers
 from mrlhf.errors import DataError, EnvironmentProblem, SeveralErrors
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -204,7 +205,7 @@ def test_two_processes_do_not_write_one_output(
     child.start()
     assert started.wait(60)
     monkeypatch.undo()
-    with pytest.raises(DataError, match="another process is writing"):
+    with pytest.raises(DataError, match="another process .* is writing"):
         preprocess(config("a", overwrite=True))
     child.kill()
     child.join()
@@ -229,6 +230,16 @@ def test_a_full_disk_is_said_and_can_be_resumed(
     preprocess(config("a", workers=workers, resume=True))
     preprocess(config("b"))
     assert files(tmp_path, "a") == files(tmp_path, "b")
+
+
+def test_workers_leave_ctrl_c_to_their_parent(tmp_path: Path) -> None:
+    """Their tracebacks would hide its message."""
+
+    def work(number: int, block: Any) -> dict[str, Any]:
+        return {"ignored": signal.getsignal(signal.SIGINT) is signal.SIG_IGN}
+
+    heads = list(run_workers(work, iter(["a", "b", "c"]), workers=2))  # type: ignore[arg-type, list-item]
+    assert heads == [{"ignored": True}] * 3
 
 
 def test_a_worker_that_dies_is_an_error(
