@@ -79,7 +79,8 @@ def _kept(run_dir: Path) -> str:
     newest, _ = newest_whole(steps_in(run_dir / "checkpoints"), verify="size")
     if newest is None:
         return "  kept:     nothing: this run has no checkpoint yet"
-    return f"  kept:     {newest}: the same command continues from there (other numbers: --train.allow_changes '[KEY]')"
+    changes = "changes of its numbers need --train.allow_changes '[KEY]'"
+    return f"  kept:     {newest}: the same command continues from there; {changes}"
 
 
 def _show_error(error: MrlhfError, run_dir: Path | None) -> None:
