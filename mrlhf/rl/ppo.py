@@ -143,7 +143,8 @@ class PPO(Run):
         self.tokenizer = load_tokenizer(inputs.source.hf_dir)
         common: dict[str, Any] = {"parallel": config.parallel, "dtype": config.model.dtype, "seed": seed}
         environment = rollout.environment is not None
-        self.rewards = Rewards(config.reward, inputs.source, self.tokenizer, environment=environment, **common)
+        self.rewards = Rewards(config.reward, inputs.source, self.tokenizer, environment=environment,
+                               log_dir=self.output_dir / "logs", **common)
         reference = {} if self.models.reference is None else {"reference": self.models.reference}
         frozen = self.rewards.models | reference
         self.offload = Offload(config.offload, trainers=self.models.trainers(), frozen=frozen)

@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from mrlhf.config.user_file import load_module
+from mrlhf.config.user_file import exception_text, load_module, user_code
 from mrlhf.errors import ConfigError, RewardError
 from mrlhf.observe.redaction import SECRET_NAME
 
 RewardFunction = Callable[..., list[float]]
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 SOURCE_FORMS = "path/file.py:function, http(s)://host/path[,http(s)://...] or model:DIR"
 
@@ -105,14 +106,36 @@ def load_function(source: RewardSource) -> RewardFunction:
         raise ConfigError(f"reward file {path_text!r} has no function {name!r}",
                           expected=f"one of {', '.join(names)}" if names else "a file that defines a function",
                           fix=f"did you mean {path_text}:{close[0]} ?" if close else None)
-    try:
-        inspect.signature(function).bind(prompts=[], completions=[], label=[], prompt_ids=[], completion_ids=[])
-    except TypeError as error:
-        raise ConfigError(
-            f"reward function {source.spec!r} does not take the columns label, prompt_ids, completion_ids: {error}",
-            expected="def f(prompts, completions, **columns) -> list[float]", fix="add **columns to its parameters"
-        ) from error
+    _check_signature(function, source.spec)
     return function
+
+
+def _check_signature(function: RewardFunction, spec: str) -> None:
+    columns = ("label", "prompt_ids", "completion_ids")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return  # a builtin, of which nothing is known
+    try:
+        signature.bind(**dict.fromkeys(("prompts", "completions", *columns), []))
+        return
+    except TypeError as error:
+        cause = error
+    kinds = [p.kind for p in signature.parameters.values()]
+    unknown = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in _BY_NAME
+               and p.name not in ("prompts", "completions", *columns)]
+    fixes = []
+    if unknown:
+        names = " and ".join(repr(name) for name in unknown)
+        what = f"reward function {spec!r} wants {names}, and there is no such column"
+        source = f"--label-key {unknown[0]}" if len(unknown) == 1 else "a column `label` with an object of them"
+        fixes.append(f"put {names} into the label (preprocess: {source}) and take the parameter `label`")
+    else:
+        what = f"reward function {spec!r} does not take the columns {', '.join(columns)}: {cause}"
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        fixes.append("add **columns to its parameters")
+    raise ConfigError(what, expected="def f(prompts, completions, label, **columns) -> list[float]",
+                      fix="; ".join(fixes) or None) from cause
 
 
 def score_with_function(function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], *,
@@ -121,16 +144,28 @@ def score_with_function(function: RewardFunction, prompts: Sequence[str], comple
     """One score a completion, from `function(prompts=, completions=, label=, prompt_ids=, completion_ids=)`.
 
     prompts, completions: decoded texts; the ids are what the model read and wrote. source: the name for errors.
+    It may answer with a list, or an array or tensor of one dimension, of numbers or booleans.
     Raises RewardError if the function raises or if its answer is not one finite number a completion.
     """
     if not completions:
         return []
     try:
-        answer = function(prompts=list(prompts), completions=list(completions), label=list(labels),
-                          prompt_ids=list(prompt_ids), completion_ids=list(completion_ids))
-    except Exception as error:
-        raise RewardError(f"reward function {source!r} raised {type(error).__name__}: {error}") from error
-    return check_scores(answer, expected=len(completions), source=source)
+        with user_code():
+            answer = function(prompts=list(prompts), completions=list(completions), label=list(labels),
+                              prompt_ids=list(prompt_ids), completion_ids=list(completion_ids))
+            answer = _plain(answer)
+            if isinstance(answer, list | tuple):
+                answer = [float(value) if isinstance(value, bool) else value for value in map(_plain, answer)]
+            return check_scores(answer, expected=len(completions), source=source)
+    except RewardError:
+        raise
+    except BaseException as error:  # SystemExit too: the process serves the whole run
+        raise RewardError(f"reward function {source!r} raised {exception_text(error)}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Python's numbers for those of NumPy and torch, and lists for their vectors."""
+    return value.tolist() if getattr(value, "ndim", None) in (0, 1) and hasattr(value, "tolist") else value
 
 
 def check_scores(answer: Any, *, expected: int, source: str, first: int = 0) -> list[float]:
@@ -185,5 +220,8 @@ def check_url(url: str) -> None:
 
 def shorten(value: Any) -> str:
     """At most 200 characters of a source's answer, quoted if it is a text."""
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except Exception:  # a class of the user's, or an integer of more digits than Python shows
+        return f"<{type(value).__name__} that cannot be shown>"
     return repr(text[:200] + "...") if len(text) > 200 else repr(text) if isinstance(value, str) else text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,10 +36,12 @@ def model_sources(reward: RewardConfig) -> list[str]:
     return [s.spec for s in _parse_sources(reward) if s.kind == "model"]
 
 
-def _start_source(r: RewardConfig, source: RewardSource) -> RewardProcess | HttpReward:
+def _start_source(r: RewardConfig, source: RewardSource, log_dir: Path | None = None) -> RewardProcess | HttpReward:
     if source.kind == "function":
+        name = re.sub(r"[:/]", "_", source.name.removeprefix("function:"))
+        log = None if log_dir is None else log_dir / f"reward_{name}.log"
         return RewardProcess(source, timeout_s=r.function_timeout_s, memory_mib=r.function_memory_mib,
-                             env=r.function_env)
+                             env=r.function_env, log=log)
     return HttpReward(source.urls, timeout_s=r.http_timeout_s, total_s=r.http_total_timeout_s, retries=r.http_retries,
                       batch_size=r.http_batch_size, token_env=r.http_token_env)
 
@@ -101,11 +105,12 @@ def _located(error: MrlhfError, where: str) -> MrlhfError:
 class Rewards:
     """All reward sources. Rank 0 calls functions and HTTP servers and broadcasts the scores; models run on all ranks.
 
-    environment: adds the reward that the environment gave to each answer.
+    environment: adds the reward that the environment gave to each answer. log_dir: for what functions print; None:
+    stderr.
     """
 
     def __init__(self, config: RewardConfig, actor: ModelSource, tokenizer: Any, *, parallel: ParallelConfig,
-                 dtype: str, seed: int, environment: bool = False) -> None:
+                 dtype: str, seed: int, environment: bool = False, log_dir: Path | None = None) -> None:
         self.config, self.tokenizer, self.environment = config, tokenizer, environment
         self.sources, self.fingerprint = _parse_sources(config), fingerprint(actor.hf_dir)
         self.models: dict[str, Model] = {}
@@ -117,7 +122,9 @@ class Rewards:
                 if config.normalize and "reward_mean" not in model.source.manifest and state.is_main():
                     log.info(f"reward model {source.spec} has no score statistics: its scores are not normalised")
         if state.is_main():
-            self.external = {s.name: _start_source(config, s) for s in self.sources if s.kind != "model"}
+            if log_dir is not None:
+                log_dir.mkdir(parents=True, exist_ok=True)
+            self.external = {s.name: _start_source(config, s, log_dir) for s in self.sources if s.kind != "model"}
 
     def close(self) -> None:
         """Ends the processes and connections of rank 0."""

@@ -18,7 +18,6 @@ import math
 import numbers
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mrlhf.config.user_file import load_module
+from mrlhf.config.user_file import exception_text, load_module, user_code
 from mrlhf.data.prepare.template import Template
 from mrlhf.data.tokenizers.special import Rendered
 from mrlhf.errors import ConfigError, DataError, MrlhfError, ToolError
@@ -217,13 +216,12 @@ class Environments:
                 if i is None:
                     return
                 try:
-                    results[i] = work(conversations[i])
+                    with user_code():
+                        results[i] = work(conversations[i])
                 except MrlhfError as error:
                     errors.append((i, error if isinstance(error, ToolError) else self._error(str(error))))
-                except Exception as error:  # the user's code may raise anything
-                    at = traceback.extract_tb(error.__traceback__)[-1]
-                    what = f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})"
-                    errors.append((i, self._error(what)))
+                except BaseException as error:  # the user's code may raise anything
+                    errors.append((i, self._error(exception_text(error))))
 
         count, total = min(self.threads, len(conversations)), len(conversations)
         workers = [threading.Thread(target=run_worker, daemon=True, name=f"environment-{n}") for n in range(count)]

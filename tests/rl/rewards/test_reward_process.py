@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mrlhf.errors import ConfigError, RewardError
@@ -13,7 +17,7 @@ from mrlhf.rl.rewards.kinds import parse_source
 from mrlhf.rl.rewards.process import RewardProcess
 
 CODE = """
-import ctypes, os, sys, time, subprocess
+import atexit, ctypes, os, sys, threading, time, subprocess
 
 def good(prompts, completions, label, **columns):
     print("printed text does no harm")
@@ -43,6 +47,75 @@ def fills_the_disk(prompts, **columns):
     with open("/dev/shm/mrlhf-test-%d" % os.getpid(), "wb") as f:
         os.unlink(f.name)
         while True: f.write(bytes(1 << 20))
+
+calls = []
+def shifted(how, completions):  # forks in the first call only; each call's score is its number
+    calls.append(how)
+    if len(calls) == 1:
+        how()
+    return [float(len(calls))] * len(completions)
+
+def forks():
+    os.fork()
+
+def fork_raises():
+    if os.fork() == 0: raise ValueError("in the child")
+
+def fork_exits():
+    if os.fork() == 0:
+        atexit.register(os.write, 1, b"from the child")
+        sys.exit(3)
+
+def fork_in_a_thread():
+    thread = threading.Thread(target=forks)
+    thread.start()
+    thread.join()
+
+def daemonised():
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0: time.sleep(0.05)
+
+def fork_returned(completions, **columns): return shifted(forks, completions)
+def fork_raised(completions, **columns): return shifted(fork_raises, completions)
+def fork_left(completions, **columns): return shifted(fork_exits, completions)
+def fork_threaded(completions, **columns): return shifted(fork_in_a_thread, completions)
+def fork_daemonised(completions, **columns): return shifted(daemonised, completions)
+def fork_in_the_answer(completions, **columns):
+    class Forks(list):
+        def __iter__(self):
+            shifted(forks, completions)
+            return super().__iter__()
+    return Forks([float(len(calls) + 1)] * len(completions))
+
+def sleeps_in_another_session(completions, **columns):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0: os.execv("/bin/sleep", ["MARK", "1000"])
+        os._exit(0)
+    return [1.0] * len(completions)
+def and_crashes(completions, **columns):
+    sleeps_in_another_session(completions)
+    os.abort()
+
+def writes_to_its_pipes(completions, **columns):
+    for fd in range(3, 60):
+        try: os.write(fd, bytes([255] * 8))
+        except OSError: pass
+    return [1.0] * len(completions)
+
+class Unreadable(float):
+    def __float__(self): raise RuntimeError("boo")
+    def __repr__(self): raise RuntimeError("boo")
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("no text")
+def surrogate(prompts, **columns): raise ValueError("a\\ud800b")
+def mute(prompts, **columns): raise Mute
+def huge_text(prompts, **columns): raise ValueError("z" * 50_000_000)
+def in_a_library(prompts, **columns): return [__import__("json").loads("{")]
+def huge_score(completions, **columns): return [10 ** 5000] * len(completions)
+def unreadable(completions, **columns): return [Unreadable(1)] * len(completions)
+def half_a_list(completions, **columns): return type("L", (list,), {"__len__": lambda self: 2})([1.0] * 5)
 """
 SLOW_START = "import time\ntime.sleep(1000)\ndef f(prompts, **columns): ...\n"
 EXIT_AT_START = "import os\nos._exit(3)\n"
@@ -105,15 +178,23 @@ def test_scores_and_columns_cross_and_one_process_serves_all_calls(file: Path) -
     [
         ("bomb", "raised MemoryError"),
         ("leaves", "its process exited with status 0"),
-        ("exits", "its process exited with status 1"),
+        ("exits", r"raised SystemExit: enough \(.*mine.py:\d+\)"),
         ("crashes", "its process was killed by SIGSEGV"),
-        ("raises", "raised ZeroDivisionError: division by zero"),
+        ("raises", r"raised ZeroDivisionError: division by zero \(.*mine.py:21\)"),
         ("too_few", "1 scores for the 2 completions"),
         ("text", "gave str '1' at index 0"),
         ("nan", "gave nan at index 1"),
         ("inf", "gave inf at index 0"),
         ("nothing", "answered with NoneType None"),
         ("fills_the_disk", "raised OSError.*too large|killed by SIGXFSZ"),
+        ("writes_to_its_pipes", "it wrote to the pipe of its answers"),
+        ("surrogate", r"raised ValueError: a\\ud800b \(.*mine.py:\d+\)"),
+        ("mute", r"raised Mute: its text raises RuntimeError \(.*mine.py:\d+\)"),
+        ("huge_text", r"raised ValueError: z{1000}\.\.\. \(.*mine.py:\d+\)$"),
+        ("in_a_library", r"raised JSONDecodeError: Expecting .* \(.*mine.py:\d+\)"),
+        ("huge_score", "gave <int that cannot be shown> at index 0"),
+        ("unreadable", r"raised RuntimeError: boo \(.*mine.py:\d+\)"),
+        ("half_a_list", "5 scores for the 2 completions"),
     ],
 )
 def test_accidents_are_errors_that_name_the_function(file: Path, name: str, message: str) -> None:
@@ -123,6 +204,92 @@ def test_accidents_are_errors_that_name_the_function(file: Path, name: str, mess
         assert f"{file}:{name}" in str(caught.value)
         if name == "bomb":
             assert "2048 MiB" in str(caught.value) and "--reward.function_memory_mib" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["returned", "raised", "left", "threaded", "daemonised", "in_the_answer"])
+def test_a_fork_that_comes_back_answers_nothing(file: Path, name: str) -> None:
+    with start(file, f"fork_{name}") as process:
+        for number in range(1, 4):
+            assert ask(process) == [float(number)] * 2
+            time.sleep(0.1)  # the daemon comes back late
+
+
+def test_a_fork_at_import_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "forks.py").write_text(
+        "import os\nos.fork()\ndef f(completions, **k): return [float(c) for c in completions]"
+    )
+    with start(tmp_path / "forks.py", "f") as process:
+        for number in ("1", "2"):
+            arguments = {"labels": [0], "prompt_ids": [[]], "completion_ids": [[]]}
+            assert process.score(["p"], [number], **arguments) == [float(number)]
+
+
+def test_an_answer_to_another_request_is_an_error(file: Path) -> None:
+    with start(file, "good") as process:
+        ask(process)
+        process._number = 3
+        columns = {
+            "prompts": ["p"], "completions": ["a"], "labels": [1], "prompt_ids": [[]], "completion_ids": [[]]
+        }  # fmt: skip
+        with pytest.raises(RewardError, match="the answer to request 2 came instead of that to request 3"):
+            process._exchange("failed", msgspec.msgpack.encode({"number": 2, "columns": columns}), 2)
+
+
+@pytest.mark.parametrize("end", ["close", "crash", "kill the trainer"])
+def test_no_process_of_the_function_outlives_it(file: Path, tmp_path: Path, end: str) -> None:
+    mark = f"mrlhf-{tmp_path.name}-{os.getpid()}"
+    own = tmp_path / "mine.py"
+    own.write_text(file.read_text().replace("MARK", mark))
+
+    def alive() -> bool:
+        lines = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+        return any(line.startswith(mark.encode()) for line in lines)
+
+    def wait_until(wanted: bool) -> bool:
+        deadline = time.monotonic() + 20
+        while alive() is not wanted and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return alive() is wanted
+
+    if end == "kill the trainer":
+        code = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_reward_process import ask, start
+ask(start(Path({str(own)!r}), "sleeps_in_another_session"))
+print("ready", flush=True)
+time.sleep(1000)
+"""
+        trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert trainer.stdout is not None and trainer.stdout.readline() == "ready\n" and wait_until(True)
+        trainer.kill()
+        trainer.wait()
+    elif end == "close":
+        with start(own, "sleeps_in_another_session") as process:
+            assert ask(process) == [1.0, 1.0] and wait_until(True)
+    else:
+        with start(own, "and_crashes") as process, pytest.raises(RewardError, match="killed by SIGABRT"):
+            ask(process)
+    assert wait_until(False)
+
+
+def test_what_it_prints_is_in_its_log_up_to_a_limit(file: Path, tmp_path: Path) -> None:
+    log = tmp_path / "reward.log"
+    with start(file, "good", log=log) as process:
+        ask(process)
+    assert log.read_text() == "printed text does no harm\n"
+    with start(file, "raises", log=log) as process, pytest.raises(RewardError):
+        ask(process)
+    assert 'mine.py", line 21, in raises' in log.read_text()
+    (tmp_path / "talks.py").write_text(
+        "def f(completions, **k):\n print('x' * (70 << 20))\n return [1.0] * len(completions)"
+    )
+    with start(tmp_path / "talks.py", "f", log=tmp_path / "long.log") as process:
+        assert ask(process) == ask(process) == [1.0, 1.0]
+    assert (64 << 20) <= (tmp_path / "long.log").stat().st_size < (65 << 20)
+    with start(file, "good", log=tmp_path / "no such directory" / "x.log") as process:
+        assert ask(process) == [111.0, 502.0]
 
 
 @pytest.mark.parametrize("name", ["loop", "sleeps_with_children"])
@@ -163,6 +330,4 @@ def test_what_cannot_be_loaded_is_a_config_error(file: Path, tmp_path: Path) -> 
 
 def test_nan_stays_nan_on_the_way() -> None:
     """The wire format keeps what JSON would lose."""
-    import msgspec
-
     assert math.isnan(msgspec.msgpack.decode(msgspec.msgpack.encode({"scores": [math.nan]}))["scores"][0])

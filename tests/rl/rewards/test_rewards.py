@@ -145,9 +145,33 @@ class TestLoadFunction:
         with pytest.raises(ConfigError, match="does not import: ModuleNotFoundError: No module named 'absent_module'"):
             self.load(tmp_path, "import absent_module")
 
-    def test_signature_is_checked_at_the_start(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"add \*\*columns"):
-            self.load(tmp_path, "def score(prompts, completions): ...")
+    @pytest.mark.parametrize(
+        "parameters, what, fix",
+        [
+            ("prompts, completions", "does not take the columns", "add **columns to its parameters"),
+            ("prompts, **k", None, None),
+            (
+                "completions, answer, **k",
+                "wants 'answer', and there is no such column",
+                "put 'answer' into the label (preprocess: --label-key answer) and take the parameter `label`",
+            ),
+            (
+                "completions, answer, *, level",
+                "wants 'answer' and 'level', and there is no such column",
+                "put 'answer' and 'level' into the label (preprocess: a column `label` with an object of them) and "
+                "take the parameter `label`; add **columns to its parameters",
+            ),
+            ("prompts, completions, /, **k", "does not take the columns", None),
+        ],
+    )
+    def test_signature_is_checked_at_the_start(self, tmp_path, parameters, what, fix):
+        code = f"def score({parameters}): ..."
+        if what is None:
+            self.load(tmp_path, code)
+            return
+        with pytest.raises(ConfigError) as caught:
+            self.load(tmp_path, code)
+        assert what in caught.value.what and caught.value.fix == fix
 
 
 def call(function, completions=("a", "b", "c")):
@@ -183,7 +207,12 @@ class TestScoreWithFunction:
             ([1, 2, -math.inf], "gave -inf at index 2"),
             ([1, 10**400, 3], "at index 1"),
             (["0.5", 1, 2], "gave str '0.5' at index 0"),
-            ([1, True, 2], "gave bool True at index 1"),
+            ([True, "1", 2], "gave str '1' at index 1"),
+            (np.array([1, math.nan, 2]), "gave nan at index 1"),
+            (torch.ones(2), "2 scores for the 3 completions"),
+            (torch.ones(3, 1), "answered with Tensor"),
+            (np.array(["1", "2", "3"]), "gave str '1' at index 0"),
+            ([1, torch.ones(1), 2], "gave list .* at index 1"),
             ([1, [2], 3], r"gave list \[2\] at index 1"),
             ([1, 2], "2 scores for the 3 completions"),
             ([1, 2, 3, 4], "4 scores for the 3 completions"),
@@ -195,6 +224,20 @@ class TestScoreWithFunction:
         with pytest.raises(RewardError, match=message) as caught:
             call(lambda **_: answer)
         assert "'mine.py:score'" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            [True, False, 2],
+            (np.bool_(True), np.int64(0), np.float32(2)),
+            np.array([1.0, 0.0, 2.0], np.float16),
+            torch.tensor([1.0, 0.0, 2.0], dtype=torch.bfloat16, requires_grad=True),
+            [torch.tensor(True), torch.tensor(0), torch.tensor(2.0)],
+        ],
+    )
+    def test_numbers_of_numpy_and_torch_and_booleans(self, answer):
+        scores = call(lambda **_: answer)
+        assert scores == [1.0, 0.0, 2.0] and {type(score) for score in scores} == {float}
 
     def test_an_exception_is_a_reward_error_with_its_cause(self):
         with pytest.raises(RewardError, match="'mine.py:score' raised ZeroDivisionError: division by zero") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from mrlhf.rl.rollout.vllm_engine import Answer, Sampling
 
 END = "<|im_end|>"
 ENVIRONMENT = """
+import os
 import time
 
 class Echo:
@@ -36,6 +38,10 @@ class Echo:
         assert len(messages) == 3 * self.turn - 1
         if text == "raise":
             raise KeyError("no such tool")
+        if text == "mute":
+            raise Mute
+        if text == "exit":
+            raise SystemExit("enough")
         if text == "hang":
             time.sleep(60)
         if text == "nan":
@@ -47,6 +53,20 @@ class Echo:
         if text == "listen":
             return [{"role": "tool", "content": "a <|im_end|> b"}, {"role": "user", "content": "go on"}], 0.25, False
         return {}, float(text == self.label), True
+
+class Forks(Echo):
+    def step(self, messages, text):
+        with open(__file__ + ".steps", "a") as steps:
+            steps.write("step\\n")
+        if os.fork() == 0:
+            time.sleep(0.05)
+            if text == "two":
+                raise KeyError("in the child")
+        return {}, 1.0, True
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
 
 class Wrong:
     def reset(self):
@@ -180,7 +200,9 @@ def test_a_stop_string_goes_on_in_the_same_turn(file: Path, tokenizer: Any) -> N
 @pytest.mark.parametrize(
     "text,expected",
     [
-        ("raise", r"KeyError: 'no such tool' \(.*mine.py:17\)"),
+        ("raise", r"KeyError: 'no such tool' \(.*mine.py:18\)"),
+        ("mute", r"Mute: its text raises RuntimeError \(.*mine.py:20\)"),
+        ("exit", r"SystemExit: enough \(.*mine.py:22\)"),
         ("hang", "1 of 1 conversations had no answer after 0.3 s"),
         ("nan", "reward nan"),
         ("two", "expected: \\(observation, reward, done\\)"),
@@ -195,6 +217,15 @@ def test_failures_name_the_environment(file: Path, tokenizer: Any, text: str, ex
     assert time.monotonic() - start < 18
 
 
+def test_a_fork_that_comes_back_takes_no_step(file: Path, tokenizer: Any) -> None:
+    scripts = [[f"listen{END}"], [f"two{END}"], [f"right{END}"]]
+    answers, _, _ = talk(file, tokenizer, scripts, name="Forks", threads=1)
+    assert [a.reward for a in answers] == [1.0] * 3
+    for _ in scripts:
+        os.wait()
+    assert Path(f"{file}.steps").read_text() == "step\n" * 3
+
+
 def test_what_is_no_environment_is_refused_at_the_start(file: Path, tokenizer: Any) -> None:
     def refused(call: Callable[[], object]) -> str:
         with pytest.raises(ConfigError) as error:
@@ -203,7 +234,7 @@ def test_what_is_no_environment_is_refused_at_the_start(file: Path, tokenizer: A
 
     assert "path/file.py:Class" in refused(lambda: load_environment_class("mine.Echo"))
     assert "does not exist" in refused(lambda: load_environment_class("none.py:Echo"))
-    assert "expected: Echo, Wrong, Stopped" in refused(lambda: load_environment_class(f"{file}:Eco"))
+    assert "expected: Echo, Forks, Mute, Wrong, Stopped" in refused(lambda: load_environment_class(f"{file}:Eco"))
     assert "reset(self, record)" in refused(lambda: load_environment_class(f"{file}:Wrong"))
     assert load_environment_class("examples/calculator/calculator.py:Calculator").__name__ == "Calculator"
     assert check_environment(None, tokenizer, {}) == []
