@@ -6,6 +6,7 @@ together. The option's type decides how a text is read: PyYAML alone makes `1e-5
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -225,23 +226,39 @@ def _read_flags(args: list[str], given: _ConfigInput) -> None:
             given.unusable.add(key)
         elif takes_several and not (len(texts) == 1 and is_null(texts[0])):
             before = flags[key].value if key in flags else []
-            items = [Written(part, where) for text in texts for part in _split(text)]
+            items = [item for text in _join_brackets(texts) for item in _list_items(Written(text, where))]
             flags[key] = Written([*before, *items] if isinstance(before, list) else items, where)
         else:
             flags[key] = Written(texts[0] if texts else "true", where)
     given.written.update(flags)
 
 
-def _split(text: str) -> list[str]:
-    """At commas; but a URL that follows a URL stays with it: it is one more endpoint of the same source."""
+def _join_brackets(texts: list[str]) -> list[str]:
+    """The shell cuts `[a, b]` in two."""
+    is_cut = len(texts) > 1 and texts[0].startswith("[") and not texts[0].endswith("]")
+    return [" ".join(texts)] if is_cut and texts[-1].endswith("]") else texts
+
+
+def _list_items(written: Written) -> list[Written]:
+    """The items of a text: between commas, with or without brackets round them; or a list of YAML or JSON with quotes.
+
+    Between commas, a URL that follows a URL stays with it: it is one more endpoint of the same source.
+    """
+    text = str(written.value).strip()
+    if text.startswith("[") and text.endswith("]"):
+        with contextlib.suppress(yaml.YAMLError, RecursionError):
+            items = yaml.compose(text, Loader=yaml.SafeLoader).value
+            if any(item.style for item in items) and all(isinstance(item, yaml.ScalarNode) for item in items):
+                return [replace(written, value=item.value, quoted=bool(item.style)) for item in items]
+        text = text[1:-1]
     parts: list[str] = []
-    for piece in text.strip().removeprefix("[").removesuffix("]").split(","):
+    for piece in text.split(","):
         piece = piece.strip()
         if parts and re.match(r"https?://", piece) and re.match(r"https?://", parts[-1]):
             parts[-1] += "," + piece
         elif piece:
             parts.append(piece)
-    return parts
+    return [replace(written, value=part, quoted=False) for part in parts]
 
 
 def _add_unknown(key: str, where: str, given: _ConfigInput, *, flag: bool) -> None:
@@ -274,7 +291,7 @@ def _convert(option: Option, written: Written) -> Any:
         return _convert_scalar(option, written)
     items = written.value
     if isinstance(items, str):
-        items = [replace(written, value=part) for part in _split(items)]
+        items = _list_items(written)
     if not isinstance(items, list):
         raise _Unreadable(written.summary)
     return tuple(_convert_scalar(option, item) for item in items)

@@ -109,6 +109,10 @@ def test_optionals_take_null(write):
         ["--reward.sources", "model:a,b.py:f", "--reward.weights", "1,0.5"],
         ["--reward.sources", "model:a", "b.py:f", "--reward.weights", "1", "0.5"],
         ["--reward.sources", "model:a", "--reward.sources=b.py:f", "--reward.weights=[1, 0.5]"],
+        ["--reward.sources", '["model:a","b.py:f"]', "--reward.weights", "[1,0.5]"],
+        ["--reward.sources=['model:a', b.py:f]", "--reward.weights", "[ 1 , 0.5 ]"],
+        ["--reward.sources", '["model:a",', '"b.py:f"]', "--reward.weights", "[1,", "0.5]"],
+        ["--reward.sources", '["model:a"]', "--reward.sources", '["b.py:f"]', "--reward.weights", "[1]", "[0.5]"],
     ],
 )
 def test_tuples(flags):
@@ -169,6 +173,23 @@ def test_everything_wrong_with_a_blend(write):
         "data.train = [{prefix: a (not valid YAML)"
     ]
     assert [e.what for e in problems(SFTStage, write(GOOD), ["--data.train", "[]"])] == ["data.train: no source"]
+
+
+def test_quoted_items_of_a_list(write):
+    def option(key, text):
+        config = load_config(PPOStage, None, [*MINIMAL["ppo"], f"--{key}", text])
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    stop = ("a, b", "[/INST]", "\n", "http://c")
+    assert option("rollout.stop", '["a, b", "[/INST]", "\\n", "http://c"]') == stop
+    assert option("train.allow_changes", '["data.train","optim.lr"]') == ("data.train", "optim.lr")
+    assert option("reward.function_env", "['A','B']") == ("A", "B")
+    assert option("rollout.stop", '"x"') == ('"x"',) and option("rollout.stop", "[END]") == ("END",)
+    assert option("reward.sources", '["http://a/s","http://b/s"]')[1:] == ("http://a/s", "http://b/s")
+    assert option("reward.sources", "[http://a/s,http://b/s]")[1:] == ("http://a/s,http://b/s",)
+    path = write('reward:\n  sources: \'["model:a","b.py:f"]\'\n')
+    assert load_config(PPOStage, path, MINIMAL["ppo"][:-2]).reward.sources == ("model:a", "b.py:f")
 
 
 def test_a_comma_between_urls_is_one_source(write):
