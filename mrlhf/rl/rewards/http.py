@@ -5,10 +5,14 @@
 A request is sent again after a connection error, a time-out, status 429 or 5xx, or a malformed answer (no JSON, a wrong
 number of scores, NaN), which a server gives while it restarts or is overloaded. Any other status is final. A failure is
 an error, never a score.
+
+Requests are tasks of an event loop in a thread of its own, because a task can be cancelled wherever it waits: one
+deadline holds for the whole of a request, from the name's look-up to the last byte.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -16,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -29,12 +33,13 @@ from mrlhf.rl.rewards.kinds import check_scores, check_url, shorten
 
 LONGEST_PAUSE_S = 30.0
 CONNECT_S = 10.0  # a running server accepts the connection at once
+CLOSE_S = 5.0
 ANSWER_BYTES, ANSWER_BYTES_PER_SCORE = 1 << 16, 64  # the largest answer: their sum
 FAILURES_TO_OPEN, OPEN_S = 3, 20.0
 
 
 class Endpoints:
-    """Chooses the server with the fewest requests in flight, in turn among equal ones. Thread-safe.
+    """Chooses the server with the fewest requests in flight, in turn among equal ones.
 
     A server that has failed FAILURES_TO_OPEN times in a row gets no request for OPEN_S seconds (its circuit is open) if
     another server is usable; then one request tries it again.
@@ -42,29 +47,27 @@ class Endpoints:
 
     def __init__(self, urls: Sequence[str], *, first: int = 0) -> None:
         self._states = [_Endpoint(url) for url in urls]
-        self._turn, self._lock = first, threading.Lock()
+        self._turn = first
 
     def take(self, *, avoid: str | None = None) -> str:
         """The next server. avoid: one that has just failed; it is chosen only if there is no other."""
-        with self._lock:
-            now, count = time.monotonic(), len(self._states)
-            order = [self._states[(self._turn + i) % count] for i in range(count)]
-            usable = [e for e in order if e.open_until <= now] or [min(order, key=lambda e: e.open_until)]
-            usable = [e for e in usable if e.url != avoid] or usable
-            chosen = min(usable, key=lambda e: e.in_flight)
-            self._turn = self._states.index(chosen) + 1
-            chosen.in_flight += 1
-            if chosen.failures >= FAILURES_TO_OPEN:
-                chosen.open_until = now + OPEN_S  # half open: other requests wait for the result of this one
-            return chosen.url
+        now, count = time.monotonic(), len(self._states)
+        order = [self._states[(self._turn + i) % count] for i in range(count)]
+        usable = [e for e in order if e.open_until <= now] or [min(order, key=lambda e: e.open_until)]
+        usable = [e for e in usable if e.url != avoid] or usable
+        chosen = min(usable, key=lambda e: e.in_flight)
+        self._turn = self._states.index(chosen) + 1
+        chosen.in_flight += 1
+        if chosen.failures >= FAILURES_TO_OPEN:
+            chosen.open_until = now + OPEN_S  # half open: other requests wait for the result of this one
+        return chosen.url
 
     def give_back(self, url: str, *, failed: bool) -> None:
         """Records the end of a request to `url`."""
-        with self._lock:
-            endpoint = next(e for e in self._states if e.url == url)
-            endpoint.in_flight -= 1
-            endpoint.failures = endpoint.failures + 1 if failed else 0
-            endpoint.open_until = time.monotonic() + OPEN_S if endpoint.failures >= FAILURES_TO_OPEN else 0.0
+        endpoint = next(e for e in self._states if e.url == url)
+        endpoint.in_flight -= 1
+        endpoint.failures = endpoint.failures + 1 if failed else 0
+        endpoint.open_until = time.monotonic() + OPEN_S if endpoint.failures >= FAILURES_TO_OPEN else 0.0
 
 
 @dataclass
@@ -76,9 +79,9 @@ class _Endpoint:
 
 
 class HttpReward:
-    """Scores from endpoints that all serve the same reward function.
+    """Scores from endpoints that all serve the same reward function. Any thread may call it.
 
-    timeout_s: for one request, even if the answer comes byte by byte. total_s: for a batch with all its retries.
+    timeout_s: for one request, however slowly its parts come. total_s: for a batch with all its retries.
     retries: further tries, at another endpoint if there is one, after backoff_s, 2 backoff_s, ... (at most 30 s, half
     of it random) or after the server's Retry-After. batch_size: completions a request. concurrency: requests in flight.
     token_env: environment variable with a bearer token. first_endpoint: index of the endpoint that is used first.
@@ -108,9 +111,13 @@ class HttpReward:
         self.retries, self.backoff_s, self.batch_size, self.concurrency = retries, backoff_s, batch_size, concurrency
         self.timeout_s, self.total_s = timeout_s, total_s
         self._endpoints = Endpoints(urls, first=first_endpoint)
+        self._slots = asyncio.Semaphore(concurrency)
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))
-        self._client = httpx.Client(timeout=timeout, headers=headers, limits=limits, follow_redirects=False)
+        timeout = httpx.Timeout(None, connect=min(timeout_s, CONNECT_S))
+        self._client = httpx.AsyncClient(timeout=timeout, headers=headers, limits=limits, follow_redirects=False)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="rewards")
+        self._thread.start()
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], *, labels: Sequence[Any],
               prompt_ids: Sequence[list[int]] | None = None, completion_ids: Sequence[list[int]] | None = None,
@@ -127,33 +134,20 @@ class HttpReward:
         sizes = {name: len(values) for name, values in columns.items()}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"columns of different lengths: {sizes}")
-        give_up = threading.Event()
-
-        def send(start: int) -> list[float]:
-            rows = slice(start, start + self.batch_size)
-            batch: dict[str, Any] = {name: list(values[rows]) for name, values in columns.items()}
-            if tokenizer is not None and "prompt_ids" in batch:
-                batch["tokenizer"] = tokenizer
-            try:
-                return self._send_batch(batch, first=start, give_up=give_up)
-            except BaseException:
-                give_up.set()
-                raise
-
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="reward") as pool:
-            futures = [pool.submit(send, start) for start in range(0, len(completions), self.batch_size)]
-            try:
-                wait(futures)
-            finally:
-                give_up.set()  # else the pool would wait for all retries after Ctrl-C
-        failures = [error for future in futures if (error := future.exception()) is not None]
-        if failures:
-            # batches that were given up only repeat the failure that stopped them
-            raise min(failures, key=lambda error: isinstance(error, _GivenUp))
-        return [score for future in futures for score in future.result()]
+        future = asyncio.run_coroutine_threadsafe(self._score_batches(columns, tokenizer), self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # after Ctrl-C
 
     def close(self) -> None:
-        self._client.close()
+        if self._loop.is_closed():
+            return
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result(CLOSE_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def __enter__(self) -> HttpReward:
         return self
@@ -161,47 +155,65 @@ class HttpReward:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _send_batch(self, batch: dict[str, Any], *, first: int, give_up: threading.Event) -> list[float]:
-        count, deadline = len(batch["completions"]), time.monotonic() + self.total_s
-        body, url, failure = _Body(json.dumps(batch).encode()), None, _Failure("not sent", final=False)
-        for attempt in range(1, self.retries + 2):
-            if give_up.is_set():
-                raise _GivenUp("given up after the failure of another batch")
-            url = self._endpoints.take(avoid=url)
-            outcome: list[float] | _Failure = _Failure("interrupted", final=True)
-            try:
-                outcome = self._send_request(url, body, count, first)
-            finally:
-                self._endpoints.give_back(url, failed=isinstance(outcome, _Failure))
-            if not isinstance(outcome, _Failure):
-                return outcome
-            failure = outcome
-            backoff_s = min(self.backoff_s * 2 ** (attempt - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
-            pause_s = max(failure.retry_after_s, backoff_s)
-            if failure.final or attempt == self.retries + 1:
-                break
-            if time.monotonic() + pause_s >= deadline:
-                what = f"{failure.what}; the next try would end after {self.total_s:g} s"
-                failure = _Failure(what, final=True, expected=failure.expected)
-                break
-            if give_up.wait(pause_s):
-                raise _GivenUp("given up after the failure of another batch")
+    async def _score_batches(self, columns: dict[str, Sequence[Any]], tokenizer: str | None) -> list[float]:
+        tasks = []
+        for start in range(0, len(columns["completions"]), self.batch_size):
+            batch: dict[str, Any] = {name: list(v[start : start + self.batch_size]) for name, v in columns.items()}
+            if tokenizer is not None and "prompt_ids" in batch:
+                batch["tokenizer"] = tokenizer
+            tasks.append(asyncio.create_task(self._send_batch(batch, first=start)))
+        try:
+            parts = await asyncio.gather(*tasks)
+        finally:  # one has failed: the others are given up
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return [score for part in parts for score in part]
+
+    async def _send_batch(self, batch: dict[str, Any], *, first: int) -> list[float]:
+        async with self._slots:
+            count, deadline = len(batch["completions"]), time.monotonic() + self.total_s
+            body, url, failure = _Body(json.dumps(batch).encode()), None, _Failure("not sent", final=False)
+            for attempt in range(1, self.retries + 2):
+                url = self._endpoints.take(avoid=url)
+                outcome: list[float] | _Failure = _Failure("interrupted", final=True)
+                try:
+                    limit_s = min(self.timeout_s, deadline - time.monotonic())
+                    outcome = await self._send_request(url, body, count, first, limit_s)
+                finally:
+                    self._endpoints.give_back(url, failed=isinstance(outcome, _Failure))
+                if not isinstance(outcome, _Failure):
+                    return outcome
+                failure = outcome
+                backoff_s = min(self.backoff_s * 2 ** (attempt - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
+                pause_s = max(failure.retry_after_s, backoff_s)
+                if failure.final or attempt == self.retries + 1:
+                    break
+                if time.monotonic() + pause_s >= deadline:
+                    what = f"{failure.what}; the next try would end after {self.total_s:g} s"
+                    failure = _Failure(what, final=True, expected=failure.expected)
+                    break
+                await asyncio.sleep(pause_s)
         where = f"the {count} completions from index {first}, try {attempt}"
         raise RewardError(f"reward source {url!r} failed for {where}: {failure.what}", expected=failure.expected)
 
-    def _send_request(self, url: str, body: _Body, count: int, first: int) -> list[float] | _Failure:
+    async def _send_request(
+        self, url: str, body: _Body, count: int, first: int, limit_s: float
+    ) -> list[float] | _Failure:
         """One try. The server may echo our token: `_clean` takes it out of the texts that go into errors."""
-        end, most = time.monotonic() + self.timeout_s, ANSWER_BYTES + ANSWER_BYTES_PER_SCORE * count
-        content = bytearray()
+        content, most = bytearray(), ANSWER_BYTES + ANSWER_BYTES_PER_SCORE * count
         headers = {"Content-Type": "application/json", "Idempotency-Key": body.key}
         try:
-            with self._client.stream("POST", url, content=body.data, headers=headers) as response:
-                for chunk in response.iter_raw():
+            async with (
+                asyncio.timeout(limit_s),
+                self._client.stream("POST", url, content=body.data, headers=headers) as response,
+            ):
+                async for chunk in response.aiter_raw():
                     content += chunk
                     if len(content) > most:
                         return _Failure(f"an answer of more than {most:,} bytes", final=False)
-                    if time.monotonic() > end:
-                        return _Failure(f"its answer was not whole after {self.timeout_s:g} s", final=False)
+        except TimeoutError:
+            return _Failure(f"its answer was not whole after {round(limit_s, 2):g} s", final=False)
         except (httpx.TimeoutException, httpx.NetworkError, httpx.ProtocolError) as error:
             return _Failure(f"{type(error).__name__}: {self._clean(str(error))}", final=False)
         except httpx.RequestError as error:
@@ -244,10 +256,6 @@ class _Failure:
     expected: str | None = None
 
 
-class _GivenUp(RewardError):
-    """A batch stopped because another one has failed."""
-
-
 def _read_token(variable: str) -> str:
     token = os.environ.get(variable)
     if not token:
@@ -260,11 +268,11 @@ def _retry_after(header: str | None) -> float:
     """Seconds to wait; 0 without the header or if it is malformed."""
     if not header:
         return 0.0
-    if header.strip().isdigit():
+    if header.strip().isascii() and header.strip().isdecimal():
         return float(header)
     try:
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return 0.0
 
 

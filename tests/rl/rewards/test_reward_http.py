@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -255,7 +257,7 @@ class TestHttpReward:
             return lengths(payload)
 
         server = serve(wait)
-        with pytest.raises(RewardError, match="try 2: ReadTimeout"):
+        with pytest.raises(RewardError, match="try 2: its answer was not whole after 0.1 s"):
             ask([server.url], timeout_s=0.1, retries=1)
         done.set()
         dribbling = serve(lambda payload, number: (200, "[" * 1000, "dribble"))
@@ -309,6 +311,154 @@ class TestHttpReward:
             HttpReward(["http://a/s"], **options)
         with pytest.raises(ConfigError):
             HttpReward([])
+
+
+@contextmanager
+def raw_server(answer):
+    """Calls answer(connection) for every connection. It ends when the client has closed it, and after 15 s."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve(connection):
+            connection.settimeout(15)
+            with contextlib.suppress(OSError), connection:
+                answer(connection)
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/score"
+
+
+def drip(start: bytes, piece: bytes, *, read: bool = True, pause_s: float = 0.02):
+    def answer(connection):
+        if read:
+            connection.recv(1 << 16)
+        connection.sendall(start)
+        end = time.monotonic() + 15
+        while time.monotonic() < end:
+            connection.sendall(piece)
+            time.sleep(pause_s)
+
+    return answer
+
+
+def read_slowly(connection):
+    end = time.monotonic() + 15
+    while time.monotonic() < end and connection.recv(1):
+        time.sleep(0.02)
+
+
+def silent(connection):
+    while connection.recv(1 << 16):
+        pass
+
+
+def second_answer_drips(connection):
+    body = b'{"scores": [1, 2, 3]}'
+    connection.recv(1 << 16)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    drip(b"HTTP/1.1 200 OK\r\nX: ", b"a")(connection)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+SLOW = {
+    "status line": drip(b"", b"H"),
+    "head": drip(OK + b"X-A: ", b"a"),
+    "heads": drip(OK, b"X-A: a\r\n"),
+    "100": drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "flood of 103": drip(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 100, pause_s=0),
+    "before the request": drip(b"", b"HTTP/1.1 102 Processing\r\n\r\n", read=False),
+    "body": drip(OK + b"Content-Length: 5000\r\n\r\n", b" "),
+    "body of an error": drip(b"HTTP/1.1 500 X\r\nContent-Length: 5000\r\n\r\n", b" "),
+    "chunks": drip(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    "size of a chunk": drip(OK + b"Transfer-Encoding: chunked\r\n\r\n1;", b"a"),
+    "trailers": drip(OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: ", b"a"),
+    "silent": silent,
+    "reads nothing": lambda connection: time.sleep(15),
+    "reads slowly": read_slowly,
+}
+
+
+class TestTimeLimits:
+    """Each server would hold a client for 15 s or more that has no limit on the whole request."""
+
+    def ends(self, url, *, message, completions=("a", "bb", "ccc"), **options):
+        start = time.monotonic()
+        with pytest.raises(RewardError, match=message):
+            ask([url], completions, **options)
+        assert time.monotonic() - start < 8
+
+    @pytest.mark.parametrize("case", SLOW)
+    @pytest.mark.parametrize("of", ["request", "total"])
+    def test_both_hold_whatever_comes_slowly(self, case, of):
+        limits = {"timeout_s": 0.2, "retries": 1} if of == "request" else {"timeout_s": 60, "total_s": 0.4}
+        completions = ["x" * 10_000_000] if "reads" in case else ["a"]
+        with raw_server(SLOW[case]) as url:
+            message = (
+                "try 2.*not whole after 0.2 s"
+                if of == "request"
+                else "not whole after.*the next try would end after 0.4 s"
+            )
+            self.ends(url, message=message, completions=completions, **limits)
+
+    @pytest.mark.parametrize("answer", [silent, drip(b"\x16\x03\x03\x3f\xff", b"\x02", read=False)])
+    def test_tls_that_does_not_begin(self, answer):
+        with raw_server(answer) as url:
+            self.ends(
+                url.replace("http:", "https:"), message="not whole after|ConnectTimeout", timeout_s=0.2, retries=0
+            )
+
+    def test_a_server_that_accepts_no_connection(self):
+        with socket.socket() as listener, contextlib.ExitStack() as waiting:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            for _ in range(4):  # the queue is full
+                waiting.enter_context(socket.socket()).setblocking(False)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/score"
+            self.ends(url, message="not whole after|ConnectTimeout", timeout_s=0.2, retries=1)
+
+    def test_a_name_that_is_looked_up_for_ever(self, monkeypatch):
+        done = threading.Event()
+        look_up = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: done.wait(15) and look_up(*a, **k))
+        try:
+            self.ends("http://nowhere.test/score", message="not whole after|ConnectTimeout", timeout_s=0.2, retries=1)
+        finally:
+            done.set()
+
+    def test_a_kept_connection_has_no_more_time(self):
+        with raw_server(second_answer_drips) as url, HttpReward([url], timeout_s=0.3, retries=0) as reward:
+            columns = ["p"] * 3, ["a"] * 3
+            assert reward.score(*columns, labels=[None] * 3) == [1.0, 2.0, 3.0]
+            start = time.monotonic()
+            with pytest.raises(RewardError, match="not whole after 0.3 s"):
+                reward.score(*columns, labels=[None] * 3)
+            assert time.monotonic() - start < 8
+
+    def test_the_limit_of_a_batch_begins_with_its_turn(self, serve):
+        def slow(payload, number):
+            time.sleep(0.1)
+            return lengths(payload)
+
+        texts = ["x" * (i + 1) for i in range(8)]
+        server = serve(slow)
+        scores = ask([server.url], texts, batch_size=1, concurrency=1, timeout_s=5, total_s=0.75)
+        assert scores == [float(len(t)) for t in texts]
+
+
+@pytest.mark.parametrize(
+    "header", ["\u00b2", "nan", "9" * 5000, "-1", "Fri, 31 Dec 9999 23:59:59 -9900", "\u0663", "x"]
+)
+def test_odd_retry_after(serve, header):
+    server = serve(lambda payload, number: (429, "", {"Retry-After": header}) if number == 1 else lengths(payload))
+    if header.startswith("9"):
+        with pytest.raises(RewardError, match="status 429.*the next try would end after"):
+            ask([server.url], total_s=5.0)
+    else:
+        assert ask([server.url], retries=1) == [1.0, 2.0, 3.0]
 
 
 class TestEndpoints:
