@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -33,9 +34,11 @@ except ModuleNotFoundError as error:
     what = f"mrlhf serve-reward needs the package {error.name}"
     raise EnvironmentProblem(what, fix="pip install starlette uvicorn") from error
 
-HEAD_S, BODY_S = 30, 60  # a client is dropped if its first request head, or a body, is not complete after this time
+HEAD_S, BODY_S = 30, 60  # a client is dropped if a request head, or a body, is not complete after this time
 IDLE_S = 30  # between two requests of a connection
-CONNECTIONS = 128  # at once; a request on a further one gets 503
+WRITE_S = 30  # a client is dropped if it does not read its answers for this time
+CONNECTIONS = 128  # at once; a further one takes the place of the oldest without a token, or else gets 503
+CHARACTERS_PER_TOKEN = 128  # the longest tokens (runs of spaces) of common vocabularies: a longer text is not tokenised
 
 Sequences = list[list[int]]
 
@@ -82,7 +85,8 @@ class RewardServer:
         routes = [Route("/health", self._health, methods=["GET"]), Route("/score", self._score, methods=["POST"])]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
         app.router.redirect_slashes = False  # a redirect would answer without a token, and keep the connection
-        config = uvicorn.Config(app, http=_Protocol, ws="none", loop="asyncio", lifespan="off", log_config=None,
+        protocol: Any = partial(_Protocol, trusts=self._trusts)
+        config = uvicorn.Config(app, http=protocol, ws="none", loop="asyncio", lifespan="off", log_config=None,
                                 log_level="error", access_log=False, server_header=False, proxy_headers=False,
                                 limit_concurrency=CONNECTIONS + 1, timeout_keep_alive=IDLE_S,
                                 timeout_graceful_shutdown=1)
@@ -101,9 +105,11 @@ class RewardServer:
         answer = {"status": "ok", "tokenizer": self.fingerprint, "max_batch_size": self.max_batch_size}
         return JSONResponse(answer, headers={"Connection": "close"})  # else it could be held without a token
 
+    def _trusts(self, authorization: bytes) -> bool:
+        return self.token is None or hmac.compare_digest(authorization, f"Bearer {self.token}".encode())
+
     async def _score(self, request: Request) -> JSONResponse:
-        given = request.headers.get("Authorization", "").encode("latin-1")
-        if self.token is not None and not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+        if not self._trusts(request.headers.get("Authorization", "").encode("latin-1")):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
         sequences = await asyncio.to_thread(self._read_sequences, await self._read_body(request))
         if not sequences:
@@ -156,9 +162,15 @@ class RewardServer:
             return [p + c for p, c in zip(request.prompt_ids, request.completion_ids, strict=True)]
         end = self.tokenizer.eos_token
         pairs = zip(request.prompts, request.completions, strict=True)
-        texts = [prompt + completion.removesuffix(end) + end for prompt, completion in pairs]
-        with self._tokenizer_lock:
-            return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        sequences, most = [], self.max_length * CHARACTERS_PER_TOKEN
+        for i, (prompt, completion) in enumerate(pairs):
+            text = prompt + completion.removesuffix(end) + end
+            if len(text) > most:  # to tokenise it could take minutes
+                what = f"sequence {i} has {len(text)} characters; at most {self.max_length} tokens are possible"
+                raise HTTPException(400, what)
+            with self._tokenizer_lock:  # for one text: other requests do not wait for all of them
+                sequences += self.tokenizer([text], add_special_tokens=False)["input_ids"]
+        return sequences
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
@@ -169,24 +181,48 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
 
 
 class _Protocol(H11Protocol):
-    """Drops a connection that has sent no complete request head HEAD_S after it opened or got its last answer.
+    """Limits what a client can hold, which uvicorn does not.
 
-    uvicorn limits neither the first head nor a later one that has begun.
+    Drops a connection that has sent no complete request head HEAD_S after it opened or got its last answer, or that
+    does not read for WRITE_S. When all places are taken, a new connection gets that of the oldest one without a token.
     """
+
+    def __init__(self, *args: Any, trusts: Callable[[bytes], bool], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.trusts = trusts
+        self._unread: asyncio.TimerHandle | None = None
+
+    def is_trusted(self) -> bool:
+        """Whether its last request had the token."""
+        return self.cycle is not None and self.trusts(dict(self.headers).get(b"authorization", b""))
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.opened = self.loop.time()
         self._await_head()
+        live: list[Any] = [c for c in self.connections if c is not self and not c.transport.is_closing()]
+        others = [c for c in live if not c.is_trusted()]
+        if len(live) >= CONNECTIONS and others:
+            min(others, key=lambda c: c.opened).transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(WRITE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def _await_head(self) -> None:
         last = self.cycle
 
         def drop() -> None:
             if self.cycle is last and (last is None or last.response_complete):
-                self.transport.close()
+                self.transport.abort()  # does not wait for a client that reads nothing
 
         self.loop.call_later(HEAD_S, drop)

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 
 import httpx
@@ -38,18 +38,16 @@ def sums(sequences: list[list[int]]) -> Future[list[float]]:
 
 
 @contextmanager
-def serving(submit=sums, timeout_s: float = 20.0) -> Iterator[RewardServer]:
+def serving(submit=sums, timeout_s: float = 20.0, **options) -> Iterator[RewardServer]:
+    limits = {"vocab_size": 200, "max_length": 20, "max_request_bytes": 100_000, "max_batch_size": 8, **options}
     made = RewardServer(
         ("127.0.0.1", 0),
         submit=submit,
         timeout_s=timeout_s,
         tokenizer=Tokenizer(),
         fingerprint="print",
-        vocab_size=200,
-        max_length=20,
-        max_request_bytes=100_000,
-        max_batch_size=8,
         token=TOKEN,
+        **limits,
     )
     made.start()
     try:
@@ -199,17 +197,94 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
         assert post(server, GOOD).status_code == 500
 
 
+HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
 def test_connections_beyond_the_limit_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_server, "CONNECTIONS", 1)
+    body = b'{"prompts": [], "completions": []}'
     with serving() as server, connect(server) as holding:
-        assert b" 503 " in raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"), (
-            "connections are taken in the order in which they were made"
-        )
+        holding.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert b" 200 " in holding.recv(1 << 16)
+        assert b" 503 " in raw(server, HEALTH), "one with the token keeps its place"
         holding.close()
         deadline = time.monotonic() + 10
-        while b" 200 " not in raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        while b" 200 " not in raw(server, HEALTH):
             assert time.monotonic() < deadline, "a closed connection makes room"
             time.sleep(0.01)
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD[:20], HEAD.replace(TOKEN.encode(), b"wrong")])
+def test_connections_without_the_token_leave_a_place_for_it(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(reward_server, "CONNECTIONS", 8)
+    with serving() as server, ExitStack() as stack:
+        held = [stack.enter_context(connect(server)) for _ in range(20)]
+        for connection in held:
+            connection.sendall(sent)
+        for _ in range(3):
+            assert post(server, GOOD).json() == {"scores": [6.0]}
+            held.append(stack.enter_context(connect(server)))
+        held[0].settimeout(10)
+        with suppress(ConnectionError):
+            assert held[0].recv(1) == b"", "the oldest is dropped"
+
+
+def test_with_all_of_the_real_places_taken_byte_by_byte() -> None:
+    with serving() as server, ExitStack() as stack:
+        held = [stack.enter_context(connect(server)) for _ in range(reward_server.CONNECTIONS)]
+        for _ in range(3):
+            for connection in held:
+                with suppress(ConnectionError):  # dropped for the one with the token
+                    connection.sendall(b"X")
+            assert post(server, GOOD).status_code == 200
+
+
+def test_a_client_that_reads_no_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_server, "WRITE_S", 0.3)
+    many = 5000
+    body = json.dumps({"prompts": [""] * many, "completions": [""] * many}).encode()
+    scores: Future[list[float]] = Future()
+    scores.set_result([1 / 3] * many)
+    with serving(lambda sequences: scores, max_batch_size=many) as server, connect(server) as connection:
+        connection.settimeout(20)
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert post(server, GOOD).status_code == 200
+
+
+def test_a_closed_connection_is_not_kept_for_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_server, "HEAD_S", 0.3)
+    many = 2_000_000
+    body = b'{"prompts": ["x"], "completions": ["y"]}'
+    scores: Future[list[float]] = Future()
+    scores.set_result([1 / 3] * many)  # 40 MB
+    with serving(lambda sequences: scores) as server, connect(server) as connection:
+        connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        deadline = time.monotonic() + 20
+        while not server._server.server_state.total_requests:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        while server._server.server_state.connections:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def tokenise(self: Tokenizer, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        seen.extend(len(text) for text in texts)
+        return {"input_ids": [[1]] * len(texts)}
+
+    monkeypatch.setattr(Tokenizer, "__call__", tokenise)
+    with serving(max_request_bytes=16 << 20) as server:
+        for prompt, completion in (("a" * 15_000_000, "b"), ("a", "b" * 15_000_000), ("ab " * 5_000_000, "")):
+            answer = post(server, {"prompts": ["a", prompt], "completions": ["b", completion]})
+            assert answer.status_code == 400 and "sequence 1 has 150000" in answer.json()["error"]
+        assert post(server, {"prompts": [" " * 2000], "completions": ["b"]}).json() == {"scores": [1.0]}
+    assert seen == [3, 3, 3, 2002]
 
 
 def test_the_client_gets_through_it(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
