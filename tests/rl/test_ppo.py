@@ -308,3 +308,4 @@ def test_grpo_with_every_option_an_environment_and_three_kinds_of_reward(
     assert "critic/vf_loss" not in lines[0] and lines[0]["actor/ratio_max_dev"] < 1e-5
     assert "eval/score/mean" in lines[-1]
     assert (tmp_path / "samples/step_1.jsonl").is_file()
+    assert (tmp_path / "logs/reward_length_penalty.py_length_penalty.log").is_file(), "what the function prints"
