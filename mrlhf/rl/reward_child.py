@@ -113,7 +113,8 @@ def supervise(worker: int, *, read_fd: int, output_fd: int, log: str | None) -> 
     status = os.waitstatus_to_exitcode(ended[1])
     if status < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+        with suppress(OSError):  # SIGKILL has no other action
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 

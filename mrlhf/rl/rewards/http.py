@@ -33,7 +33,7 @@ from mrlhf.rl.rewards.kinds import check_scores, check_url, shorten
 
 LONGEST_PAUSE_S = 30.0
 CONNECT_S = 10.0  # a running server accepts the connection at once
-CLOSE_S = 5.0
+CLOSE_S = 5.0  # to close the connections
 ANSWER_BYTES, ANSWER_BYTES_PER_SCORE = 1 << 16, 64  # the largest answer: their sum
 FAILURES_TO_OPEN, OPEN_S = 3, 20.0
 

@@ -144,6 +144,8 @@ class TestLoadFunction:
     def test_file_that_does_not_import(self, tmp_path):
         with pytest.raises(ConfigError, match="does not import: ModuleNotFoundError: No module named 'absent_module'"):
             self.load(tmp_path, "import absent_module")
+        with pytest.raises(ConfigError, match=r"does not import: SystemExit: 3 \(.*mine.py:2\)$"):
+            self.load(tmp_path, "\nraise SystemExit(3)")
 
     @pytest.mark.parametrize(
         "parameters, what, fix",
