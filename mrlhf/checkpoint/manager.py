@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mrlhf.checkpoint.save import Best, Keep, Part, Save, begin_save, clear_unfinished, on_main, retain
+from mrlhf.checkpoint.manifest import step_of, steps_in
+from mrlhf.checkpoint.save import Best, Keep, Part, Save, begin_save, clear_unfinished, is_whole, on_main, retain
 from mrlhf.config.options import CheckpointConfig
 from mrlhf.errors import CheckpointError
 from mrlhf.parallel import device, state
@@ -41,6 +43,7 @@ class Saver:
         self.seconds = 0.0  # duration of the longest save so far, from start to rename
         self._waited = 0.0
         self._under_way: Save | None = None
+        self.failed_exports: list[str] = []  # names of checkpoints; until `export_missing` only on rank 0
         if state.is_main():
             clear_unfinished(self.directory)
             clear_unfinished(run_dir / "hf")
@@ -104,8 +107,7 @@ class Saver:
             self._handle_failure(error, last)
             return
         self.seconds = max(self.seconds, time.perf_counter() - save.began)
-        every = self.config.export_hf_interval
-        if every and save.content["step"] % every == 0 or last and self.config.export_hf_at_end:
+        if self._exports(save.content["step"], last=last):
             self._export(save.target)
         dist.barrier()
 
@@ -116,19 +118,37 @@ class Saver:
         if state.is_main():
             log.warning(f"{error}\n  the run continues without it (checkpoint.on_save_error)")
 
-    def _export(self, checkpoint: Path) -> None:
-        """Exports on rank 0, in a separate process, since a conversion needs another layout than the run. A failure is
-        only a warning: the checkpoint exists.
+    def _exports(self, step: int, *, last: bool) -> bool:
+        every = self.config.export_hf_interval
+        return bool(every and step % every == 0) or last and self.config.export_hf_at_end
+
+    def export_missing(self, total_steps: int) -> None:
+        """Collective. Makes the exports of existing checkpoints that a killed or failed command has left out.
+
+        Afterwards `failed_exports` is the same on all ranks.
         """
-        target = self.run_dir / "hf" / checkpoint.name
-        if not state.is_main() or target.exists():
-            return
-        environment = {
-            k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
-        }
-        done = subprocess.run([sys.executable, "-m", "mrlhf.export", str(checkpoint), str(target)], env=environment,
-                              capture_output=True, text=True, check=False)
-        if done.returncode:
-            log.warning(f"the HF export of {checkpoint} failed: {done.stderr.strip()[-2000:]}")
-        else:
+        steps = [p for p in steps_in(self.directory) if self._exports(step_of(p), last=step_of(p) == total_steps)]
+        for name in state.from_all_ranks([p.name for p in reversed(steps) if is_whole(p)] if state.is_main() else []):
+            self._export(self.directory / name)
+        self.failed_exports = state.from_all_ranks(self.failed_exports)
+
+    def _export(self, checkpoint: Path) -> None:
+        """Collective. Exports in a separate process of rank 0, since a conversion needs another layout than the run. A
+        failure is a warning until the run closes: the checkpoint exists.
+
+        The ranks ask each other again and again, since a large model takes longer than one collective may wait.
+        """
+        target, process = self.run_dir / "hf" / checkpoint.name, None
+        if state.is_main() and not target.exists() and checkpoint.name not in self.failed_exports:
+            environment = {k: v for k, v in os.environ.items()
+                           if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")}
+            process = subprocess.Popen([sys.executable, "-m", "mrlhf.export", str(checkpoint), str(target)],
+                                       env=environment | {"MRLHF_DEVICE": "cpu"}, stdout=subprocess.DEVNULL)
+        while state.on_any_rank(process is not None and process.poll() is None):
+            time.sleep(0.1)
+        if process is not None and process.returncode:
+            shutil.rmtree(target.with_name(target.name + ".tmp"), ignore_errors=True)
+            self.failed_exports.append(checkpoint.name)
+            log.warning(f"the HF export of {checkpoint} failed with status {process.returncode}; its reason is above")
+        elif process is not None:
             log.info(f"HF export: {target}")

@@ -97,7 +97,7 @@ def retain(directory: Path, newest: str, keep: Keep) -> None:
     manifest.write_text(directory / "latest", newest + "\n")
     limit = manifest.step_of(directory / newest)
     checkpoints = [p for p in manifest.steps_in(directory) if manifest.step_of(p) <= limit]
-    whole = [p for p in checkpoints if p.name == newest or _is_whole(p)]
+    whole = [p for p in checkpoints if p.name == newest or is_whole(p)]
     kept = {*whole[: keep.last], *(p for p in whole if keep.every and manifest.step_of(p) % keep.every == 0)}
     best = keep.best.best_among(whole) if keep.best is not None else None
     if best is not None:
@@ -108,7 +108,7 @@ def retain(directory: Path, newest: str, keep: Keep) -> None:
             _remove(checkpoint)
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     try:
         manifest.check_manifest(path, verify="size")
     except CheckpointError:

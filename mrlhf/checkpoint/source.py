@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ class ModelSource:
     @property
     def is_checkpoint(self) -> bool:
         return bool(self.manifest)
+
+    @cached_property
+    def dtype(self) -> str:
+        """What holds the weights without loss: "bfloat16" if all of them are bfloat16, else "float32"."""
+        if self.is_checkpoint:
+            return self.manifest["dtype"]
+        reader = HFReader(self.path, self.spec, head=self.head)
+        types = {reader.dtype(name) for name, tensor in reader.tensors.items() if not tensor.in_fp32}
+        reader.close()
+        return "bfloat16" if types == {torch.bfloat16} else "float32"
 
 
 def _newest(directory: Path) -> Path | None:

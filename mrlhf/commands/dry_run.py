@@ -92,9 +92,8 @@ def _show_steps(config: TrainingConfig, data: Dataset) -> None:
         from mrlhf.rl.rollout.prompts import make_prompt_order
 
         order, rollout = make_prompt_order(config, data), config.rollout
-        updates = config.ppo.epochs * (rollout.batch_size * rollout.n // config.train.global_batch_size)
         size = f"{rollout.batch_size} prompts x {rollout.n} answers"
-        print(f"steps    {order.total_steps} rollouts of {size}, {updates} updates each")
+        print(f"steps    {order.total_steps} rollouts of {size}, {config.updates_per_rollout} updates each")
     else:
         order = make_order(config, data)
         epochs = order.epoch(order.total_steps)

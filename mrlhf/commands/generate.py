@@ -102,14 +102,14 @@ def main(config: GenerateStage) -> None:
     rows = read_prompts(config, tokenizer, limit)
     layout = state.initialize(parallel, seed=config.seed)
     rank, tp = dist.get_rank(), config.tensor_parallel_size
-    log.info(f"device: {device.current().summary()}")
-    model = Model(source, parallel, head="lm", dtype=config.dtype, seed=config.seed)
-    engine = VLLMEngine(source.spec, source.hf_dir, dtype=config.dtype, tp=tp,
+    model = Model(source, parallel, head="lm", dtype=config.dtype or source.dtype, seed=config.seed)
+    log.info(f"device: {device.current().summary()}; {model.dtype}")
+    engine = VLLMEngine(source.spec, source.hf_dir, dtype=model.dtype, tp=tp,
                         max_model_len=max(len(row.ids) for row in rows) + config.max_new_tokens,
                         kv_cache_mib=config.kv_cache_mib, max_num_seqs=config.max_num_seqs, seed=config.seed,
                         tokenizer_dir=source.hf_dir if config.stop else None)
     weights = engine.weights
-    dtype = DTYPES[config.dtype]
+    dtype = DTYPES[model.dtype]
     update = make_weight_update(source.spec, layout, rollout_tp=tp, rank=rank, dtype=dtype, made=weights.made)
     update.exchange(model.parameters(), weights.parameters, weights.convert)
     engine.weights_changed()

@@ -116,14 +116,14 @@ def _write_results(file: BinaryIO, model: Model, data: Dataset, results: Results
 def main(config: ScoreStage) -> None:
     source, data = check_score(config, state.world_size())
     state.initialize(config.parallel, seed=1)
-    model = Model(source, config.parallel, head=source.head, dtype=config.dtype, seed=1)
+    model = Model(source, config.parallel, head=source.head, dtype=config.dtype or source.dtype, seed=1)
     plan = make_batch_plan(state.groups(), packing=config.packing, micro_batch_size=config.micro_batch_size,
                            padding_side=config.padding_side)
     loader = Loader(data, plan)
     output = Path(config.output)
     temporary = output.with_name(output.name + ".tmp")
     if state.is_main():
-        log.info(f"device: {device.current().summary()}")
+        log.info(f"device: {device.current().summary()}; {model.dtype}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             for results in _score_slices(config, model, loader):

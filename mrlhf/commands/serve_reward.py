@@ -76,7 +76,7 @@ class Scorer:
 
     def __init__(self, config: ServeRewardStage, source: ModelSource, layout: state.Layout) -> None:
         self.config, self.layout = config, layout
-        self.model = Model(source, config.parallel, head="value", dtype=config.dtype, seed=1)
+        self.model = Model(source, config.parallel, head="value", dtype=config.dtype or source.dtype, seed=1)
         self.statistics = source.manifest if config.normalize else {}
         # A SimpleQueue, because a signal handler may call `put`. None: stop.
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -185,7 +185,7 @@ def main(config: ServeRewardStage) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: scorer.stop())
     server.start()
-    log.info(f"device: {device.current().summary()}")
+    log.info(f"device: {device.current().summary()}; {scorer.model.dtype}")
     log.info(f"serving {source.path} at {server.url}{'' if token is None else ', token needed'}")
     scorer.serve_requests()
     server.stop()

@@ -27,9 +27,13 @@ def _error(key: str, what: str, expected: str | None = None, fix: str | None = N
 
 def _check_parallel(config: options.TrainingConfig | options.ScoreStage | options.ServeRewardStage) -> Errors:
     errors, p = [], config.parallel
-    for name in ("virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage",
-                 "num_layers_in_last_pipeline_stage"):
-        value, key = getattr(p, name), f"parallel.{name}"
+    of_pipeline = {
+        "virtual_pipeline_model_parallel_size": p.interleaved_chunks,
+        "num_layers_in_first_pipeline_stage": p.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": p.num_layers_in_last_pipeline_stage,
+    }
+    for name, value in of_pipeline.items():
+        key = f"parallel.{name}"
         if value is not None and p.pipeline_model_parallel_size == 1:
             errors.append(_error(key, f"{key} = {value} needs pipeline_model_parallel_size > 1", fix=f"--{key} null"))
     if p.sequence_parallel and p.tensor_model_parallel_size == 1:
@@ -168,10 +172,11 @@ def _check_estimator(config: options.PPOStage) -> Errors:
     if row.needs_groups and rollout.n < 2:
         what = f"ppo.estimator = {ppo.estimator} compares the answers of one prompt, and rollout.n = {rollout.n}"
         errors.append(_error("rollout.n", what, "2 or more"))
-    for name in ("critic_tensor_model_parallel_size", "critic_pipeline_model_parallel_size"):
-        if getattr(ppo, name) is not None and not row.needs_critic:
+    for name, off in (("critic_tensor_model_parallel_size", "null"), ("critic_pipeline_model_parallel_size", "null"),
+                      ("critic_warmup_steps", "0")):
+        if getattr(ppo, name) and not row.needs_critic:
             what = f"ppo.{name} = {getattr(ppo, name)}, and ppo.estimator = {ppo.estimator} has no critic"
-            errors.append(_error(f"ppo.{name}", what, fix=f"--ppo.{name} null"))
+            errors.append(_error(f"ppo.{name}", what, fix=f"--ppo.{name} {off}"))
     if row.undiscounted and ppo.gamma != 1.0:
         errors.append(_error("ppo.gamma", f"ppo.estimator = {ppo.estimator} has gamma 1", "1.0", "--ppo.gamma 1.0"))
     if rollout.dynamic_sampling and (rollout.n < 2 or not row.needs_groups):

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from mrlhf.config.check import contradictions
-from mrlhf.config.options import DataSource
+from mrlhf.config.options import STAGES, DataSource, TrainingConfig
 from mrlhf.config.schema import Option, options_of
 from mrlhf.errors import ConfigError, Problems
 
@@ -93,6 +93,22 @@ def load_config(stage_cls: type, path: str | None, overrides: list[str]) -> Any:
             given.add(problem.what, given.place(problem.where or ""), problem.expected, problem.fix)
     given.problems.raise_if_any()
     return config
+
+
+def saved_values(path: Path) -> dict[str, Value]:
+    """The options in a training run's config.yaml by dotted key, read as the run read them; {} without a file.
+
+    For whatever shows a saved configuration: it has what this version can read, whichever version wrote the file.
+    Raises ConfigError where it is not YAML.
+    """
+    given = _ConfigInput({k: o for cls in STAGES.values() if issubclass(cls, TrainingConfig)
+                          for k, o in options_of(cls).items()}, str(path))
+    if not path.is_file() or (root := _read_yaml(str(path), given)) is None:
+        return {}
+    _sort_into_options(root, "", given)
+    given.unusable.clear()  # it has the neighbours of unknown keys, such as those of an earlier version
+    values = {key: _value(given.options[key], given) for key in given.written}
+    return {key: value for key, value in values.items() if key not in given.unusable}
 
 
 def _value(option: Option, given: _ConfigInput) -> Value:

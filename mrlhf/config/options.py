@@ -96,6 +96,12 @@ class ParallelConfig:
     silence_seconds: PositiveFloat = option(
         60.0, "a rank without a heartbeat for this long ends the run on all ranks; the error names it")
 
+    @property
+    def interleaved_chunks(self) -> int | None:
+        """Model chunks on each rank of an interleaved pipeline; one is a plain pipeline."""
+        chunks = self.virtual_pipeline_model_parallel_size
+        return None if chunks == 1 else chunks
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -131,7 +137,8 @@ class OptimConfig:
     lr: PositiveFloat = option(1e-5, "peak learning rate")
     min_lr: NonNegativeFloat = option(0.0, "learning rate at the end of the decay")
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = option("cosine", "schedule after the warm-up")
-    lr_warmup_steps: NonNegativeInt = option(0, "linear warm-up from 0")
+    lr_warmup_steps: NonNegativeInt = option(
+        0, "linear warm-up from 0; of more steps than the run: the run ends below the peak")
     lr_wsd_decay_steps: NonNegativeInt = option(0, "WSD: length of the final decay, in steps")
     adam_beta1: AdamBeta = option(0.9, "Adam: decay of the mean of the gradients")
     adam_beta2: AdamBeta = option(0.95, "Adam: decay of the mean of their squares")
@@ -347,7 +354,7 @@ class PPOConfig:
     whiten_advantages: bool = option(True, "gae and the reinforce estimators: over all trained tokens of the rollout")
     critic: str | None = option(
         None, "the critic's initial weights; unset: a local reward model, else model.path with a new head")
-    critic_lr: NonNegativeFloat = option(1e-5, "peak learning rate of the critic")
+    critic_lr: NonNegativeFloat = option(1e-5, "peak learning rate of the critic; its end is optim.min_lr, or this if lower")
     critic_warmup_steps: NonNegativeInt = option(0, "first rollouts, which train only the critic")
     critic_tensor_model_parallel_size: PositiveInt | None = option(
         None, "the critic's own; unset: parallel.tensor_model_parallel_size")
@@ -419,6 +426,11 @@ class PPOStage(TrainingConfig):
     loss: LossConfig = LossConfig()
 
     @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps of each model."""
+        return self.ppo.epochs * (self.rollout.batch_size * self.rollout.n // self.train.global_batch_size)
+
+    @property
     def critic_parallel(self) -> ParallelConfig:
         """The critic's parallel sizes: those of the actor, except where ppo.critic_... sets its own."""
         ppo, p = self.ppo, self.parallel
@@ -440,7 +452,8 @@ class ScoreStage:
     padding_side: Literal["right", "left"] = option("right", "unpacked only; left for value heads")
     micro_batch_size: PositiveInt = option(1, "rows per forward pass")
     temperature: PositiveFloat = option(1.0, "divides the logits")
-    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of parameters and activations")
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "of parameters and activations; unset: the checkpoint's, for a HF directory bfloat16 if all weights are")
     parallel: ParallelConfig = ParallelConfig()
 
 
@@ -466,7 +479,9 @@ class GenerateStage:
     max_prompt_length: PositiveInt | None = option(
         None, "refuse longer prompts; unset: the model's length minus the answer's")
     seed: Seed = option(1, "equal seeds give equal answers, whatever the number of ranks")
-    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of parameters and activations")
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "of parameters and activations; unset: the checkpoint's, for a HF directory bfloat16 if all weights are; "
+        "a reward model has its own")
     tensor_parallel_size: PositiveInt = option(1, "vLLM's; must divide the number of ranks")
     kv_cache_mib: PositiveInt = option(256, "vLLM's key/value cache on each rank")
     max_num_seqs: PositiveInt = option(256, "answers that vLLM decodes at once")
@@ -490,7 +505,8 @@ class ServeRewardStage:
         512, "sequences per request, and per group of requests that the model scores together")
     max_request_mib: PositiveInt = option(16, "refuse larger requests")
     timeout_s: PositiveFloat = option(300.0, "answer 503 to a request that waits longer for the model")
-    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of parameters and activations")
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "of parameters and activations; unset: the checkpoint's, for a HF directory bfloat16 if all weights are")
     parallel: ParallelConfig = ParallelConfig()
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,9 +222,7 @@ def plan_import(hf: str, *, head: str | None = None, dtype: str | None = None) -
     if head == "lm" and source.head == "value":
         raise CheckpointError("it holds a value model, which has no LM head", where=where, expected="an LM checkpoint")
     reader = HFReader(source.path, source.spec, head=source.head)
-    types = {reader.dtype(name) for name, tensor in reader.tensors.items() if not tensor.in_fp32}
-    own_dtype = "bfloat16" if types == {torch.bfloat16} else "float32"
-    return ImportPlan(source, reader, head or source.head, dtype or own_dtype)
+    return ImportPlan(source, reader, head or source.head, dtype or source.dtype)
 
 
 def hf_to_megatron(
@@ -374,10 +373,18 @@ def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: s
             if plan.index is not None:
                 (path / INDEX).write_text(plan.index)
             if source.manifest["stage"] != STAGE:  # a converted model keeps its own card, if it has one
-                (path / "README.md").write_text(model_card(source))
+                _write_card(path / "README.md", source)
 
         _finish(directory, output, write_last)
     return plan
+
+
+def _write_card(file: Path, source: ModelSource) -> None:
+    """A card is made of files that anyone may have changed since the run; without it the weights are as good."""
+    try:
+        file.write_text(model_card(source), encoding="utf-8")
+    except Exception:
+        log.warning(f"the export of {source.path} has no model card:\n{traceback.format_exc()}")
 
 
 def _hf_parts(p: Parameter, value: torch.Tensor, tensors: Mapping[str, HFTensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mrlhf.checkpoint.source import ModelSource
+from mrlhf.config.load import saved_values
+from mrlhf.config.options import DataSource
+from mrlhf.config.schema import show_value
+from mrlhf.observe.redaction import redact
+from mrlhf.observe.report import read_jsonl
 
 _STAGES = {
     "pretrain": "pre-trained on text",
@@ -49,21 +52,28 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _run_lines(run: Path, step: int) -> list[str]:
-    config = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else {}
-    env = _read_json(run / "env.json")
-    lines = []
-    if config:
-        lines.append(f"- started from: {config['model']['path']}")
-        for split in ("train", "eval"):
-            prefix = config["data"].get(split)
-            if prefix:
-                lines += [f"- {split} data: {prefix}", *_data_lines(Path(prefix))]
+    file, env, lines = run / "config.yaml", _read_json(run / "env.json"), []
+    config = saved_values(file)
+    if "model.path" in config:
+        lines.append(f"- started from: {config['model.path']}")
+    for key, label in (("data.train", "train"), ("data.eval", "eval"), ("ptx.data", "ptx")):
+        lines += _sources_lines(label, config.get(key))
     if env:
-        versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-        lines += [f"- command: `{' '.join(map(str, env['argv']))}`", f"- versions: {versions}"]
+        versions = ", ".join(f"{name} {version}" for name, version in env.get("versions", {}).items())
+        lines += [f"- command: `{' '.join(map(str, env.get('argv', ())))}`", f"- versions: {versions}"]
     lines += _metric_lines(run / "metrics.jsonl", step)
     if config:
-        lines += ["", "## Configuration", "", "```yaml", yaml.safe_dump(config, sort_keys=False).rstrip(), "```"]
+        text = "\n".join(redact(file.read_text(encoding="utf-8").rstrip().splitlines()))
+        lines += ["", "## Configuration", "", "```yaml", text, "```"]
+    return lines
+
+
+def _sources_lines(label: str, value: Any) -> list[str]:
+    """value: as the configuration has it: the sources of a blend, a prefix, or None."""
+    lines = []
+    for source in value if isinstance(value, tuple) else () if value is None else (DataSource(value),):
+        terms = "".join(f", {k} {show_value(v)}" for k, v in vars(source).items() if k != "prefix" and v is not None)
+        lines += [f"- {label} data: {source.prefix}{terms}", *_data_lines(Path(source.prefix))]
     return lines
 
 
@@ -79,7 +89,7 @@ def _metric_lines(path: Path, step: int) -> list[str]:
     """The last training line up to `step`, and the last evaluation."""
     if not path.is_file():
         return []
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] <= step]
+    rows = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
     train = [row for row in rows if any(not key.startswith("eval/") for key in row if key != "step")]
     evaluation = [row for row in rows if any(key.startswith("eval/") for key in row)]
     pairs = [pair for row in (*train[-1:], *evaluation[-1:]) for pair in row.items()]

@@ -115,7 +115,7 @@ def _more_model_parallelism(config: TrainingConfig, phase: str, *, spec: ModelSp
     text += "" if now.sequence_parallel else ", --parallel.sequence_parallel true"
     offer(replace(now, tensor_model_parallel_size=2 * tp, sequence_parallel=True), text)
     even = now.num_layers_in_first_pipeline_stage is None and now.num_layers_in_last_pipeline_stage is None
-    if phase == "build" and even and now.virtual_pipeline_model_parallel_size is None:
+    if phase == "build" and even and now.interleaved_chunks is None:
         text = f"--{prefix}pipeline_model_parallel_size {2 * pp} (now {pp})"
         offer(replace(now, pipeline_model_parallel_size=2 * pp), text)
     if phase != "build":

@@ -203,7 +203,7 @@ def _rewards(file: Path) -> str:
 
 def _run_section(name: str, folder: Path, curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
     history: dict[str, Points] = {}
-    for row in _jsonl(folder / "metrics.jsonl"):
+    for row in read_jsonl(folder / "metrics.jsonl"):
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float, type(None))):
                 history.setdefault(key, []).append((row.get("step", 0), math.nan if value is None else float(value)))
@@ -215,7 +215,7 @@ def _run_section(name: str, folder: Path, curves: Mapping[str, Sequence[Sequence
     for title, keys in _CHARTS:
         charts.append(line_chart(title, {k: history[k] for k in keys if k in history}))
     charts.append(_rewards(folder / "rewards.json"))
-    chosen = _summary(config_text)
+    chosen = _summary(config_text, str(config_file))
     last_values = _table({k: points[-1][1] for k, points in sorted(history.items())})
     parts = [
         f'<section id="{_anchor(name)}"><h2>{_e(name)}</h2>',
@@ -239,7 +239,7 @@ def _samples(folder: Path) -> str:
         return ""
     columns = []
     for step in sorted({min(numbered), max(numbered)}):
-        cards = "".join(_sample(row) for row in _jsonl(numbered[step])[:_MAX_SAMPLES])
+        cards = "".join(_sample(row) for row in read_jsonl(numbered[step])[:_MAX_SAMPLES])
         columns.append(f"<div><h3>Samples at step {step}</h3>{cards}</div>")
     return f'<div class="two">{"".join(columns)}</div>'
 
@@ -255,15 +255,26 @@ def _sample(row: Mapping[str, Any]) -> str:
     return f'<dl class="sample">{"".join(f"<dt>{_e(k)}</dt><dd>{_e(show(v))}</dd>" for k, v in row.items())}</dl>'
 
 
-def _summary(config_text: str) -> dict[str, Any]:
-    config = yaml.safe_load(config_text) or {}
+def _summary(config_text: str, where: str) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(config_text)
+    except yaml.YAMLError as error:
+        raise DataError("not valid YAML", where=where) from error
     values = {}
     for key in _SUMMARY:
         section, _, leaf = key.partition(".")
-        value = (config.get(section) or {}).get(leaf) if isinstance(config.get(section), dict) else None
+        of_section = config.get(section) if isinstance(config, dict) else None
+        value = of_section.get(leaf) if isinstance(of_section, dict) else None
         if value is not None:
-            values[key] = ", ".join(map(str, value)) if isinstance(value, list) else value
+            values[key] = ", ".join(map(_item, value)) if isinstance(value, list) else value
     return values
+
+
+def _item(value: Any) -> str:
+    """An item of a list; a source of a blend as the user writes it."""
+    if not isinstance(value, dict):
+        return str(value)
+    return "{" + ", ".join(f"{name}: {part}" for name, part in value.items()) + "}"
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -271,7 +282,7 @@ def _table(rows: Mapping[str, Any]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _jsonl(file: Path) -> list[dict[str, Any]]:
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """The rows of a file, without an incomplete last line (the run may still write). Raises DataError."""
     lines = file.read_text(encoding="utf-8").split("\n")
     rows = []

@@ -49,7 +49,7 @@ class Layout:
     def from_config(parallel: ParallelConfig, world: int) -> Layout:
         return Layout(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size,
                       parallel.expert_model_parallel_size, parallel.context_parallel_size,
-                      parallel.virtual_pipeline_model_parallel_size or 1, parallel.num_layers_in_first_pipeline_stage,
+                      parallel.interleaved_chunks or 1, parallel.num_layers_in_first_pipeline_stage,
                       parallel.num_layers_in_last_pipeline_stage)
 
     @property
@@ -186,7 +186,7 @@ def check_batch(train: TrainConfig, parallel: ParallelConfig, world: int) -> lis
         return []
     dp = max(1, Layout.from_config(parallel, world).dp)
     unit, parts = train.micro_batch_size * dp, f"micro_batch_size {train.micro_batch_size} x dp {dp}"
-    if parallel.virtual_pipeline_model_parallel_size is not None:
+    if parallel.interleaved_chunks is not None:
         unit *= parallel.pipeline_model_parallel_size
         parts += f" x pp {parallel.pipeline_model_parallel_size} (interleaved)"
     if train.global_batch_size % unit:
@@ -204,7 +204,7 @@ def pad_multiple(parallel: ParallelConfig) -> int:
 
 def slice_multiple(parallel: ParallelConfig) -> int:
     """The number of micro-batches must be a multiple of this: the interleaved schedule takes them in groups of PP."""
-    return 1 if parallel.virtual_pipeline_model_parallel_size is None else parallel.pipeline_model_parallel_size
+    return 1 if parallel.interleaved_chunks is None else parallel.pipeline_model_parallel_size
 
 
 def expert_tensor_parallel_size(parallel: ParallelConfig) -> int:

@@ -130,9 +130,8 @@ class PPO(Run):
 
     def _build(self) -> None:
         config, inputs, rollout, seed = self.config, self.inputs, self.config.rollout, self.config.train.seed
-        answers, mini_batch = rollout.batch_size * rollout.n, config.train.global_batch_size
-        self.updates_per_rollout = config.ppo.epochs * (answers // mini_batch)
         self.estimator = config.ppo.estimator_row
+        self.updates_per_rollout = config.updates_per_rollout
         self.models = PPOModels(config, inputs, updates=self.total_steps * self.updates_per_rollout)
         kl = config.kl
         self.kl = FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, target=kl.target, horizon=kl.horizon)

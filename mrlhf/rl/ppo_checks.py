@@ -14,6 +14,7 @@ from mrlhf.parallel import state
 from mrlhf.rl.health import truncation_notes
 from mrlhf.rl.rewards.sources import check_reward_sources, critic_source
 from mrlhf.rl.rollout.environments import check_environment
+from mrlhf.rl.rollout.prompts import make_prompt_order
 from mrlhf.rl.rollout.vllm_engine import check_vllm_model
 from mrlhf.rl.rollout.vllm_weights import check_weights
 from mrlhf.training import preflight
@@ -79,5 +80,13 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
         if opened.datasets():
             _, data = opened.datasets()[0]
             problems.extend(check_environment(config.rollout.environment, load_tokenizer(source.hf_dir), data.meta))
+    if (train := opened.whole_train) is not None:
+        _check_steps(config, opened, make_prompt_order(config, train).total_steps)
     inputs = opened.inputs()
     return replace(inputs, notes=(*inputs.notes, *truncation_notes(config)))
+
+
+def _check_steps(config: PPOStage, opened: preflight.Opened, rollouts: int) -> None:
+    opened.check_schedule(rollouts * config.updates_per_rollout)
+    if (alone := config.ppo.critic_warmup_steps) >= rollouts:
+        opened.notes.append(f"ppo.critic_warmup_steps = {alone} covers all {rollouts} rollouts: no actor is trained")

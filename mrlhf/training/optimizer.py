@@ -27,13 +27,16 @@ def make_optimizer(chunks: list[Any], optim: OptimConfig, groups: ProcessGroupCo
 
 
 def make_scheduler(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:
-    """Advanced by 1 before each step: step k of N has lr(k). min_lr would come at N + 1, so no step has lr 0."""
+    """Advanced by 1 before each step: step k of N has lr(k). min_lr would come at N + 1, so no step has lr 0.
+
+    A warm-up longer than the run has the slope that it would have in a long one.
+    """
     return OptimizerParamScheduler(
         optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr,
-        lr_warmup_steps=min(optim.lr_warmup_steps, total_steps), lr_decay_steps=total_steps + 1,
+        lr_warmup_steps=optim.lr_warmup_steps, lr_decay_steps=max(total_steps, optim.lr_warmup_steps) + 1,
         lr_decay_style=optim.lr_decay_style, start_wd=optim.weight_decay, end_wd=optim.weight_decay,
         wd_incr_steps=total_steps + 1, wd_incr_style="constant",
-        wsd_decay_steps=min(optim.lr_wsd_decay_steps, total_steps) or None, lr_wsd_decay_style="linear",
+        wsd_decay_steps=optim.lr_wsd_decay_steps or None, lr_wsd_decay_style="linear",
     )
 
 

@@ -6,7 +6,7 @@ Every stage and `--dry-run` use it. It opens files and builds no model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mrlhf.models.layers import router_losses
 from mrlhf.observe.directory import directory_problem
 from mrlhf.observe.tracker import logger_problems
 from mrlhf.parallel import device, state
+from mrlhf.training.batches import make_order
 
 TASKS = {"pretrain": "pretrain", "sft": "sft", "rm": "preference", "dpo": "preference", "ppo": "prompts"}
 
@@ -45,18 +46,42 @@ class Opened:
     source: ModelSource | None = None
     train: Dataset | None = None
     eval: Dataset | None = None
+    notes: list[str] = field(default_factory=list)
 
     def datasets(self) -> list[tuple[str, Dataset]]:
         """(configuration key, data) of each data set that could be opened."""
         both = (("data.train", self.train), ("data.eval", self.eval))
         return [(key, data) for key, data in both if data is not None]
 
+    @property
+    def whole_train(self) -> Dataset | None:
+        """data.train if all of its sources could be opened and are of the stage's task: its rows can be counted."""
+        train = self.train
+        if train is None or train.task != TASKS[self.config.stage]:
+            return None
+        return train if len(sources_of(train)) == len(self.config.data.train) else None
+
+    def check_schedule(self, steps: int) -> None:
+        """Checks warm-up and decay against the run's optimizer steps. A warm-up alone may be longer: a short trial."""
+        optim = self.config.optim
+        warmup, decay = optim.lr_warmup_steps, optim.lr_wsd_decay_steps
+        if optim.lr_decay_style == "WSD" and warmup + decay > steps:
+            key, keys = "optim.lr_wsd_decay_steps", "--optim.lr_warmup_steps {} --optim.lr_wsd_decay_steps {}"
+            what = f"{key} = {decay} and optim.lr_warmup_steps = {warmup} exceed the run's {steps} optimizer steps"
+            shorter = min(steps * warmup // (warmup + decay), steps - 1)
+            fix = keys.format(shorter, steps - shorter)
+            self.problems.add(ConfigError(what, where=key, expected=f"{steps} or less, together", fix=fix))
+        elif warmup > steps:
+            what = f"optim.lr_warmup_steps = {warmup} is longer than the run, {steps} optimizer steps"
+            end = f"the learning rate rises to {optim.lr * steps / warmup:.3g} of optim.lr = {optim.lr:g}"
+            self.notes.append(f"{what}: {end}")
+
     def inputs(self) -> RunInputs:
         """Raises all problems together."""
         self.problems.raise_if_any()
         assert self.source is not None and self.train is not None
         parts = [part for _, data in self.datasets() for part in sources_of(data)]
-        notes = [part.note for part in parts if isinstance(part, MegatronText)]
+        notes = self.notes + [part.note for part in parts if isinstance(part, MegatronText)]
         if self.source.spec.experts is not None:
             notes.append(router_losses.balance_summary(self.config.model))
         return RunInputs(self.source, self.train, self.eval, tuple(notes))
@@ -158,7 +183,10 @@ def open_run(config: TrainingConfig, *, world: int) -> Opened:
 
 def check_run(config: TrainingConfig, *, world: int) -> RunInputs:
     """The inputs of a supervised stage. Raises all problems together."""
-    return open_run(config, world=world).inputs()
+    opened = open_run(config, world=world)
+    if (train := opened.whole_train) is not None:
+        opened.check_schedule(make_order(config, train).total_steps)
+    return opened.inputs()
 
 
 def _check_machine(config: TrainingConfig) -> list[MrlhfError]:

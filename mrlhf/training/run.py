@@ -40,6 +40,7 @@ from mrlhf.config.dump import dump_yaml
 from mrlhf.config.options import SFTStage, TrainingConfig
 from mrlhf.data.blend import Dataset, sample_places
 from mrlhf.data.loader import Loader, MicroBatch
+from mrlhf.errors import CheckpointError
 from mrlhf.memory.tracker import Memory
 from mrlhf.models.layers.router_losses import Count, make_balance
 from mrlhf.observe import heartbeat, metrics
@@ -98,6 +99,8 @@ class Run(ABC):
         self.tracker: Tracker | None = None
         self._evaluation: tuple[int, dict[str, float]] = 0, {}
         self._saved_at, self._save_next = time.monotonic(), False
+        if self.finished:
+            self._export_missing()
 
     def steps(self) -> Iterator[int]:
         """The remaining steps. On a stop request it saves and ends early."""
@@ -123,6 +126,11 @@ class Run(ABC):
             if self.config.checkpoint.save_interval is None:
                 waited = time.monotonic() - self._saved_at + self.phase.step_seconds()
                 self._save_next = state.on_any_rank(state.is_main() and waited >= DEFAULT_SAVE_S)
+        self._export_missing()
+
+    def _export_missing(self) -> None:
+        with self.phase("save", self.total_steps):
+            self.saver.export_missing(self.total_steps)
 
     def stop_after(self, step: int) -> None:
         """Saves `step` unless a checkpoint of it exists, and ends `steps()`. Raises CheckpointError if that fails."""
@@ -171,7 +179,10 @@ class Run(ABC):
         self._saved_at = time.monotonic()
 
     def close(self) -> int:
-        """Ends a run, complete or stopped, in the one right order. Returns the exit status."""
+        """Ends a run, complete or stopped, in the one right order. Returns the exit status.
+
+        Raises CheckpointError if an export that was asked for is missing.
+        """
         self.saver.finish()  # while torch's default group stands, which vLLM's end destroys
         self.close_parts()
         if self.tracker is not None:
@@ -181,6 +192,11 @@ class Run(ABC):
         state.shutdown()
         if self._lock is not None:
             self._lock.release()
+        if self.saver.failed_exports and not self.status:
+            what = f"no HF export of {', '.join(self.saver.failed_exports)}; the reason is in the log"
+            fix = "remove the reason; the same command then trains nothing and makes the export"
+            where, expected = str(self.output_dir / "hf"), "the checkpoints are whole"
+            raise CheckpointError(what, where=where, expected=expected, fix=fix)
         return self.status
 
     def close_parts(self) -> None:  # noqa: B027  most stages have none

@@ -74,7 +74,7 @@ class Model:
         self.groups = groups or state.groups()
         self.collection = self.groups.collection
         self.config = gpt.transformer_config(self.spec, parallel, dtype=DTYPES[dtype])
-        virtual = parallel.virtual_pipeline_model_parallel_size
+        virtual = parallel.interleaved_chunks
         self.modules = [
             gpt.build_model(self.spec, self.config, head=head, vp_stage=stage, groups=self.groups)
             for stage in ([None] if virtual is None else range(virtual))

@@ -110,14 +110,16 @@ class Rewards:
     """
 
     def __init__(self, config: RewardConfig, actor: ModelSource, tokenizer: Any, *, parallel: ParallelConfig,
-                 dtype: str, seed: int, environment: bool = False, log_dir: Path | None = None) -> None:
+                 dtype: str | None, seed: int, environment: bool = False, log_dir: Path | None = None) -> None:
+        """dtype: of the reward models; None: each has its checkpoint's."""
         self.config, self.tokenizer, self.environment = config, tokenizer, environment
         self.sources, self.fingerprint = _parse_sources(config), fingerprint(actor.hf_dir)
         self.models: dict[str, Model] = {}
         self.external: dict[str, RewardProcess | HttpReward] = {}  # rank 0's
         for source in self.sources:
             if source.kind == "model":
-                model = Model(open_source(source.spec), parallel, head="value", dtype=dtype, seed=seed)
+                opened = open_source(source.spec)
+                model = Model(opened, parallel, head="value", dtype=dtype or opened.dtype, seed=seed)
                 self.models[source.name] = model
                 if config.normalize and "reward_mean" not in model.source.manifest and state.is_main():
                     log.info(f"reward model {source.spec} has no score statistics: its scores are not normalised")
