@@ -240,6 +240,49 @@ def test_pipeline_that_does_not_divide(problems: Callable[..., list[MrlhfError]]
     assert error.expected == "1, 2, 4"
 
 
+@pytest.mark.parametrize(
+    ("warmup", "decay", "fix"),
+    [
+        (8, 8, "--optim.lr_warmup_steps 5 --optim.lr_wsd_decay_steps 5"),
+        (0, 11, "--optim.lr_warmup_steps 0 --optim.lr_wsd_decay_steps 10"),
+        (1000, 1, "--optim.lr_warmup_steps 9 --optim.lr_wsd_decay_steps 1"),
+        (3, 7, None),
+    ],
+)
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_warm_up_and_decay_of_wsd_fit_into_the_run(
+    problems: Callable[..., list[MrlhfError]], stage: str, warmup: int, decay: int, fix: str | None
+) -> None:
+    """Of ppo: into its updates. 2 epochs of one mini-batch on 5 rollouts are 10."""
+    steps = {"train__max_steps": 10} if stage == "sft" else {"train__max_steps": 5, "ppo__epochs": 2}
+    schedule = {"lr_decay_style": "WSD", "lr_warmup_steps": warmup, "lr_wsd_decay_steps": decay}
+    found = problems(stage, **steps, **{f"optim__{k}": v for k, v in schedule.items()})
+    assert [e.fix for e in found] == ([] if fix is None else [fix])
+    for error in found:
+        assert f"optim.lr_wsd_decay_steps = {decay} and optim.lr_warmup_steps = {warmup}" in error.what
+        assert "10 optimizer steps" in error.what
+
+
+def test_what_never_happens_in_the_run_is_a_note(world: Path) -> None:
+    from mrlhf.rl.ppo_checks import check_ppo
+    from mrlhf.training.preflight import check_run
+
+    trial = options(world, "sft", **{"train.max_steps": 5, "optim.lr": 1e-3, "optim.lr_warmup_steps": 125})
+    (note,) = check_run(load_config(STAGES["sft"], None, trial), world=1).notes
+    assert note.startswith("optim.lr_warmup_steps = 125 is longer than the run, 5 optimizer steps") and "4e-05" in note
+    trial = options(world, "ppo", **{"train.max_steps": 5, "optim.lr_warmup_steps": 6, "ppo.critic_warmup_steps": 5})
+    notes = check_ppo(load_config(STAGES["ppo"], None, trial), 1).notes
+    assert "optim.lr_warmup_steps = 6 is longer" in notes[0] and "no actor is trained" in notes[1]
+    trial = options(world, "sft", **{"train.max_steps": 5, "optim.lr_warmup_steps": 5})
+    assert not check_run(load_config(STAGES["sft"], None, trial), world=1).notes
+
+
+def test_one_chunk_a_rank_is_a_plain_pipeline(problems: Callable[..., list[MrlhfError]]) -> None:
+    one = {"parallel__virtual_pipeline_model_parallel_size": 1, "train__global_batch_size": 3}
+    assert not problems("sft", ranks=2, parallel__pipeline_model_parallel_size=2, **one)
+    assert not problems("sft", **one)
+
+
 def test_interleaved_and_uneven_pipelines(problems: Callable[..., list[MrlhfError]]) -> None:
     pipeline = {"ranks": 2, "parallel__pipeline_model_parallel_size": 2}
     (error,) = problems("sft", **pipeline, parallel__virtual_pipeline_model_parallel_size=3)

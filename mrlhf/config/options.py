@@ -354,7 +354,7 @@ class PPOConfig:
     whiten_advantages: bool = option(True, "gae and the reinforce estimators: over all trained tokens of the rollout")
     critic: str | None = option(
         None, "the critic's initial weights; unset: a local reward model, else model.path with a new head")
-    critic_lr: NonNegativeFloat = option(1e-5, "peak learning rate of the critic; its end is optim.min_lr, or this if lower")
+    critic_lr: NonNegativeFloat = option(1e-5, "peak learning rate of the critic; ends at optim.min_lr or this")
     critic_warmup_steps: NonNegativeInt = option(0, "first rollouts, which train only the critic")
     critic_tensor_model_parallel_size: PositiveInt | None = option(
         None, "the critic's own; unset: parallel.tensor_model_parallel_size")

@@ -104,13 +104,47 @@ def test_nothing_temporary_is_left(out: Path) -> None:
     assert sorted(p.stem for p in out.iterdir()) == sorted(CASES)
 
 
-def test_command_line(world: Path, reference: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_command_line(world: Path, value: Path, reference: dict[str, list[Any]], tmp_path: Path) -> None:
+    """Without --dtype: in the dtype of the checkpoint, fp32."""
     output = tmp_path / "new" / "scores.jsonl"
-    done = mrlhf(
-        "score", "--checkpoint", world / "qwen2", "--data", world / "sft", "--output", output, "--dtype", "float32"
-    )
+    done = mrlhf("score", "--checkpoint", world / "qwen2", "--data", world / "sft", "--output", output)
     assert f"48 samples -> {output}" in done.stdout
     check_file(output, world, "sft", "lm", reference["sft"])
+    for line, wanted in zip(output.read_text().splitlines(), reference["sft"], strict=True):
+        assert json.loads(line)["logprobs"][1:] == pytest.approx(wanted, abs=1e-5)
+    mrlhf("score", "--checkpoint", value, "--data", world / "sft", "--output", output)
+    scores = [json.loads(line)["score"] for line in output.read_text().splitlines()]
+    assert scores == pytest.approx(reference["value sft"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("one in float32", "float32")],
+)
+def test_the_dtype_of_a_model_is_that_of_its_files(world: Path, tmp_path: Path, stored: str, wanted: str) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from mrlhf.checkpoint.source import open_source
+
+    shutil.copytree(world / "qwen2", tmp_path / "model")
+    kinds = {"one in float32": torch.bfloat16}
+    kind = kinds[stored] if stored in kinds else getattr(torch, stored)
+    tensors = {k: v.to(kind) for k, v in load_file(world / "qwen2/model.safetensors").items()}
+    if stored in kinds:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    assert open_source(str(tmp_path / "model")).dtype == wanted
+
+
+def test_the_dtype_of_a_checkpoint_is_in_its_manifest(value: Path, tmp_path: Path) -> None:
+    from mrlhf.checkpoint.source import open_source
+
+    for dtype in ("float32", "bfloat16"):
+        write_manifest(value, {**read_manifest(value), "dtype": dtype})
+        assert open_source(str(value)).dtype == dtype
+    write_manifest(value, {**read_manifest(value), "dtype": "float32"})
 
 
 def test_every_problem_at_once(world: Path, tmp_path: Path) -> None:

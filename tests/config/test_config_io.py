@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mrlhf.config.dump import diff, dump_yaml
-from mrlhf.config.load import load_config
+from mrlhf.config.load import load_config, saved_values
 from mrlhf.config.options import STAGES, DataSource, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
 from mrlhf.config.schema import help_text, options_of
 from mrlhf.errors import MrlhfError, SeveralErrors
@@ -369,3 +369,21 @@ def test_a_file_without_an_end(write, text):
 def test_a_source_that_refers_to_itself():
     (error,) = problems(SFTStage, None, [*MINIMAL["sft"], "--data.train", "[&x [*x]]"])
     assert error.what == "data.train = [&x [*x]] (not valid YAML)"
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "rm", "dpo", "ppo"])
+def test_a_saved_configuration_is_read_back_as_the_run_read_it(write, stage):
+    blend = "[{prefix: a, weight: 0.7}, {prefix: b, weight: 0.3, epochs: 2}]"
+    config = load_config(STAGES[stage], None, [*MINIMAL[stage], "--data.train", blend, "--data.eval", "null"])
+    values = saved_values(Path(write(dump_yaml(config))))
+    assert values["data.train"] == config.data.train == (DataSource("a", 0.7), DataSource("b", 0.3, 2.0))
+    assert values["data.eval"] is None and values["optim.lr"] == 1e-5
+    assert set(values) == set(options_of(STAGES[stage]))
+
+
+def test_a_configuration_of_another_version_is_read_as_far_as_it_is_known(write, tmp_path):
+    optim = "optim: {lr: -1, lrs: 2, min_lr: 0.5}\n"
+    text = f"data:\n  train: a\n  trains: b\n  evl: c\n  eval: d\n{optim}other: {{x: 1}}\ntrain:\n"
+    values = saved_values(Path(write(text)))
+    assert values == {"data.train": (DataSource("a"),), "data.eval": "d", "optim.min_lr": 0.5}
+    assert saved_values(Path(write(""))) == {} == saved_values(tmp_path / "none.yaml")

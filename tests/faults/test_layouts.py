@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,74 @@ def test_a_hf_export_of_the_run(world: Path, tmp_path: Path) -> None:
         4,
         **{"checkpoint.save_interval": 2, "checkpoint.export_hf_interval": 2, "checkpoint.export_hf_at_end": "true"},
     )
-    done = mrlhf(*args, "--parallel.tensor_model_parallel_size", 2, "--train.output_dir", tmp_path / "run", ranks=2)
+    ranks = ("--parallel.tensor_model_parallel_size", 2, "--train.output_dir", tmp_path / "run")
+    done = mrlhf(*args, *ranks, ranks=2)
     assert done.stdout.count("HF export: ") == 2, done.stderr[-3000:]
     assert sorted(p.name for p in (tmp_path / "run/hf").iterdir()) == ["step_2", "step_4"]
     python("tools/convert/megatron_to_hf.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / "hf")
     for file in (tmp_path / "hf").iterdir():
         assert file.read_bytes() == (tmp_path / "run/hf/step_4" / file.name).read_bytes()
+    shutil.rmtree(tmp_path / "run/hf")  # as a run that was killed in its exports leaves it
+    again = mrlhf(*args, *ranks, ranks=2)
+    assert again.stdout.count("HF export: ") == 2 and "already finished" in again.stdout
+    assert "step 4/4" not in again.stdout
+    for file in (tmp_path / "hf").iterdir():
+        assert file.read_bytes() == (tmp_path / "run/hf/step_4" / file.name).read_bytes()
+
+
+BLENDS = {
+    "two": "[{prefix: SFT, weight: 0.75, epochs: 2}, {prefix: FEW, weight: 0.25, loss_weight: 0.5}]",
+    "plain": "[SFT, FEW]",
+    "one in a list": "[{prefix: SFT, epochs: 2}]",
+}
+
+
+@pytest.mark.parametrize("blend", BLENDS)
+def test_a_run_on_a_blend_is_exported(world: Path, tmp_path: Path, blend: str) -> None:
+    """At its end, from its directory and from its checkpoint. The card lists the sources."""
+    data = BLENDS[blend].replace("SFT", str(world / "sft")).replace("FEW", str(world / "sft_few"))
+    run = tmp_path / "run"
+    args = sft(world, 1, **{"data.train": data, "checkpoint.export_hf_at_end": "true", "train.output_dir": run})
+    mrlhf(*args)
+    for i, path in enumerate((run, run / "checkpoints/step_1")):
+        python("tools/convert/megatron_to_hf.py", "--checkpoint", path, "--output", tmp_path / f"hf{i}")
+    cards = {(d / "README.md").read_text() for d in (run / "hf/step_1", tmp_path / "hf0", tmp_path / "hf1")}
+    (card,) = cards
+    lines = [line for line in card.splitlines() if line.startswith("- train data: ")]
+    few, whole = f"- train data: {world}/sft_few", f"- train data: {world}/sft"
+    wanted = {
+        "two": [f"{whole}, weight 0.75, epochs 2.0", f"{few}, weight 0.25, loss_weight 0.5"],
+        "plain": [whole, few],
+        "one in a list": [f"{whole}, epochs 2.0"],
+    }
+    assert lines == wanted[blend]
+    assert card.count("  - .bin: sha256 ") == len(lines) and "  - 48 samples" in card
+
+
+def test_an_export_that_fails_ends_the_run_with_an_error_and_the_same_command_makes_it(
+    world: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    args = sft(world, 2, **{"checkpoint.export_hf_at_end": "true", "train.output_dir": run})
+    run.mkdir()
+    (run / "hf").write_text("a file in the place of the directory")
+    for trained in (True, False):
+        done = mrlhf(*args, check=False)
+        assert done.returncode == 2 and ("step 2/2" in done.stdout) == trained
+        assert "NotADirectoryError" in done.stderr and "CheckpointError" in done.stderr
+        assert f"{run / 'hf'}: no HF export of step_2" in done.stderr
+        assert last(run).name == "step_2"
+    (run / "hf").unlink()
+    done = mrlhf(*args)
+    assert "step 2/2" not in done.stdout and (run / "hf/step_2/model.safetensors").is_file()
+    assert [p.name for p in (run / "hf").iterdir()] == ["step_2"]
+
+
+def test_a_card_that_cannot_be_written_costs_no_weights(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    mrlhf(*sft(world, 1, **{"train.output_dir": run}))
+    (run / "config.yaml").write_text("data: [")
+    args = ("--checkpoint", run, "--output", tmp_path / "hf")
+    done = python("tools/convert/megatron_to_hf.py", *args)
+    assert (tmp_path / "hf/model.safetensors").is_file() and not (tmp_path / "hf/README.md").exists()
+    assert "has no model card" in done.stderr and f"{run / 'config.yaml'}:1: not valid YAML" in done.stderr

@@ -71,6 +71,15 @@ def test_report(run, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
 
 
+def test_the_sources_of_a_blend(run, tmp_path):
+    (run / "config.yaml").write_text("data:\n  train:\n  - prefix: data/a\n    weight: 0.7\n  - data/b\n")
+    page = build_report({"ppo": run}, tmp_path / "r.html").read_text()
+    assert '<th>data.train</th><td class="n">{prefix: data/a, weight: 0.7}, data/b</td>' in page
+    (run / "config.yaml").write_text("data: [")
+    with pytest.raises(DataError, match=r"config\.yaml: not valid YAML"):
+        build_report({"ppo": run}, tmp_path / "r.html")
+
+
 def test_charts_are_well_formed_svg_with_a_gap_at_nan(run, tmp_path):
     page = build_report({"ppo": run}, tmp_path / "r.html").read_text()
     charts = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page)]

@@ -37,6 +37,14 @@ def test_warm_up_then_each_style() -> None:
     assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+def test_a_warm_up_longer_than_the_run_keeps_its_slope(style: str) -> None:
+    """A trial of 5 steps of a long configuration: step 5 is at 4 % of the peak, as in the long run."""
+    trial = rates(5, lr=1.0, lr_decay_style=style, lr_warmup_steps=125)
+    assert trial == pytest.approx([k / 125 for k in (1, 2, 3, 4, 5)])
+    assert trial == rates(200, lr=1.0, lr_decay_style=style, lr_warmup_steps=125)[:5]
+
+
 def test_no_step_is_spent_at_zero_and_resume_goes_on() -> None:
     whole = rates(20, lr=1e-3, lr_decay_style="cosine", lr_warmup_steps=3)
     assert min(whole) > 0

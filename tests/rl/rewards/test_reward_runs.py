@@ -32,8 +32,6 @@ class Server:
             checkpoint,
             "--port",
             port,
-            "--dtype",
-            "float32",
         ]
         self.process = subprocess.Popen(
             [*map(str, command), "--token_env", "REWARD_TOKEN"], cwd=ROOT,
@@ -80,8 +78,6 @@ def test_server_against_mrlhf_score_then_ppo_through_its_death(
         world / "pref",
         "--output",
         tmp_path / "scores.jsonl",
-        "--dtype",
-        "float32",
     )
     wanted = [json.loads(line)["chosen"]["normalized"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     server = Server(reward_model)
