@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from conftest import TESTS, python
 
 from mrlhf.config.options import OptimConfig
+from mrlhf.errors import Problems
 from mrlhf.training.optimizer import make_scheduler
+from mrlhf.training.preflight import Opened
 
 
 def rates(total: int, **options: object) -> list[float]:
@@ -43,6 +46,22 @@ def test_a_warm_up_longer_than_the_run_keeps_its_slope(style: str) -> None:
     trial = rates(5, lr=1.0, lr_decay_style=style, lr_warmup_steps=125)
     assert trial == pytest.approx([k / 125 for k in (1, 2, 3, 4, 5)])
     assert trial == rates(200, lr=1.0, lr_decay_style=style, lr_warmup_steps=125)[:5]
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "WSD"])
+def test_what_the_checks_let_through_megatron_takes(style: str) -> None:
+    """And it is the schedule as written: a rising warm-up to the peak, then never up again, not below min_lr."""
+    for total, warmup, decay in product((1, 2, 5), (0, 1, 4, 5, 9), (1, 2, 5, 6)):
+        written = {"lr_decay_style": style, "lr_warmup_steps": warmup, "lr_wsd_decay_steps": decay}
+        optim = OptimConfig(lr=1.0, min_lr=0.5, **written)  # type: ignore[arg-type]
+        opened = Opened(SimpleNamespace(optim=optim), Problems())  # type: ignore[arg-type]
+        opened.check_schedule(total)
+        assert bool(opened.problems.errors) == (style == "WSD" and warmup + decay > total)
+        assert bool(opened.notes) == (warmup > total and style != "WSD")
+        if not opened.problems.errors:
+            lr = rates(total, lr=1.0, min_lr=0.5, **written)
+            assert lr[:warmup] == pytest.approx([k / warmup for k in range(1, min(warmup, total) + 1)])
+            assert all(0.5 <= after <= before for before, after in pairwise([1.0, *lr[warmup:]]))
 
 
 def test_no_step_is_spent_at_zero_and_resume_goes_on() -> None:
