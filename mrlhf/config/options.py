@@ -22,6 +22,7 @@ OTHERWISE = "or"  # key of Meta.extra: one more valid value outside of the bound
 PositiveInt = Annotated[int, Meta(ge=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
+TimeLimit = Annotated[float, Meta(gt=0, le=1e7)]  # larger ones overflow in the timers of Python and torch
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 UnitInterval = Annotated[float, Meta(ge=0, le=1)]
 AdamBeta = Annotated[float, Meta(ge=0, lt=1)]
@@ -92,8 +93,8 @@ class ParallelConfig:
         None, "reduce gradients over data-parallel ranks during backward; unset: on a GPU")
     overlap_param_gather: bool | None = option(
         None, "distributed optimizer: all-gather new parameters during the next forward; unset: on a GPU")
-    timeout_minutes: PositiveFloat = option(10.0, "a collective that waits longer ends the run with an error")
-    silence_seconds: PositiveFloat = option(
+    timeout_minutes: TimeLimit = option(10.0, "a collective that waits longer ends the run with an error")
+    silence_seconds: TimeLimit = option(
         60.0, "a rank without a heartbeat for this long ends the run on all ranks; the error names it")
 
     @property
@@ -276,7 +277,7 @@ class RolloutConfig:
         None, "file.py:Class that the model talks with in turns (tools, games); see docs/rl.md")
     max_turns: PositiveInt = option(8, "turns of the model in a conversation with the environment")
     environment_threads: PositiveInt = option(16, "concurrent steps of the environment on each vLLM replica")
-    environment_timeout_s: PositiveFloat = option(60.0, "limit of one turn's steps, all conversations together")
+    environment_timeout_s: TimeLimit = option(60.0, "limit of one turn's steps, all conversations together")
     mismatch_warning: NonNegativeFloat = option(
         0.01, "warn at a step whose rollout/kl_mismatch, in nats per token, is above this")
     dynamic_sampling: bool = option(
@@ -313,14 +314,14 @@ class RewardConfig:
         0, "DAPO: linear penalty on the last so many tokens before rollout.max_new_tokens; 0: off")
     overlong_penalty: NonNegativeFloat = option(
         1.0, "DAPO: subtracted from the score of an answer of rollout.max_new_tokens")
-    function_timeout_s: PositiveFloat = option(
+    function_timeout_s: TimeLimit = option(
         300.0, "limit of one call of a Python function; after it the process is killed and the run ends")
     function_memory_mib: NonNegativeInt = option(
         8192, "address space of a Python function's process; 0: no limit, e.g. for one that uses a GPU")
     function_env: tuple[str, ...] = option(
         (), "environment variables that Python functions may see besides the few allowed to all")
-    http_timeout_s: PositiveFloat = option(30.0, "limit of one request")
-    http_total_timeout_s: PositiveFloat = option(300.0, "limit of a request with all its retries")
+    http_timeout_s: TimeLimit = option(30.0, "limit of one request")
+    http_total_timeout_s: TimeLimit = option(300.0, "limit of a request with all its retries")
     http_retries: NonNegativeInt = option(4, "retries of a failed request, with back-off")
     http_batch_size: PositiveInt = option(64, "answers per request")
     http_token_env: str | None = option(None, "name of the environment variable that holds the bearer token")
@@ -504,7 +505,7 @@ class ServeRewardStage:
     max_batch_size: PositiveInt = option(
         512, "sequences per request, and per group of requests that the model scores together")
     max_request_mib: PositiveInt = option(16, "refuse larger requests")
-    timeout_s: PositiveFloat = option(300.0, "answer 503 to a request that waits longer for the model")
+    timeout_s: TimeLimit = option(300.0, "answer 503 to a request that waits longer for the model")
     dtype: Literal["float32", "bfloat16"] | None = option(
         None, "of parameters and activations; unset: the checkpoint's, for a HF directory bfloat16 if all weights are")
     parallel: ParallelConfig = ParallelConfig()
