@@ -183,7 +183,8 @@ class _ActivationCounter:
         """Final norm, head and loss, if every token is trained."""
         own = self.tokens / self.cut
         if head == "value":
-            return (self.norm(self.spec.hidden_size) + self.spec.hidden_size * self.e) * own + _LOSS_BYTES * self.tokens
+            # the head's input in fp32
+            return (self.norm(self.spec.hidden_size) + self.spec.hidden_size * 4) * own + _LOSS_BYTES * self.tokens
         return self.norm(self.spec.hidden_size) * own + (self.spec.hidden_size * self.e + _LOSS_BYTES) * self.tokens
 
     def head_buffers(self) -> float:
