@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mrlhf.config.process import naming_file_limit, raise_file_limit  # noqa: E402
 from mrlhf.config.schema import options_of  # noqa: E402
 from mrlhf.data.prepare.job import preprocess  # noqa: E402
 from mrlhf.data.prepare.options import PreprocessConfig  # noqa: E402
@@ -48,8 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if values["input_template"] is not None:  # a shell hands over backslash-n for the newline that is meant
         values["input_template"] = values["input_template"].replace("\\n", "\n").replace("\\t", "\t")
+    raise_file_limit()
     try:
-        preprocess(PreprocessConfig(**values), report=print)
+        with naming_file_limit():
+            preprocess(PreprocessConfig(**values), report=print)
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130

@@ -60,6 +60,7 @@ def _show_training(config: TrainingConfig) -> None:
     world = _num_ranks(smallest + generators)
     run, others = _check_training(config, world)
     check_resume(config, Path(config.train.output_dir))
+    preflight.verify_data(config)
     world -= generators
     spec, data = run.source.spec, run.train
     print(f"model    {run.source.path}: {spec.summary()}, {config.model.dtype}")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mrlhf.checkpoint.manifest import newest_whole, steps_in
-from mrlhf.config.process import USER_ERROR, prepare_environment, torchrun_rank
+from mrlhf.config.process import USER_ERROR, naming_file_limit, prepare_environment, torchrun_rank
 from mrlhf.errors import MrlhfError, SeveralErrors, disk_problem, error_text
 
 PATIENCE_S = 15.0  # rank 0 shows its error first; another rank shows its own only if the job still runs after this time
@@ -33,7 +33,8 @@ def run_tool(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
-        return call(arguments)
+        with naming_file_limit():
+            return call(arguments)
     except MrlhfError as error:
         print(error_text(error), file=sys.stderr)
         return USER_ERROR
@@ -60,7 +61,8 @@ def show_user_errors(call: Callable[[], int], *, run_dir: Path | None = None) ->
     run_dir: the run's directory, if `call` is a training stage.
     """
     try:
-        return call()
+        with naming_file_limit():
+            return call()
     except MrlhfError as caught:
         error = caught
     except OSError as caught:

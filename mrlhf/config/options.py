@@ -131,6 +131,9 @@ class DataConfig:
     shuffle: bool = option(True, "a new order every epoch, from train.seed")
     seq_length: PositiveInt | None = option(
         None, "refuse data made for another length; unset: the data's. Megatron-LM's own text is cut to it")
+    verify: Literal["size", "hash"] = option(
+        "size", "check of the data before a run: sizes of its files, or a hash of every byte; the ranges of ids and "
+        "masks are checked in every batch")
 
 
 @dataclass(frozen=True)

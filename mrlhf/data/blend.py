@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -66,7 +67,8 @@ def sample_places(data: Dataset, indices: Sequence[int], *, most: int = 20) -> s
 def names_of(prefixes: Sequence[str]) -> list[str]:
     """Short names for logs: the last part of the prefix, or the whole prefix where that is not unique."""
     short = [os.path.basename(p) for p in prefixes]
-    return [s if short.count(s) == 1 else p for s, p in zip(short, prefixes, strict=True)]
+    count = Counter(short)
+    return [s if count[s] == 1 else p for s, p in zip(short, prefixes, strict=True)]
 
 
 class Blend:

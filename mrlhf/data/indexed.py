@@ -15,10 +15,14 @@ int64 document indices [documents + 1]. Little-endian.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import math
+import mmap
 import os
 import re
 import struct
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -63,8 +67,33 @@ def _is_sealed(text: bytes) -> bool:
     return hashlib.sha256(blank).hexdigest().encode() == match.group(1)
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+def _mapped(path: str) -> np.ndarray:
+    """The bytes of a file that is not empty, memory-mapped, read-only: uint8 [bytes]. Raises DataError.
+
+    np.memmap would keep a file descriptor as long as the array lives: four for each source of a blend.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        reason = os.strerror(ctypes.get_errno())
+        raise DataError(f"cannot be mapped into memory: {reason}", where=path,
+                        fix="sysctl vm.max_map_count=1000000 for a blend of very many sources; a higher ulimit -v")
+    buffer = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(buffer, _libc.munmap, address, size).atexit = False  # arrays may still be read at exit
+    array = np.ctypeslib.as_array(buffer)
+    array.flags.writeable = False
+    return array
+
+
 class IndexedReader:
-    """One .bin/.idx pair, memory-mapped.
+    """One .bin/.idx pair, memory-mapped. Keeps no file open.
 
     lengths     int32 [sequences]
     doc_index   int64 [documents + 1]
@@ -79,7 +108,7 @@ class IndexedReader:
             if not os.path.isfile(path):
                 raise DataError("file is missing", where=path, fix=f"copy it here, or {_REMAKE}")
         self.dtype, sequences, indices = self._read_header(idx_path, dtypes)
-        index = np.memmap(idx_path, np.uint8, "r")
+        index = _mapped(idx_path)
         self.lengths = np.ndarray(sequences, "<i4", index, HEADER.size)
         self._pointers = np.ndarray(sequences, "<i8", index, HEADER.size + 4 * sequences)
         self.doc_index = np.ndarray(indices, "<i8", index, HEADER.size + 12 * sequences)
@@ -90,7 +119,7 @@ class IndexedReader:
             raise DataError(f"file has {size:,} bytes, its index promises {wanted:,}: {state}", where=bin_path,
                             fix=f"copy it again, or {_REMAKE}")
         little_endian = self.dtype.newbyteorder("<")
-        self._values = np.memmap(bin_path, little_endian, "r") if size else np.empty(0, self.dtype)
+        self._values = _mapped(bin_path).view(little_endian) if size else np.empty(0, self.dtype)
 
     @staticmethod
     def _read_header(idx_path: str, dtypes: Sequence[str]) -> tuple[np.dtype, int, int]:
@@ -172,7 +201,8 @@ class PackedDataset:
     has_mask     false for prompts
 
     Opening costs one pass over the indices (20 bytes a sample each) and finds every changed byte in them and in
-    PREFIX.json. Tokens and indices stay on the disk until they are read.
+    PREFIX.json. Tokens and indices stay on the disk until they are read. Whatever is read of them is checked: `tokens`,
+    `mask` and `margin` raise DataError for a value that sound data cannot hold.
     """
 
     def __init__(self, prefix: str, meta: dict[str, Any], ids: IndexedReader, mask: IndexedReader | None,
@@ -186,6 +216,7 @@ class PackedDataset:
         self.num_packs = len(ids.doc_index) - 1
         self.num_tokens = ids.num_tokens
         self.max_length = int(ids.lengths.max())
+        self._id_limit: int = meta.get("vocab_size", 1 << 63)
 
     @classmethod
     def open(cls, prefix: str | Path, *, verify: bool = False) -> PackedDataset:
@@ -256,18 +287,40 @@ class PackedDataset:
 
     def tokens(self, i: int) -> np.ndarray:
         """Token ids of sample i: int64 [lengths[i]], a copy."""
-        return self._ids[i].astype(np.int64)
+        tokens = self._ids[i].astype(np.int64)
+        if int(tokens.view(np.uint64).max()) >= self._id_limit:  # a negative id is a very large unsigned number
+            wrong = (tokens < 0) | (tokens >= self._id_limit)
+            raise self._damaged("", "token id", tokens, wrong, i, f"ids of the tokenizer, 0 to {self._id_limit - 1:,}")
+        return tokens
 
     def mask(self, i: int) -> np.ndarray:
         """Loss mask of sample i: uint8 [lengths[i]], 1 for a trained token; a copy. Raises DataError for prompts."""
         if self._mask is None:
             raise DataError(f"{self.task} data has no loss mask", where=self.prefix,
                             expected="pretrain, sft or preference data")
-        return np.array(self._mask[i])
+        mask = np.array(self._mask[i])
+        if mask.max() > 1:
+            raise self._damaged("_loss_mask", "mask value", mask, mask > 1, i, "0 or 1")
+        return mask
+
+    def _damaged(self, part: str, name: str, values: np.ndarray, wrong: np.ndarray, i: int, expected: str) -> DataError:
+        at = int(np.flatnonzero(wrong)[0])
+        return DataError(f"{name} {values[at]} at token {at:,} of sample {i:,}: the file is damaged",
+                         where=f"{self.prefix}{part}.bin", expected=expected, fix=self._fix)
+
+    @property
+    def _fix(self) -> str:
+        return f"copy it again, or {_REMAKE}; mrlhf data {self.prefix} --check shows all damage"
 
     def margin(self, pair_index: int) -> float | None:
         """Margin of pair `pair_index` (samples 2 * pair_index and the next), None where the data has no margins."""
-        return None if self._margin is None else float(self._margin[pair_index][0])
+        if self._margin is None:
+            return None
+        value = float(self._margin[pair_index][0])
+        if not math.isfinite(value):
+            raise DataError(f"margin {value} of pair {pair_index:,}: the file is damaged",
+                            where=f"{self.prefix}_margin.bin", expected="a finite number", fix=self._fix)
+        return value
 
     @property
     def margins(self) -> np.ndarray | None:
@@ -283,7 +336,13 @@ class PackedDataset:
         if "_labels.jsonl" not in self.meta["files"]:
             return []
         path = Path(self.prefix + "_labels.jsonl")
-        labels = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
+        labels: list[Any] = []
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                labels.append(msgspec.json.decode(line))
+            except ValueError as error:
+                raise DataError(f"not JSON: {error}: the file is damaged", where=f"{path}:{number}",
+                                fix=f"copy it again, or {_REMAKE}") from error
         if len(labels) != self.num_samples:
             raise DataError(f"{len(labels)} labels for {self.num_samples} prompts", where=str(path), fix=_REMAKE)
         return labels
@@ -292,15 +351,22 @@ class PackedDataset:
 def file_problems(prefix: str, meta: dict[str, Any], *, verify: bool) -> Iterator[DataError]:
     """Files that are missing, or differ from PREFIX.json in size or (`verify`) SHA-256."""
     for suffix, digest in meta["files"].items():
-        path = Path(prefix + suffix)
-        if not path.is_file():
-            yield DataError("file is missing", where=str(path), fix=f"copy it here, or {_REMAKE}")
-        elif path.stat().st_size != digest["bytes"]:
-            what = f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}"
-            yield DataError(f"{what}: truncated or of another run", where=str(path), fix=f"copy it again, or {_REMAKE}")
-        elif verify and sha256_of(path) != digest["sha256"]:
-            yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path),
-                            fix=f"copy it again, or {_REMAKE}")
+        yield from file_problem(prefix, suffix, digest, verify=verify)
+
+
+def file_problem(prefix: str, suffix: str, digest: dict[str, Any], *, verify: bool) -> Iterator[DataError]:
+    """What is wrong with one file of a set; `digest`: its entry in PREFIX.json."""
+    path = Path(prefix + suffix)
+    if not path.is_file():
+        yield DataError("file is missing", where=str(path), fix=f"copy it here, or {_REMAKE}")
+    elif path.stat().st_size != digest["bytes"]:
+        what = f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}"
+        yield DataError(f"{what}: truncated or of another run", where=str(path), fix=f"copy it again, or {_REMAKE}")
+    elif verify and "sha256" not in digest:
+        yield DataError(f"{prefix}.json holds no checksum of it", where=str(path), fix=_REMAKE)
+    elif verify and sha256_of(path) != digest["sha256"]:
+        yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path),
+                        fix=f"copy it again, or {_REMAKE}")
 
 
 def read_meta(prefix: str) -> dict[str, Any]:

@@ -108,8 +108,8 @@ class MegatronText:
         )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
-            first = row * self.seq_length
-            raise DataError(f"token id {low if low < 0 else high} at tokens {first:,} to {first + self.seq_length:,}",
+            at = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+            raise DataError(f"token id {tokens[at]} at token {row * self.seq_length + at:,} (pack {row:,})",
                             where=f"{self.prefix}.bin",
                             expected=f"ids of the model's vocabulary, 0 to {self.vocab_size - 1:,}",
                             fix="data made with the model's tokenizer")

@@ -25,7 +25,7 @@ from mrlhf.training.batches import tokenizer_fingerprint_or_none
 # Keys, and beginnings of keys, that may differ between the first command and the one that resumes the run. They say
 # where and when it runs, what it holds in memory and what it writes, and change its numbers by rounding only.
 FREE_TO_CHANGE = (
-    "parallel.", "logging.", "checkpoint.", "offload.", "train.output_dir", "train.eval_interval",
+    "parallel.", "logging.", "checkpoint.", "offload.", "data.verify", "train.output_dir", "train.eval_interval",
     "train.allow_changes", "train.exit_duration_minutes", "train.loss_spike_threshold", "train.micro_batch_size",
     "train.max_tokens_per_micro_batch", "ptx.micro_batch_size", "dpo.reference", "optim.use_distributed_optimizer",
     "ppo.critic_tensor_model_parallel_size", "ppo.critic_pipeline_model_parallel_size",

@@ -57,7 +57,7 @@ from mrlhf.training.batches import (
     training_batch_plan,
 )
 from mrlhf.training.phases import Phases
-from mrlhf.training.preflight import RunInputs, check_run
+from mrlhf.training.preflight import RunInputs, check_run, verify_data
 from mrlhf.training.resume import open_directory, run_manifest
 from mrlhf.training.stopping import EXIT_STOPPED, Stopper
 from mrlhf.training.trainer import LossFn, Trainer
@@ -87,6 +87,7 @@ class Run(ABC):
         self.stopper = Stopper(budget_minutes=config.train.exit_duration_minutes, began=began, store=store)
         for line in (f"device: {device.current().summary()}", layout.batch_summary(config.train), *inputs.notes):
             log.info(line)
+        verify_data(config)
         self.saver = Saver(self.output_dir, config.checkpoint)
         self.resumed = to_resume(self.output_dir, total_steps=total_steps, verify=config.checkpoint.verify)
         self.done = 0 if self.resumed is None else int(self.resumed.manifest["step"])
