@@ -48,6 +48,7 @@ from mrlhf.data.writer import OutputSet
 from mrlhf.errors import DataError, EnvironmentProblem, MrlhfError, Problems, SeveralErrors
 
 _ROWS_AFTER_PROBLEM = 100_000  # read in search of further problems before the command stops
+_PROBED_BYTES = 64 << 20  # of the input, most, read and kept in search of texts to compare backends on
 
 
 def preprocess(config: PreprocessConfig, *, report: Callable[[str], None] | None = None) -> dict[str, dict[str, Any]]:
@@ -181,13 +182,16 @@ def _choose_backend(
     """
     read: list[RowBlock] = []
     texts: list[str] = []
-    characters = 0
-    while config.tokenizer_backend != "hf" and len(texts) < config.verify_tokens and characters < MOST_CHARACTERS:
+    characters = size = 0
+    while (config.tokenizer_backend != "hf" and len(texts) < config.verify_tokens and characters < MOST_CHARACTERS
+           and size < _PROBED_BYTES):
         block = next(blocks, None)
         if block is None:
             break
         read.append(block)
-        for chunk in block.chunks(block.content()):
+        content = block.content()
+        size += len(content)
+        for chunk in block.chunks(content):
             new = tokenise.texts(chunk)
             texts += new
             characters += sum(map(len, new))

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections import Counter
@@ -29,6 +30,8 @@ from mrlhf.errors import DataError, Problems
 
 MAX_LINE = 64 << 20
 _ARRAY_BYTES = 1 << 16  # read at once from a JSON array
+_ZST_BYTES = 1 << 8  # of a .zst, inflated at once: four of its bytes may stand for 128 KiB
+_BLANK = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
 _FORMATS = "JSON lines (.jsonl, also .gz, .bz2, .zst), a JSON array (.json), parquet, or a HF dataset"
 _ENDINGS = tuple(
@@ -56,6 +59,7 @@ class RowBlock:
     """Some consecutive rows of `path`, which belongs to the input argument number `source`.
 
     `data` holds them (JSON lines, or an Arrow stream); without it they are the bytes from `offset` on of a plain file.
+    `skipped`: blank lines before it that no block holds.
     """
 
     source: int
@@ -64,6 +68,7 @@ class RowBlock:
     length: int = 0
     data: bytes | None = None
     arrow: bool = False
+    skipped: int = 0
 
     def content(self) -> bytes:
         if self.data is not None:
@@ -84,7 +89,9 @@ class RowBlock:
             return
         numbers: list[int] = []
         lines: list[Any] = []
-        for number, line in enumerate(io.BytesIO(content), 1):
+        if content.isspace():
+            return
+        for number, line in enumerate(io.BytesIO(content), self.skipped + 1):
             line = line.strip()
             if not line:
                 continue
@@ -97,12 +104,12 @@ class RowBlock:
             yield Chunk(self.path, numbers, lines)
 
     def count(self, content: bytes) -> int:
-        """Lines (rows of an Arrow stream) in this block, blank ones included."""
+        """Lines (rows of an Arrow stream) in this block and skipped before it, blank ones included."""
         if self.arrow:
             import pyarrow
 
             return pyarrow.ipc.open_stream(content).read_all().num_rows
-        return content.count(b"\n") + (not content.endswith(b"\n") and content != b"")
+        return self.skipped + content.count(b"\n") + (not content.endswith(b"\n") and content != b"")
 
 
 @dataclass
@@ -199,19 +206,28 @@ class Sources:
             start = end
 
     def _piped(self, item: _Input, file: IO[bytes]) -> Iterator[RowBlock]:
-        rest, at, first = b"", 0, True
+        """Blocks that end with a line. Blank ones are left out: a small file may inflate to gigabytes of line ends."""
+        parts: list[bytes] = []  # of a line whose end has not come yet
+        size = skipped = at = 0
+        first = True
         while data := file.read(self.block_bytes):
-            data = rest + data
             if first:
                 data, first = data.removeprefix(_BOM), False
             cut = data.rfind(b"\n") + 1
             if cut:
-                yield RowBlock(item.source, item.path, data=data[:cut])
-            elif len(data) > MAX_LINE:
+                block = b"".join((*parts, data[:cut]))
+                if block.isspace():
+                    skipped += block.count(b"\n")
+                else:
+                    yield RowBlock(item.source, item.path, data=block, skipped=skipped)
+                    skipped = 0
+                at, parts, size = at + len(block), [], 0
+            parts.append(data[cut:])
+            size += len(parts[-1])
+            if size > MAX_LINE:
                 raise _long_line(item.path, at)
-            rest, at = data[cut:], at + len(data)
-        if rest:
-            yield RowBlock(item.source, item.path, data=rest)
+        if rest := b"".join(parts):
+            yield RowBlock(item.source, item.path, data=rest, skipped=skipped)
 
     def _array(self, item: _Input, file: IO[bytes]) -> Iterator[RowBlock]:
         """The elements of a JSON array as lines."""
@@ -292,19 +308,19 @@ class _JsonArray:
             yield self._buffer[self._at : end].replace("\n", " ").replace("\r", " ")
             self._at, self._count = end, self._count + 1
             more = self._skip(",")
-        if (self._buffer[self._at + 1 :] + self._text.decode(self._file.read(_ARRAY_BYTES))).strip():
+        behind = self._buffer[self._at + 1 :]
+        while not behind.strip() and (data := self._file.read(_ARRAY_BYTES)):
+            behind = self._text.decode(data)
+        if behind.strip():
             raise self._error("something stands behind the array")
 
     def _skip(self, delimiter: str) -> bool:
         """Move over white space and one `delimiter`, reading on if needed; false at the end of the array."""
         seen = False
         while True:
-            while self._at < len(self._buffer):
-                character = self._buffer[self._at]
-                if character not in " \t\r\n" and (seen or character != delimiter):
-                    break
-                seen = seen or character == delimiter
-                self._at += 1
+            self._at = _blank_end(self._buffer, self._at)
+            if not seen and self._buffer.startswith(delimiter, self._at):
+                seen, self._at = True, _blank_end(self._buffer, self._at + 1)
             if self._at < len(self._buffer):
                 break
             data = self._file.read(_ARRAY_BYTES)
@@ -437,7 +453,10 @@ def _open(path: str) -> IO[bytes]:
 
 
 class _Zst:
-    """Reads a .zst file of one or several frames. (zstandard's own reader takes a cut file for a shorter one.)"""
+    """Reads a .zst file of one or several frames. (zstandard's own reader takes a cut file for a shorter one.)
+
+    `read` returns at most 8 MiB more than asked for.
+    """
 
     def __init__(self, path: str):
         import zstandard
@@ -449,8 +468,9 @@ class _Zst:
 
     def read(self, size: int) -> bytes:
         parts: list[bytes] = []
-        while sum(map(len, parts)) < size:
-            data = self._rest or self._file.read(1 << 16)
+        length = 0
+        while length < size:
+            data = self._rest or self._file.read(_ZST_BYTES)
             if not data:
                 if self._frame is not None:
                     raise EOFError("the file ends in the middle of a compressed frame")
@@ -458,6 +478,7 @@ class _Zst:
             self._frame = self._frame or self._module.ZstdDecompressor().decompressobj()
             try:
                 parts.append(self._frame.decompress(data))
+                length += len(parts[-1])
             except self._module.ZstdError as error:
                 raise OSError(str(error)) from error
             self._rest = self._frame.unused_data
@@ -470,6 +491,12 @@ class _Zst:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _blank_end(text: str, at: int) -> int:
+    """The end of the white space that begins at `at`."""
+    match = _BLANK.match(text, at)
+    return at if match is None else match.end()
 
 
 def _long_line(path: str, offset: int) -> DataError:

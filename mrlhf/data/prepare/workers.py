@@ -41,7 +41,7 @@ class Work:
     def __call__(self, number: int, block: RowBlock) -> dict[str, Any]:
         """The head of the block's shard, which is written unless it is there already (after an interruption)."""
         content = block.content()
-        digest = hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(b"%d\n" % block.skipped + content).hexdigest()
         path = self.directory.shard(number)
         if self.directory.resume:
             head = read_head(path)

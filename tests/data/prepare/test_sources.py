@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,46 @@ def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match="a line is longer|not a JSON array"):
             rows_of(tmp_path / name, block_bytes=100)
+
+
+def test_the_long_line_is_where_the_error_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE", 1000)
+    data = b'{"a": 1}\n' * 700 + b"x" * 5000 + b"\n" + b'{"a": 1}\n' * 500
+    for name, packed in (("a.jsonl.gz", gzip.compress(data)), ("b.jsonl.bz2", bz2.compress(data))):
+        (tmp_path / name).write_bytes(packed)
+        for block_bytes in (1, 100, 450):
+            with pytest.raises(DataError, match="near byte 6,300"):
+                rows_of(tmp_path / name, block_bytes=block_bytes)
+
+
+@pytest.mark.parametrize(("ending", "blank"), [("gz", b" \r\n"), ("bz2", b"\n"), ("zst", b"\n"), ("zst", b" \r\n")])
+def test_a_flood_of_blank_lines_takes_little_memory(ending: str, blank: bytes, tmp_path: Path) -> None:
+    """96 MiB of them in a file of some kilobytes, between two records whose line numbers stay right."""
+    import zstandard
+
+    lines = (96 << 20) // len(blank)
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zstandard.ZstdCompressor().compress}[ending]
+    path = tmp_path / f"x.jsonl.{ending}"
+    path.write_bytes(pack(b'{"a": 1}\n' + blank * lines + b'{"a": 2}\n\n'))
+    blocks = []
+    tracemalloc.start()
+    try:
+        blocks = list(Sources((str(path),)).blocks())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 48 << 20 and sum(len(block.content()) for block in blocks) < 24 << 20
+    assert rows_of(path) == [(str(path), 1, {"a": 1}), (str(path), 2 + lines, {"a": 2})]
+
+
+def test_an_array_between_much_white_space(tmp_path: Path) -> None:
+    blank = " \n" * 200_000
+    (tmp_path / "x.json").write_text(f"{blank}[{blank}1{blank},{blank}2{blank}]{blank}")
+    with open(tmp_path / "x.json") as file:
+        assert list(sources._JsonArray("x", io.BytesIO(file.read().encode()))) == ["1", "2"]
+    for tail in ("3", "]", "{}"):
+        with pytest.raises(DataError, match="behind the array"):
+            list(sources._JsonArray("x", io.BytesIO(f"[1]{blank}{tail}".encode())))
 
 
 def test_a_file_that_changes_meanwhile(tmp_path: Path) -> None:
