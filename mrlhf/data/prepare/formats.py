@@ -7,20 +7,28 @@
     prompts     prompt (list of messages ending in a user turn, or string)  |  input; label optional
 
 A normalised conversation is a list of {"role", "content"} messages; with a plain input template it is the pair
-(prompt, answer) of strings.
+(prompt, answer) of strings. Text parts of a content are joined, an empty system turn is absent, and nulls inside
+messages and tools, which parquet and `datasets` add to make rows alike, are left out. Whatever else of a record would
+get lost is a RowProblem.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mrlhf.errors import RowProblem
 
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message, beside its content
+# Columns and keys of messages that hold content which no form uses.
+_CONTENT_COLUMNS = ("system", "system_prompt", "history", "documents", "functions")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 Message = dict[str, Any]
 Conversation = list[Message] | tuple[str, str]
+
+
+_LARGEST_MARGIN = 3.4028234663852886e38  # of float32, in which margins are stored
 
 
 @dataclass(frozen=True)
@@ -63,26 +71,54 @@ def normalise(record: Any, task: str, columns: Columns, *, plain: bool) -> Norma
     sample = {"pretrain": _pretrain, "sft": _sft, "preference": _preference, "prompts": _prompts}[task](
         record, columns, plain
     )
-    tools = None if task == "pretrain" else _tools(record, columns)
+    if task == "pretrain":
+        return sample
+    _refuse_unused(record, columns, sample)
+    tools = _tools(record, columns)
     return replace(sample, tools=tools) if tools else sample
 
 
+def _refuse_unused(record: dict[str, Any], columns: Columns, sample: NormalRecord) -> None:
+    """Raises RowProblem for a column with content that would be left out, unless a message holds the same text."""
+    named = vars(columns).values()
+    for key in (*_CONTENT_COLUMNS, *_MEDIA):
+        value = record.get(key)
+        is_empty = not value.strip() if isinstance(value, str) else not value
+        if key in named or is_empty or not isinstance(value, (str, list, dict)):
+            continue
+        conversations = sample.conversations or ((sample.prompt,) if isinstance(sample.prompt, list) else ())
+        texts = [m.get("content") or "" for c in conversations for m in c if isinstance(m, dict)]
+        if not isinstance(value, str) or not any(value.strip() in text for text in texts):
+            raise RowProblem(f"unused:{key}", f"column '{key}' is {_kind(value)} that would be left out",
+                             expected="all content in messages (a system turn, earlier turns), tools in 'tools'",
+                             fix="move it there, or remove the column")
+
+
 def _tools(record: dict[str, Any], columns: Columns) -> list[Any] | None:
-    """The tools column: a list of objects, or that list as a JSON string. None where it is missing, null or empty."""
+    """The tools column: a list of objects, or it or they as JSON strings. None where it is missing, null or empty."""
     key = columns.tools or "tools"
     if columns.tools:
         _column(record, key, "--tools-key COLUMN")
     tools = record.get(key)
-    if isinstance(tools, str) and tools.strip():
+    if isinstance(tools, (str, list)):
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools.strip() or "null") if isinstance(tools, str) else tools
+            if isinstance(tools, list):
+                tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
         except ValueError as error:
             raise _wrong_type(key, tools, "a list of objects, or one as a JSON string", "--tools-key COLUMN") from error
     if not tools:
         return None
     if not _is_messages(tools):
         raise _wrong_type(key, tools, "a list of objects, or one as a JSON string", "--tools-key COLUMN")
-    return tools
+    return _without_nulls(tools)
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the keys whose value is null, at every depth."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _pretrain(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
@@ -153,8 +189,8 @@ def _margin(record: dict[str, Any], key: str) -> float | None:
     margin = record.get(key)
     if margin is None:
         return None
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-        raise _wrong_type(key, margin, "a finite number", "--margin-key COLUMN")
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) <= _LARGEST_MARGIN:
+        raise _wrong_type(key, margin, "a finite number that float32 holds", "--margin-key COLUMN")
     return float(margin)
 
 
@@ -170,7 +206,7 @@ def _whole_conversations(
                          fix="cut both after the first message that differs")
     prompt: Any = record.get(prompt_key)
     stated = prompt[-1].get("content") if _looks_like_messages(prompt) else prompt
-    if prompt is not None and stated not in (chosen[-2]["content"], chosen[0]["content"]):
+    if prompt is not None and stated not in (chosen[-2].get("content"), chosen[0].get("content")):
         answers = f"only the answers in '{keys['chosen']}' and '{keys['rejected']}'"
         raise RowProblem("pair_prompt", f"column '{prompt_key}' is not the prompt that '{keys['chosen']}' begins with",
                          expected=f"{answers}, or the same prompt in both places",
@@ -226,12 +262,13 @@ def _conversation(record: dict[str, Any], key: str, plain: bool, flag: str) -> C
 
 
 def _messages(value: Any, key: str) -> list[Message]:
-    """`value` after a check that it is a list of {role, content}; other keys pass through to the chat template."""
+    """`value`, a list of {role, content}, in its normal form; other keys pass through to the chat template."""
     expected = 'a list of {"role": ..., "content": ...}'
     if not isinstance(value, list):
         raise _wrong_type(key, value, expected, "--input-key COLUMN")
     if not value:
         raise _empty(f"column '{key}' has no messages")
+    messages = []
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise RowProblem("message_type", f"message {i} of column '{key}' is {_kind(message)}", expected=expected,
@@ -239,13 +276,43 @@ def _messages(value: Any, key: str) -> list[Message]:
         if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
             raise RowProblem("message_keys", f"message {i} of column '{key}' has the keys {sorted(message)}",
                              expected=expected, fix="rename them to role and content (user, assistant, system)")
-        content = message.get("content")
-        if content is not None and not isinstance(content, (str, list)):
-            raise RowProblem("content_type", f"content of message {i} of column '{key}' is {_kind(content)}",
-                             expected="a string", fix="mend the data")
-        if not message.get("tool_calls") and (not content or (isinstance(content, str) and not content.strip())):
+        message = _normal_message(message, f"message {i} of column '{key}'")
+        if not message.get("tool_calls") and not (message.get("content") or "").strip():
+            if message["role"] in ("system", "developer"):
+                continue
             raise _empty(f"message {i} of column '{key}' ({message['role']}) is empty")
-    return value
+        messages.append(message)
+    if not messages:
+        raise _empty(f"column '{key}' has no messages but an empty system turn")
+    return messages
+
+
+def _normal_message(message: Message, where: str) -> Message:
+    """The message without nulls, but for its content, and with a list of text parts joined."""
+    content = message.get("content")
+    if content is not None and not isinstance(content, (str, list)):
+        raise RowProblem("content_type", f"content of {where} is {_kind(content)}", expected="a string",
+                         fix="mend the data")
+    for key in _MEDIA:
+        if message.get(key):
+            raise RowProblem("media", f"{where} has '{key}', which would be left out", expected="text alone",
+                             fix="remove it, or the row")
+    normal = {name: _without_nulls(value) for name, value in message.items() if value is not None or name == "content"}
+    if isinstance(content, list):
+        normal["content"] = "".join(_text_of(part, where) for part in normal["content"])
+    return normal
+
+
+def _text_of(part: Any, where: str) -> str:
+    """The text of a part of a message's content."""
+    if isinstance(part, str):
+        return part
+    is_text = isinstance(part, dict) and part.keys() <= {"type", "text"} and part.get("type", "text") == "text"
+    if not is_text or not isinstance(part.get("text"), str):
+        kind = part.get("type") or sorted(part) if isinstance(part, dict) else _kind(part)
+        raise RowProblem("content_part", f"the content of {where} has a part of the kind {kind!r}",
+                         expected='text parts, {"type": "text", "text": ...}', fix="remove such parts, or the row")
+    return part["text"]
 
 
 def _one_answer(value: Any, key: str) -> Message:
@@ -281,8 +348,11 @@ def _single_turn(messages: list[Message], key: str) -> str:
 
 
 def _string_content(message: Message, key: str) -> str:
-    if not isinstance(message.get("content"), str):
-        raise RowProblem("plain_content", f"column '{key}' has a message whose content is not a string",
+    ignored = [name for name in (*REASONING_KEYS, "tool_calls", "function_call") if message.get(name)]
+    if not isinstance(message.get("content"), str) or ignored:
+        what = f"with {', '.join(ignored)}" if ignored else "whose content is not a string"
+        what = f"column '{key}' has a message {what}, which a plain --input-template leaves out"
+        raise RowProblem("plain_content", what,
                          fix="--chat-template FILE instead of --input-template")
     return message["content"]
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from mrlhf.data.prepare.complete import Shape
 from mrlhf.data.prepare.formats import Conversation, Message
 from mrlhf.data.prepare.render import ChatTemplate
 from mrlhf.data.tokenizers.encoder import Encoder, trained_mask
@@ -25,6 +28,9 @@ __all__ = ["Rendered", "Template", "load_tokenizer", "tokenizer_fingerprint", "t
 
 _LIKE_SPECIAL = re.compile(r"<\|[\w.:-]{1,40}\|>|<\w{1,20}_of_\w{1,20}>")
 _PROBE = [{"role": "user", "content": "a0b1"}, {"role": "assistant", "content": "c2d3"}]
+_CALLS = [{"id": "call00001", "type": "function", "function": {"name": "e4f5", "arguments": arguments}}
+          for arguments in ({"g6": "h7"}, '{"g6": "h7"}')]
+_SHAPES = 10_000  # kept, most
 _MARKED_FIX = "--chat-template FILE with {% generation %} ... {% endgeneration %} around the assistant's turns"
 
 
@@ -71,6 +77,7 @@ class Template:
             self.chat_template = chat_template if chat_template is not None else tokenizer.get_chat_template()
             self._jinja = ChatTemplate(self.chat_template, tokenizer.special_tokens_map, where=tokenizer.name_or_path)
             self._probe()
+        self._shapes: dict[bytes, str | None] = {}  # rendering of a shape with a problem; None: nothing is left out
         self._end = self.end_token or ""
         self.end_token_id: int | None = None
         if self.end_token is not None:
@@ -89,6 +96,8 @@ class Template:
     def conversation(self, conversation: Conversation, *, tools: list[Any] | None = None) -> Rendered:
         """The conversation (messages; plain template: prompt and answer), cut after the last end-of-turn token."""
         self._check_tools(tools)
+        if isinstance(conversation, list):
+            conversation = self._with_content(conversation)
         table: dict[str, str] = {}
         if self._users_text.needs_protection((conversation, tools)):
             conversation, tools = self._users_text.protect((conversation, tools), table)
@@ -97,12 +106,18 @@ class Template:
             before = self._plain_text.replace("{}", prompt)
             text = before + answer + (self._end if self._append else "")
             return self._users_text.restore(text, [(len(before), len(text))], table)
-        text, spans = self._jinja.render(conversation, tools=tools)
-        if self._jinja.marked:
-            text, spans = self._close_marked(text, spans)
-        else:
-            text, spans = self._close_turns(text, conversation, tools)
+        text, spans = self._closed(conversation, tools)
+        self._require_all(text, conversation, tools)
+        for start, end in spans:
+            if not text[start:end].removesuffix(self._end).strip():
+                raise RowProblem("empty_answer", "the chat template leaves nothing of the answer but its end token",
+                                 expected="an answer that it renders", fix="--chat-template FILE")
         return self._users_text.restore(text, spans, table)
+
+    def _closed(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
+        """The rendered text up to the end of the last trained turn, and the trained spans."""
+        text, spans = self._jinja.render(messages, tools=tools)
+        return self._close_marked(text, spans) if self._jinja.marked else self._close_turns(text, messages, tools)
 
     def prompt(self, prompt: list[Message] | str, *, tools: list[Any] | None = None) -> Rendered:
         """A prompt up to where the answer begins (with the template's generation prompt); nothing in it is trained."""
@@ -110,12 +125,15 @@ class Template:
         table: dict[str, str] = {}
         if isinstance(prompt, str) and not self.plain:
             prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, list):
+            prompt = self._with_content(prompt)
         if self._users_text.needs_protection((prompt, tools)):
             prompt, tools = self._users_text.protect((prompt, tools), table)
         if isinstance(prompt, str):
             text = self._plain_text.replace("{}", prompt)
         else:
             text, _ = self._jinja.render(prompt, tools=tools, add_generation_prompt=True)
+            self._require_all(text, prompt, tools, is_prompt=True)
         return self._users_text.restore(text, [], table)
 
     def render_prompt(self, messages: list[Message] | str) -> list[int]:
@@ -123,10 +141,56 @@ class Template:
         return self.encode([self.prompt(messages)])[0][0].tolist()
 
     def _check_tools(self, tools: list[Any] | None) -> None:
-        if tools and (self.plain or "tools" not in self._jinja.source):
+        if tools and self.plain:
             raise RowProblem("tools_ignored", "the row has tools, which the template would leave out",
                              expected="a chat template that renders `tools`",
                              fix="--chat-template FILE, or remove the column")
+
+    @cached_property
+    def _renders_null(self) -> bool:
+        """Whether the template renders a tool call whose content is null, and not the word None for the content."""
+        for call in _CALLS:
+            try:
+                text, _ = self._jinja.render([_PROBE[0], {"role": "assistant", "content": None, "tool_calls": [call]}])
+            except RowProblem:
+                continue
+            return "e4f5" in text and "None" not in text
+        return False
+
+    def _with_content(self, messages: list[Message]) -> list[Message]:
+        """The messages with an empty content in the place of null, unless the template expects null."""
+        if all(message.get("content", "") is not None for message in messages) or self._renders_null:
+            return messages
+        return [{**m, "content": ""} if m.get("content", "") is None else m for m in messages]
+
+    def _require_all(self, text: str, messages: list[Message], tools: list[Any] | None, *,
+                     is_prompt: bool = False) -> None:
+        """Raises RowProblem for a text of the record that `text`, its rendering, does not hold."""
+        shape, trained = Shape(messages, tools), [] if is_prompt else self._trained_turns(messages)
+        refused = False
+        key = msgspec.json.encode((shape.messages, shape.tools, is_prompt))
+        if key not in self._shapes:
+            try:
+                if is_prompt:
+                    rendered, _ = self._jinja.render(shape.messages, tools=shape.tools, add_generation_prompt=True)
+                else:
+                    rendered, _ = self._closed(shape.messages, shape.tools)
+            except RowProblem:  # it looks at the texts themselves
+                refused = True
+            else:
+                if len(self._shapes) >= _SHAPES:
+                    self._shapes.clear()
+                problem = shape.problem(rendered, trained=trained, source=self._jinja.source)
+                self._shapes[key] = None if problem is None else rendered
+        shown = self._shapes.get(key)
+        problem = None if shown is None else shape.problem(shown, trained=trained, source=self._jinja.source)
+        problem = problem or shape.differing_text(text, trained=trained, every=refused)
+        if problem is not None:
+            raise problem
+
+    def _trained_turns(self, messages: list[Message]) -> list[int]:
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
+        return turns if self.loss_on == "all" else turns[-1:]
 
     def _close_marked(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """{% generation %} spans, each brought to end on its end-of-turn token; the text cut after the last."""
@@ -144,9 +208,8 @@ class Template:
         return self._finish(text, closed)
 
     def _close_turns(self, text: str, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
         spans = []
-        for i in turns if self.loss_on == "all" else turns[-1:]:
+        for i in self._trained_turns(messages):
             before, _ = self._jinja.render(messages[:i], tools=tools, add_generation_prompt=True)
             if not text.startswith(before):
                 what = f"the chat template renders the turns before message {i} differently once it follows"

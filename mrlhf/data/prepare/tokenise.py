@@ -88,6 +88,8 @@ class Tokenise:
             with _Outcome(self, batch, chunk, i):
                 for ids, mask in encoded:
                     self._check_ends(ids, mask)
+                if _equal_pair(encoded):
+                    raise _Drop("equal_pair")
                 fitted = self._fit(batch, encoded)
                 batch.kept += 1
                 batch.ids += [ids for ids, _ in fitted]
@@ -140,6 +142,8 @@ class Tokenise:
             yield i, sample, [next(encoded) for _ in rendered]
 
     def _check_ends(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        if not len(ids):
+            raise RowProblem("empty", "the text gives no token", fix="--on-empty drop, or another --tokenizer")
         if self.task == "prompts":
             return
         end = self.template.end_token_id
@@ -195,8 +199,14 @@ class Tokenise:
             cut = [(ids[:most], mask[:most]) for ids, mask in encoded]
             if self.task != "prompts" and not all(mask.any() for _, mask in cut):
                 raise _Drop("nothing_left_to_train")
+        if _equal_pair(cut):
+            raise _Drop("equal_after_the_cut")
         batch.truncated += 1
         return cut
+
+
+def _equal_pair(encoded: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    return len(encoded) == 2 and all(np.array_equal(a, b) for a, b in zip(*encoded, strict=True))
 
 
 class _Outcome:
