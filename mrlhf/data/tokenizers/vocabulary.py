@@ -54,6 +54,8 @@ def _of_directory(path: str) -> Any:
     tokenizer = _of_transformers(path)
     if "tokenizer.model" in files and "tokenizer.json" not in files and type(tokenizer).__name__ in _GENERIC:
         _check_guess(tokenizer, path)
+    if "tokenizer.json" in files and tokenizer.is_fast:
+        _check_rebuilt(tokenizer, path)
     return tokenizer
 
 
@@ -66,6 +68,20 @@ def _of_transformers(path: str) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"cannot load a tokenizer: {reason}", where=path, expected="a directory with tokenizer.json",
                         fix="--tokenizer DIR") from error
+
+
+def _check_rebuilt(tokenizer: Any, path: str) -> None:
+    """transformers rebuilds tokenizer.json by the model_type in config.json: refuse where that lost the vocabulary."""
+    from tokenizers import Tokenizer
+
+    plain = "The quick brown fox, 1234567 times"
+    if not tokenizer(plain, add_special_tokens=False)["input_ids"]:
+        exact = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
+        if exact.encode(plain, add_special_tokens=False).ids:
+            what = f"transformers makes a {type(tokenizer).__name__} of tokenizer.json that gives no ids for a text"
+            raise DataError(what, where=path,
+                            expected="a tokenizer of the kind that model_type in config.json stands for",
+                            fix="the model's own tokenizer files, or a directory of the tokenizer's files alone")
 
 
 def _check_guess(tokenizer: Any, path: str) -> None:

@@ -192,3 +192,17 @@ def test_probes_are_hard(tokenizers: dict[str, Any]) -> None:
         "▁",
     ):
         assert needed in everything
+
+
+def test_a_tokenizer_that_transformers_rebuilds_without_its_words_is_refused(tmp_path: Path) -> None:
+    """It makes a Qwen2 tokenizer of any tokenizer.json beside a config.json of that type: a BPE without merges."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"yes": 0, "no": 1, "<unk>": 2, "</s>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path)("yes no")["input_ids"] == [0, 1]
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(DataError, match="makes a Qwen2Tokenizer of tokenizer.json that gives no ids"):
+        load_tokenizer(tmp_path)
