@@ -73,10 +73,12 @@ def worker(arm: str, source: Path, target: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from mrlhf.checkpoint.manifest import fsync
+    from mrlhf.checkpoint.source import open_source
     from mrlhf.convert import hf
     from mrlhf.parallel import state
 
     hf.initialize_groups()
+    open_source(str(source))  # the first reading of a config.json imports much of transformers
     for file in (f for f in source.rglob("*") if f.is_file()):  # every arm reads from the page cache
         with file.open("rb", buffering=0) as f:
             while f.read(1 << 24):

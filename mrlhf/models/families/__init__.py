@@ -20,7 +20,7 @@ from mrlhf.models.families import deepseek, gemma, glm4, gpt2, granite, llama, m
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.maps import HFTensor, MapEntry, map_entries
 from mrlhf.models.families.slices import TensorSlice
-from mrlhf.models.families.spec import ModelSpec
+from mrlhf.models.families.spec import ModelSpec, in_bounds
 
 # isort: split
 from mrlhf.models.families import smollm3, starcoder2
@@ -32,17 +32,19 @@ FAMILIES: dict[str, ModuleType] = {model_type: module for module in _MODULES for
 def spec_from_hf(config: Mapping[str, Any], *, where: str = "config.json") -> ModelSpec:
     """Raises CheckpointError for families and fields that this version cannot express."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
-        raise CheckpointError(f"model_type = {model_type!r} is not supported", where=where, expected=supported)
+        raise CheckpointError(f"model_type = {str(model_type)[:100]!r} is not supported", where=where,
+                              expected=supported)
     fields = Fields(config, where)
     try:
-        spec: ModelSpec = FAMILIES[model_type].spec(fields)
+        spec = in_bounds(FAMILIES[model_type].spec(fields))
+        fields.check_all_read()
     except CheckpointError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:  # e.g. a string where a number belongs
-        raise CheckpointError(f"a field has an impossible value: {error}", where=where) from error
-    fields.check_all_read()
+    except Exception as error:  # a hostile value fails in any operation: TypeError, KeyError, ZeroDivisionError ...
+        what = f"a field has an impossible value: {type(error).__name__}: {error}"
+        raise CheckpointError(what, where=where) from error
     return spec
 
 

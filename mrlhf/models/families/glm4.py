@@ -14,6 +14,5 @@ VLLM = VLLM_LLAMA
 
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
-    f.need("num_key_value_heads", "head_dim", "rms_norm_eps")
-    ropes, bias = (f.rope(partial=0.5, interleaved=True),), bool(f.get("attention_bias", True))
-    return ModelSpec(**f.common(), ropes=ropes, post_norm=True, qkv_bias=bias)
+    ropes = (f.rope(partial=True, interleaved=True),)
+    return ModelSpec(**f.common(), ropes=ropes, post_norm=True, qkv_bias=f.get("attention_bias"))

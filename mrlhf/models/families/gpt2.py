@@ -19,9 +19,11 @@ def spec(f: Fields) -> ModelSpec:
     f.only("scale_attn_weights", True)
     f.only("scale_attn_by_inverse_layer_idx", False)
     f.ignore("n_ctx", "reorder_and_upcast_attn")  # the latter is about the precision of one product
-    return ModelSpec(family="gpt2", num_layers=layers, hidden_size=hidden, ffn_hidden_size=f.get("n_inner", 4 * hidden),
+    ffn = f.get("n_inner")
+    ffn = 4 * hidden if ffn is None else ffn
+    return ModelSpec(family="gpt2", num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn,
                      num_attention_heads=heads, num_query_groups=heads, head_dim=hidden // heads, vocab_size=vocab,
-                     max_position_embeddings=length, norm_eps=float(f.get("layer_norm_epsilon", 1e-5)),
-                     tied=bool(f.get("tie_word_embeddings", True)), layers=(Layer(rope=None),) * layers, ropes=(),
-                     init_std=float(f.get("initializer_range", 0.02)), norm="layer", activation="gelu_tanh",
+                     max_position_embeddings=length, norm_eps=f.get("layer_norm_epsilon"),
+                     tied=f.get("tie_word_embeddings"), layers=(Layer(rope=None),) * layers, ropes=(),
+                     init_std=f.get("initializer_range"), norm="layer", activation="gelu_tanh",
                      gated=False, learned_positions=True, qkv_bias=True, output_bias=True, mlp_bias=True)

@@ -12,9 +12,7 @@ NAMES, VLLM = LLAMA, VLLM_LLAMA
 
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
-    bias = bool(f.get("attention_bias", False))
-    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=bias, output_bias=bias,
-                     mlp_bias=bool(f.get("mlp_bias", False)), embedding_scale=float(f.get("embedding_multiplier", 1.0)),
-                     residual_scale=float(f.get("residual_multiplier", 1.0)),
-                     attention_scale=float(f.get("attention_multiplier", 1.0)),
-                     logit_scale=1 / float(f.get("logits_scaling", 1.0)))
+    bias = f.get("attention_bias")
+    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=bias, output_bias=bias, mlp_bias=f.get("mlp_bias"),
+                     embedding_scale=f.get("embedding_multiplier"), residual_scale=f.get("residual_multiplier"),
+                     attention_scale=f.get("attention_multiplier"), logit_scale=1 / f.get("logits_scaling"))

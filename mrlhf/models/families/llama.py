@@ -12,6 +12,5 @@ NAMES, VLLM = LLAMA, VLLM_LLAMA
 
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
-    f.only("pretraining_tp", 1)
-    bias, mlp_bias = bool(f.get("attention_bias", False)), bool(f.get("mlp_bias", False))
-    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=bias, output_bias=bias, mlp_bias=mlp_bias)
+    bias = f.get("attention_bias")
+    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=bias, output_bias=bias, mlp_bias=f.get("mlp_bias"))

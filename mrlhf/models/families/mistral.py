@@ -15,14 +15,13 @@ VLLM = VLLMNames(experts=_MOE + "experts.")
 
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
-    (groups,) = f.need("num_key_value_heads")
     common = f.common()
     is_moe = f.get("model_type") == "mixtral"
     experts = None
+    if "layer_types" in f.given:  # transformers then takes another class, also where it is null
+        raise f.refuse("layer_types", f.given["layer_types"], expected="no layer_types")
     if is_moe:
         f.only("router_jitter_noise", 0.0)
-        num, top_k = f.need("num_local_experts", "num_experts_per_tok")
-        experts = Experts(num, top_k, common["ffn_hidden_size"])
-    layer = Layer(window=f.get("sliding_window"), moe=is_moe)
-    common |= {"num_query_groups": groups, "layers": (layer,) * common["num_layers"]}
-    return ModelSpec(**common, ropes=(f.rope(theta=1e6 if is_moe else 10000.0),), experts=experts)
+        experts = Experts(f.get("num_local_experts"), f.get("num_experts_per_tok"), common["ffn_hidden_size"])
+    common["layers"] = (Layer(window=f.get("sliding_window"), moe=is_moe),) * common["num_layers"]
+    return ModelSpec(**common, ropes=(f.rope(),), experts=experts)

@@ -13,7 +13,6 @@ VLLM = VLLM_LLAMA
 
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
-    bias = bool(f.get("attention_bias", False))
-    common = f.common() | {"norm_eps": float(f.get("rms_norm_eps", 1e-5))}
-    common |= {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
-    return ModelSpec(**common, ropes=(f.rope(),), qkv_bias=bias, output_bias=bias)
+    bias = f.get("attention_bias")
+    return ModelSpec(**f.common(), ropes=(f.rope(),), pre_norm=False, post_norm=True, qk_norm="all", qkv_bias=bias,
+                     output_bias=bias)

@@ -15,6 +15,5 @@ def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
     f.ignore("original_max_position_embeddings")  # only rotary scalings that f.rope refuses use it
     common = f.common()
-    layers = (Layer(window=f.get("sliding_window")),) * common["num_layers"]
-    common |= {"norm_eps": float(f.get("rms_norm_eps", 1e-5)), "layers": layers}
-    return ModelSpec(**common, ropes=(f.rope(partial=1.0),))
+    common["layers"] = (Layer(window=f.get("sliding_window")),) * common["num_layers"]
+    return ModelSpec(**common, ropes=(f.rope(partial=True),))

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
+
+Positive = Annotated[float, Meta(gt=0, le=1e18)]  # false for nan
 
 
 @dataclass(frozen=True)
 class Rope:
     """Rotary positions. Frequency i of n = dimensions / 2 is theta ** (-i / n), then scaled."""
 
-    theta: float = 10000.0
-    fraction: float = 1.0  # of the head's dimensions, from the first on; the others are not rotated
+    theta: Positive = 10000.0
+    fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0  # of the head's dimensions; those after it are not rotated
     interleaved: bool = False  # pairs (0, 1), (2, 3), ... instead of (0, n), (1, n + 1), ...
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    original_length: int = 8192  # llama3 and yarn
-    beta_fast: float = 32.0  # this and the next three: yarn
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    factor: Positive = 1.0
+    low_freq_factor: Positive = 1.0  # llama3
+    high_freq_factor: Positive = 4.0  # llama3
+    original_length: Annotated[int, Meta(ge=1, le=1 << 40)] = 8192  # llama3 and yarn
+    beta_fast: Positive = 32.0  # this and the next three: yarn
+    beta_slow: Positive = 1.0
+    mscale: Positive | None = None
+    mscale_all_dim: Positive | None = None
 
     @property
     def qk_scale(self) -> float:

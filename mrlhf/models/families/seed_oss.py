@@ -12,7 +12,5 @@ NAMES, VLLM = LLAMA, VLLM_LLAMA
 
 def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "silu")
-    f.only("pretraining_tp", 1)
-    f.need("num_key_value_heads", "head_dim")
-    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=bool(f.get("attention_bias", True)),
-                     output_bias=bool(f.get("attention_out_bias", False)), mlp_bias=bool(f.get("mlp_bias", False)))
+    return ModelSpec(**f.common(), ropes=(f.rope(),), qkv_bias=f.get("attention_bias"),
+                     output_bias=f.get("attention_out_bias"), mlp_bias=f.get("mlp_bias"))

@@ -5,26 +5,34 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta
+
+from mrlhf.config.foreign import read_json
 from mrlhf.config.options import ParallelConfig
 from mrlhf.errors import CheckpointError, ConfigError
-from mrlhf.models.families.rope_frequencies import Rope
+from mrlhf.models.families.rope_frequencies import Positive, Rope
 
 # The vocabulary is padded to a multiple of this for every TP: checkpoint shapes do not depend on the layout, and vLLM's
 # shards are the same.
 VOCAB_MULTIPLE = 64
+# Beyond these a config.json is damaged or hostile; a list of all its tensors would fill the memory.
+MAX_LAYERS, _MAX_EXPERTS = 1024, 1 << 18  # the latter in all layers
+Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+Length = Annotated[int, Meta(ge=1, le=1 << 40)]  # in tokens
+Scale = Annotated[float, Meta(ge=-1e9, le=1e9)]  # false for nan
 
 
 @dataclass(frozen=True)
 class Layer:
     """What may differ from layer to layer."""
 
-    window: int | None = None  # a token attends to itself and window - 1 tokens before it; None: to all before it
+    window: Length | None = None  # a token attends to itself and window - 1 tokens before it; None: to all before it
     rope: int | None = 0  # index in ModelSpec.ropes; None: no positions
     moe: bool = False
 
@@ -33,17 +41,17 @@ class Layer:
 class Experts:
     """A mixture of experts: each token goes to `top_k` of `num` experts, weighted by its scores for them."""
 
-    num: int
-    top_k: int
-    ffn_hidden_size: int
+    num: Size
+    top_k: Size
+    ffn_hidden_size: Size
     renormalise: bool = True  # the weights of the chosen experts sum to 1; False: the weights are the scores
     score: Literal["softmax", "sigmoid"] = "softmax"  # over all experts, or for each expert alone
-    groups: int = 1  # groups of experts; a token chooses experts within its `top_groups` best groups
-    top_groups: int = 1
+    groups: Size = 1  # groups of experts; a token chooses experts within its `top_groups` best groups
+    top_groups: Size = 1
     group_score: Literal["best", "best_two"] = "best"  # a group's score: its highest, or the sum of its two highest
-    weight_scale: float = 1.0
+    weight_scale: Scale = 1.0
     selection_bias: bool = False  # a number per expert, added to the scores for the choice but not for the weights
-    shared_ffn_hidden_size: int = 0  # size of a further expert that every token goes to; 0: none
+    shared_ffn_hidden_size: Annotated[int, Meta(ge=0, le=1 << 24)] = 0  # of an expert for every token; 0: none
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,10 @@ class Latent:
     dimensions of the keys.
     """
 
-    kv_rank: int
-    q_rank: int | None  # size of the vector that gives the queries; None: the hidden states give them
-    nope_dim: int
-    rope_dim: int
+    kv_rank: Size
+    q_rank: Size | None  # size of the vector that gives the queries; None: the hidden states give them
+    nope_dim: Size
+    rope_dim: Size
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,19 @@ class ModelSpec:
     """Sizes and architecture of a model. The defaults are Llama's."""
 
     family: str  # config.json's model_type
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int  # in dense layers
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int  # of values and, without `latent`, of queries and keys
-    vocab_size: int
-    max_position_embeddings: int
-    norm_eps: float
+    num_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
+    hidden_size: Size
+    ffn_hidden_size: Size  # in dense layers
+    num_attention_heads: Size
+    num_query_groups: Size
+    head_dim: Size  # of values and, without `latent`, of queries and keys
+    vocab_size: Size
+    max_position_embeddings: Length
+    norm_eps: Annotated[float, Meta(ge=0, le=1)]
     tied: bool
     layers: tuple[Layer, ...]
     ropes: tuple[Rope, ...] = (Rope(),)
-    init_std: float = 0.02
+    init_std: Annotated[float, Meta(ge=0, le=10)] = 0.02
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # rms_plus_one: times 1 + weight; layer: LayerNorm with bias
     pre_norm: bool = True  # branch(norm(x)) instead of branch(x)
     post_norm: bool = False  # x + norm(branch) instead of x + branch
@@ -87,12 +95,12 @@ class ModelSpec:
     mlp_bias: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated: bool = True  # fc2(act(gate) * up) instead of fc2(act(fc1))
-    attention_scale: float | None = None  # factor for queries times keys; None: head_dim ** -0.5
-    attention_softcap: float | None = None  # cap * tanh(scores / cap)
-    logit_softcap: float | None = None
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0  # x + scale * branch
-    logit_scale: float = 1.0
+    attention_scale: Scale | None = None  # factor for queries times keys; None: head_dim ** -0.5
+    attention_softcap: Positive | None = None  # cap * tanh(scores / cap)
+    logit_softcap: Positive | None = None
+    embedding_scale: Scale = 1.0
+    residual_scale: Scale = 1.0  # x + scale * branch
+    logit_scale: Scale = 1.0
     learned_positions: bool = False
     experts: Experts | None = None
     latent: Latent | None = None
@@ -179,15 +187,33 @@ class ModelSpec:
         return 6 * (weights + self.vocab_size * self.hidden_size) + attention
 
 
+def in_bounds(spec: ModelSpec) -> ModelSpec:
+    """The spec with every value of its type. Raises ValueError for one out of bounds, and sizes that do not divide."""
+    spec = msgspec.convert(asdict(spec), ModelSpec)
+    heads, groups, e = spec.num_attention_heads, spec.num_query_groups, spec.experts
+    rotated = [int(spec.rope_dim * rope.fraction) for rope in spec.ropes]
+    wrong = {
+        f"{groups} key/value heads do not divide {heads} heads": heads % groups,
+        f"{len(spec.layers)} kinds of layers for {spec.num_layers} layers": len(spec.layers) != spec.num_layers,
+        f"{rotated} rotated dimensions: none, or odd": any(n % 2 or not n for n in rotated),
+    }
+    if e is not None:
+        most = e.num // e.groups * e.top_groups
+        wrong[f"{e.num} experts in {spec.num_layers} layers are too many"] = spec.num_layers * e.num > _MAX_EXPERTS
+        wrong[f"{e.groups} groups do not divide {e.num} experts"] = e.num % e.groups or e.top_groups > e.groups
+        wrong[f"{e.top_k} experts for a token, of {most}"] = e.top_k > most
+    for text, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(text)
+    return spec
+
+
 def read_hf_config(directory: Path) -> dict[str, Any]:
-    """The content of config.json. Raises CheckpointError if it is missing or not JSON."""
+    """The content of config.json. Raises CheckpointError if it is missing or not a JSON object."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError("no config.json", where=str(directory), expected="a HF model directory")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"not JSON: {error}", where=str(path)) from error
+    return read_json(path)
 
 
 def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool = True) -> list[ConfigError]:

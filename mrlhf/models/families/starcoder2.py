@@ -15,10 +15,9 @@ def spec(f: Fields) -> ModelSpec:
     f.only("hidden_act", "gelu_pytorch_tanh")
     f.only("mlp_type", "default")
     f.only("norm_type", "layer_norm")
-    f.need("num_key_value_heads")
-    bias = bool(f.get("use_bias", True))
-    common = f.common()
-    common |= {"norm_eps": float(f.get("norm_epsilon", 1e-5)), "tied": bool(f.get("tie_word_embeddings", True))}
+    f.only("scale_attn_weights", True)
+    f.ignore("activation_function", "layer_norm_epsilon")  # transformers reads hidden_act and norm_epsilon
+    bias, common = f.get("use_bias"), f.common(eps="norm_epsilon")
     common["layers"] = (Layer(window=f.get("sliding_window")),) * common["num_layers"]
     return ModelSpec(**common, ropes=(f.rope(),), norm="layer", gated=False, activation="gelu_tanh", qkv_bias=bias,
                      output_bias=bias, mlp_bias=bias)

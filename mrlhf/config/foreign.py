@@ -1,0 +1,62 @@
+"""Files that others wrote: JSON read with bounds, and no link followed out of their directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mrlhf.errors import CheckpointError, MrlhfError
+
+LIMIT = 100_000_000  # bytes of JSON, as safetensors limits its headers
+_DEPTH = 32  # what copies, prints or writes the value recurses once a level
+_AGAIN = "copy or download the file again"
+
+
+def read_json(path: Path, *, kind: type[MrlhfError] = CheckpointError, fix: str = _AGAIN) -> dict[str, Any]:
+    """The JSON object in a file. Raises `kind`, naming the file, where there is none."""
+    try:
+        if not path.is_file():  # reading a pipe would wait for its writer
+            raise kind("no such file", where=str(path), fix=fix)
+        with path.open("rb") as file:
+            text = file.read(LIMIT + 1)
+    except OSError as error:
+        raise kind(f"cannot be read: {error.strerror}", where=str(path), fix=fix) from error
+    return parse_json(text, where=str(path), kind=kind, fix=fix)
+
+
+def parse_json(text: bytes | str, *, where: str, kind: type[MrlhfError] = CheckpointError,
+               fix: str = _AGAIN) -> dict[str, Any]:
+    """The JSON object in `text`, in UTF-8. Raises `kind` where it is something else, too long or too deep."""
+    try:
+        if len(text) > LIMIT:
+            raise ValueError(f"longer than {LIMIT:,} bytes")
+        value = msgspec.json.decode(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__} instead of an object")
+        level: list[Any] = [value]
+        for _ in range(_DEPTH):
+            level = [x for v in level for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, dict | list)]
+        if level:
+            raise ValueError(f"nested more than {_DEPTH} deep")
+    except (ValueError, RecursionError) as error:  # ValueError: also msgspec's and UnicodeDecodeError
+        raise kind(f"not the JSON that belongs here: {error}", where=where, fix=fix) from error
+    return value
+
+
+def check_links(directory: Path, files: Iterable[Path]) -> None:
+    """Raises CheckpointError for files that lead out of their directory, and out of its repository in the hub's cache.
+
+    Their content would travel into checkpoints and exports.
+    """
+    home = directory.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        roots.append(home.parent.parent / "blobs")  # a snapshot of the hub's cache is made of links to these
+    outside = [f.name for f in files if not any(f.resolve().is_relative_to(root) for root in roots)]
+    if outside:
+        what = f"{', '.join(outside[:5])}{' ...' if len(outside) > 5 else ''}: a link out of the directory"
+        fix = "copy the file into the directory, or remove the link"
+        raise CheckpointError(what, where=str(directory), expected="files, and links to files beside them", fix=fix)
