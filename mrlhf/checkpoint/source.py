@@ -18,7 +18,7 @@ from mrlhf.checkpoint.optimizer_state import load_dist
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families import spec_from_hf
 from mrlhf.models.families.spec import ModelSpec, read_hf_config
-from mrlhf.models.hf_files import HFReader, resolve_hf
+from mrlhf.models.hf_files import HFReader, is_value_model, resolve_hf, side_files, untie
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +75,12 @@ def open_source(path: str, *, verify: str = "size") -> ModelSource:
     if not (directory / "config.json").is_file():
         expected = f"a directory with {MANIFEST}, checkpoints/ or config.json"
         raise CheckpointError("neither a checkpoint nor a HF model", where=path, expected=expected)
+    side_files(directory)
     config = read_hf_config(directory)
-    is_value = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
     spec = spec_from_hf(config, where=str(directory / "config.json"))
-    return ModelSource(directory, directory, spec, "value" if is_value else "lm", {})
+    if is_value_model(config):
+        return ModelSource(directory, directory, spec, "value", {})
+    return ModelSource(directory, directory, untie(directory, spec), "lm", {})
 
 
 def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int) -> None:

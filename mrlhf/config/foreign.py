@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,37 +14,40 @@ from mrlhf.errors import CheckpointError, MrlhfError
 LIMIT = 100_000_000  # bytes of JSON, as safetensors limits its headers
 _DEPTH = 32  # what copies, prints or writes the value recurses once a level
 _AGAIN = "copy or download the file again"
+_OBJECT = dict[str, Any]
 
 
-def read_json(path: Path, *, kind: type[MrlhfError] = CheckpointError, fix: str = _AGAIN) -> dict[str, Any]:
-    """The JSON object in a file. Raises `kind`, naming the file, where there is none."""
+def read_json(path: Path, kind: Any = _OBJECT, *, nan: bool = False, error: type[MrlhfError] = CheckpointError,
+              fix: str = _AGAIN) -> Any:
+    """A file's JSON, checked against a type that msgspec knows, with its bounds. nan: also NaN and infinities.
+
+    Raises `error`, naming the file, where it is missing, something else, too long or too deep.
+    """
     try:
         if not path.is_file():  # reading a pipe would wait for its writer
-            raise kind("no such file", where=str(path), fix=fix)
+            raise error("no such file", where=str(path), fix=fix)
         with path.open("rb") as file:
             text = file.read(LIMIT + 1)
-    except OSError as error:
-        raise kind(f"cannot be read: {error.strerror}", where=str(path), fix=fix) from error
-    return parse_json(text, where=str(path), kind=kind, fix=fix)
+    except OSError as problem:
+        raise error(f"cannot be read: {problem.strerror}", where=str(path), fix=fix) from problem
+    return parse_json(text, kind, where=str(path), nan=nan, error=error, fix=fix)
 
 
-def parse_json(text: bytes | str, *, where: str, kind: type[MrlhfError] = CheckpointError,
-               fix: str = _AGAIN) -> dict[str, Any]:
-    """The JSON object in `text`, in UTF-8. Raises `kind` where it is something else, too long or too deep."""
+def parse_json(text: bytes | str, kind: Any = _OBJECT, *, where: str, nan: bool = False,
+               error: type[MrlhfError] = CheckpointError, fix: str = _AGAIN) -> Any:
+    """Like `read_json`, of a text in UTF-8."""
     try:
         if len(text) > LIMIT:
             raise ValueError(f"longer than {LIMIT:,} bytes")
-        value = msgspec.json.decode(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__} instead of an object")
-        level: list[Any] = [value]
+        value = json.loads(text) if nan else msgspec.json.decode(text)
+        level: list[Any] = [[value]]
         for _ in range(_DEPTH):
             level = [x for v in level for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, dict | list)]
         if level:
             raise ValueError(f"nested more than {_DEPTH} deep")
-    except (ValueError, RecursionError) as error:  # ValueError: also msgspec's and UnicodeDecodeError
-        raise kind(f"not the JSON that belongs here: {error}", where=where, fix=fix) from error
-    return value
+        return msgspec.convert(value, kind)
+    except (ValueError, RecursionError) as problem:  # ValueError: also msgspec's and UnicodeDecodeError
+        raise error(f"not the JSON that belongs here: {problem}", where=where, fix=fix) from problem
 
 
 def check_links(directory: Path, files: Iterable[Path]) -> None:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import torch
 
+from mrlhf.config.foreign import check_links, parse_json, read_json
 from mrlhf.errors import CheckpointError
-from mrlhf.models.families import hf_tensors
+from mrlhf.models.families import end_matrices, hf_tensors, spec_from_hf
 from mrlhf.models.families.slices import TensorSlice
-from mrlhf.models.families.spec import ModelSpec
+from mrlhf.models.families.spec import ModelSpec, read_hf_config
+from mrlhf.models.safetensors_header import INDEX, SINGLE, Entry, Index, are_contiguous, open_files, parse_header
 
+log = logging.getLogger(__name__)
 HEADERS = "safetensors.headers.json"  # in a checkpoint's hf/: headers and index of the files it was converted from
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # unused buffers of older releases
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-         "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4}
 _CODES = {dtype: code for code, dtype in _TYPES.items()}
 _FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE"]
 _AGAIN = "copy or download the file again"
@@ -45,56 +48,11 @@ def resolve_hf(path: str) -> Path:
         raise CheckpointError(what, expected=expected) from error
 
 
-class Entry(NamedTuple):
-    """A tensor in a safetensors file; `start` and `stop` count bytes from the beginning of the file."""
+class _Headers(msgspec.Struct):
+    """HEADERS: the text of the index, and of each file's header."""
 
-    type: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a safetensors file, as text and parsed."""
-
-    raw: str
-    tensors: dict[str, Entry]
-
-
-def read_header(path: Path) -> Header:
-    """Raises CheckpointError for a file that is cut off, or whose header does not describe its bytes."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= size - 8:
-                what = f"its header would be {length:,} bytes long in a file of {size:,}"
-                raise CheckpointError(what, where=str(path), fix=_AGAIN)
-            raw = f.read(length).decode()
-        text = json.loads(raw)
-        data, tensors = 8 + length, {}
-        for name, entry in text.items():
-            if name != "__metadata__":
-                shape, (start, stop) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
-                nbytes = math.prod(shape) * _BITS[entry["dtype"]] // 8
-                if stop - start != nbytes or start < 0 or any(n < 0 for n in shape):
-                    raise CheckpointError(f"the header gives {name} {entry}", where=str(path), fix=_AGAIN)
-                tensors[name] = Entry(entry["dtype"], shape, data + start, data + stop)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"cannot be read: {type(error).__name__}: {error}"
-        raise CheckpointError(what, where=str(path), fix=_AGAIN) from error
-    end = max((entry.stop for entry in tensors.values()), default=data)
-    if size != end:
-        cut = [name for name, entry in tensors.items() if entry.stop > size]
-        what = f"{size:,} bytes instead of {end:,}" + (f": {', '.join(cut[:3])} not whole" if cut else "")
-        raise CheckpointError(what, where=str(path), fix=_AGAIN)
-    spans = sorted((entry.start, entry.stop) for entry in tensors.values())
-    if any(stop > following for (_, stop), (following, _) in zip(spans, spans[1:], strict=False)):
-        raise CheckpointError("tensors overlap", where=str(path), fix=_AGAIN)
-    return Header(raw, tensors)
+    index: str | None = None
+    files: dict[str, str] = {}
 
 
 class HFReader:
@@ -105,15 +63,18 @@ class HFReader:
         self.directory = directory
         self.tensors = hf_tensors(spec, head=head)
         files, self.headers = open_files(directory)
-        self._prefix = prefix = missing_prefix(files, self.tensors)
-        self.files = {prefix + name if prefix + name in self.tensors else name: file for name, file in files.items()}
+        prefix, (embedding, lm_head) = missing_prefix(files, self.tensors), end_matrices(spec)
+        self._stored = {prefix + name if prefix + name in self.tensors else name: name for name in files}
+        if spec.tied and lm_head in self._stored and embedding not in self._stored:  # either name holds the one matrix
+            self._stored[embedding] = self._stored.pop(lm_head)
+        self.files = {name: files[stored] for name, stored in self._stored.items()}
         self._fds: dict[str, int] = {}
         self._check_tensors(spec)
 
     def _check_tensors(self, spec: ModelSpec) -> None:
         entries = {n: self._entry(n) for n in self.tensors if n in self.files}
         shapes = {n: (e.shape, self.tensors[n].stored_shape) for n, e in entries.items()}
-        unknown = set(self.files) - set(self.tensors) - ({"lm_head.weight"} if spec.tied else set())
+        unknown = set(self.files) - set(self.tensors) - ({end_matrices(spec)[1]} if spec.tied else set())
         problems = {
             "missing": set(self.tensors) - set(entries),
             "not known": {n for n in unknown if not n.endswith(_HARMLESS)},
@@ -128,7 +89,7 @@ class HFReader:
             raise CheckpointError("tensors do not fit config.json: " + "; ".join(texts), where=str(self.directory))
 
     def _entry(self, name: str) -> Entry:
-        return self.headers[self.files[name]].tensors[name.removeprefix(self._prefix)]
+        return self.headers[self.files[name]].tensors[self._stored[name]]
 
     def dtype(self, name: str) -> torch.dtype:
         return _TYPES[self._entry(name).type]
@@ -185,6 +146,35 @@ class HFReader:
         self._fds.clear()
 
 
+def untie(directory: Path, spec: ModelSpec) -> ModelSpec:
+    """The spec of a HF directory's LM: untied if config.json ties it, but the files hold two different matrices.
+
+    transformers then keeps both. Raises CheckpointError if the matrices differ in shape, or a file is damaged.
+    """
+    files = [directory / name for name in (INDEX, SINGLE) if (directory / name).is_file()]
+    if not spec.tied or not files:
+        return spec
+    return replace(spec, tied=_equal_ends(directory, spec, tuple(f.stat().st_mtime_ns for f in files)))
+
+
+@functools.lru_cache(maxsize=8)
+def _equal_ends(directory: Path, spec: ModelSpec, _changed: tuple[int, ...]) -> bool:
+    """Whether embedding and LM head are equal, or the files hold only one of them."""
+    ends = end_matrices(spec)
+    stored = open_files(directory)[0]
+    if not all(name in stored or name.partition(".")[2] in stored for name in ends):
+        return True
+    reader, rows = HFReader(directory, replace(spec, tied=False), head="lm"), 1 + (1 << 24) // spec.hidden_size
+    for first in range(0, spec.vocab_size, rows):
+        parts = [reader._rows(name, first, min(rows, spec.vocab_size - first)).float() for name in ends]
+        if not torch.equal(*parts):
+            log.info(f"{directory}: tie_word_embeddings is true, but embedding and {ends[1]} differ: both are kept, as "
+                     "transformers does, and checkpoints say tie_word_embeddings: false")
+            return False
+    reader.close()
+    return True
+
+
 def missing_prefix(stored: Iterable[str], tensors: Iterable[str]) -> str:
     """The prefix that the stored names lack, e.g. "transformer." if GPT-2 was saved without its head; else ""."""
     stored, tensors = set(stored), list(tensors)
@@ -193,54 +183,51 @@ def missing_prefix(stored: Iterable[str], tensors: Iterable[str]) -> str:
     return prefix if is_bare else ""
 
 
-def open_files(directory: Path) -> tuple[dict[str, str], dict[str, Header]]:
-    """(tensor -> file, file -> header). Raises CheckpointError for a missing or damaged file."""
-    index = directory / INDEX
-    if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise CheckpointError("no safetensors weights", where=str(directory), expected=f"{SINGLE} or {INDEX}",
-                                  fix="save the model with safetensors")
-        header = read_header(directory / SINGLE)
-        return dict.fromkeys(header.tensors, SINGLE), {SINGLE: header}
-    try:
-        files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-        outside = [f for f in files.values() if Path(f).name != f]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"not an index: {type(error).__name__}: {error}", where=str(index), fix=_AGAIN) from error
-    if outside:
-        raise CheckpointError(f"the index names a file outside the directory: {outside[0]!r}", where=str(index))
-    for file in sorted(set(files.values())):
-        if not (directory / file).is_file():
-            lost = [name for name, f in files.items() if f == file]
-            what = f"the shard {file} is missing, with {len(lost)} tensors: {', '.join(lost[:3])} ..."
-            raise CheckpointError(what, where=str(index), fix=_AGAIN)
-    headers = {file: read_header(directory / file) for file in sorted(set(files.values()))}
-    strays = [f"{name} (in {file})" for name, file in files.items() if name not in headers[file].tensors]
-    if strays:
-        what = f"the index names tensors that are not in their files: {', '.join(strays[:3])}"
-        raise CheckpointError(what, where=str(index), fix=_AGAIN)
-    return files, headers
-
-
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _SIDE_NAMES = ("README.md", "LICENSE", "NOTICE", "USE_POLICY.md")
+_SIDE_BYTES = 1 << 30  # each checkpoint has a copy
+
+
+def side_files(directory: Path) -> list[Path]:
+    """Every small file without weights: config, tokenizer, chat template, licence, ...
+
+    Raises CheckpointError for one that is a link out of the directory, or is not small.
+    """
+    wanted = [f for f in sorted(directory.iterdir()) if f.suffix in _SIDE_SUFFIXES or f.name in _SIDE_NAMES]
+    files = [f for f in wanted if f.is_file() and not f.name.endswith(".index.json")]
+    check_links(directory, files)
+    for file in files:
+        if file.stat().st_size > _SIDE_BYTES:
+            what = f"{file.stat().st_size:,} bytes, which every checkpoint would hold"
+            raise CheckpointError(what, where=str(file), expected=f"at most {_SIDE_BYTES:,}", fix="remove it")
+    return files
 
 
 def copy_side_files(source: Path, target: Path, *, headers: bool = True) -> None:
-    """Copies every small file without weights, byte for byte: config, tokenizer, chat template, licence, ...
+    """Copies the side files byte for byte; config.json says what `untie` found.
 
     headers: also write HEADERS, which lets an export divide the weights into the same files; False: do not copy it.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        wanted = file.suffix in _SIDE_SUFFIXES or file.name in _SIDE_NAMES
-        if file.is_file() and wanted and not file.name.endswith(".index.json") and (headers or file.name != HEADERS):
+    for file in side_files(source):
+        if headers or file.name != HEADERS:
             shutil.copyfile(file, target / file.name)
     if headers and ((source / INDEX).is_file() or (source / SINGLE).is_file()):
         _, file_headers = open_files(source)
-        index = (source / INDEX).read_text() if (source / INDEX).is_file() else None
+        index = (source / INDEX).read_text(encoding="utf-8") if (source / INDEX).is_file() else None
         note = {"index": index, "files": {file: header.raw for file, header in file_headers.items()}}
         (target / HEADERS).write_text(json.dumps(note) + "\n")
+        config = read_hf_config(source)
+        spec = spec_from_hf(config, where=str(source / "config.json"))
+        if not is_value_model(config) and untie(source, spec) != spec:
+            text = json.dumps(config | {"tie_word_embeddings": False}, indent=2, ensure_ascii=False)
+            (target / "config.json").write_text(text + "\n")
+
+
+def is_value_model(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a value model; other classes are LMs."""
+    names = config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
 
 
 @dataclass(frozen=True)
@@ -256,21 +243,23 @@ class OutputFile:
         return len(self.header) + sum(nbytes for _, nbytes in self.places.values())
 
 
-Stored = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor -> dtype and shape in the file
+Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor -> dtype and shape in the file
 
 
-def plan_output(tensors: Stored, hf_dir: Path, *, shard_bytes: int = 5 << 30) -> tuple[list[OutputFile], str | None]:
+def plan_output(tensors: Tensors, hf_dir: Path, *, shard_bytes: int = 5 << 30) -> tuple[list[OutputFile], str | None]:
     """(files, text of the index or None for a single file).
 
     The files are those in `hf_dir`'s HEADERS if they hold the same tensors, else new ones of at most `shard_bytes`.
     Raises CheckpointError if HEADERS names a file in another directory.
     """
-    note = json.loads((hf_dir / HEADERS).read_text()) if (hf_dir / HEADERS).is_file() else {"index": None, "files": {}}
-    outside = [file for file in note["files"] if Path(file).name != file or not file.endswith(".safetensors")]
+    path, note = hf_dir / HEADERS, _Headers()
+    if path.is_file():
+        note = read_json(path, _Headers)
+    outside = [file for file in note.files if Path(file).name != file or not file.endswith(".safetensors")]
     if outside:
-        raise CheckpointError(f"it names a file outside the output: {outside[0]!r}", where=str(hf_dir / HEADERS))
-    texts = {file: json.loads(raw) for file, raw in note["files"].items()}
-    noted = {name: entry for text in texts.values() for name, entry in text.items() if name != "__metadata__"}
+        raise CheckpointError(f"it names a file outside the output: {outside[0]!r}", where=str(path))
+    texts = {file: parse_header(raw, str(path)) for file, raw in note.files.items()}
+    noted = {name: entry for _, text in texts.values() for name, entry in text.items()}
     prefix = missing_prefix(noted, tensors)
     if prefix:
         bare = {name.removeprefix(prefix): stored for name, stored in tensors.items()}
@@ -280,22 +269,22 @@ def plan_output(tensors: Stored, hf_dir: Path, *, shard_bytes: int = 5 << 30) ->
     if set(noted) != set(tensors):
         return _plan_new_files(tensors, shard_bytes)
     wanted = {name: (_CODES[dtype], list(shape)) for name, (dtype, shape) in tensors.items()}
-    same = wanted == {name: (entry["dtype"], entry["shape"]) for name, entry in noted.items()}
+    same = all(are_contiguous(text.values()) for _, text in texts.values())
+    same &= wanted == {name: (entry.dtype, entry.shape) for name, entry in noted.items()}
     files = []
-    for file, text in texts.items():
-        meta = text.get("__metadata__", {"format": "pt"})
-        names = sorted((n for n in text if n != "__metadata__"), key=lambda n: text[n]["data_offsets"])
-        files.append(_output_file(file, names, tensors, meta, raw=note["files"][file] if same else None))
-    index = note["index"]
+    for file, (meta, text) in texts.items():
+        names = sorted(text, key=lambda n: text[n].data_offsets)
+        files.append(_output_file(file, names, tensors, meta, raw=note.files[file] if same else None))
+    index = note.index
     if index is not None and not same:
-        changed = json.loads(index)
-        if "total_size" in changed.get("metadata", {}):
+        changed = parse_json(index, where=str(path))
+        if "total_size" in parse_json(index, Index, where=str(path)).metadata:
             changed["metadata"]["total_size"] = sum(_nbytes(*stored) for stored in tensors.values())
         index = json.dumps(changed, indent=2) + "\n"
     return files, index
 
 
-def _plan_new_files(tensors: Stored, shard_bytes: int) -> tuple[list[OutputFile], str | None]:
+def _plan_new_files(tensors: Tensors, shard_bytes: int) -> tuple[list[OutputFile], str | None]:
     shards, size = [list[str]()], 0
     for name, stored in tensors.items():
         if shards[-1] and size + _nbytes(*stored) > shard_bytes:
@@ -318,7 +307,7 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def _output_file(
-    file: str, names: list[str], tensors: Stored, meta: Mapping[str, str], *, raw: str | None = None
+    file: str, names: list[str], tensors: Tensors, meta: Mapping[str, str], *, raw: str | None = None
 ) -> OutputFile:
     if raw is None:
         names = sorted(names, key=lambda n: -tensors[n][0].itemsize)  # so that every tensor is aligned

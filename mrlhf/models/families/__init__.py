@@ -19,6 +19,7 @@ from mrlhf.errors import CheckpointError
 from mrlhf.models.families import deepseek, gemma, glm4, gpt2, granite, llama, mistral, olmo2, phi3, qwen, seed_oss
 from mrlhf.models.families.fields import Fields
 from mrlhf.models.families.maps import HFTensor, MapEntry, map_entries
+from mrlhf.models.families.names import Names
 from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec, in_bounds
 
@@ -53,11 +54,19 @@ def classifier_class(spec: ModelSpec) -> str:
     return FAMILIES[spec.family].CLASSIFIERS[spec.family]
 
 
+def _names(spec: ModelSpec) -> Names:
+    names = FAMILIES[spec.family].NAMES
+    return names[spec.family] if isinstance(names, dict) else names
+
+
 @functools.lru_cache(maxsize=32)
 def _map_entries(spec: ModelSpec, head: str) -> tuple[MapEntry, ...]:
-    family = FAMILIES[spec.family]
-    names = family.NAMES[spec.family] if isinstance(family.NAMES, dict) else family.NAMES
-    return tuple(map_entries(spec, names, family.VLLM, head=head))
+    return tuple(map_entries(spec, _names(spec), FAMILIES[spec.family].VLLM, head=head))
+
+
+def end_matrices(spec: ModelSpec) -> tuple[str, str]:
+    """HF's names of the embedding and of the LM head, which a file may hold also where they are tied."""
+    return f"{_names(spec).embedding}.weight", f"{_names(spec).head}.weight"
 
 
 def megatron_map(
@@ -86,11 +95,12 @@ def vllm_map(spec: ModelSpec, *, tp: int, rank: int) -> dict[str, list[TensorSli
 
 
 def vllm_config(spec: ModelSpec) -> dict[str, Any]:
-    """Keys of config.json that only vLLM reads: without them it would choose other experts for DeepSeek's tokens."""
+    """Keys of config.json for vLLM: it ties by config.json, and would choose other experts for DeepSeek's tokens."""
+    tied = {"tie_word_embeddings": spec.tied}
     if spec.latent is None or spec.experts is None:
-        return {}
+        return tied
     e = spec.experts
-    routing = {"n_group": e.groups, "topk_group": e.top_groups, "scoring_func": e.score}
+    routing = tied | {"n_group": e.groups, "topk_group": e.top_groups, "scoring_func": e.score}
     return routing | ({"topk_method": "noaux_tc"} if e.selection_bias else {})
 
 
