@@ -14,9 +14,13 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 import mrlhf
+from mrlhf.config.foreign import read_json, typed
 from mrlhf.errors import CheckpointError
 
 MANIFEST, FORMAT = "mrlhf.json", 3
@@ -118,27 +122,50 @@ def write_manifest(directory: Path, content: dict[str, Any], *, known: dict[str,
     write_text(directory / MANIFEST, json.dumps({**manifest, "seal": _seal(manifest)}, indent=1) + "\n")
 
 
+class _File(msgspec.Struct):
+    size: Annotated[int, Meta(ge=0)]
+    sha256: str
+
+
+class _Manifest(msgspec.Struct):
+    """Types of the entries that this version reads."""
+
+    files: dict[Annotated[str, Meta(min_length=1)], _File]
+    stage: str
+    step: Annotated[int, Meta(ge=0, le=1 << 53)]
+    head: Literal["lm", "value"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    resumable: bool
+    mrlhf: str
+    layout: dict[str, Any] = {}
+    hf_dtypes: dict[str, Literal["float32", "bfloat16", "float16"]] | None = None
+    reward_mean: float = 0.0
+    reward_std: float = 1.0
+    scheduler: int = 0
+    recent_losses: list[float] = []
+    data: list[dict[str, Any]] | None = None
+    eval: dict[str, float | None] = {}
+    prompts_drawn: int = 0
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Raises CheckpointError where the manifest is missing, damaged or of an unknown format."""
     path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        if not isinstance(manifest, dict):
-            raise ValueError(f"a {type(manifest).__name__}")
-    except FileNotFoundError as error:
+    if not path.is_file():
         what = f"{MANIFEST} is missing: the checkpoint was not finished, or is damaged"
-        raise CheckpointError(what, where=str(directory)) from error
-    except ValueError as error:  # or its subclasses UnicodeDecodeError and JSONDecodeError
-        raise CheckpointError(f"not JSON: {error}", where=str(path), fix=_FIX) from error
+        raise CheckpointError(what, where=str(directory))
+    manifest: dict[str, Any] = read_json(path, nan=True, fix=_FIX)
     if manifest.get("format") not in _READABLE:
         expected = " or ".join(map(str, _READABLE))
         raise CheckpointError(f"format {manifest.get('format')!r}", where=str(path), expected=expected)
-    for name in manifest.get("files", {}):
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise CheckpointError(f"it names a file outside of the checkpoint: {name}", where=str(path))
+    files = manifest.get("files")
+    for name in files if isinstance(files, dict) else ():
+        if not name.isprintable() or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"it names a file outside of the checkpoint: {name!r}", where=str(path))
     if manifest.get("seal") != _seal(manifest):
         what = "checksum differs from its own: the file is damaged or was edited"
         raise CheckpointError(what, where=str(path), fix=_FIX)
+    typed(manifest, _Manifest, where=str(path), fix=_FIX)
     return manifest
 
 

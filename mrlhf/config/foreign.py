@@ -45,8 +45,16 @@ def parse_json(text: bytes | str, kind: Any = _OBJECT, *, where: str, nan: bool 
             level = [x for v in level for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, dict | list)]
         if level:
             raise ValueError(f"nested more than {_DEPTH} deep")
-        return msgspec.convert(value, kind)
     except (ValueError, RecursionError) as problem:  # ValueError: also msgspec's and UnicodeDecodeError
+        raise error(f"not the JSON that belongs here: {problem}", where=where, fix=fix) from problem
+    return typed(value, kind, where=where, error=error, fix=fix)
+
+
+def typed(value: object, kind: Any, *, where: str, error: type[MrlhfError] = CheckpointError, fix: str = _AGAIN) -> Any:
+    """A value from JSON as a msgspec type. Raises `error` where it is something else, or out of its bounds."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as problem:
         raise error(f"not the JSON that belongs here: {problem}", where=where, fix=fix) from problem
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from mrlhf.config.foreign import LIMIT, parse_json, read_json
+from mrlhf.config.foreign import LIMIT, parse_json, read_json, typed
 from mrlhf.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -54,10 +54,7 @@ def parse_header(raw: str | bytes, where: str) -> tuple[dict[str, str], dict[str
     """(metadata, tensors) of a header's text. Raises CheckpointError."""
     entries = parse_json(raw, dict[str, dict[str, Any]], where=where)
     meta = entries.pop("__metadata__", {"format": "pt"})
-    try:
-        return msgspec.convert(meta, dict[str, str]), msgspec.convert(entries, dict[str, Stored])
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"not the header of a safetensors file: {error}", where=where, fix=_AGAIN) from error
+    return typed(meta, dict[str, str], where=where), typed(entries, dict[str, Stored], where=where)
 
 
 def are_contiguous(tensors: Iterable[Stored]) -> bool:

@@ -32,6 +32,8 @@ from mrlhf.checkpoint.save import Best, Keep, retain
 from mrlhf.checkpoint.source import open_source
 from mrlhf.errors import CheckpointError
 
+WHOLE = {"stage": "sft", "step": 1, "head": "lm", "dtype": "float32", "resumable": False}  # what every manifest has
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -108,7 +110,7 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
         directory = tmp_path / f"{best} {keep_last}"
         for step, value in losses.items():
             (directory / f"step_{step}").mkdir(parents=True)
-            write_manifest(directory / f"step_{step}", {"eval": {} if value is None else {"eval/loss": value}})
+            write_manifest(directory / f"step_{step}", {**WHOLE, "eval": {} if value is None else {"eval/loss": value}})
             retain(directory, f"step_{step}", Keep(keep_last, best=best))
         assert (directory / "latest").read_text() == "step_10\n"
         if best is not None and best.metric == "eval/loss":
@@ -199,6 +201,28 @@ def test_every_file_truncated_flipped_and_deleted(copied: Path) -> None:
             read_manifest(newest)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"files": None}, {"files": {"a": 1}}, {"files": {"a": {"size": "1", "sha256": ""}}}, {"files": []}, {"step": "5"},
+     {"files": {"a\ud800": {"size": 1, "sha256": ""}}}, {"head": None}, {"dtype": "int4"}, {"step": 10**400},
+     {"layout": None}, {"recent_losses": 3}, {"scheduler": []}, {"eval": [1]}, {"data": {}}, {"step": None},
+     {"x": json.loads("[" * 300 + "]" * 300)}, {"hf_dtypes": {"w": "complex64"}}],
+)  # fmt: skip
+def test_an_odd_manifest_with_its_own_checksum_is_passed_over(tmp_path: Path, odd: dict[str, Any]) -> None:
+    for step in (1, 2):
+        (tmp_path / f"step_{step}").mkdir()
+        write_manifest(tmp_path / f"step_{step}", WHOLE)
+    path = tmp_path / "step_2/mrlhf.json"
+    content = {**json.loads(path.read_text()), **odd}
+    path.write_text(json.dumps({**content, "seal": _seal(content)}))
+    newest, problems = newest_whole(steps_in(tmp_path), verify="hash")
+    assert newest == tmp_path / "step_1" and len(problems) == 1 and str(path) in str(problems[0])
+    with pytest.raises(CheckpointError):
+        open_source(str(tmp_path / "step_2"))
+    path.write_text("[" * 10**6)
+    assert newest_whole(steps_in(tmp_path), verify="hash")[0] == tmp_path / "step_1"
+
+
 def test_a_save_in_the_background_is_the_one_in_the_foreground(found: dict[str, Any]) -> None:
     saves = found["saves"]
     same, files = saves["same bytes"]
@@ -274,7 +298,7 @@ def test_what_is_kept(steps: list[tuple[int, bool, float]], last: int, every: in
             folder = directory / f"step_{step}"
             folder.mkdir()
             (folder / "file").write_text("x")
-            write_manifest(folder, {"eval": {"eval/loss": loss}})
+            write_manifest(folder, {**WHOLE, "eval": {"eval/loss": loss}})
             if not whole:
                 (folder / "file").write_text("xx")
         retain(directory, f"step_{steps[-1][0]}", Keep(last, every, Best("eval/loss", False) if best else None))
@@ -291,7 +315,7 @@ def test_what_is_kept(steps: list[tuple[int, bool, float]], last: int, every: in
 def test_of_a_link_the_link_alone_is_dropped(tmp_path: Path) -> None:
     for name in ("elsewhere", "run/step_2"):
         (tmp_path / name).mkdir(parents=True)
-        write_manifest(tmp_path / name, {})
+        write_manifest(tmp_path / name, WHOLE)
     (tmp_path / "run/step_1").symlink_to(tmp_path / "elsewhere")
     retain(tmp_path / "run", "step_2", Keep(1))
     assert (
@@ -315,7 +339,7 @@ def test_files_that_come_late_to_a_rank_are_waited_for(tmp_path: Path) -> None:
     checkpoint, late = tmp_path / "step_1", {"mrlhf.json": 0.2, "dist/file": 0.4}
     (checkpoint / "dist").mkdir(parents=True)
     (checkpoint / "dist/file").write_text("x")
-    write_manifest(checkpoint, {})
+    write_manifest(checkpoint, WHOLE)
     start = time.monotonic()
     for name, seconds in late.items():
         hidden = tmp_path / Path(name).name
@@ -350,7 +374,7 @@ def test_other_things_are_refused(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="outside of the checkpoint"):
         open_source(str(copied))
     manifest.write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="not the JSON"):
         open_source(str(copied))
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a HF model"):
         open_source(str(tmp_path))
