@@ -28,6 +28,7 @@ import torch
 from torch import _weights_only_unpickler as weights_only
 from torch.distributed.checkpoint import filesystem, metadata
 
+from mrlhf.config.foreign import read_json
 from mrlhf.errors import CheckpointError
 
 _FIX = "do not load it; take it again from where it was made"
@@ -162,8 +163,7 @@ def check_directory(directory: Path) -> None:
     Raises CheckpointError naming the file.
     """
     index, path, common = read_metadata(directory), directory / "metadata.json", directory / "common.pt"
-    with _guard(path, "the note of the format"):
-        form = json.loads(path.read_bytes())
+    form = read_json(path, fix=_FIX)
     if form != _FORMAT:
         raise CheckpointError(f"the format is {form}", where=str(path), expected=json.dumps(_FORMAT), fix=_FIX)
     with _guard(common, "the common state"):

@@ -164,4 +164,9 @@ def to_resume(run_dir: Path, *, total_steps: int, verify: str = "size") -> Model
 def restore_randomness(source: ModelSource) -> None:
     """Restores this rank's random generators if the run still has as many ranks; otherwise they stay as seeded."""
     if source.manifest.get("layout", {}).get("world") == dist.get_world_size():
-        rng.restore((source.path / f"rng/rank_{dist.get_rank()}.json").read_text())
+        path = source.path / f"rng/rank_{dist.get_rank()}.json"
+        try:
+            rng.restore(path.read_text())
+        except Exception as error:  # each generator refuses a wrong state in its own way
+            what = f"not the states of random generators: {type(error).__name__}: {error}"
+            raise CheckpointError(what, where=str(path), fix="take an earlier checkpoint") from error

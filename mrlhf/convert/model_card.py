@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mrlhf.checkpoint.source import ModelSource
+from mrlhf.config.foreign import read_json
 from mrlhf.config.load import saved_values
 from mrlhf.config.options import DataSource
 from mrlhf.config.schema import show_value
@@ -48,7 +48,7 @@ def _run_directory(checkpoint: Path) -> Path | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path, nan=True) if path.is_file() else {}
 
 
 def _run_lines(run: Path, step: int) -> list[str]:

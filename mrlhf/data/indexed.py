@@ -26,11 +26,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
+from mrlhf.config.foreign import parse_json, typed
 from mrlhf.errors import DataError
 
 FORMAT_VERSION = 1
@@ -340,7 +341,7 @@ class PackedDataset:
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 labels.append(msgspec.json.decode(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also msgspec's
                 raise DataError(f"not JSON: {error}: the file is damaged", where=f"{path}:{number}",
                                 fix=f"copy it again, or {_REMAKE}") from error
         if len(labels) != self.num_samples:
@@ -369,6 +370,20 @@ def file_problem(prefix: str, suffix: str, digest: dict[str, Any], *, verify: bo
                         fix=f"copy it again, or {_REMAKE}")
 
 
+class _File(msgspec.Struct):
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Meta(msgspec.Struct):
+    """Types of the entries that every PREFIX.json has."""
+
+    task: str
+    num_samples: Annotated[int, msgspec.Meta(ge=0)]
+    num_packs: Annotated[int, msgspec.Meta(ge=0)]
+    files: dict[str, _File]
+
+
 def read_meta(prefix: str) -> dict[str, Any]:
     """The content of PREFIX.json, whose checksum must fit. Raises DataError."""
     path = Path(prefix + ".json")
@@ -393,12 +408,9 @@ def read_meta(prefix: str) -> dict[str, Any]:
         raise DataError("no such dataset", where=str(path), expected="a prefix written by tools/preprocess_data.py",
                         fix="--output-prefix of that command")
     text = path.read_bytes()
-    try:
-        meta = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"not readable as JSON: {error}", where=str(path), fix=_REMAKE) from error
+    meta: dict[str, Any] = parse_json(text, where=str(path), error=DataError, fix=_REMAKE)
     needed = ("format", "task", "num_samples", "num_packs", "files")
-    missing = [k for k in needed if k not in meta] if isinstance(meta, dict) else list(needed)
+    missing = [k for k in needed if k not in meta]
     if missing:
         raise DataError(f"not the metadata of a dataset: {', '.join(missing)} missing", where=str(path), fix=_REMAKE)
     if meta["format"] != FORMAT_VERSION:
@@ -410,6 +422,7 @@ def read_meta(prefix: str) -> dict[str, Any]:
     if not _is_sealed(text):
         raise DataError("checksum differs from its own: the file is damaged or was edited", where=str(path),
                         fix=f"copy it again, or {_REMAKE}")
+    typed(meta, _Meta, where=str(path), error=DataError, fix=_REMAKE)
     del meta["seal"]
     return meta
 

@@ -196,7 +196,7 @@ def _rewards(file: Path) -> str:
     """The histogram of a reward model's scores in its last evaluation."""
     if not file.is_file():
         return ""
-    counts = json.loads(file.read_text(encoding="utf-8"))
+    counts = _json(file)
     series = {k: counts[k] for k in ("chosen", "rejected")}
     return histogram_chart("scores of the last evaluation, answers", counts["edges"], series)
 
@@ -209,7 +209,7 @@ def _run_section(name: str, folder: Path, curves: Mapping[str, Sequence[Sequence
                 history.setdefault(key, []).append((row.get("step", 0), math.nan if value is None else float(value)))
     config_file, env_file = folder / "config.yaml", folder / "env.json"
     config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
-    env = json.loads(env_file.read_text(encoding="utf-8")) if env_file.exists() else {}
+    env = _json(env_file) if env_file.exists() else {}
     steps = max((int(points[-1][0]) for points in history.values()), default=0)
     charts = [line_chart(label, {label: [(float(x), float(y)) for x, y in points]}) for label, points in curves.items()]
     for title, keys in _CHARTS:
@@ -282,6 +282,16 @@ def _table(rows: Mapping[str, Any]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise DataError("not a JSON object", where=str(file), fix="remove it, or copy it again")
+    return value
+
+
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """The rows of a file, without an incomplete last line (the run may still write). Raises DataError."""
     lines = file.read_text(encoding="utf-8").split("\n")
@@ -289,7 +299,7 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise DataError("not a JSON object", where=f"{file}:{number}") from None
             continue

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from mrlhf.config.foreign import read_json
 from mrlhf.data.tokenizers.vocabulary import load_tokenizer, tokenizer_fingerprint
 
 __all__ = ["fingerprint", "load_tokenizer", "stop_ids"]
+
+
+class _Stops(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -24,7 +30,7 @@ def stop_ids(hf_dir: Path, tokenizer: Any) -> tuple[int, ...]:
     for file in ("generation_config.json", "config.json"):
         path = hf_dir / file
         if path.is_file():
-            value = json.loads(path.read_text()).get("eos_token_id")
+            value = read_json(path, _Stops).eos_token_id
             ids |= set(value) if isinstance(value, list) else {value}
             break
     return tuple(sorted(i for i in ids if i is not None))

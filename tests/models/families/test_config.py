@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.families.published import PUBLISHED
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families import FAMILIES, spec_from_hf
 from mrlhf.models.families.rope_frequencies import inverse_frequencies
@@ -153,3 +154,49 @@ def test_random_configs_mean_what_transformers_makes_of_them(family: str) -> Non
             ours = inverse_frequencies(rope, spec.rope_dim)
             torch.testing.assert_close(ours, getattr(rotary, name), rtol=1e-6, atol=0, msg=f"{config}")
     assert both >= 10
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_read(name: str) -> None:
+    config, parameters = PUBLISHED[name]
+    spec = spec_from_hf(config)
+    assert spec.num_parameters == parameters
+    windows = {layer.window for layer in spec.layers}
+    assert windows == {
+        "Phi-3-mini-4k": {2047}, "Mistral-7B-v0.1": {4096}, "gemma-2-9b": {4096, None}, "gemma-3-1b": {512, None},
+        "starcoder2-3b": {4096},
+    }.get(name, {None})  # fmt: skip
+
+
+ON = [
+    ("llama", "attn_logit_softcapping", 50.0), ("llama", "use_qk_norm", True), ("llama", "attention_sink", True),
+    ("llama", "sliding_window", 4096), ("llama", "rope_interleaved", True), ("llama", "is_causal", False),
+    ("llama", "is_causal", None), ("llama", "layer_types", ["full_attention"] * 3), ("llama", "logit_scale", 0.5),
+    ("llama", "per_layer_config", {"0": {"hidden_act": "gelu"}}), ("llama", "moe", {"experts": [0, {"n": 1}]}),
+    ("llama", "position_embedding_type", "alibi"), ("llama", "quantization_config", {"bits": 4}),
+    ("llama", "attention_multiplier", float("nan")), ("qwen2", "qk_norm", True), ("qwen3", "use_qk_norm", False),
+    ("phi3", "attention_bias", True), ("phi3", "lm_head_bias", True), ("gemma", "hidden_activation", "relu"),
+    ("gemma2", "hidden_activation", "gelu"), ("gemma2", "sliding_window_pattern", 3), ("mistral", "layer_types", None),
+    ("qwen2", "layer_types", [SLIDING] * 3), ("gpt2", "rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("deepseek_v3", "num_nextn_predict_layers", 1), ("starcoder2", "scale_attn_weights", False),
+    ("smollm3", "layer_types", [SLIDING] * 3), ("glm4", "use_bidirectional_attention", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "key", "value"), ON)
+def test_a_key_that_could_switch_something_on_is_refused(family: str, key: str, value: object) -> None:
+    config = draw(family, -1)
+    config = {k: v for k, v in config.items() if k in SIZES or family in ("gpt2", *NEEDED)} | {"model_type": family}
+    config |= {} if family in ("gpt2", *NEEDED) else {"num_key_value_heads": 16}
+    spec_from_hf(config)
+    with pytest.raises(CheckpointError, match=key):
+        spec_from_hf({**config, key: value})
+
+
+@pytest.mark.parametrize("value", [False, None, 0, 0.0, "", [], {}, {"a": {"b": [0, None, False]}}])
+def test_a_key_that_is_off_is_ignored_and_named_once(value: object, caplog: pytest.LogCaptureFixture) -> None:
+    config, where = {**SIZES, "model_type": "llama", "some_feature": value}, f"config.json of {value!r}"
+    caplog.set_level("INFO")
+    for _ in range(2):
+        spec_from_hf(config, where=where)
+    assert [r.message for r in caplog.records] == [f"{where}: ignored, they change nothing: some_feature"]
