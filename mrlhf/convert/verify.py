@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,13 +15,15 @@ from mrlhf.convert.hf import DTYPES, initialize_groups
 from mrlhf.data.loader import MicroBatch, Sample, collate
 from mrlhf.errors import CheckpointError, EnvironmentProblem
 from mrlhf.models import gpt
-from mrlhf.models.families.spec import read_hf_config
+from mrlhf.models.families.spec import ModelSpec, read_hf_config
 from mrlhf.models.hf_files import HFReader
 from mrlhf.parallel import state
 from mrlhf.training.trainer import Model
 
+log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # for a logit in fp32; a wrong mapping differs by 1e-1 and more
 _LENGTHS = (5, 23, 12, 48)
+_MOST_VALUES = 1 << 29  # logits of the longest sample: 2 GiB, four times
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def compare_models(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison
     rng = np.random.default_rng(seed)
     pad = read_hf_config(theirs.hf_dir).get("pad_token_id")
     ids = np.array([i for i in range(min(source.spec.vocab_size, 1 << 20)) if i != pad])
-    lengths = [min(n, source.spec.max_position_embeddings) for n in _LENGTHS]
+    lengths = [min(n, source.spec.max_position_embeddings) for n in _lengths(source.spec)]
     samples = [Sample(rng.choice(ids, n), np.ones(n, np.uint8), i) for i, n in enumerate(lengths)]
 
     reader = HFReader(theirs.path, theirs.spec, head=theirs.head)
@@ -78,6 +81,15 @@ def compare_models(source: ModelSource, hf: str, *, seed: int = 0) -> Comparison
             total, count = total + float(difference.double().sum()), count + difference.numel()
     what = "logits" if source.head == "lm" else "scores" if theirs.head == "value" else "values"
     return Comparison(what, worst, total / count, count)
+
+
+def _lengths(spec: ModelSpec) -> list[int]:
+    """Lengths of the samples; the longest crosses every sliding window, if its logits are not too many."""
+    over = max((layer.window or 0 for layer in spec.layers), default=0) + 8
+    longest = min(max(over, _LENGTHS[-1]), max(_LENGTHS[-1], _MOST_VALUES // spec.vocab_size))
+    if longest < min(over, spec.max_position_embeddings):
+        log.warning(f"the samples are at most {longest:,} tokens long: they do not cross the window of {over - 8:,}")
+    return [*_LENGTHS[:-1], longest]
 
 
 @torch.no_grad()

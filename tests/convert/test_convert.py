@@ -291,3 +291,14 @@ def test_what_cannot_be_expressed_is_refused(tmp_path: Path, change: dict[str, A
     with pytest.raises(CheckpointError, match=message.replace(".", r"\.")):
         source = open_source(str(tmp_path))
         HFReader(source.path, source.spec, head=source.head)
+
+
+def test_the_verification_crosses_each_window() -> None:
+    from mrlhf.convert.verify import _lengths
+    from mrlhf.models.families import spec_from_hf
+
+    sizes = {"hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 8}
+    small = {**sizes, "model_type": "mistral", "vocab_size": 512}
+    assert _lengths(spec_from_hf(small))[-1] == 4104  # the window that transformers takes where config.json has none
+    assert _lengths(spec_from_hf({**small, "sliding_window": None}))[-1] == 48
+    assert _lengths(spec_from_hf({**small, "vocab_size": 1 << 18}))[-1] == 2048
