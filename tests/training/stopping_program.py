@@ -15,15 +15,15 @@ from mrlhf.training import stopping
 from mrlhf.training.stopping import Stopper
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-LONG = stopping._ECHO_S + 0.2
+LONG = stopping._ECHO_S + 1.0
 
 
-def outcome(program: Callable[[], None]) -> int:
-    """The status of a fork that does `program`; 0 where that comes to its end."""
+def start(program: Callable[[], None]) -> int:
+    """A fork that does `program`, and ends with 0 where that comes to its end."""
     if (pid := os.fork()) == 0:
         program()
         os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
 
 
 def stopper(*, steps: bool = True) -> Stopper:
@@ -65,7 +65,7 @@ def twice(second: int, *, apart: float = LONG) -> Callable[[], None]:
         stopper()
         # a main thread that runs no Python, as in a collective, and a store that does not answer
         threading.Thread(target=send, args=(INT, second), kwargs={"apart": apart}).start()
-        threading.Event().wait(4)
+        threading.Event().wait(8)
 
     return program
 
@@ -126,4 +126,6 @@ if __name__ == "__main__":
         "SIGINT, SIGTERM": twice(TERM),
         "SIGINT twice, no store": store_hangs,
     }
-    print("RESULT " + json.dumps({name: outcome(program) for name, program in cases.items()}))
+    forks = {name: start(program) for name, program in cases.items()}
+    ends = {name: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for name, pid in forks.items()}
+    print("RESULT " + json.dumps(ends))
