@@ -341,7 +341,7 @@ class PackedDataset:
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 labels.append(msgspec.json.decode(line))
-            except (ValueError, RecursionError) as error:  # ValueError: also msgspec's
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"not JSON: {error}: the file is damaged", where=f"{path}:{number}",
                                 fix=f"copy it again, or {_REMAKE}") from error
         if len(labels) != self.num_samples:
@@ -372,7 +372,7 @@ def file_problem(prefix: str, suffix: str, digest: dict[str, Any], *, verify: bo
 
 class _File(msgspec.Struct):
     bytes: Annotated[int, msgspec.Meta(ge=0)]
-    sha256: str | msgspec.UnsetType = msgspec.UNSET
+    sha256: str
 
 
 class _Meta(msgspec.Struct):
