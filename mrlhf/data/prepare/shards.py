@@ -6,6 +6,7 @@ the digest of its block: after an interruption a block is tokenised again unless
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import zipfile
@@ -110,8 +111,15 @@ class WorkDirectory:
         return self.path / f"{number:08}.npz"
 
     def __enter__(self) -> WorkDirectory:
-        self._lock = DirectoryLock(self.path / "lock", key=f"--output-prefix {self._prefix}", kind=DataError,
-                                   fix="wait until it ends, or another --output-prefix")
+        with contextlib.ExitStack() as stack:
+            self._lock = stack.enter_context(DirectoryLock(
+                self.path / "lock", key=f"--output-prefix {self._prefix}", kind=DataError,
+                fix="wait until it ends, or another --output-prefix"))
+            self._open()
+            stack.pop_all()  # the lock stays until __exit__
+        return self
+
+    def _open(self) -> None:
         job_file = self.path / "job"
         before = job_file.read_text() if job_file.is_file() else None
         self.shards_found = shards = len(list(self.path.glob("*.npz")))
@@ -126,7 +134,6 @@ class WorkDirectory:
             if file.name not in ("lock", "job") and not (self.resume and file.suffix == ".npz"):
                 file.unlink()
         job_file.write_text(self._job)
-        return self
 
     def finish(self) -> None:
         shutil.rmtree(self.path)
