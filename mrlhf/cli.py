@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf import __version__
-from mrlhf.commands.tool import leave_at_interrupt, show_user_errors
+from mrlhf.commands.tool import leave_at_interrupt, show_user_errors, until_closed
 from mrlhf.config.load import load_config
-from mrlhf.config.options import STAGES, TrainingConfig
+from mrlhf.config.names import COMMANDS
+from mrlhf.config.options import ESTIMATORS, STAGES, TrainingConfig
 from mrlhf.config.process import USER_ERROR, prepare_environment, torchrun_rank
 from mrlhf.config.schema import help_text
 from mrlhf.errors import ConfigError
@@ -68,22 +69,20 @@ def _dispatch(argv: list[str]) -> int:
     if name == "report":
         from mrlhf.commands.report import main as write_report
 
-        return write_report(args)
+        return until_closed(lambda: write_report(args))
     if name == "data":
         from mrlhf.commands.data import main as show_data
 
-        return show_data(args)
+        return until_closed(lambda: show_data(args))
     if name not in STAGES:
-        near = difflib.get_close_matches(name, SUMMARIES, n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"unknown stage '{name}'{hint}", where="command line", expected=", ".join(SUMMARIES))
+        raise _unknown_stage(name)
     if "--help" in args or "-h" in args:
         _print_once(help_text(name))
         return 0
     config_file, dry, overrides = _split_args(name, args)
     config = load_config(STAGES[name], config_file, overrides)
     if dry:
-        return _exit_status(importlib.import_module("mrlhf.commands.dry_run").main(config))
+        return until_closed(lambda: _exit_status(importlib.import_module("mrlhf.commands.dry_run").main(config)))
 
     def run_stage() -> int:
         module = MODULES.get(name, f"mrlhf.{name}")
@@ -95,6 +94,17 @@ def _dispatch(argv: list[str]) -> int:
 
         return record(run_stage)()
     return run_stage()
+
+
+def _unknown_stage(name: str) -> ConfigError:
+    """Names the stage of an estimator, what has another name here, or one that differs in a letter or their order."""
+    estimator, fix = name.lower().replace("-", "_"), COMMANDS.get(name.lower())
+    if estimator in ESTIMATORS.rows:
+        fix = f"mrlhf ppo --ppo.estimator {estimator} ..."
+    near = difflib.get_close_matches(name, SUMMARIES, n=1, cutoff=0.75)
+    near = near or [stage for stage in SUMMARIES if sorted(stage) == sorted(name)]
+    hint = f"; did you mean '{near[0]}'?" if near and fix is None else ""
+    return ConfigError(f"unknown stage '{name}'{hint}", where="command line", expected=", ".join(SUMMARIES), fix=fix)
 
 
 def _split_args(stage: str, args: list[str]) -> tuple[str | None, bool, list[str]]:
@@ -123,7 +133,7 @@ def _split_args(stage: str, args: list[str]) -> tuple[str | None, bool, list[str
 
 def _print_once(text: str) -> None:
     if torchrun_rank() == 0:
-        sys.stdout.write(text)
+        until_closed(lambda: sys.stdout.write(text))
 
 
 def _exit_status(result: Any) -> int:

@@ -110,6 +110,8 @@ def test_version_and_usage(capsys):
     ("argv", "message"),
     [
         (["stf"], "ConfigError: command line: unknown stage 'stf'; did you mean 'sft'?"),
+        (["chat"], "ConfigError: command line: unknown stage 'chat'"),
+        (["export"], "  fix:      python tools/convert/megatron_to_hf.py --help"),
         (["sft"], "ConfigError: command line: mrlhf sft needs its options"),
         (["sft", "run.yaml"], "  fix:      --config run.yaml"),
         (["sft", "--config"], "ConfigError: command line: --config has no value"),
@@ -232,3 +234,19 @@ def test_report_command(tmp_path, capsys):
 
 def test_error_classes_are_user_errors():
     assert issubclass(ConfigError, MrlhfError) and issubclass(DataError, MrlhfError)
+
+
+@pytest.mark.parametrize("command", [["-m", "mrlhf", "sft", "--help"], ["tools/preprocess_data.py", "--help"]])
+def test_a_reader_that_stops_early_is_no_error(command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_a_stage_in_place_of_a_task_is_explained():
+    command = [sys.executable, "tools/preprocess_data.py", "--task", "dpo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "the data of dpo is made with --task preference" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

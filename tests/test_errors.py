@@ -390,7 +390,7 @@ def test_data_of_another_task_or_length(problems: Callable[..., list[MrlhfError]
     assert error.render().splitlines() == [
         f"data.train = {world / 'sft'}: the data was made with --task sft",
         "  expected: --task preference",
-        "  fix:      tools/preprocess_data.py --task preference ...",
+        "  fix:      python tools/preprocess_data.py --task preference ...",
     ]
     (error,) = problems("sft", data__seq_length=4096)
     assert (error.what, error.fix) == ("the data was made with --seq-length 160", "--data.seq_length 160")
@@ -430,7 +430,7 @@ def test_tokenizer_that_does_not_fit(
         error.what.startswith(f"the data's tokenizer ({world / 'qwen2'}, fingerprint ")
         and str(other_tokenizer) in error.what
     )
-    assert error.fix == f"tools/preprocess_data.py --tokenizer {other_tokenizer} ..."
+    assert error.fix == f"python tools/preprocess_data.py --tokenizer {other_tokenizer} ..."
 
 
 def test_model_without_tokenizer_hides_nothing_else(

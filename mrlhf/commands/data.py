@@ -37,11 +37,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"--samples {args.samples}: 0 or more")
     marks = _COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else show.BRACKETS
     show_set = _show_megatron_text if is_megatron(args.prefix) else _show_dataset
-    try:
-        show_set(args, marks)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader (`| head`) has closed the pipe: send what is still buffered nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show_set(args, marks)
     return 0
 
 

@@ -19,10 +19,11 @@ from mrlhf.commands.best_of import Prompt, Row, choose_best_and_worst, pair_row,
 from mrlhf.config.options import GenerateStage, ParallelConfig
 from mrlhf.data.prepare.formats import Columns, normalise
 from mrlhf.data.prepare.sources import read_chunks
-from mrlhf.data.prepare.template import Template
+from mrlhf.data.prepare.template import Template, plain_template
+from mrlhf.data.prepare.tokenise import SHOWN, RowFault, fault_error, read_record
 from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
-from mrlhf.errors import CheckpointError, DataError, Problems, RowProblem
-from mrlhf.models.families.spec import check_layout
+from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError, Problems, RowProblem
+from mrlhf.models.families.spec import check_layout, rename_keys
 from mrlhf.models.reshard_plan import make_weight_update
 from mrlhf.observe.directory import file_problems
 from mrlhf.parallel import device, state
@@ -36,6 +37,17 @@ from mrlhf.training.trainer import DTYPES, Model
 log = logging.getLogger(__name__)
 
 
+# What mends rows of a kind here, where no option names the columns
+_FIXES = {
+    "missing": "rename the column of the prompts to prompt",
+    "message_keys": "rename from to role, value to content, human to user, gpt to assistant",
+    "prompt_role": "remove the last message",
+    "plain_turns": "leave out --input_template",
+    "plain_content": "leave out --input_template",
+    "too_long": "shorter prompts, or a smaller --max_new_tokens",
+}
+
+
 @dataclass(frozen=True)
 class PromptRow:
     """One line of the prompts' file: the record, its prompt, and the prompt's token ids."""
@@ -47,30 +59,40 @@ class PromptRow:
 
 def read_prompts(config: GenerateStage, tokenizer: Any, limit: int) -> list[PromptRow]:
     """Raises DataError for every bad line, together, as file:line. limit: tokens of a prompt."""
-    template = Template(tokenizer, input_template=config.input_template)
+    if config.input_template is None and tokenizer.chat_template is None:
+        raise ConfigError("the tokenizer has no chat template", where=tokenizer.name_or_path,
+                          expected="one, or the template that the training data was made with",
+                          fix='--input_template "User: {}\\nAssistant: "')
+    written = config.input_template
+    template = Template(tokenizer, input_template=None if written is None else plain_template(written))
     rows: list[PromptRow] = []
-    problems = Problems()
-    for chunk in read_chunks((config.prompts,)):
+    faults: dict[str, list[RowFault]] = {}
+    count = 0
+    for chunk in read_chunks((config.prompts,), flag="--prompts"):
+        count += len(chunk.rows)
         for i, number in enumerate(chunk.numbers):
-            where = f"{chunk.path}:{number}"
             try:
-                record = chunk.record(i)
-                prompt = normalise(record, "prompts", Columns(), plain=template.plain).prompt or ""
-                ids = template.render_prompt(prompt)
+                rows.append(_read_prompt(read_record(chunk, i), template, limit))
             except RowProblem as error:
-                problems.add(DataError(error.what, where=where, expected=error.expected))
-                continue
-            except ValueError as error:
-                problems.add(DataError(f"not JSON: {error}", where=where))
-                continue
-            if len(ids) > limit:
-                what = f"the prompt has {len(ids)} tokens"
-                problems.add(DataError(what, where=where, expected=f"at most {limit}"))
-            if isinstance(prompt, str) and not template.plain:
-                prompt = [{"role": "user", "content": prompt}]
-            rows.append(PromptRow(record, prompt, ids))
+                fix = _FIXES.get(error.kind.partition(":")[0], "mend or remove such rows")
+                fault = RowFault(error.kind, chunk.path, number, error.what, error.expected, fix)
+                faults.setdefault(error.kind, []).append(fault)
+    problems = Problems()
+    problems.extend(fault_error(own[:SHOWN], count=len(own), rows=count) for own in faults.values())
     problems.raise_if_any()
+    if not rows:
+        raise DataError("no rows", where=config.prompts, expected="a prompt in every line")
     return rows
+
+
+def _read_prompt(record: Any, template: Template, limit: int) -> PromptRow:
+    prompt = normalise(record, "prompts", Columns(), plain=template.plain).prompt or ""
+    ids = template.render_prompt(prompt)
+    if len(ids) > limit:
+        raise RowProblem("too_long", f"the prompt has {len(ids)} tokens", expected=f"at most {limit}")
+    if isinstance(prompt, str) and not template.plain:
+        prompt = [{"role": "user", "content": prompt}]
+    return PromptRow(record, prompt, ids)
 
 
 def check_generate(config: GenerateStage, world: int) -> tuple[ModelSource, ParallelConfig]:
@@ -78,9 +100,11 @@ def check_generate(config: GenerateStage, world: int) -> tuple[ModelSource, Para
     source = open_source(config.checkpoint)
     parallel = ParallelConfig(tensor_model_parallel_size=config.tensor_parallel_size)
     problems = Problems()
-    problems.extend(check_vllm_model(source.spec, tp=config.tensor_parallel_size, world=world,
-                                     key="tensor_parallel_size")
-                    or check_layout(parallel, source.spec, world, trained=False))
+    layout: list[MrlhfError] = [*check_vllm_model(source.spec, tp=config.tensor_parallel_size, world=world,
+                                                  key="tensor_parallel_size")]
+    layout = layout or [*check_layout(parallel, source.spec, world, trained=False)]
+    layout += check_reward_sources(config.reward, source, parallel=parallel, world=world)
+    problems.extend(rename_keys(layout, {"parallel.tensor_model_parallel_size": "tensor_parallel_size"}))
     if source.head != "lm":
         what = "it holds a value model, which writes no text"
         problems.add(CheckpointError(what, where=config.checkpoint, expected="a language model"))
@@ -89,7 +113,6 @@ def check_generate(config: GenerateStage, world: int) -> tuple[ModelSource, Para
             problems.add(DataError("the directory does not exist", where=path))
         elif path is not None:
             problems.extend(file_problems(path, key=key))
-    problems.extend(check_reward_sources(config.reward, source, parallel=parallel, world=world))
     problems.extend(check_environment(config.environment, load_tokenizer(source.hf_dir), {}))
     problems.raise_if_any()
     return source, parallel
@@ -107,7 +130,7 @@ def main(config: GenerateStage) -> None:
     engine = VLLMEngine(source.spec, source.hf_dir, dtype=model.dtype, tp=tp,
                         max_model_len=max(len(row.ids) for row in rows) + config.max_new_tokens,
                         kv_cache_mib=config.kv_cache_mib, max_num_seqs=config.max_num_seqs, seed=config.seed,
-                        tokenizer_dir=source.hf_dir if config.stop else None)
+                        tokenizer_dir=source.hf_dir if config.stop else None, cache_key="kv_cache_mib")
     weights = engine.weights
     dtype = DTYPES[model.dtype]
     update = make_weight_update(source.spec, layout, rollout_tp=tp, rank=rank, dtype=dtype, made=weights.made)

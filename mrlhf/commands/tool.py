@@ -34,7 +34,7 @@ def run_tool(
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         with naming_file_limit():
-            return call(arguments)
+            return until_closed(lambda: call(arguments))
     except MrlhfError as error:
         print(error_text(error), file=sys.stderr)
         return USER_ERROR
@@ -46,6 +46,17 @@ def run_tool(
     finally:
         if "mrlhf.parallel.state" in sys.modules:
             sys.modules["mrlhf.parallel.state"].shutdown()
+
+
+def until_closed(call: Callable[[], int]) -> int:
+    """Returns `call()`; 0 where the reader of its output (`| head`) closes the pipe before the end."""
+    try:
+        status = call()
+        sys.stdout.flush()
+    except BrokenPipeError:  # send what is still buffered nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
 
 
 def leave_at_interrupt() -> None:

@@ -48,7 +48,7 @@ def _check_context_parallel(config: options.PretrainStage | options.SFTStage | o
         by_sequence["ppo.ratio"] = config.ppo.ratio
     why = "= sequence needs a sample's tokens on one rank, and parallel.context_parallel_size cuts them"
     return [
-        _error(key, f"{key} {why}", "token", f"--{key} token")
+        _error(key, f"{key} {why}", "token, or context_parallel_size 1", f"--{key} token")
         for key, value in by_sequence.items() if value == "sequence" and config.parallel.context_parallel_size > 1
     ]
 
@@ -56,8 +56,8 @@ def _check_context_parallel(config: options.PretrainStage | options.SFTStage | o
 def _check_data(config: options.TrainingConfig) -> Errors:
     errors, data, key = [], config.data, "data.padding_side"
     if data.padding_side == "left" and not isinstance(config, options.RMStage):
-        errors.append(_error(key, f"{key} = left is for rm only", "right"))
-    if data.padding_side == "left" and data.packing:
+        errors.append(_error(key, f"{key} = left is for rm only", "right", f"--{key} right"))
+    elif data.padding_side == "left" and data.packing:
         errors.append(_error(key, f"{key} = left needs data.packing false", fix="--data.packing false"))
     errors += _check_sources(data.train)
     is_weighted = any(source.loss_weight is not None for source in data.train)
@@ -92,15 +92,22 @@ def _check_optim(config: options.TrainingConfig) -> Errors:
         errors.append(_error("optim.min_lr", what, f"float in [0, {optim.lr}]", f"--optim.min_lr {optim.lr}"))
     if optim.lr_decay_style == "WSD" and optim.lr_wsd_decay_steps == 0:
         key = "optim.lr_wsd_decay_steps"
-        errors.append(_error(key, "optim.lr_decay_style = WSD needs the length of its decay", fix=f"--{key} 100"))
+        what = "optim.lr_decay_style = WSD needs the length of its decay"
+        errors.append(_error(key, what, "the last steps of the run, a tenth of them for example", f"--{key} STEPS"))
     return errors
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return next(n for n in range(min(number, limit), 0, -1) if number % n == 0)
 
 
 def _check_train(config: options.TrainingConfig) -> Errors:
     errors, train, key = [], config.train, "train.micro_batch_size"
     if train.global_batch_size % train.micro_batch_size:
         what = f"{key} = {train.micro_batch_size} does not divide train.global_batch_size = {train.global_batch_size}"
-        errors.append(_error(key, what, "global = micro x accumulation x data-parallel ranks"))
+        fix = f"--{key} {_largest_divisor(train.global_batch_size, train.micro_batch_size)}"
+        errors.append(_error(key, what, "global = micro x accumulation x data-parallel ranks", fix))
     if train.max_tokens_per_micro_batch is not None and train.micro_batch_size != 1:
         what = f"{key} = {train.micro_batch_size} beside train.max_tokens_per_micro_batch"
         errors.append(_error(key, what, "one of the two", f"--{key} 1"))
@@ -111,7 +118,8 @@ def _check_checkpoint(config: options.TrainingConfig) -> Errors:
     errors, metric, key = [], config.checkpoint.best_metric, "checkpoint.best_metric"
     if metric is not None:
         if isinstance(config, options.PPOStage):
-            errors.append(_error(key, f"{key} is for pretrain, sft, rm and dpo", fix=f"--{key} null"))
+            what = f"{key} is for pretrain, sft, rm and dpo; ppo keeps its newest checkpoints (checkpoint.keep_last)"
+            errors.append(_error(key, what, "null", f"--{key} null"))
         elif config.data.eval is None:
             errors.append(_error(key, f"{key} = {metric} needs an evaluation split", "data.eval"))
         known = [f"eval/{name}" for name in EVALUATED.get(config.stage, ())]
@@ -125,9 +133,15 @@ def _check_checkpoint(config: options.TrainingConfig) -> Errors:
     if interval and (not saves or interval % saves):
         key = "checkpoint.export_hf_interval"
         what = f"{key} = {interval} is not a multiple of checkpoint.save_interval = {saves or 'null'}"
-        errors.append(_error(key, what, "an export is made of a saved checkpoint",
-                             None if saves else f"--checkpoint.save_interval {interval}"))
+        fix = f"--{key} {max(1, interval // saves) * saves}" if saves else f"--checkpoint.save_interval {interval}"
+        errors.append(_error(key, what, "an export is made of a saved checkpoint", fix))
     return errors
+
+
+def _mini_batch(answers: int, train: options.TrainConfig) -> int:
+    """The largest size below the one given that divides a rollout, into whole micro-batches where it can."""
+    sizes = [n for n in range(1, min(answers, train.global_batch_size) + 1) if answers % n == 0]
+    return max((n for n in sizes if n % train.micro_batch_size == 0), default=max(sizes))
 
 
 def _check_ppo(config: options.PPOStage) -> Errors:
@@ -141,7 +155,8 @@ def _check_ppo(config: options.PPOStage) -> Errors:
     if answers % config.train.global_batch_size:
         key = "train.global_batch_size"
         what = f"{key} = {config.train.global_batch_size} does not divide rollout.batch_size x rollout.n = {answers}"
-        errors.append(_error(key, what, "a divisor: each rollout is cut into whole mini-batches"))
+        fix = f"--{key} {_mini_batch(answers, config.train)}"
+        errors.append(_error(key, what, "a divisor: each rollout is cut into whole mini-batches", fix))
     return errors
 
 
@@ -162,7 +177,8 @@ def _check_rollout(config: options.PPOStage) -> Errors:
         errors.append(_error(key, what, "tis or icepop", f"--{key} tis"))
     if rollout.correction_low > rollout.correction_high:
         key = "rollout.correction_low"
-        errors.append(_error(key, f"{key} is above rollout.correction_high"))
+        what = f"{key} = {rollout.correction_low} is above rollout.correction_high = {rollout.correction_high}"
+        errors.append(_error(key, what, fix=f"--{key} {rollout.correction_high}"))
     return errors
 
 
@@ -171,7 +187,7 @@ def _check_estimator(config: options.PPOStage) -> Errors:
     errors, ppo, rollout, row = [], config.ppo, config.rollout, config.ppo.estimator_row
     if row.needs_groups and rollout.n < 2:
         what = f"ppo.estimator = {ppo.estimator} compares the answers of one prompt, and rollout.n = {rollout.n}"
-        errors.append(_error("rollout.n", what, "2 or more"))
+        errors.append(_error("rollout.n", what, "2 or more", "--rollout.n 2"))
     for name, off in (("critic_tensor_model_parallel_size", "null"), ("critic_pipeline_model_parallel_size", "null"),
                       ("critic_warmup_steps", "0")):
         if getattr(ppo, name) and not row.needs_critic:
@@ -191,7 +207,8 @@ def _check_reward(config: options.PPOStage) -> Errors:
     errors, reward, key = [], config.reward, "reward.overlong_buffer"
     if reward.overlong_buffer > config.rollout.max_new_tokens:
         what = f"{key} = {reward.overlong_buffer} is longer than an answer"
-        errors.append(_error(key, what, f"at most rollout.max_new_tokens = {config.rollout.max_new_tokens}"))
+        most = config.rollout.max_new_tokens
+        errors.append(_error(key, what, f"at most rollout.max_new_tokens = {most}", f"--{key} {most}"))
     if reward.weights and len(reward.weights) != len(reward.sources):
         what = f"{len(reward.weights)} weights for {len(reward.sources)} reward sources"
         errors.append(_error("reward.weights", what, "one for each"))
@@ -214,7 +231,7 @@ def _check_kl(config: options.PPOStage) -> Errors:
         errors.append(_error("kl.target", "kl.target steers kl.coef, which is 0", fix="--kl.coef 0.05"))
     if kl.target is not None and kl.horizon <= 0.2 * answers:
         what = f"kl.horizon = {kl.horizon} is too short for {answers} answers per rollout"
-        errors.append(_error("kl.horizon", what, f"more than {0.2 * answers:g}"))
+        errors.append(_error("kl.horizon", what, f"more than {0.2 * answers:g}", f"--kl.horizon {20 * answers}"))
     return errors
 
 
@@ -228,7 +245,7 @@ def _check_ptx(config: options.PPOStage) -> Errors:
         errors.append(_error("ptx.coef", what, "one of them", "--ptx.coef 0"))
     if ptx.batch_size % ptx.micro_batch_size:
         what = f"{key} = {ptx.micro_batch_size} does not divide ptx.batch_size = {ptx.batch_size}"
-        errors.append(_error(key, what))
+        errors.append(_error(key, what, fix=f"--{key} {_largest_divisor(ptx.batch_size, ptx.micro_batch_size)}"))
     return errors
 
 
@@ -253,7 +270,7 @@ def _check_generate(config: options.GenerateStage) -> Errors:
         errors.append(_error("reward.sources", "best_of needs a reward source", "model:DIR, file.py:function or a URL"))
     if config.environment is not None:
         what = "best_of writes rows of one answer, and conversations with an environment have several turns"
-        errors.append(_error("best_of", what, "0", "--best_of 0"))
+        errors.append(_error("best_of", what, "one of the two", "--environment null"))
     return errors
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from mrlhf.config import names
 from mrlhf.config.check import contradictions
 from mrlhf.config.options import STAGES, DataSource, TrainingConfig
 from mrlhf.config.schema import Option, options_of
@@ -74,7 +75,11 @@ class _ConfigInput:
 
 
 class _Unreadable(ValueError):
-    """A text that does not fit the option's type or range; the message says what the text is."""
+    """A text that does not fit the option's type or range: the message says what it is, `meant` what may be meant."""
+
+    def __init__(self, what: str, *, meant: str | None = None):
+        self.meant = meant
+        super().__init__(what)
 
 
 def load_config(stage_cls: type, path: str | None, overrides: list[str]) -> Any:
@@ -118,7 +123,7 @@ def _value(option: Option, given: _ConfigInput) -> Value:
         try:
             return _convert_sections(option, given) if option.of_sections else _convert(option, given.written[key])
         except _Unreadable as e:
-            given.add(f"{key} = {e}", given.place(key), option.type_name, option.fix)
+            given.add(f"{key} = {e}", given.place(key), option.type_name, e.meant and f"--{key} {e.meant}")
             given.unusable.add(key)
     if not option.required:
         return option.default
@@ -238,7 +243,7 @@ def _read_flags(args: list[str], given: _ConfigInput) -> None:
             else:
                 _add_unknown(key, where, given, flag=True)
         elif not texts and option.kind is not bool:
-            given.add(f"{key} has no value", where, option.type_name, option.fix)
+            given.add(f"{key} has no value", where, option.type_name, f"--{key} VALUE")
             given.unusable.add(key)
         elif takes_several and not (len(texts) == 1 and is_null(texts[0])):
             before = flags[key].value if key in flags else []
@@ -290,6 +295,11 @@ def _add_unknown(key: str, where: str, given: _ConfigInput, *, flag: bool) -> No
     near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
     if not near:
         near = [k for k in keys if leaves[k] in difflib.get_close_matches(leaf, list(leaves.values()), n=1, cutoff=0.8)]
+    theirs = [k for k in names.OPTIONS.get(leaf, ()) if k in given.options]
+    near = [*theirs[:1], *(k for k in near if k not in theirs)]
+    dtype = next((k for k in ("model.dtype", "dtype") if k in given.options and leaf in names.SWITCHES), None)
+    if dtype is not None:
+        near = [f"{dtype} {names.SWITCHES[leaf]}" if flag else f"{dtype}: {names.SWITCHES[leaf]}"]
     given.unusable.update(k for n in near for k in keys if k == n or k.startswith(n + "."))
     hint = "; did you mean " + " or ".join(f"'{'--' if flag else ''}{n}'" for n in near[:3]) + "?" if near else ""
     in_section = f"{section}: {', '.join(leaves[k] for k in siblings)}" if section and siblings else None
@@ -388,8 +398,9 @@ def _convert_choice(choices: tuple[str, ...], text: str) -> str:
         return text
     by_lower = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(text.lower(), by_lower, n=1)
-    hint = f"; did you mean {by_lower[near[0]]}?" if near else ""
-    raise _Unreadable(f"{text or 'null'} is not a choice{hint}")
+    meant = by_lower[near[0]] if near else None
+    hint = f"; did you mean {meant}?" if meant else ""
+    raise _Unreadable(f"{text or 'null'} is not a choice{hint}", meant=meant)
 
 
 def is_null(text: str) -> bool:

@@ -186,7 +186,8 @@ class CheckpointConfig:
     keep_last: PositiveInt = option(2, "complete checkpoints to keep")
     best_metric: str | None = option(
         None,
-        "an eval/ metric, e.g. eval/loss: also keep the checkpoint where it was best; every save is then evaluated"
+        "an eval/ metric, e.g. eval/loss: also keep the checkpoint where it was best; every save is then evaluated; "
+        "not for ppo"
     )
     best_is: Literal["lowest", "highest"] = option("lowest",
                                                    "which value of best_metric is best; highest for eval/accuracy")
@@ -489,7 +490,8 @@ class GenerateStage:
     tensor_parallel_size: PositiveInt = option(1, "vLLM's; must divide the number of ranks")
     kv_cache_mib: PositiveInt = option(256, "vLLM's key/value cache on each rank")
     max_num_seqs: PositiveInt = option(256, "answers that vLLM decodes at once")
-    input_template: str | None = option(None, "plain text template for tokenizers without a chat template")
+    input_template: str | None = option(None, "plain text template for tokenizers without a chat template, as "
+                                              '--input-template of the data: "User: {}\\nAssistant: "')
     micro_batch_size: PositiveInt = option(8, "answers per forward pass of a reward model")
     reward: RewardConfig = RewardConfig()
 

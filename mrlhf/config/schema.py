@@ -56,10 +56,6 @@ class Option:
             name = f"{name} {range_text(self.limits)}".rstrip()
         return name + " ..." * self.several + " or null" * self.optional
 
-    @property
-    def fix(self) -> str | None:
-        return None if self.required else f"--{self.key} {show_value(self.default)}"
-
     def accepts(self, number: float) -> bool:
         """Whether the number is in the option's range."""
         return self.limits is None or in_range(number, self.limits)

@@ -21,6 +21,7 @@ import math
 import mmap
 import os
 import re
+import shlex
 import struct
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -404,7 +405,8 @@ def read_meta(prefix: str) -> dict[str, Any]:
             what = "a directory" if Path(prefix).is_dir() else "a file of raw records"
             expected = "a prefix written by tools/preprocess_data.py"
             raise DataError(f"{what}, not a data set", where=prefix, expected=expected,
-                            fix=f"tools/preprocess_data.py --input {prefix} --output-prefix NEW ..., then NEW here")
+                            fix=f"python tools/preprocess_data.py --input {shlex.quote(prefix)} --output-prefix NEW "
+                            "..., then NEW here")
         raise DataError("no such dataset", where=str(path), expected="a prefix written by tools/preprocess_data.py",
                         fix="--output-prefix of that command")
     text = path.read_bytes()

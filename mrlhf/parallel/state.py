@@ -177,10 +177,11 @@ def is_main() -> bool:
     return torchrun_rank() == 0
 
 
-def check_batch(train: TrainConfig, parallel: ParallelConfig, world: int) -> list[ConfigError]:
+def check_batch(train: TrainConfig, parallel: ParallelConfig, world: int, *, answers: int = 0) -> list[ConfigError]:
     """The global batch must be a multiple of micro_batch_size x data-parallel ranks (x PP for an interleaved pipeline).
 
     Micro-batches by tokens allow any number of rows: ranks that run out of rows get fillers.
+    answers: of a rollout (ppo), which the global batch must divide.
     """
     if train.max_tokens_per_micro_batch is not None:
         return []
@@ -191,7 +192,9 @@ def check_batch(train: TrainConfig, parallel: ParallelConfig, world: int) -> lis
         parts += f" x pp {parallel.pipeline_model_parallel_size} (interleaved)"
     if train.global_batch_size % unit:
         what = f"train.global_batch_size = {train.global_batch_size} is not a multiple of {parts} = {unit}"
-        fix = f"--train.global_batch_size {train.global_batch_size // unit * unit or unit}"
+        lower = range(train.global_batch_size // unit * unit, 0, -unit)
+        size = next((n for n in (*lower, unit) if answers % n == 0), None)
+        fix = None if size is None else f"--train.global_batch_size {size}"
         return [ConfigError(what, where="train.global_batch_size", expected=f"a multiple of {unit}", fix=fix)]
     return []
 

@@ -9,7 +9,7 @@ from mrlhf.checkpoint.source import ModelSource
 from mrlhf.config.options import PPOStage
 from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.errors import CheckpointError, ConfigError, DataError, MrlhfError
-from mrlhf.models.families.spec import check_layout
+from mrlhf.models.families.spec import check_layout, ranks_fix, rename_keys
 from mrlhf.parallel import state
 from mrlhf.rl.health import truncation_notes
 from mrlhf.rl.rewards.sources import check_reward_sources, critic_source
@@ -18,6 +18,8 @@ from mrlhf.rl.rollout.prompts import make_prompt_order
 from mrlhf.rl.rollout.vllm_engine import check_vllm_model
 from mrlhf.rl.rollout.vllm_weights import check_weights
 from mrlhf.training import preflight
+
+_CRITIC_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")  # the others are the actor's
 
 
 def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfError]]:
@@ -31,7 +33,7 @@ def open_ptx(config: PPOStage, source: ModelSource) -> tuple[Any, list[MrlhfErro
     return data, problems
 
 
-def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[MrlhfError]:
+def _check_critic(config: PPOStage, actor: ModelSource, world: int, *, apart: int) -> list[MrlhfError]:
     """Checks the critic's layout against its model, and a separate layout also against the batch."""
     parallel = config.critic_parallel
     if not config.ppo.estimator_row.needs_critic:
@@ -42,14 +44,12 @@ def _check_critic(config: PPOStage, actor: ModelSource, world: int) -> list[Mrlh
         return []  # check_reward_sources reports it
 
     if parallel == config.parallel:
-        return [] if spec == actor.spec else [*check_layout(parallel, spec, world)]
-
-    def critic_keys(text: str | None) -> str | None:
-        return text and text.replace("parallel.", "ppo.critic_")
-
-    problems = [*check_layout(parallel, spec, world), *state.check_batch(config.train, parallel, world)]
-    return [ConfigError(f"critic: {critic_keys(e.what)}", where=critic_keys(e.where), expected=critic_keys(e.expected),
-                        fix=critic_keys(e.fix)) for e in problems]
+        return [] if spec == actor.spec else [*check_layout(parallel, spec, world, apart=apart)]
+    problems = check_layout(parallel, spec, world, apart=apart)
+    problems += state.check_batch(config.train, parallel, world, answers=config.rollout.batch_size * config.rollout.n)
+    own = {f"parallel.{name}": f"ppo.critic_{name}" for name in _CRITIC_SIZES}
+    return [type(e)(f"critic: {e.what}", where=e.where, expected=e.expected, fix=e.fix)
+            for e in rename_keys(problems, own)]
 
 
 def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
@@ -61,6 +61,7 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
             f"rollout.num_ranks = {generators} of {world} ranks leave none to train",
             where="rollout.num_ranks",
             expected=f"torchrun with {generators + smallest} ranks or more",
+            fix=ranks_fix(smallest, world=world - generators, apart=generators),
         )
     trainers = world - generators
     opened = preflight.open_run(config, world=trainers)
@@ -74,7 +75,7 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
         problems.extend(preflight.check_prompt_budget(config, source, opened.datasets()))
         parallel, critic = config.parallel, config.ppo.critic
         problems.extend(check_reward_sources(config.reward, source, parallel=parallel, world=trainers, critic=critic))
-        problems.extend(_check_critic(config, source, trainers))
+        problems.extend(_check_critic(config, source, trainers, apart=generators))
         if config.ptx.coef > 0:
             problems.extend(open_ptx(config, source)[1])
         if opened.datasets():

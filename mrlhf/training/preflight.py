@@ -6,6 +6,7 @@ Every stage and `--dry-run` use it. It opens files and builds no model.
 from __future__ import annotations
 
 import logging
+import shlex
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from mrlhf.parallel import device, state
 from mrlhf.training.batches import make_order
 
 log = logging.getLogger(__name__)
+_PREPROCESS = "python tools/preprocess_data.py"
 TASKS = {"pretrain": "pretrain", "sft": "sft", "rm": "preference", "dpo": "preference", "ppo": "prompts"}
 
 
@@ -110,8 +112,9 @@ def open_train(sources: Sequence[DataSource], *, task: str, source: ModelSource 
 
 def _open_megatron(prefix: str, *, key: str, source: ModelSource | None, seq_length: int | None) -> MegatronText:
     if seq_length is None:
+        length = 4096 if source is None else min(4096, source.spec.max_position_embeddings)
         raise DataError("this is Megatron-LM's own text, which sets no sequence length", where=f"{key} = {prefix}",
-                        expected="data.seq_length", fix="--data.seq_length 4096")
+                        expected="data.seq_length", fix=f"--data.seq_length {length}")
     return MegatronText(prefix, seq_length=seq_length,
                         vocab_size=source.spec.vocab_size if source is not None else 1 << 62)
 
@@ -135,15 +138,17 @@ def open_data(prefix: str, *, key: str, task: str | None, source: ModelSource | 
 
     if task is not None and data.task != task:
         add_problem(f"the data was made with --task {data.task}", f"--task {task}",
-                    f"tools/preprocess_data.py --task {task} ...")
+                    f"{_PREPROCESS} --task {task} ...")
     if seq_length is not None and data.meta["seq_length"] != seq_length:
         add_problem(f"the data was made with --seq-length {data.meta['seq_length']}", f"data.seq_length = {seq_length}",
                     f"--data.seq_length {data.meta['seq_length']}")
     if source is not None:
         limit = source.spec.max_position_embeddings
         if data.max_length > limit:
+            is_cut_here = isinstance(data, MegatronText)
             add_problem(f"its longest sample has {data.max_length} tokens",
-                        f"at most max_position_embeddings = {limit} of {source.path}")
+                        f"at most max_position_embeddings = {limit} of {source.path}",
+                        f"--data.seq_length {limit}" if is_cut_here else f"{_PREPROCESS} --seq-length {limit} ...")
         if isinstance(data, MegatronText):
             return data, problems
         try:
@@ -153,7 +158,8 @@ def open_data(prefix: str, *, key: str, task: str | None, source: ModelSource | 
         if theirs != ours:
             made_with = f"{data.meta['tokenizer']}, fingerprint {theirs[:12]}"
             add_problem(f"the data's tokenizer ({made_with}) is not the model's ({source.hf_dir}, {ours[:12]})",
-                        "one tokenizer for data and model", f"tools/preprocess_data.py --tokenizer {source.hf_dir} ...")
+                        "one tokenizer for data and model",
+                        f"{_PREPROCESS} --tokenizer {shlex.quote(str(source.hf_dir))} ...")
         elif data.meta["vocab_size"] > source.spec.vocab_size:
             add_problem(f"the tokenizer has {data.meta['vocab_size']} ids",
                         f"at most vocab_size = {source.spec.vocab_size} of {source.path}")
@@ -170,10 +176,12 @@ def open_run(config: TrainingConfig, *, world: int) -> Opened:
         source, where = None, f"model.path: {error.where or config.model.path}"
         problems.add(CheckpointError(error.what, where=where, expected=error.expected, fix=error.fix))
     if source is not None:
-        problems.extend(check_layout(config.parallel, source.spec, world))
+        apart = (config.rollout.num_ranks or 0) if isinstance(config, PPOStage) else 0
+        problems.extend(check_layout(config.parallel, source.spec, world, apart=apart))
         problems.extend(_check_model(config, source))
     opened.source = source
-    problems.extend(state.check_batch(config.train, config.parallel, world))
+    answers = config.rollout.batch_size * config.rollout.n if isinstance(config, PPOStage) else 0
+    problems.extend(state.check_batch(config.train, config.parallel, world, answers=answers))
     how: dict[str, Any] = {"task": TASKS[config.stage], "source": source, "seq_length": config.data.seq_length}
     opened.train, errors = open_train(config.data.train, **how)
     problems.extend(errors)
@@ -282,12 +290,14 @@ def check_micro_batches(config: TrainingConfig, data: Dataset, *, key: str) -> l
 def check_prompt_budget(config: PPOStage, source: ModelSource, sets: list[tuple[str, Dataset]]) -> list[MrlhfError]:
     """Checks that the longest prompt plus the longest answer fit the model's positions."""
     problems: list[MrlhfError] = []
-    limit = source.spec.max_position_embeddings
-    answers = f"rollout.max_new_tokens = {config.rollout.max_new_tokens}"
+    limit, new = source.spec.max_position_embeddings, config.rollout.max_new_tokens
     for key, data in sets:
-        if data.max_length + config.rollout.max_new_tokens > limit:
-            what = f"the longest prompt ({data.max_length} tokens) and {answers} exceed {limit}"
+        room = limit - data.max_length
+        if new > room:
+            what = f"the longest prompt ({data.max_length} tokens) and rollout.max_new_tokens = {new} exceed {limit}"
+            fix = f"--rollout.max_new_tokens {room if 2 * room >= new else max(1, limit // 2)}"
+            if 2 * room < new < limit:  # few prompts are so long
+                fix = f"{_PREPROCESS} --seq-length {limit - new} ..."
             expected = f"max_position_embeddings = {limit} of {source.path}"
-            fix = f"--rollout.max_new_tokens {max(1, limit - data.max_length)}"
             problems.append(ConfigError(what, where=key, expected=expected, fix=fix))
     return problems

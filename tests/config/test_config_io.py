@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mrlhf.config import names
 from mrlhf.config.dump import diff, dump_yaml
 from mrlhf.config.load import load_config, saved_values
 from mrlhf.config.options import STAGES, DataSource, DPOStage, GenerateStage, PPOStage, ScoreStage, SFTStage
@@ -387,3 +388,17 @@ def test_a_configuration_of_another_version_is_read_as_far_as_it_is_known(write,
     values = saved_values(Path(write(text)))
     assert values == {"data.train": (DataSource("a"),), "data.eval": "d", "optim.min_lr": 0.5}
     assert saved_values(Path(write(""))) == {} == saved_values(tmp_path / "none.yaml")
+
+
+def test_names_of_other_trainers_lead_to_options_that_exist():
+    options = {key for stage in STAGES.values() for key in options_of(stage)}
+    assert {key for keys in names.OPTIONS.values() for key in keys} <= options
+    for theirs, ours in (("learning_rate", "optim.lr"), ("per_device_train_batch_size", "train.micro_batch_size"),
+                         ("bf16", "model.dtype bfloat16"), ("num_generations", "rollout.n")):  # fmt: skip
+        (error,) = problems(STAGES["ppo"], None, [*MINIMAL["ppo"], f"--{theirs}", "1"])
+        assert error.what.endswith(f"; did you mean '--{ours}'?"), error.what
+
+
+def test_a_default_is_no_fix_of_another_value():
+    (error,) = problems(SFTStage, None, [*MINIMAL["sft"], "--parallel.tensor_model_parallel_size", "2.5"])
+    assert error.fix is None and error.expected == "int >= 1"

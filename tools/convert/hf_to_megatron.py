@@ -40,7 +40,8 @@ def convert(args: argparse.Namespace) -> int:
     from mrlhf.parallel.state import is_main, world_size
 
     if args.verify and world_size() > 1:
-        raise EnvironmentProblem("--verify runs in one process", fix="tools/convert/verify.py after the conversion")
+        command = f"python tools/convert/verify.py --checkpoint {args.output} --hf {args.hf}"
+        raise EnvironmentProblem("--verify runs in one process", fix=f"without --verify, then {command}")
     if args.dry_run:
         print("\n".join(plan_import(args.hf, head=args.head, dtype=args.dtype).summary()))
         return 0

@@ -15,6 +15,8 @@ get lost is a RowProblem.
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +28,20 @@ _CONTENT_COLUMNS = ("system", "system_prompt", "history", "documents", "function
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 Message = dict[str, Any]
 Conversation = list[Message] | tuple[str, str]
+
+# What data sets on the hub call a column of each role. A fix offers a column by its name only: a column of the right
+# type and another meaning (a source, an id, the worse answer) would make wrong data.
+_QUESTIONS = "prompt input question query instruction problem request context q"
+_CONVERSATIONS = ("messages", "conversation", "conversations", "chat", "dialog", "dialogue")
+_SYNONYMS = {
+    "text": "text content document body raw_content article passage",
+    "input": _QUESTIONS,
+    "output": "output answer response completion reply target solution generation a",
+    "prompt": f"{_QUESTIONS} prompt_messages messages",
+    "chosen": "chosen better winner preferred positive accepted good",
+    "rejected": "rejected worse loser dispreferred negative bad",
+    "label": "label answer ground_truth solution target reference",
+}
 
 
 _LARGEST_MARGIN = 3.4028234663852886e38  # of float32, in which margins are stored
@@ -123,7 +139,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _pretrain(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
     key = columns.text or columns.input or "text"
-    text = _column(record, key, _suggest(record, "--text-key", str))
+    text = _column(record, key, _suggest(record, "text"))
     if not isinstance(text, str):
         raise _wrong_type(key, text, "a string", "--text-key COLUMN")
     if not text.strip():
@@ -134,19 +150,22 @@ def _pretrain(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRe
 def _sft(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
     messages_key = columns.messages or "messages"
     if columns.messages or (columns.input is None and messages_key in record):
-        return NormalRecord(conversations=(_conversation(record, messages_key, plain, "--messages-key"),))
+        return NormalRecord(conversations=(_conversation(record, messages_key, plain, "messages"),))
     input_key, output_key = columns.input or "input", columns.output or "output"
     if columns.input is None and not {input_key, output_key} & record.keys():
+        if (conversation := _only(record, "messages")) is not None:
+            _messages(record[conversation], conversation, "messages")  # other keys than role and content come first
         raise _missing(record, messages_key, _suggest_sft(record), "'messages', or 'input' and 'output'")
-    given = _column(record, input_key, _suggest(record, "--input-key", (str, list)))
-    if columns.output is None and output_key not in record and _is_messages(given):
-        return NormalRecord(conversations=(_conversation(record, input_key, plain, "--input-key"),))
-    answer = _column(record, output_key, _suggest(record, "--output-key", (str, list), besides=input_key))
+    given = _column(record, input_key, _suggest(record, "input", taken=(output_key,)))
+    is_alone = columns.output is None and output_key not in record and _is_messages(given)
+    if is_alone and (_ends_on_answer(given) or not _only(record, "output", (input_key,))):
+        return NormalRecord(conversations=(_conversation(record, input_key, plain, "input"),))
+    answer = _column(record, output_key, _suggest(record, "output", taken=(input_key,)))
     if columns.input is None:
         _refuse_instruction(record)
     types = {type(given), type(answer)}
     if types == {list}:
-        given, answer = _messages(given, input_key), _one_answer(answer, output_key)
+        given, answer = _messages(given, input_key, "input"), _one_answer(answer, output_key, "output")
     elif types != {str}:
         raise RowProblem("input_output_types",
                          f"column '{input_key}' is {_kind(given)} and column '{output_key}' is {_kind(answer)}",
@@ -156,29 +175,31 @@ def _sft(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
 
 
 def _suggest_sft(record: dict[str, Any]) -> str:
-    """The options that name the columns of `record` which most likely hold the conversation."""
-    lists = [k for k, v in record.items() if _looks_like_messages(v)]
-    if lists:
-        return f"--input-key {lists[0]}"
-    strings = [k for k, v in record.items() if isinstance(v, str)]
-    if len(strings) == 2:
-        return f"--input-key {strings[0]} --output-key {strings[1]}"
-    return "--input-key COLUMN [--output-key COLUMN]"
+    """The options that name the columns of `record` which hold the conversation."""
+    if conversation := _only(record, "messages"):
+        return f"--input-key {shlex.quote(conversation)}"
+    question = _only(record, "input")
+    answer = _only(record, "output", () if question is None else (question,))
+    if question and answer:
+        return f"--input-key {shlex.quote(question)} --output-key {shlex.quote(answer)}"
+    named = [k for k, v in record.items() if _looks_like_messages(v) and k.lower() in _CONVERSATIONS]
+    return f"--input-key {shlex.quote(named[0])}" if len(named) == 1 else "--input-key COLUMN [--output-key COLUMN]"
 
 
 def _refuse_instruction(record: dict[str, Any]) -> None:
     if isinstance(record.get("instruction"), str) and record["instruction"].strip():
         raise RowProblem("instruction", "column 'instruction' stands beside 'input' and would be ignored",
                          expected="instruction and input joined in one column",
-                         fix="join them, then --input-key COLUMN (or --input-key instruction to use it alone)")
+                         fix="join them in a further column, then --input-key COLUMN")
 
 
 def _preference(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
     keys = {"chosen": columns.chosen or "chosen", "rejected": columns.rejected or "rejected"}
-    answers = [_column(record, key, _suggest(record, f"--{name}-key", (str, list))) for name, key in keys.items()]
     prompt_key = columns.prompt or columns.input or "prompt"
+    taken = (prompt_key, *keys.values())
+    answers = [_column(record, key, _suggest(record, name, taken)) for name, key in keys.items()]
     if columns.prompt or columns.input:
-        _column(record, prompt_key, _suggest(record, "--prompt-key", (str, list)))
+        _column(record, prompt_key, _suggest(record, "prompt", taken))
     margin = _margin(record, columns.margin or "margin")
     whole = all(_is_messages(answer) and len(answer) > 1 for answer in answers)
     pair = (_whole_conversations if whole else _prompt_with_answers)(record, prompt_key, keys, plain)
@@ -198,7 +219,7 @@ def _whole_conversations(
     record: dict[str, Any], prompt_key: str, keys: dict[str, str], plain: bool
 ) -> tuple[Conversation, ...]:
     """The chosen and the rejected conversation of a row that holds both whole; a prompt beside them must be theirs."""
-    conversations = tuple(_conversation(record, key, plain, f"--{name}-key") for name, key in keys.items())
+    conversations = tuple(_conversation(record, key, plain, name) for name, key in keys.items())
     chosen, rejected = (record[key] for key in keys.values())
     if chosen[:-1] != rejected[:-1]:
         raise RowProblem("pair_prefix", "chosen and rejected differ before their last message",
@@ -220,28 +241,37 @@ def _prompt_with_answers(
     """The conversations that the row's prompt makes with its chosen and its rejected answer."""
     prompt = record.get(prompt_key)
     if prompt is None:
-        fix = _suggest(record, "--prompt-key", (str, list), besides=keys["chosen"])
+        fix = _suggest_prompt(record, keys)
+        if prompt_key in record:
+            _column(record, prompt_key, fix)
         raise _missing(record, prompt_key, fix, "a prompt, or whole conversations in both")
     if not isinstance(prompt, str):
-        prompt = _messages(prompt, prompt_key)
+        prompt = _messages(prompt, prompt_key, "prompt")
     pair = []
-    for key in keys.values():
-        answer = record[key] if isinstance(record[key], str) else _one_answer(record[key], key)
+    for name, key in keys.items():
+        answer = record[key] if isinstance(record[key], str) else _one_answer(record[key], key, name)
         pair.append(_join(prompt, answer, plain, prompt_key, key))
     return tuple(pair)
 
 
+def _suggest_prompt(record: dict[str, Any], keys: dict[str, str]) -> str:
+    fix = _suggest(record, "prompt", keys.values())
+    if fix.endswith("COLUMN") and all(isinstance(record[key], str) for key in keys.values()):
+        fix += ", or move the prompt, if both answers begin with it, into a column of its own: prompt"
+    return fix
+
+
 def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRecord:
     key = columns.prompt or columns.input or ("prompt" if "prompt" in record or "input" not in record else "input")
-    prompt = _column(record, key, _suggest(record, "--prompt-key", (str, list)))
+    prompt = _column(record, key, _suggest(record, "prompt", (columns.label or "label",)))
     if columns.label:
-        _column(record, columns.label, _suggest(record, "--label-key", object))
+        _column(record, columns.label, _suggest(record, "label", (key,)))
     label = record.get(columns.label or "label")
     if isinstance(prompt, str):
         if not prompt.strip():
             raise _empty(f"column '{key}' is empty")
         return NormalRecord(prompt=prompt if plain else [{"role": "user", "content": prompt}], label=label)
-    messages = _messages(prompt, key)
+    messages = _messages(prompt, key, "prompt")
     if messages[-1]["role"] == "assistant":
         raise RowProblem("prompt_role", f"column '{key}' ends with a turn of the assistant",
                          expected="a list of messages that ends with a user turn",
@@ -249,33 +279,37 @@ def _prompts(record: dict[str, Any], columns: Columns, plain: bool) -> NormalRec
     return NormalRecord(prompt=_single_turn(messages, key) if plain else messages, label=label)
 
 
-def _conversation(record: dict[str, Any], key: str, plain: bool, flag: str) -> Conversation:
-    messages = _messages(_column(record, key, _suggest(record, flag, list)), key)
+def _conversation(record: dict[str, Any], key: str, plain: bool, role: str) -> Conversation:
+    flag = f"--{role}-key COLUMN"
+    messages = _messages(_column(record, key, _suggest(record, role)), key, role)
     if messages[-1]["role"] != "assistant":
         raise RowProblem("last_role", f"column '{key}' ends with a turn of '{messages[-1]['role']}'",
                          expected="a conversation whose last message is the assistant's",
-                         fix=f"remove what follows the last answer, or {flag} COLUMN")
+                         fix=f"remove what follows the last answer, or {flag}")
     if len(messages) == 1:
         raise RowProblem("no_prompt", f"column '{key}' holds an answer and no prompt",
-                         expected="at least one turn before the assistant's", fix=f"{flag} COLUMN")
+                         expected="at least one turn before the assistant's", fix=flag)
     return (_single_turn(messages[:-1], key), _string_content(messages[-1], key)) if plain else messages
 
 
-def _messages(value: Any, key: str) -> list[Message]:
+def _messages(value: Any, key: str, role: str) -> list[Message]:
     """`value`, a list of {role, content}, in its normal form; other keys pass through to the chat template."""
     expected = 'a list of {"role": ..., "content": ...}'
     if not isinstance(value, list):
-        raise _wrong_type(key, value, expected, "--input-key COLUMN")
+        raise _wrong_type(key, value, expected, f"--{role}-key COLUMN")
     if not value:
         raise _empty(f"column '{key}' has no messages")
     messages = []
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise RowProblem("message_type", f"message {i} of column '{key}' is {_kind(message)}", expected=expected,
-                             fix="--input-key COLUMN")
+                             fix=f"--{role}-key COLUMN")
         if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
+            names = "from to role, value to content, human to user, gpt to assistant" if "from" in message else (
+                "them to role and content (user, assistant, system)")
+            then = "" if key == role else f", then --{role}-key {shlex.quote(key)}"
             raise RowProblem("message_keys", f"message {i} of column '{key}' has the keys {sorted(message)}",
-                             expected=expected, fix="rename them to role and content (user, assistant, system)")
+                             expected=expected, fix=f"rename {names}{then}")
         message = _normal_message(message, f"message {i} of column '{key}'")
         if not message.get("tool_calls") and not (message.get("content") or "").strip():
             if message["role"] in ("system", "developer"):
@@ -315,12 +349,12 @@ def _text_of(part: Any, where: str) -> str:
     return part["text"]
 
 
-def _one_answer(value: Any, key: str) -> Message:
-    messages = _messages(value, key)
+def _one_answer(value: Any, key: str, role: str) -> Message:
+    messages = _messages(value, key, role)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise RowProblem("answer_list", f"column '{key}' holds the turns {[m['role'] for m in messages]}",
                          expected="a list holding one assistant message, or a string",
-                         fix="--output-key COLUMN (sft), --chosen-key/--rejected-key COLUMN (preference)")
+                         fix=f"--{role}-key COLUMN")
     return messages[0]
 
 
@@ -362,7 +396,7 @@ def _column(record: dict[str, Any], key: str, fix: str) -> Any:
         raise _missing(record, key, fix, None)
     if record[key] is None:
         raise RowProblem(f"null:{key}", f"column '{key}' is null", expected="a value in every row",
-                         fix=f"remove such rows, or {fix}")
+                         fix=f"remove such rows (--on-bad-row drop), or {fix}")
     return record[key]
 
 
@@ -380,12 +414,36 @@ def _empty(what: str) -> RowProblem:
     return RowProblem("empty", what, expected="text in every turn", fix="--on-empty drop")
 
 
-def _suggest(record: dict[str, Any], flag: str, types: type | tuple[type, ...], besides: str | None = None) -> str:
-    """`flag` with the column that is most likely meant: the only one of a fitting type, else a placeholder."""
-    fitting = [k for k, v in record.items() if isinstance(v, types) and k != besides]
-    messages = [k for k in fitting if _looks_like_messages(record[k])]
-    pick = messages if messages else fitting
-    return f"{flag} {pick[0] if len(pick) == 1 else 'COLUMN'}"
+def _suggest(record: dict[str, Any], role: str, taken: Collection[str] = ()) -> str:
+    """The flag of `role` with the column that its name and type say is meant, else with a placeholder."""
+    pick = _only(record, role, taken)
+    return f"--{role}-key {'COLUMN' if pick is None else shlex.quote(pick)}"
+
+
+def _only(record: dict[str, Any], role: str, taken: Collection[str] = ()) -> str | None:
+    """The one column of `record` with a name and a type for `role`; `taken` are columns of other roles.
+
+    A whole conversation needs no name.
+    """
+    names = _SYNONYMS.get(role, "").split()
+    fitting = [k for k, v in record.items() if k not in taken and _fits(v, role)]
+    picks = fitting if role == "messages" else [k for k in fitting if k.lower() in names]
+    return picks[0] if len(picks) == 1 else None
+
+
+def _fits(value: Any, role: str) -> bool:
+    """Whether the value has a type that the role takes; messages count as what their last turn makes them."""
+    if isinstance(value, str) or role == "label":
+        return role != "messages" and value is not None
+    if not _looks_like_messages(value) or role == "text":
+        return False
+    whole, answers = len(value) > 1, _ends_on_answer(value)
+    return {"messages": whole and answers, "output": not whole and answers, "chosen": answers, "rejected": answers,
+            "input": not answers, "prompt": not answers}[role]
+
+
+def _ends_on_answer(messages: list[Message]) -> bool:
+    return bool(messages) and (messages[-1].get("role") or messages[-1].get("from")) in ("assistant", "gpt")
 
 
 def _is_messages(value: Any) -> bool:

@@ -40,7 +40,7 @@ from mrlhf.data.prepare.select import first_of_each, split_of, within_limits
 from mrlhf.data.prepare.shards import WorkDirectory, load_shard, read_shard
 from mrlhf.data.prepare.sources import RowBlock, Sources
 from mrlhf.data.prepare.template import Template, load_tokenizer, tokenizer_fingerprint, vocab_size
-from mrlhf.data.prepare.tokenise import SHOWN, RowFault, Tokenise
+from mrlhf.data.prepare.tokenise import SHOWN, RowFault, Tokenise, fault_error
 from mrlhf.data.prepare.workers import Work, run_workers, usable_cores
 from mrlhf.data.show import marked
 from mrlhf.data.tokenizers.encoder import MOST_CHARACTERS, choose_encoder
@@ -102,11 +102,11 @@ def _make(
         try:
             heads, backend = _tokenise(config, sources, template, work)
             _raise_problems(config, heads)
+            made = {"tokenizer_fingerprint": fingerprint, "tokenizer_backend": backend, "job": job,
+                    "sources": sources.provenance()}
         except (DataError, SeveralErrors):  # mended data gives other blocks, so these shards are of no more use
             work.finish()
             raise
-        made = {"tokenizer_fingerprint": fingerprint, "tokenizer_backend": backend, "job": job,
-                "sources": sources.provenance()}
         metas = _assemble(config, template, heads, work, made)
         work.finish()
     return metas
@@ -210,7 +210,7 @@ def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> No
     if not problems.errors and config.task == "preference" and 0 < with_margin < kept:
         what = f"{with_margin:,} of {kept:,} pairs have a margin and the others have none"
         problems.add(DataError(what, where=config.input[0], expected="a margin in every row or in none",
-                               fix="--margin-key COLUMN"))
+                               fix="give the other pairs a margin too, or remove the column"))
     if not problems.errors and not kept:
         drops = merged([head["drops"] for head in heads])
         causes = ", ".join(f"{cause} {n:,}" for cause, n in drops.items()) or "no rows"
@@ -219,7 +219,7 @@ def _raise_problems(config: PreprocessConfig, heads: list[dict[str, Any]]) -> No
     problems.raise_if_any()
 
 
-def _row_errors(heads: list[dict[str, Any]], rows: int) -> Iterator[DataError]:
+def _row_errors(heads: list[dict[str, Any]], rows: int) -> list[DataError]:
     """One error for each kind of problem, with its first lines and how many of the `rows` have it."""
     counts: Counter[str] = Counter()
     first: dict[str, list[RowFault]] = {}
@@ -229,12 +229,7 @@ def _row_errors(heads: list[dict[str, Any]], rows: int) -> Iterator[DataError]:
             problem = RowFault(**{**fields, "line": fields["line"] + head["first_line"]})
             if len(first.setdefault(problem.kind, [])) < SHOWN:
                 first[problem.kind].append(problem)
-    for kind, examples in first.items():
-        example = examples[0]
-        shown = ", ".join(str(p.line) if p.path == example.path else f"{p.path}:{p.line}" for p in examples)
-        tally = f"({counts[kind]:,} of {rows:,} rows have this problem; first: {shown})"
-        yield DataError(example.what, where=f"{example.path}:{example.line}", expected=example.expected,
-                        fix=f"{example.fix or 'mend the data'}     {tally}")
+    return [fault_error(examples, count=counts[kind], rows=rows) for kind, examples in first.items()]
 
 
 # ---- from shards to files ------------------------------------------------------------------------
@@ -271,6 +266,7 @@ def _assemble(config: PreprocessConfig, template: Template, heads: list[dict[str
         _fill(config, assemblers, [work.shard(i) for i in range(len(heads))], keep)
         empty = [p for p, assembler in zip(config.prefixes, assemblers, strict=True) if not assembler.num_rows]
         if empty:
+            work.finish()  # other options or rows make other shards
             rows = f"{len(keep):,} rows, {int(keep.sum()):,} of them selected"
             raise DataError(f"no row falls into {', '.join(empty)} ({rows})", where=f"--split {config.split}",
                             fix="a larger fraction, or more data")

@@ -113,7 +113,8 @@ class PreprocessConfig:
 
 def check_options(config: PreprocessConfig) -> list[MrlhfError]:
     """Every problem that can be seen without opening the data."""
-    return [*_check_ranges(config), *_check_templates(config), *_check_inputs(config), *_check_outputs(config)]
+    return [*_check_ranges(config), *_check_templates(config), *_check_columns(config), *_check_inputs(config),
+            *_check_outputs(config)]
 
 
 def _check_ranges(config: PreprocessConfig) -> list[ConfigError]:
@@ -139,6 +140,24 @@ def _check_templates(config: PreprocessConfig) -> list[ConfigError]:
     if template is not None and template not in TEMPLATE_NAMES and not Path(template).is_file():
         expected = f"a Jinja file, or one of {', '.join(TEMPLATE_NAMES)}"
         errors.append(ConfigError(f"--chat-template {template}: no such file", expected=expected))
+    return errors
+
+
+def _check_columns(config: PreprocessConfig) -> list[ConfigError]:
+    """One column in two roles would make wrong data: the worse answer as the prompt, for example."""
+    columns = config.columns
+    prompt = "prompt" if columns.prompt or not columns.input else "input"
+    conversation = ["input", "output"] if columns.input and not columns.messages else ["messages"]
+    roles = {"pretrain": [], "sft": conversation, "preference": [prompt, "chosen", "rejected", "margin"],
+             "prompts": [prompt, "label"]}[config.task] + ["tools"]
+    used = {role: getattr(columns, role) or role for role in roles}
+    errors, flags = [], [role for role in roles if getattr(columns, role)]
+    for flag in flags:
+        others = [role for role, name in used.items() if name == used[flag] and role != flag]
+        if others and (others[0] not in flags or flag < others[0]):
+            what = f"column '{used[flag]}' is both {flag} and {others[0]}"
+            errors.append(ConfigError(what, where=f"--{flag}-key", expected="a column of its own for each",
+                                      fix=f"--{flag}-key COLUMN, or --{others[0]}-key COLUMN"))
     return errors
 
 

@@ -29,6 +29,9 @@ def ready_made(name: str, tokenizer: Any) -> str:
     if name == "llama3" and tokenizer.bos_token is not None:
         wanted.remove("<|begin_of_text|>")
     missing = [t for t in wanted if t not in known]
+    if "an eos token" in missing:
+        raise DataError(f"the tokenizer has no eos token, which --chat-template {name} writes",
+                        where=tokenizer.name_or_path, fix="set eos_token in the tokenizer's configuration")
     if missing:
         raise DataError(
             f"the tokenizer has no special tokens {missing}, which --chat-template {name} writes: "

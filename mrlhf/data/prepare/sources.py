@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import difflib
 import glob
 import gzip
 import hashlib
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import zlib
 from collections import Counter
@@ -26,6 +28,7 @@ from typing import IO, Any, cast
 
 import msgspec
 
+from mrlhf.data.indexed import read_meta
 from mrlhf.errors import DataError, Problems
 
 MAX_LINE = 64 << 20
@@ -128,15 +131,16 @@ class Sources:
 
     An argument is a file, a glob pattern, a directory of files, `-` (standard input), a directory that `datasets`
     saved, or a hub id. For the last two, `NAME:SPLIT` picks a split and `NAME@CONFIG` a configuration of a hub id.
-    `total_bytes` is 0 where it is unknown.
+    `total_bytes` is 0 where it is unknown. `flag`: what the user gave the arguments to, for the errors.
     """
 
-    def __init__(self, arguments: tuple[str, ...]):
+    def __init__(self, arguments: tuple[str, ...], *, flag: str = "--input"):
         problems = Problems()
+        self.flag = flag
         self.inputs: list[_Input] = []
         for source, argument in enumerate(arguments):
             try:
-                self.inputs += _resolve(source, argument)
+                self.inputs += _resolve(source, argument, flag)
             except DataError as error:
                 problems.add(error)
         for item in self.inputs:
@@ -145,7 +149,7 @@ class Sources:
                 item.before = (stat.st_size, stat.st_mtime_ns)
                 if stat.st_size == 0:
                     problems.add(DataError("input file is empty", where=item.path, expected=_FORMATS,
-                                           fix="leave it out of --input"))
+                                           fix=f"leave it out of {flag}"))
             problems.extend(_missing_package(item))
         problems.raise_if_any()
         sizes = [item.before[0] if item.before else 0 for item in self.inputs]
@@ -252,7 +256,7 @@ class Sources:
             raise DataError(f"not readable as parquet: {error}", where=item.path) from error
 
     def _dataset(self, item: _Input) -> Iterator[RowBlock]:
-        dataset = open_dataset(item.path)
+        dataset = open_dataset(item.path, flag=self.flag)
         item.described = {"rows": len(dataset), "fingerprint": dataset._fingerprint}
         arrow = dataset.with_format("arrow")
         yield from self._arrow(item, (batch for table in arrow.iter(batch_size=1024) for batch in table.to_batches()))
@@ -279,10 +283,10 @@ class Sources:
             yield block()
 
 
-def read_chunks(arguments: tuple[str, ...]) -> Iterator[Chunk]:
+def read_chunks(arguments: tuple[str, ...], *, flag: str = "--input") -> Iterator[Chunk]:
     """The rows of all inputs in order, in this process, numbered by their files. Raises DataError."""
     lines: Counter[tuple[int, str]] = Counter()
-    for block in Sources(arguments).blocks():
+    for block in Sources(arguments, flag=flag).blocks():
         content, where = block.content(), (block.source, block.path)
         for chunk in block.chunks(content):
             yield Chunk(chunk.path, [lines[where] + n for n in chunk.numbers], chunk.rows)
@@ -365,35 +369,49 @@ class _HashingReader:
         return data
 
 
-def _resolve(source: int, argument: str) -> list[_Input]:
+def _resolve(source: int, argument: str, flag: str) -> list[_Input]:
     if argument == "-":
         return [_Input(source, "-", "lines")]
+    _refuse_made_data(argument, flag)
     if os.path.isfile(argument):
         return [_file(source, argument)]
     if glob.has_magic(argument):
         matches = sorted(f for f in glob.glob(argument, recursive=True) if os.path.isfile(f))
         if not matches:
             raise DataError("no file matches", where=argument,
-                            fix="check the pattern given to --input (quoted, so that the shell leaves it alone)")
+                            fix=f"check the pattern given to {flag} (quoted, so that the shell leaves it alone)")
         return [_file(source, f) for f in matches]
     directory, _, split = argument.rpartition(":") if ":" in argument else (argument, "", "")
     if os.path.isdir(argument) or os.path.isdir(directory):
-        return _resolve_directory(source, argument, directory if split else argument)
+        return _resolve_directory(source, argument, directory if split else argument, flag)
     is_path = argument.startswith((".", "/", "~")) or argument.endswith(_ENDINGS)
     if argument.partition(":")[0].count("/") == 1 and not is_path:
         return [_Input(source, argument, "dataset")]
-    raise DataError("input file does not exist", where=argument, fix="check the path given to --input")
+    raise DataError("input file does not exist", where=argument, fix=f"check the path given to {flag}")
 
 
-def _resolve_directory(source: int, argument: str, directory: str) -> list[_Input]:
+def _refuse_made_data(argument: str, flag: str) -> None:
+    """Refuses the prefix (or a file) of a data set that is made already, and names the file it was made from."""
+    prefix = re.sub(r"\.(bin|idx|json)$", "", argument)
+    if not all(os.path.isfile(f"{prefix}.{ending}") for ending in ("bin", "idx", "json")):
+        return
+    path = next((source.get("path") for source in read_meta(prefix).get("sources", ())), None)
+    raise DataError("this is a data set made by tools/preprocess_data.py", where=argument,
+                    expected=f"the records that it was made from: {_FORMATS}",
+                    fix=f"{flag} {shlex.quote(path)}" if path else f"{flag} FILE")
+
+
+def _resolve_directory(source: int, argument: str, directory: str, flag: str) -> list[_Input]:
     """A data set that `datasets` saved in `directory` (`argument` may name a split), or a directory of data files."""
     if any((Path(directory) / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return [_Input(source, argument, "dataset")]
     files = sorted(Path(argument).iterdir()) if os.path.isdir(argument) else []
     inputs = [_file(source, str(f)) for f in files if f.name.endswith(_ENDINGS)]
     if not inputs:
+        below = next((f.name for f in Path(directory).rglob("*") if f.name.endswith(_ENDINGS)), None)
+        ending = next((e for e in _ENDINGS if below is not None and below.endswith(e)), None)
         raise DataError("is a directory without data files", where=argument, expected=_FORMATS,
-                        fix=f"--input '{argument}/*.jsonl'")
+                        fix=f"{flag} {shlex.quote(f'{argument}/**/*{ending}')}" if ending else f"{flag} FILE")
     return inputs
 
 
@@ -416,7 +434,7 @@ def _missing_package(item: _Input) -> list[DataError]:
     return []
 
 
-def open_dataset(argument: str) -> Any:
+def open_dataset(argument: str, *, flag: str = "--input") -> Any:
     """The `datasets.Dataset` of DIR[:SPLIT] or ID[@CONFIG][:SPLIT]. Runs no code from it. Raises DataError."""
     import datasets
 
@@ -430,16 +448,23 @@ def open_dataset(argument: str) -> Any:
     except Exception as error:  # the library and the hub's client have no common base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"no such file, and not a HF dataset that can be loaded: {reason}", where=argument,
-                        expected=_FORMATS, fix="--input FILE") from error
+                        expected=_FORMATS, fix=f"{flag} FILE") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
     splits = sorted(map(str, loaded))
     if not split and len(splits) == 1:
         split = splits[0]
     if split not in splits:
+        meant = f"{name}:{_likely_split(splits, split)}"
         raise DataError(f"has no split '{split}'" if split else "has several splits", where=argument,
-                        expected=", ".join(splits), fix=f"--input {name}:{splits[0]}")
+                        expected=", ".join(splits), fix=f"{flag} {shlex.quote(meant)}")
     return loaded[split]
+
+
+def _likely_split(splits: list[str], given: str) -> str:
+    """The split that a misspelt name means; `train` where none was given. Any other guess could make wrong data."""
+    near = difflib.get_close_matches(given, splits, n=1)
+    return near[0] if near else "train" if "train" in splits and not given else "SPLIT"
 
 
 def _open(path: str) -> IO[bytes]:

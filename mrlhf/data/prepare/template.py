@@ -329,6 +329,11 @@ class Template:
         return self._special.guard(item)
 
 
+def plain_template(text: str) -> str:
+    """An input template with the line breaks and tabs that a shell hands over as a backslash and a letter."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def _tokens_before(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer puts before a text (bos). Our end token replaces those that it puts behind one."""
     whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))

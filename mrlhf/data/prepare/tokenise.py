@@ -15,7 +15,7 @@ import numpy as np
 from mrlhf.data.prepare.formats import Columns, NormalRecord, normalise
 from mrlhf.data.prepare.sources import Chunk
 from mrlhf.data.prepare.template import Rendered, Template
-from mrlhf.errors import RowProblem
+from mrlhf.errors import DataError, RowProblem
 
 SHOWN = 3  # problems of a kind that are kept with their lines
 
@@ -30,6 +30,15 @@ class RowFault:
     what: str
     expected: str | None
     fix: str | None
+
+
+def fault_error(first: list[RowFault], *, count: int, rows: int) -> DataError:
+    """One error for the `count` of `rows` rows that have the same kind of problem, with the lines of the first."""
+    example = first[0]
+    shown = ", ".join(str(p.line) if p.path == example.path else f"{p.path}:{p.line}" for p in first)
+    tally = f"({count:,} of {rows:,} rows have this problem; first: {shown})"
+    return DataError(example.what, where=f"{example.path}:{example.line}", expected=example.expected,
+                     fix=f"{example.fix or 'mend the data'}     {tally}")
 
 
 @dataclass
@@ -105,7 +114,7 @@ class Tokenise:
 
     def _render(self, chunk: Chunk, i: int) -> tuple[NormalRecord, list[Rendered]]:
         """Row i and its texts to tokenise (none for pretraining, whose text is in the sample). Raises RowProblem."""
-        sample = normalise(_record(chunk, i), self.task, self.columns, plain=self.template.plain)
+        sample = normalise(read_record(chunk, i), self.task, self.columns, plain=self.template.plain)
         if sample.prompt is not None:
             return sample, [self.template.prompt(sample.prompt, tools=sample.tools)]
         return sample, [self.template.conversation(c, tools=sample.tools) for c in sample.conversations]
@@ -259,7 +268,8 @@ def row_content(sample: NormalRecord) -> tuple[bytes, bytes]:
     )
 
 
-def _record(chunk: Chunk, i: int) -> Any:
+def read_record(chunk: Chunk, i: int) -> Any:
+    """Row i of the chunk. Raises RowProblem where it is not JSON or names a column twice."""
     try:
         record = chunk.record(i)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -114,6 +114,6 @@ def run_workers(work: Work, blocks: Iterator[RowBlock], *, workers: int) -> Iter
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise EnvironmentProblem("a worker process died, most likely for want of memory",
-                                 fix=f"fewer than --workers {workers}, then --resume") from error
+                                 fix=f"--workers {max(1, workers // 2)} --resume") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def _check_guess(tokenizer: Any, path: str) -> None:
     if difference is not None:
         raise DataError(f"transformers does not read this sentencepiece model exactly: {difference}", where=path,
                         expected="tokenizer.json, or the model's tokenizer_class in tokenizer_config.json",
-                        fix=f"--tokenizer {exact.name_or_path} (the bare model), or add the tokenizer_class")
+                        fix=f"--tokenizer {shlex.quote(exact.name_or_path)}, the bare model, or add the "
+                        "tokenizer_class")
 
 
 def _first_difference(reference: Any, tokenizer: Any) -> str | None:

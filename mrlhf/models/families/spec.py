@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +17,7 @@ from msgspec import Meta
 
 from mrlhf.config.foreign import read_json
 from mrlhf.config.options import ParallelConfig
-from mrlhf.errors import CheckpointError, ConfigError
+from mrlhf.errors import CheckpointError, ConfigError, MrlhfError
 from mrlhf.models.families.rope_frequencies import Positive, Rope
 
 # The vocabulary is padded to a multiple of this for every TP: checkpoint shapes do not depend on the layout, and vLLM's
@@ -216,16 +218,51 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool = True) -> list[ConfigError]:
-    """Every size that does not divide: the model by TP, PP, CP and EP, the world by TP x PP x CP and by EP."""
-    errors = _tensor_errors(parallel, spec) + _pipeline_errors(parallel, spec) + _context_errors(parallel, spec)
+def check_layout(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool = True,
+                 apart: int = 0) -> list[ConfigError]:
+    """Every size that does not divide: the model by TP, PP, CP and EP, the world by TP x PP x CP and by EP.
+
+    apart: ranks of torchrun beside the `world` (rollout.num_ranks).
+    """
+    errors = _tensor_errors(parallel, spec, world) + _pipeline_errors(parallel, spec, world)
+    errors += _context_errors(parallel, spec, world)
     tp, pp, cp = _parallel_sizes(parallel)
     if world % (tp * pp * cp):
         context = f" x context {cp}" if cp > 1 else ""
-        errors.append(ConfigError(f"{world} ranks cannot be divided into tensor {tp} x pipeline {pp}{context}",
-                                  where="parallel", expected=f"a multiple of {tp * pp * cp} ranks",
-                                  fix=f"torchrun --nproc-per-node {tp * pp * cp} -m mrlhf ..."))
+        unit = math.lcm(tp * cp, parallel.expert_model_parallel_size if spec.experts else 1) * pp
+        besides = f", {apart} more generate" if apart else ""
+        expected = f"a multiple of {tp * pp * cp} ranks{f' to train, and {apart}' if apart else ''}"
+        errors.append(ConfigError(f"{world} ranks cannot be divided into tensor {tp} x pipeline {pp}{context}{besides}",
+                                  where="parallel", expected=expected, fix=ranks_fix(unit, world=world, apart=apart)))
     return errors + _experts_errors(parallel, spec, world, trained=trained)
+
+
+def ranks_fix(unit: int, *, world: int, apart: int = 0) -> str | None:
+    """The command with the nearest number of ranks of which all but `apart` are a multiple of `unit`; fewer first.
+
+    None if equal nodes, as many as now, allow no such number.
+    """
+    total, a_node = world + apart, int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    nodes = max(1, total // a_node) if a_node else 1
+    fitting = [n for n in range(1, total + apart + unit + 1) if n * nodes > apart and (n * nodes - apart) % unit == 0]
+    if not fitting:
+        return None
+    n = max((n for n in fitting if n * nodes <= total), default=fitting[0])
+    if not a_node and "WORLD_SIZE" in os.environ:
+        return f"WORLD_SIZE={n} for --dry-run"
+    return f"torchrun {f'--nnodes {nodes} ' if nodes > 1 else ''}--nproc-per-node {n} -m mrlhf ..."
+
+
+def rename_keys(errors: Iterable[MrlhfError], names: dict[str, str]) -> list[MrlhfError]:
+    """The errors with the options' names in another command or for another model; other errors as they are."""
+
+    def renamed(text: str | None) -> str | None:
+        for old, new in names.items():
+            text = text and text.replace(old, new)
+        return text
+
+    return [ConfigError(renamed(e.what) or "", where=renamed(e.where), expected=renamed(e.expected), fix=renamed(e.fix))
+            if isinstance(e, ConfigError) else e for e in errors]
 
 
 def _parallel_sizes(parallel: ParallelConfig) -> tuple[int, int, int]:
@@ -233,13 +270,18 @@ def _parallel_sizes(parallel: ParallelConfig) -> tuple[int, int, int]:
     return tp, pp, parallel.context_parallel_size
 
 
-def _size_error(what: str, key: str, allowed: list[int], *, now: int) -> ConfigError:
-    """An error for a size with the values that the model allows; the fix is the largest of them up to `now`."""
-    expected, fix = ", ".join(map(str, allowed)), f"--{key} {max(n for n in allowed if n <= max(now, 1))}"
-    return ConfigError(f"{key} = {now} does not divide {what}", where=key, expected=expected, fix=fix)
+def _size_error(what: str, key: str, allowed: list[int], *, now: int, ranks: int = 0) -> ConfigError:
+    """An error for a size with the values that the model allows.
+
+    The fix is the largest of them up to `now`; of sizes above 1, one that divides `ranks` if there is one.
+    """
+    lower = [n for n in allowed if n <= max(now, 1)]
+    fix = max((n for n in lower if n > 1 and ranks % n == 0), default=max(lower))
+    expected = ", ".join(map(str, allowed))
+    return ConfigError(f"{key} = {now} does not divide {what}", where=key, expected=expected, fix=f"--{key} {fix}")
 
 
-def _tensor_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+def _tensor_errors(parallel: ParallelConfig, spec: ModelSpec, world: int) -> list[ConfigError]:
     tp, groups = parallel.tensor_model_parallel_size, spec.num_query_groups
     limits = {"num_attention_heads": spec.num_attention_heads, "num_key_value_heads (num_query_groups)": groups}
     limits |= {"intermediate_size": spec.ffn_hidden_size, "the padded vocabulary's unit": VOCAB_MULTIPLE}
@@ -251,42 +293,56 @@ def _tensor_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigErro
     if not wrong:
         return []
     allowed = [n for n in range(1, groups + 1) if all(size % n == 0 for size in limits.values())]
-    return [_size_error(f"the model's {', '.join(wrong)}", "parallel.tensor_model_parallel_size", allowed, now=tp)]
+    key, others = "parallel.tensor_model_parallel_size", parallel.pipeline_model_parallel_size
+    others *= parallel.context_parallel_size
+    return [_size_error(f"the model's {', '.join(wrong)}", key, allowed, now=tp, ranks=world // others)]
 
 
-def _pipeline_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+def _pipeline_errors(parallel: ParallelConfig, spec: ModelSpec, world: int) -> list[ConfigError]:
     """Stages must divide the layers, and virtual stages the layers of each stage."""
     pp, pieces = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     layers = spec.num_layers
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if pp == 1 or _stages_are_whole(layers, pp, pieces, first, last):
+        return []
+    if first is not None or last is not None:
+        return [_uneven_error(layers, pp, pieces, first, last)]
+    if layers % pp:
+        allowed = [n for n in range(1, layers + 1) if layers % n == 0]
+        key, ranks = "parallel.pipeline_model_parallel_size", world // math.prod(_parallel_sizes(parallel)[::2])
+        return [_size_error(f"the model's num_hidden_layers = {layers}", key, allowed, now=pp, ranks=ranks)]
+    allowed = [n for n in range(1, layers // pp + 1) if layers // pp % n == 0]
+    key = "parallel.virtual_pipeline_model_parallel_size"
+    return [_size_error(f"the model's {layers // pp} layers of a stage", key, allowed, now=pieces)]
+
+
+def _stages_are_whole(layers: int, pp: int, pieces: int, first: int | None, last: int | None) -> bool:
+    """Whether the stages between the first and the last are equal, none is empty, and pieces divide them all."""
     ends = [n for n in (first, last) if n is not None]
-    if pp == 1:
-        return []
-    if not ends:
-        if layers % (pp * pieces) == 0:
-            return []
-        if layers % pp == 0:
-            key, size, whole = "parallel.virtual_pipeline_model_parallel_size", pieces, layers // pp
-            what = f"{whole} layers of a stage"
-        else:
-            key, size, whole = "parallel.pipeline_model_parallel_size", pp, layers
-            what = f"num_hidden_layers = {layers}"
-        expected = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
-        return [ConfigError(f"{key} = {size} does not divide the model's {what}", where=key, expected=expected)]
     rest, stages = layers - sum(ends), pp - len(ends)
-    uneven = rest % (stages * pieces) or rest == 0 if stages else rest != 0
-    if rest >= 0 and not uneven and not any(n % pieces for n in ends):
-        return []
+    if any(n % pieces for n in ends):
+        return False
+    return rest > 0 and rest % (stages * pieces) == 0 if stages else rest == 0
+
+
+def _uneven_error(layers: int, pp: int, pieces: int, first: int | None, last: int | None) -> ConfigError:
+    """The fix changes one of the two ends, to the nearest number that leaves whole stages."""
+    ends = [n for n in (first, last) if n is not None]
+    rest, stages = layers - sum(ends), pp - len(ends)
     which, end = "first and last" if len(ends) == 2 else "uneven", "first" if first is not None else "last"
     what = f"{layers} layers less those of the {which} stage leave {rest} for {stages} stages"
     what += f" of {pieces} virtual stages" if pieces > 1 else ""
+    choices = [(abs(n - now), name, n) for name, now in (("first", first), ("last", last)) if now is not None
+               for n in range(1, layers + 1)
+               if _stages_are_whole(layers, pp, pieces, n if name == "first" else first, n if name == "last" else last)]
+    fix = "--parallel.num_layers_in_{1}_pipeline_stage {2}".format(*min(choices)) if choices else None
     where = f"parallel.num_layers_in_{end}_pipeline_stage"
-    return [ConfigError(what, where=where, expected="whole, equal stages (and virtual stages)")]
+    return ConfigError(what, where=where, expected="whole, equal stages (and virtual stages)", fix=fix)
 
 
-def _context_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigError]:
+def _context_errors(parallel: ParallelConfig, spec: ModelSpec, world: int) -> list[ConfigError]:
     """In attention, context-parallel ranks share the heads of a tensor-parallel rank; key/value heads may repeat."""
-    tp, _, cp = _parallel_sizes(parallel)
+    tp, pp, cp = _parallel_sizes(parallel)
     if spec.num_attention_heads % tp or spec.num_query_groups % tp:
         return []
     heads, groups = spec.num_attention_heads // tp, spec.num_query_groups // tp
@@ -294,7 +350,7 @@ def _context_errors(parallel: ParallelConfig, spec: ModelSpec) -> list[ConfigErr
     if cp in allowed:
         return []
     what = f"the {heads} heads (and {groups} key/value heads) of a tensor-parallel rank"
-    return [_size_error(what, "parallel.context_parallel_size", allowed, now=cp)]
+    return [_size_error(what, "parallel.context_parallel_size", allowed, now=cp, ranks=world // (tp * pp))]
 
 
 def _experts_errors(parallel: ParallelConfig, spec: ModelSpec, world: int, *, trained: bool) -> list[ConfigError]:

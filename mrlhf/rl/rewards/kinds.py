@@ -105,7 +105,7 @@ def load_function(source: RewardSource) -> RewardFunction:
         close = difflib.get_close_matches(name, names, n=1)
         raise ConfigError(f"reward file {path_text!r} has no function {name!r}",
                           expected=f"one of {', '.join(names)}" if names else "a file that defines a function",
-                          fix=f"did you mean {path_text}:{close[0]} ?" if close else None)
+                          fix=f"--reward.sources {path_text}:{close[0]}" if close else None)
     _check_signature(function, source.spec)
     return function
 
@@ -215,7 +215,7 @@ def check_url(url: str) -> None:
     secrets += [f"a key ({key}=...)" for key, _ in parse_qsl(parts.query) if SECRET_NAME.search(key)]
     if secrets:
         raise ConfigError(f"the reward URL for {host!r} holds {secrets[0]}, which logs would show",
-                          fix="pass a bearer token by an environment variable")
+                          fix="--reward.http_token_env NAME: a bearer token, from the environment")
 
 
 def shorten(value: Any) -> str:

@@ -134,7 +134,7 @@ class RewardProcess:
             raise RewardError(
                 f"reward function {self.spec!r} {failure}: it did not answer within {self.timeout_s:g} s",
                 expected=f"an answer in time; {self.log or 'the log'} shows its stacks",
-                fix="--reward.function_timeout_s",
+                fix=f"--reward.function_timeout_s {2 * self.timeout_s:g}",
             ) from error
         except msgspec.DecodeError as error:
             self.close()
@@ -149,7 +149,8 @@ class RewardProcess:
         if answer.error is not None:
             what, where, expected, fix = answer.error
             if "MemoryError" in what and self.memory_mib:
-                expected, fix = f"at most {self.memory_mib} MiB of address space", "--reward.function_memory_mib"
+                expected = f"at most {self.memory_mib} MiB of address space"
+                fix = f"--reward.function_memory_mib {2 * self.memory_mib}"
             raise RewardError(what, where=where, expected=expected, fix=fix)
         return answer.scores
 

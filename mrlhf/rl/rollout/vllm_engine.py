@@ -127,20 +127,27 @@ def _use_own_shared_memory_names() -> None:
 def check_vllm_model(spec: ModelSpec, *, tp: int, world: int, key: str) -> list[ConfigError]:
     """Reasons why vLLM would refuse this model and tensor-parallel size `tp` (option `key`) on `world` ranks."""
     errors = []
+    heads, groups, ffn = spec.num_attention_heads, spec.num_query_groups, spec.ffn_hidden_size
+    shared = spec.experts.shared_ffn_hidden_size if spec.experts is not None else 0
+
+    def fits(n: int) -> bool:
+        return not (heads % n or (groups % n and n % groups) or ffn % n or shared % n)
+
+    sizes = [n for n in range(1, heads + 1) if fits(n) and (n == 1 or spec.qk_norm != "all")]
+    allowed = ", ".join(map(str, sizes))
+    fix = f"--{key} {max(n for n in sizes if n == 1 or (n <= tp and world % n == 0))}"
     if world % tp:
         what = f"{key} = {tp} does not divide the {world} ranks"
-        errors.append(ConfigError(what, where=key, expected="a divisor of the number of ranks"))
-    heads, groups, ffn = spec.num_attention_heads, spec.num_query_groups, spec.ffn_hidden_size
+        errors.append(ConfigError(what, where=key, expected="a divisor of the number of ranks", fix=fix))
     if heads % tp or (groups % tp and tp % groups) or ffn % tp:
         what = f"num_attention_heads = {heads}, num_key_value_heads = {groups}, intermediate_size = {ffn}"
-        errors.append(ConfigError(f"{key} = {tp} does not fit {what}", where=key))
+        errors.append(ConfigError(f"{key} = {tp} does not fit {what}", where=key, expected=allowed, fix=fix))
     if spec.qk_norm == "all" and tp > 1:
         what = f"{key} = {tp}: vLLM's norm over all heads of {spec.family} has not been tested with sharded heads"
         errors.append(ConfigError(what, where=key, expected="1", fix=f"--{key} 1"))
-    if spec.experts is not None and spec.experts.shared_ffn_hidden_size % tp:
-        shared = spec.experts.shared_ffn_hidden_size
+    if shared % tp:
         what = f"{key} = {tp} does not divide the shared experts' intermediate size {shared}"
-        errors.append(ConfigError(what, where=key, expected="a divisor"))
+        errors.append(ConfigError(what, where=key, expected="a divisor", fix=fix))
     errors += _check_latent_attention(spec)
     expert_ffn = spec.experts.ffn_hidden_size // tp if spec.experts else 0
     if not device.current().is_cuda and expert_ffn % 32:
@@ -194,7 +201,8 @@ def _free_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // state.ranks_of_a_node()
 
 
-def check_vllm_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int) -> VLLMMemory:
+def check_vllm_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int,
+                      key: str = "rollout.kv_cache_mib") -> VLLMMemory:
     """Before vLLM allocates anything; collective. Raises ConfigError on all ranks if vLLM does not fit on one."""
     weights = model_bytes(spec, dtype=dtype, tp=tp, pp=1, dp=1, trained=False, distributed_optimizer=False)
     free = torch.tensor(float(_free_bytes()), dtype=torch.float64, device=device.current().name)
@@ -203,9 +211,9 @@ def check_vllm_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int
     if memory.weights + memory.cache > memory.free:
         room = (memory.free - memory.weights) >> 20
         raise ConfigError(
-            f"vLLM does not fit: {memory.summary()}", where="rollout.kv_cache_mib",
+            f"vLLM does not fit: {memory.summary()}", where=key,
             expected=f"at most {room}" if room > 0 else "a larger tensor-parallel size, or offload.* to free memory",
-            fix=f"--rollout.kv_cache_mib {room // 2}" if room > 1 else None,
+            fix=f"--{key} {room // 2}" if room > 1 else None,
         )
     return memory
 
@@ -256,13 +264,15 @@ class VLLMEngine:
 
     def __init__(self, spec: ModelSpec, hf_dir: Path, *, dtype: str, tp: int, max_model_len: int, kv_cache_mib: int,
                  max_num_seqs: int, seed: int, weights: str = "plain", sleep: bool = False,
-                 tokenizer_dir: Path | None = None, log_dir: Path | None = None) -> None:
+                 tokenizer_dir: Path | None = None, log_dir: Path | None = None,
+                 cache_key: str = "rollout.kv_cache_mib") -> None:
         """weights: rollout.weights. tokenizer_dir: needed for stop strings, which vLLM searches in the decoded text.
+        cache_key: the option that sets `kv_cache_mib`, for the error.
         log_dir: where vLLM's log goes; without it only its errors are shown. Raises ConfigError if the memory is not
         free, EnvironmentProblem if vLLM is missing or builds another model than the weight map expects.
         """
         _configure_vllm(log_dir)
-        self.memory = check_vllm_memory(spec, dtype=dtype, tp=tp, kv_cache_mib=kv_cache_mib)
+        self.memory = check_vllm_memory(spec, dtype=dtype, tp=tp, kv_cache_mib=kv_cache_mib, key=cache_key)
         vllm, on_cuda = _import_vllm(weights=weights, tp=tp), device.current().is_cuda
         self.sleeps = sleep and on_cuda
         self.should_stop: Callable[[], bool] = lambda: False  # not collective; called between vLLM's steps

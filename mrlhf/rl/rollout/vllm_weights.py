@@ -32,15 +32,17 @@ def check_weights(spec: ModelSpec, weights: str, *, dtype: str, placement: str =
     errors, key = [], "rollout.weights"
     if weights != "plain" and placement == "separate":
         what = f"{key} = {weights}: weights are written in place on generating ranks"
-        errors.append(ConfigError(what, where=key, expected="plain"))
+        errors.append(ConfigError(what, where=key, expected="plain", fix=f"--{key} plain"))
     if weights == "packed" and device.current().is_cuda:
-        errors.append(ConfigError(f"{key} = packed is for vLLM's CPU kernels", where=key, expected="plain or fp8"))
+        errors.append(ConfigError(f"{key} = packed is for vLLM's CPU kernels", where=key, expected="plain or fp8",
+                                  fix=f"--{key} plain"))
     if weights == "fp8" and dtype != "bfloat16":
         what = f"{key} = fp8: vLLM quantizes bfloat16 weights, and model.dtype = {dtype}"
         errors.append(ConfigError(what, where=key, expected="plain", fix="--model.dtype bfloat16"))
     if weights == "fp8" and spec.experts is not None:
         what = f"{key} = fp8: not yet run with vLLM's kernels for experts"
-        errors.append(ConfigError(what, where=key, expected="plain, or a model without experts"))
+        errors.append(ConfigError(what, where=key, expected="plain, or a model without experts",
+                                  fix=f"--{key} plain"))
     return errors
 
 

@@ -79,7 +79,7 @@ def test_prompt_and_text_rows() -> None:
         ),
         ("sft", {"messages": [U]}, Columns(), "ends with a turn of 'user'", "last answer"),
         ("sft", {"messages": [A]}, Columns(), "no prompt", "--messages-key"),
-        ("sft", {"messages": "hello"}, Columns(), "is a string", "--input-key"),
+        ("sft", {"messages": "hello"}, Columns(), "is a string", "--messages-key"),
         (
             "sft",
             {"messages": [{"from": "human", "value": "x"}, A]},

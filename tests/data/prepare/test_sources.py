@@ -87,7 +87,7 @@ def test_parquet_and_datasets(tmp_path: Path) -> None:
     assert Sources((str(tmp_path / "one"),)).inputs[0].kind == "dataset"
     with pytest.raises(DataError, match="has several splits") as caught:
         rows_of(tmp_path / "two")
-    assert caught.value.expected == "test, train" and "two:test" in (caught.value.fix or "")
+    assert caught.value.expected == "test, train" and "two:train" in (caught.value.fix or "")
     with pytest.raises(DataError, match="no split 'valid'"):
         rows_of(tmp_path / "two:valid")
 

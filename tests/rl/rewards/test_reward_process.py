@@ -318,7 +318,7 @@ def test_it_sees_no_secret_but_what_it_was_given(file: Path, monkeypatch: pytest
 
 
 def test_what_cannot_be_loaded_is_a_config_error(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="did you mean .*mine.py:good"):
+    with pytest.raises(ConfigError, match="--reward.sources .*mine.py:good"):
         start(file, "goood")
     (tmp_path / "slow.py").write_text(SLOW_START)
     with pytest.raises(ConfigError, match="could not be loaded: it did not answer within 1 s"):

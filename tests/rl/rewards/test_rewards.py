@@ -139,7 +139,7 @@ class TestLoadFunction:
         with pytest.raises(ConfigError) as caught:
             self.load(tmp_path, code)
         assert "expected: one of other, scores\n" in str(caught.value)
-        assert "did you mean" in str(caught.value) and "mine.py:scores ?" in str(caught.value)
+        assert "--reward.sources " in str(caught.value) and "mine.py:scores" in str(caught.value)
 
     def test_file_that_does_not_import(self, tmp_path):
         with pytest.raises(ConfigError, match="does not import: ModuleNotFoundError: No module named 'absent_module'"):

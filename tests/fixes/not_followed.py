@@ -1,0 +1,37 @@
+"""Fixes that no scenario follows, each with its reason: (file, function, a part of the text) -> why not here."""
+
+NOT_FOLLOWED = {
+    ("mrlhf/checkpoint/optimizer_state.py", "translate", "start from its weights"): "a new run: tests/checkpoint",
+    ("mrlhf/checkpoint/source.py", "to_resume", "start from it"): "a new run from weights: tests/checkpoint",
+    ("mrlhf/checkpoint/tensor_file.py", "read", "take an earlier"): "a copy of a directory, as of check_manifest",
+    (
+        "mrlhf/checkpoint/tensor_file.py",
+        "_read_chunk",
+        "take an earlier",
+    ): "a copy of a directory, as of check_manifest",
+    ("mrlhf/convert/hf.py", "initialize_groups", "MRLHF_DEVICE"): "needs a GPU",
+    ("mrlhf/data/prepare/template.py", "_guard", "remove special"): "such rows are dropped and counted, never shown",
+    ("mrlhf/data/tokenizers/special.py", "guard", "remove special"): "such rows are dropped and counted, never shown",
+    ("mrlhf/data/tokenizers/rank_file.py", "_read", "copy the file"): "the published files are not here",
+    ("mrlhf/data/tokenizers/rank_file.py", "from_ranks", "copy the file"): "the published files are not here",
+    (
+        "mrlhf/data/tokenizers/sentencepiece_model.py",
+        "from_sentencepiece",
+        "own transformers class",
+    ): "no model is known whose conversion differs",
+    ("mrlhf/convert/hf.py", "_lock", "wait until it ends"): "as of two commands on one --output-prefix",
+    ("mrlhf/errors.py", "disk_problem", "make room"): "what the machine says of its disk: tests/observe",
+    ("mrlhf/rl/health.py", "first_ratio", "--model.dtype"): "a run whose first ratio is wrong: tests/rl/test_health.py",
+    ("mrlhf/rl/rewards/process.py", "_exchange", "--reward.function"): "a slow, or a large process: tests/rl/rewards",
+    ("mrlhf/training/resume.py", "open_directory", "wait until"): "two runs: tests/observe/test_directory.py",
+    ("mrlhf/training/trainer.py", "_reject_step", "learning rate"): "a run that diverges: tests/training",
+    ("mrlhf/parallel/split.py", "_receive", "same command"): "a lost rank: tests/rl/rollout/test_separate.py",
+    ("mrlhf/rl/rewards/server.py", "", "pip install"): "raised at the import, and all tests have the packages",
+    ("mrlhf/rl/rollout/vllm_engine.py", "_import_vllm", "make setup"): "all tests have vLLM",
+    ("mrlhf/rl/rollout/vllm_weights.py", "_expert_layers", "VLLM_"): "needs a GPU",
+    (
+        "mrlhf/rl/rollout/vllm_weights.py",
+        "check_weights",
+        "plain",
+    ): "packed weights on CUDA need a GPU; others are followed",
+}
