@@ -123,5 +123,5 @@ def test_every_fix_is_followed_or_says_why_not(played: SimpleNamespace) -> None:
 
 def test_no_text_says_fix_by_itself() -> None:
     """A fix is an error's, and then a site; beside errors.py only the watch writes one itself."""
-    files = [f for f in (*ROOT.glob("mrlhf/**/*.py"), *ROOT.glob("tools/**/*.py")) if "  fix:" in f.read_text()]
+    files = [f for f in (*ROOT.glob("mrlhf/**/*.py"), *ROOT.glob("tools/**/*.py")) if "  fix:      " in f.read_text()]
     assert {f.relative_to(ROOT).as_posix() for f in files} == {"mrlhf/errors.py", "mrlhf/parallel/watch.py"}

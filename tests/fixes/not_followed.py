@@ -1,6 +1,11 @@
 """Fixes that no scenario follows, each with its reason: (file, function, a part of the text) -> why not here."""
 
 NOT_FOLLOWED = {
+    (
+        "mrlhf/data/prepare/formats.py",
+        "_prompt_with_answers",
+        "",
+    ): "handed to _column, whose text for a null is followed",
     ("mrlhf/checkpoint/optimizer_state.py", "translate", "start from its weights"): "a new run: tests/checkpoint",
     ("mrlhf/checkpoint/source.py", "to_resume", "start from it"): "a new run from weights: tests/checkpoint",
     ("mrlhf/checkpoint/tensor_file.py", "read", "take an earlier"): "a copy of a directory, as of check_manifest",

@@ -421,7 +421,9 @@ def _ends(mask: list[int]) -> None:
     from mrlhf.data.prepare.tokenise import Tokenise
 
     template = SimpleNamespace(end_token_id=1, end_token="e")
-    Tokenise._check_ends(SimpleNamespace(task="sft", template=template), np.asarray([2, 1]), np.asarray(mask))
+    Tokenise._check_ends(
+        SimpleNamespace(task="sft", template=template), np.asarray([2] * (len(mask) - 1) + [1]), np.asarray(mask)
+    )
 
 
 ANOTHER = "--chat-template FILE"
@@ -451,7 +453,7 @@ MATHS = [
     ),
     state(_ends, [0, 0], ANOTHER, [0, 1], "nothing trained"),
     state(_ends, [1, 1], f"{ANOTHER}, or --input-template", [0, 1], "all trained"),
-    state(_ends, [0, 1, 0][:2][::-1], f"{ANOTHER}, or --input-template", [0, 1], "end not trained, all of the rest"),
+    state(_ends, [0, 1, 0], ANOTHER, [0, 1, 1], "end not trained"),
 ]
 
 
