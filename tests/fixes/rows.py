@@ -577,13 +577,6 @@ def _with_eos(bench: SimpleNamespace, command: Command, fix: str) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": "<|im_end|>"}))
 
 
-def _parts(bench: SimpleNamespace, command: Command, fix: str) -> None:
-    """A chat template for content that is a list of parts."""
-    content = "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}"
-    source = LOOP.replace("BODY", TURN.replace("{{ m['content'] }}", content))
-    command.set("--chat-template", str(write("parts.jinja", source)(bench)))
-
-
 USER = "User: red\nAssistant:[[ blue{}]]".format
 NO_END = LOOP.replace("BODY", "{{ m['role'] }}: {{ m['content'] }} ")
 TEMPLATES = [
@@ -676,25 +669,11 @@ TEMPLATES = [
         MARKED.replace("{", "\\{").replace("}", "\\}"),
         by=_marked,
     ),
-    template(
-        "template that skips tools",
-        LOOP.replace("BODY", TURN),
-        "--chat-template FILE, or remove the column",
-        rows={**GOOD, "tools": [{}]},
-        by=rows_to(lambda r: GOOD),
-    ),
     Scenario(
         "several turns of a plain text",
         prepare("sft", [{"messages": [U, B, U, A]}], input_template="{}"),
         "--chat-template FILE instead of --input-template",
         by=then(setting("--chat-template", "chatml"), without("--input-template")),
-    ),
-    Scenario(
-        "content in parts of a plain text",
-        prepare("sft", [{"messages": [{**U, "content": [{"type": "text", "text": "red"}]}, A]}], input_template="{}"),
-        "--chat-template FILE instead of --input-template",
-        by=then(_parts, without("--input-template")),
-        right=gives(CHAT("blue")),
     ),
     Scenario(
         "too long",
