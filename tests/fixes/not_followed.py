@@ -45,6 +45,7 @@ NOT_FOLLOWED = {
 NOT_FOLLOWED |= dict.fromkeys(
     (
         ("mrlhf/checkpoint/source.py", "restore_randomness", ""),
+        ("mrlhf/checkpoint/manifest.py", "read_manifest", ""),
         ("mrlhf/config/foreign.py", "check_links", ""),
         ("mrlhf/config/process.py", "naming_file_limit", ""),
         ("mrlhf/data/indexed.py", "read_meta", ""),
