@@ -23,8 +23,16 @@ from mrlhf.data.prepare.options import PreprocessConfig  # noqa: E402
 from mrlhf.data.prepare.template import plain_template  # noqa: E402
 from mrlhf.errors import MrlhfError, disk_problem, error_text  # noqa: E402
 
-_TASK_OF = {"rm": "preference", "dpo": "preference", "reward": "preference", "ppo": "prompts",
-            "grpo": "prompts", "rl": "prompts", "text": "pretrain", "chat": "sft"}
+_TASK_OF = {
+    "rm": "preference",
+    "dpo": "preference",
+    "reward": "preference",
+    "ppo": "prompts",
+    "grpo": "prompts",
+    "rl": "prompts",
+    "text": "pretrain",
+    "chat": "sft",
+}
 
 
 class _Parser(argparse.ArgumentParser):
