@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,9 @@ class Saver:
         The ranks ask each other again and again, since a large model takes longer than one collective may wait.
         """
         target, process = self.run_dir / "hf" / checkpoint.name, None
+        if state.is_main():
+            with suppress(OSError):
+                target.rmdir()  # an empty directory is no export
         if state.is_main() and not target.exists() and checkpoint.name not in self.failed_exports:
             environment = {k: v for k, v in os.environ.items()
                            if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")}

@@ -21,7 +21,7 @@ import yaml
 from mrlhf.config import names
 from mrlhf.config.check import contradictions
 from mrlhf.config.options import STAGES, DataSource, TrainingConfig
-from mrlhf.config.schema import Option, options_of
+from mrlhf.config.schema import Option, beyond_machine, options_of
 from mrlhf.errors import ConfigError, Problems
 
 _NULL = ("null", "none", "~", "")
@@ -390,6 +390,8 @@ def _convert_scalar(option: Option, written: Written) -> Scalar:
         raise _Unreadable(f"{text} (not a whole number)")
     if math.isnan(number) or not option.accepts(number):
         raise _Unreadable(text)
+    if why := beyond_machine(kind, number):
+        raise _Unreadable(f"{text} ({why})")
     return int(number) if kind is int else number
 
 

@@ -21,6 +21,8 @@ OTHERWISE = "or"  # key of Meta.extra: one more valid value outside of the bound
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
+BatchSize = Annotated[int, Meta(ge=1, le=1 << 24)]  # a step's rows are listed in memory
+RunningAnswers = Annotated[int, Meta(ge=1, le=8192)]  # vLLM decodes a token of each at once, and takes 8192 tokens
 PositiveFloat = Annotated[float, Meta(gt=0)]
 TimeLimit = Annotated[float, Meta(gt=0, le=1e7)]  # larger ones overflow in the timers of Python and torch
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
@@ -155,7 +157,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     output_dir: str = option(REQUIRED, "the run's directory; the same command again resumes the run")
-    global_batch_size: PositiveInt = option(
+    global_batch_size: BatchSize = option(
         REQUIRED, "rows per optimizer step: packs, or samples (pairs) without data.packing; ppo: answers per mini-batch"
     )
     micro_batch_size: PositiveInt = option(1, "rows per forward pass")
@@ -248,7 +250,7 @@ class DPOConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    batch_size: PositiveInt = option(REQUIRED, "prompts per rollout")
+    batch_size: BatchSize = option(REQUIRED, "prompts per rollout")
     n: PositiveInt = option(1, "answers per prompt")
     max_new_tokens: PositiveInt = option(128, "longest answer, in tokens")
     temperature: Annotated[float, Meta(gt=0, le=2)] = option(  # vLLM takes no more than 2
@@ -257,7 +259,7 @@ class RolloutConfig:
     top_k: TopK = option(-1, "-1: off")
     tensor_parallel_size: PositiveInt = option(1, "vLLM's; independent of the trainer's; divides the generating ranks")
     kv_cache_mib: PositiveInt = option(256, "vLLM's key/value cache on each rank")
-    max_num_seqs: PositiveInt = option(256, "answers that vLLM decodes at once")
+    max_num_seqs: RunningAnswers = option(256, "answers that vLLM decodes at once")
     weights: Literal["plain", "packed", "fp8"] = option(
         "plain", "format of vLLM's linear layers: as trained; packed by oneDNN (CPU); fp8, quantised anew at every "
         "update (dense, bfloat16)")
@@ -376,7 +378,7 @@ class PPOConfig:
 class PTXConfig:
     coef: NonNegativeFloat = option(0.0, "weight of the pretraining loss in the actor's updates; 0: none")
     data: str | None = option(None, "prefix written by tools/preprocess_data.py --task sft or pretrain")
-    batch_size: PositiveInt = option(8, "rows of that data per update")
+    batch_size: BatchSize = option(8, "rows of that data per update")
     micro_batch_size: PositiveInt = option(1, "rows of that data per forward pass")
 
 
@@ -489,7 +491,7 @@ class GenerateStage:
         "a reward model has its own")
     tensor_parallel_size: PositiveInt = option(1, "vLLM's; must divide the number of ranks")
     kv_cache_mib: PositiveInt = option(256, "vLLM's key/value cache on each rank")
-    max_num_seqs: PositiveInt = option(256, "answers that vLLM decodes at once")
+    max_num_seqs: RunningAnswers = option(256, "answers that vLLM decodes at once")
     input_template: str | None = option(None, "plain text template for tokenizers without a chat template, as "
                                               '--input-template of the data: "User: {}\\nAssistant: "')
     micro_batch_size: PositiveInt = option(8, "answers per forward pass of a reward model")

@@ -16,6 +16,9 @@ from msgspec import Meta
 
 from mrlhf.config.options import OTHERWISE, STAGES, OneOf
 
+FLOAT32 = (1.2e-38, 3.4e38)  # the smallest and the largest size that tensors hold
+LARGEST_INT = 1 << 40
+
 
 @dataclass(frozen=True)
 class Option:
@@ -107,6 +110,16 @@ def in_range(number: float, limits: Meta) -> bool:
         return True
     bounds = ((operator.ge, limits.ge), (operator.gt, limits.gt), (operator.le, limits.le), (operator.lt, limits.lt))
     return math.isfinite(number) and all(bound is None or compare(number, bound) for compare, bound in bounds)
+
+
+def beyond_machine(kind: type, number: float) -> str | None:
+    """Why a finite number of an option's range cannot be computed with: as a tensor it is 0 or infinite, or a counter
+    overflows.
+    """
+    size = abs(number)
+    if kind is float and size and math.isfinite(size) and not FLOAT32[0] <= size <= FLOAT32[1]:
+        return "float32 holds {} to {}".format(*FLOAT32)
+    return f"more than {LARGEST_INT}" if kind is int and LARGEST_INT < size < math.inf else None
 
 
 def help_text(stage_name: str) -> str:

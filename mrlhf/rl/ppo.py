@@ -40,7 +40,7 @@ from mrlhf.rl.rollout.sampler import Sampler
 from mrlhf.rl.rollout.tables import Rollout
 from mrlhf.rl.rollout.vllm_engine import Sampling
 from mrlhf.rl.rollout_metrics import Tables, answers_as_text, rollout_metrics
-from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
+from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores, settle_groups
 from mrlhf.rl.updates import Pretraining, actor_loss, critic_loss, policy_count
 from mrlhf.training.preflight import RunInputs
 from mrlhf.training.resume import open_directory
@@ -257,6 +257,8 @@ class PPO(Run):
         if reward.overlong_buffer:
             buffer, factor = reward.overlong_buffer, reward.overlong_penalty
             scores_B = scores_B + overlong_penalty(rollout.lengths_B(), limit=limit, buffer=buffer, factor=factor)
+        if reward.scaling != "none" and self.config.rollout.n > 1:
+            scores_B = settle_groups(scores_B, group_size=self.config.rollout.n, tolerance=reward.equal_tolerance)
         return scale_scores(scores_B, scaling=reward.scaling, running=self.running_std)
 
     def advantages(self, rollout: Rollout, scores_B: torch.Tensor, old_BA: torch.Tensor, entropy_BA: torch.Tensor,

@@ -70,6 +70,7 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
         tp = config.rollout.tensor_parallel_size
         problems.extend(check_vllm_model(source.spec, tp=tp, world=generators or trainers,
                                          key="rollout.tensor_parallel_size"))
+        problems.extend(_check_stop_tokens(config, source))
         weights, placement = config.rollout.weights, config.rollout.placement
         problems.extend(check_weights(source.spec, weights, dtype=config.model.dtype, placement=placement))
         problems.extend(preflight.check_prompt_budget(config, source, opened.datasets()))
@@ -85,6 +86,13 @@ def check_ppo(config: PPOStage, world: int) -> preflight.RunInputs:
         _check_steps(config, opened, make_prompt_order(config, train).total_steps)
     inputs = opened.inputs()
     return replace(inputs, notes=(*inputs.notes, *truncation_notes(config)))
+
+
+def _check_stop_tokens(config: PPOStage, source: ModelSource) -> list[ConfigError]:
+    ids, size = config.rollout.stop_token_ids, source.spec.vocab_size
+    beyond = [i for i in ids if i >= size]
+    what = f"rollout.stop_token_ids = {', '.join(map(str, beyond))}: {source.path} has no such token"
+    return [ConfigError(what, where="rollout.stop_token_ids", expected=f"0 to {size - 1}")] if beyond else []
 
 
 def _check_steps(config: PPOStage, opened: preflight.Opened, rollouts: int) -> None:

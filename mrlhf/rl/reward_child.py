@@ -19,6 +19,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,6 +74,12 @@ def write_message(fd: int, message: Any) -> None:
     data = memoryview(len(body).to_bytes(8, "little") + body)
     while data:
         data = data[os.write(fd, data) :]
+
+
+def _close_all(*fds: int) -> None:
+    for fd in fds:
+        with suppress(OSError):  # the function may have closed it
+            os.close(fd)
 
 
 def _error_message(error: MrlhfError) -> dict[str, Any]:
@@ -173,6 +180,8 @@ def main(spec: str, options: str, read_fd: int, write_fd: int) -> None:
         os.dup2(output_write, fd)
     os.close(output_write)
     limit_resources(given["memory_mib"])
+    # a fork that the function or its signal handler makes can neither answer nor take a request, whenever it comes back
+    os.register_at_fork(after_in_child=partial(_close_all, read_fd, write_fd))
     serve_requests(spec, read_fd, write_fd)
 
 

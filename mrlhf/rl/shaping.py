@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from mrlhf.errors import CheckpointError, ConfigError
@@ -48,9 +49,19 @@ def informative_groups(scores_B: Tensor, *, group_size: int, tolerance: float = 
     return ~equal_groups(scores_B.clamp(-clip, clip), group_size=group_size, tolerance=tolerance)
 
 
+def settle_groups(scores_B: Tensor, *, group_size: int, tolerance: float = EQUAL_TOLERANCE) -> Tensor:
+    """The scores [B]; those of a group of equal scores are its mean, so that no scaling sets them apart."""
+    scores_GN = scores_B.view(-1, group_size)
+    equal_G = equal_groups(scores_B, group_size=group_size, tolerance=tolerance)
+    mean_G1 = scores_GN.double().mean(1, keepdim=True).to(scores_B.dtype)
+    return torch.where(equal_G[:, None], mean_G1, scores_GN).flatten()
+
+
 def is_rounding(std: Tensor, mean: Tensor) -> Tensor:
-    """bool: whether numbers of this mean and standard deviation are all the same but for fp32 rounding."""
-    return std <= EQUAL_TOLERANCE * mean.abs()
+    """bool: whether numbers of this mean and standard deviation are all the same but for fp32 rounding, of them or of
+    terms of order 1 that cancel.
+    """
+    return std <= EQUAL_TOLERANCE * mean.abs().clamp(min=1.0)
 
 
 class RunningStd:
@@ -63,14 +74,15 @@ class RunningStd:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def update(self, scores_B: Tensor) -> float:
-        """Adds scores_B [B] and returns the standard deviation, at least 1e-4."""
+        """Adds scores_B [B] and returns the number to divide by, see `scale_scores`."""
         x = scores_B.double()
         n, mean = x.numel(), float(x.mean())
         squares, delta, total = float((x - mean).square().sum()), mean - self.mean, self.count + n
         self.squares += squares + delta**2 * self.count * n / total
         self.mean += delta * n / total
         self.count = total
-        return math.sqrt(max(self.squares / total, VARIANCE_FLOOR))
+        std = torch.tensor(math.sqrt(self.squares / total), dtype=torch.float64)
+        return float(_divisor(std, torch.tensor(self.mean, dtype=torch.float64)))
 
     def state_dict(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
@@ -87,7 +99,8 @@ def scale_scores(scores_B: Tensor, *, scaling: str, running: RunningStd) -> Tens
     """[B]. none: r. whiten: (r - mean) / std. std: r / std. running_std: r / std of all rollouts so far.
 
     Mean and biased std run over scores_B, or over all scores that `running` has seen; a std is at least 1e-4. Scores
-    that differ by rounding alone whiten to 0. Raises ConfigError for an unknown scaling.
+    that differ by rounding alone whiten to 0; they have no scale to divide by. Raises ConfigError for an unknown
+    scaling.
     """
     check_choice("scaling", scaling, SCALINGS)
     if scaling == "none":
@@ -98,4 +111,8 @@ def scale_scores(scores_B: Tensor, *, scaling: str, running: RunningStd) -> Tens
     std, mean = x.std(unbiased=False), x.mean()
     if scaling == "whiten":
         x = (x - mean).masked_fill(is_rounding(std, mean), 0.0)
-    return (x / std.clamp(min=VARIANCE_FLOOR**0.5)).float()
+    return (x / _divisor(std, mean)).float()
+
+
+def _divisor(std: Tensor, mean: Tensor) -> Tensor:
+    return std.clamp(min=VARIANCE_FLOOR**0.5).masked_fill(is_rounding(std, mean), 1.0)

@@ -85,6 +85,13 @@ def test_outside_is_refused_with_the_range_and_the_bound_is_taken(stage: str, op
         assert f"--{option.key} {option.type_name}" in help_text(stage)
 
 
+@pytest.mark.parametrize(("stage", "option"), CASES)
+def test_a_number_that_no_tensor_or_counter_holds_is_refused(stage: str, option: Option) -> None:
+    """Such ones ended in tracebacks of torch and NumPy, or as NaN."""
+    for number in (2e38 * 2, 1e-39) if option.kind is float else (2**41, 10**20):
+        assert f"{option.key} = {number}" in message(stage, None, [f"--{option.key}", str(number)])
+
+
 def test_the_numbers_of_a_source() -> None:
     for name in SOURCE:
         for number in (0, -1, ".nan", ".inf"):

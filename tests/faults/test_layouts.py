@@ -61,6 +61,7 @@ def test_a_hf_export_of_the_run(world: Path, tmp_path: Path) -> None:
     for file in (tmp_path / "hf").iterdir():
         assert file.read_bytes() == (tmp_path / "run/hf/step_4" / file.name).read_bytes()
     shutil.rmtree(tmp_path / "run/hf")  # as a run that was killed in its exports leaves it
+    (tmp_path / "run/hf/step_4").mkdir(parents=True)  # an empty directory is no export
     again = mrlhf(*args, *ranks, ranks=2)
     assert again.stdout.count("HF export: ") == 2 and "already finished" in again.stdout
     assert "step 4/4" not in again.stdout

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrlhf.errors import CheckpointError, ConfigError
-from mrlhf.rl.shaping import RunningStd, informative_groups, overlong_penalty, scale_scores
+from mrlhf.rl.shaping import RunningStd, equal_groups, informative_groups, overlong_penalty, scale_scores, settle_groups
 
 
 def naive_overlong(length: int, limit: int, buffer: int, factor: float) -> float:
@@ -54,8 +54,12 @@ def test_running_std_is_that_of_all_scores_together(rollouts: list[list[float]])
     for scores in rollouts:
         seen += scores
         mean = math.fsum(seen) / len(seen)
-        expected = math.sqrt(max(math.fsum((x - mean) ** 2 for x in seen) / len(seen), 1e-8))
-        assert running.update(torch.tensor(scores)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        std = math.sqrt(math.fsum((x - mean) ** 2 for x in seen) / len(seen))
+        divisor = running.update(torch.tensor(scores))
+        if std < 1e-7:  # equal scores have no scale
+            assert divisor == 1.0
+        elif std > 1e-4:
+            assert divisor == pytest.approx(std, rel=1e-4)
         again = RunningStd()
         again.load_state_dict(running.state_dict())
         running = again
@@ -74,3 +78,22 @@ def test_scalings() -> None:
         scale_scores(scores, scaling="both", running=running)
     with pytest.raises(CheckpointError, match="running statistics"):
         running.load_state_dict({})
+
+
+@pytest.mark.parametrize("scaling", ["std", "running_std"])
+def test_equal_scores_are_not_divided_by_their_rounding(scaling: str) -> None:
+    for scores in ([-5.0] * 4, [0.3, 0.1 + 0.2, 0.3, 0.30000001], [1e6, 1e6 + 0.06, 1e6, 1e6], [1e-7, 0.0, 0.0, -1e-7]):
+        x = torch.tensor(scores)
+        assert torch.equal(scale_scores(x, scaling=scaling, running=RunningStd()), x)
+
+
+@pytest.mark.parametrize("scaling", ["whiten", "std", "running_std"])
+def test_no_scaling_sets_equal_scores_of_a_group_apart(scaling: str) -> None:
+    """Whitening takes the mean away that the tolerance is relative to, and a small std enlarges what differs."""
+    scores = torch.tensor([0.9, 0.9 + 6e-8, 0.92, 0.92, 0.9, 0.94])
+    assert scores[0] != scores[1]
+    settled = settle_groups(scores, group_size=2)
+    assert settled.tolist() == pytest.approx(scores.tolist(), abs=1e-7)
+    scaled = scale_scores(settled, scaling=scaling, running=RunningStd())
+    assert equal_groups(scaled, group_size=2).tolist() == [True, True, False]
+    assert scaled[0] == scaled[1]

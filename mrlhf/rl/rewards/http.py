@@ -104,7 +104,8 @@ class HttpReward:
         for name, seconds in (("timeout_s", timeout_s), ("total_s", total_s)):
             if not seconds > 0:
                 raise ConfigError(f"reward {name} = {seconds}", expected="seconds > 0")
-        headers = {"Accept-Encoding": "identity"}  # ANSWER_BYTES limits the bytes that are read
+        # ANSWER_BYTES limits the bytes that are read
+        headers = {"Accept-Encoding": "identity", "Connection": "close"}
         self._token = None if token_env is None else _read_token(token_env)
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -112,9 +113,10 @@ class HttpReward:
         self.timeout_s, self.total_s = timeout_s, total_s
         self._endpoints = Endpoints(urls, first=first_endpoint)
         self._slots = asyncio.Semaphore(concurrency)
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        # a connection for each request: what a server sends beyond an answer is never taken for the next answer
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
         timeout = httpx.Timeout(None, connect=min(timeout_s, CONNECT_S))
-        self._client = httpx.AsyncClient(timeout=timeout, headers=headers, limits=limits, follow_redirects=False)
+        self._client = _make_client(urls, timeout=timeout, headers=headers, limits=limits, follow_redirects=False)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="rewards")
         self._thread.start()
@@ -254,6 +256,22 @@ class _Failure:
     final: bool
     retry_after_s: float = 0.0
     expected: str | None = None
+
+
+def _make_client(urls: Sequence[str], **options: Any) -> httpx.AsyncClient:
+    """Raises ConfigError where the environment's proxy or certificates, or a URL, cannot be used."""
+    try:
+        client = httpx.AsyncClient(**options)
+    except (ImportError, OSError, ValueError) as error:
+        what = f"no HTTP client for the reward source: {type(error).__name__}: {error}"
+        raise ConfigError(what, expected="proxies (HTTP_PROXY, ALL_PROXY, ...) and certificates (SSL_CERT_FILE, "
+                          "SSL_CERT_DIR) in the environment that can be used") from error
+    for url in urls:
+        try:
+            client.build_request("POST", url)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ConfigError(f"reward URL {url!r} is not valid: {error}", expected="http(s)://host/path") from error
+    return client
 
 
 def _read_token(variable: str) -> str:

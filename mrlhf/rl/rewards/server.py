@@ -38,6 +38,7 @@ HEAD_S, BODY_S = 30, 60  # a client is dropped if a request head, or a body, is 
 IDLE_S = 30  # between two requests of a connection
 WRITE_S = 30  # a client is dropped if it does not read its answers for this time
 CONNECTIONS = 128  # at once; a further one takes the place of the oldest without a token, or else gets 503
+PIPELINED_BYTES = 1 << 20  # a client is dropped if it sends more than this beyond the request in work
 CHARACTERS_PER_TOKEN = 128  # the longest tokens (runs of spaces) of common vocabularies: a longer text is not tokenised
 
 Sequences = list[list[int]]
@@ -184,7 +185,8 @@ class _Protocol(H11Protocol):
     """Limits what a client can hold, which uvicorn does not.
 
     Drops a connection that has sent no complete request head HEAD_S after it opened or got its last answer, or that
-    does not read for WRITE_S. When all places are taken, a new connection gets that of the oldest one without a token.
+    does not read for WRITE_S, or sends requests faster than they are answered. When all places are taken, a new
+    connection gets that of the oldest one without a token.
     """
 
     def __init__(self, *args: Any, trusts: Callable[[bytes], bool], **options: Any) -> None:
@@ -204,6 +206,11 @@ class _Protocol(H11Protocol):
         others = [c for c in live if not c.is_trusted()]
         if len(live) >= CONNECTIONS and others:
             min(others, key=lambda c: c.opened).transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if len(self.conn.trailing_data[0]) > PIPELINED_BYTES:  # uvicorn would keep all of it
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

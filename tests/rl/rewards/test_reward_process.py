@@ -17,7 +17,7 @@ from mrlhf.rl.rewards.kinds import parse_source
 from mrlhf.rl.rewards.process import RewardProcess
 
 CODE = """
-import atexit, ctypes, os, sys, threading, time, subprocess
+import atexit, ctypes, os, select, signal, sys, threading, time, subprocess
 
 def good(prompts, completions, label, **columns):
     print("printed text does no harm")
@@ -66,6 +66,17 @@ def fork_exits():
         atexit.register(os.write, 1, b"from the child")
         sys.exit(3)
 
+def fork_after_the_call():
+    signal.signal(signal.SIGALRM, lambda *_: os.fork())
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+def fork_takes_the_next_request():
+    if os.fork() == 0:
+        for fd in range(3, 64):
+            try: select.select([fd], [], [], 1)[0] and os.read(fd, 8)
+            except OSError: pass
+        os._exit(0)
+
 def fork_in_a_thread():
     thread = threading.Thread(target=forks)
     thread.start()
@@ -80,6 +91,8 @@ def fork_returned(completions, **columns): return shifted(forks, completions)
 def fork_raised(completions, **columns): return shifted(fork_raises, completions)
 def fork_left(completions, **columns): return shifted(fork_exits, completions)
 def fork_threaded(completions, **columns): return shifted(fork_in_a_thread, completions)
+def fork_late(completions, **columns): return shifted(fork_after_the_call, completions)
+def fork_thief(completions, **columns): return shifted(fork_takes_the_next_request, completions)
 def fork_daemonised(completions, **columns): return shifted(daemonised, completions)
 def fork_in_the_answer(completions, **columns):
     class Forks(list):
@@ -206,7 +219,9 @@ def test_accidents_are_errors_that_name_the_function(file: Path, name: str, mess
             assert "2048 MiB" in str(caught.value) and "--reward.function_memory_mib" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["returned", "raised", "left", "threaded", "daemonised", "in_the_answer"])
+@pytest.mark.parametrize(
+    "name", ["returned", "raised", "left", "threaded", "daemonised", "in_the_answer", "late", "thief"]
+)
 def test_a_fork_that_comes_back_answers_nothing(file: Path, name: str) -> None:
     with start(file, f"fork_{name}") as process:
         for number in range(1, 4):

@@ -240,6 +240,19 @@ def test_with_all_of_the_real_places_taken_byte_by_byte() -> None:
             assert post(server, GOOD).status_code == 200
 
 
+def test_requests_that_come_faster_than_their_answers_are_not_kept(server: RewardServer) -> None:
+    """Before, a client with the token filled the memory, a quarter of a MiB for each request that was answered."""
+    body = json.dumps(GOOD).encode()
+    one = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with connect(server) as connection:
+        connection.settimeout(20)
+        sent = 0
+        with pytest.raises(ConnectionError):
+            while sent < 100 << 20:
+                sent += connection.send(one * 1000)
+    assert post(server, GOOD).status_code == 200
+
+
 def test_a_client_that_reads_no_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_server, "WRITE_S", 0.3)
     many = 5000
