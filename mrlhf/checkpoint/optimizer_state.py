@@ -21,6 +21,7 @@ import torch
 
 from mrlhf.checkpoint.safe_pickle import check_directory, read_metadata
 from mrlhf.errors import CheckpointError
+from mrlhf.parallel.state import on_any_rank
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", re.DOTALL)
 _MASTER = "param"
@@ -85,14 +86,16 @@ def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
              for i, part in enumerate(parts)}
     stored = {name: entry.properties.dtype for name, entry in read_metadata(dist).state_dict_metadata.items()
               if hasattr(entry, "properties")}
-    tensors = [t for t in nested_values([weights, state]) if isinstance(getattr(t, "data", None), torch.Tensor)]
+    of_weights, of_state = ([t for t in nested_values(part) if isinstance(getattr(t, "data", None), torch.Tensor)]
+                            for part in (weights, state))
+    tensors = [*of_weights, *of_state]
     names = translate([(t.key, t.data.dtype) for t in tensors], stored, where=str(directory))
     for tensor, name in zip(tensors, names, strict=True):
         tensor.key = name
     wanted = {**weights, "state": state}
     with torch.no_grad():
-        # a name may stand once in a load; weights and masters from one tensor need two
-        twice = len(set(names)) < len(names)
+        # weights and masters of one name need two loads, which are collective
+        twice = on_any_rank(not {t.key for t in of_weights}.isdisjoint(t.key for t in of_state))
         loaded = load_dist(weights, dist) | load_dist({"state": state}, dist) if twice else load_dist(wanted, dist)
         for chunk, model in zip(weights, models, strict=True):
             model.load_state_dict(loaded[chunk])

@@ -48,7 +48,7 @@ class Health:
         dtype = self.config.model.dtype
         tolerance = self.config.ppo.ratio_tolerance or RATIO_TOLERANCE[dtype]
         mean, far, largest = (update[f"ratio_{name}"] for name in ("mean_dev", "far", "max_dev"))
-        far_limit = max(_FAR_SHARE, tolerance / 5, _FAR_TOKENS / tokens)
+        far_limit = min(1.0, max(_FAR_SHARE, tolerance / 5, _FAR_TOKENS / tokens))
         what = (f"at the first update of the rollout |ratio - 1| is {mean:.2g} on average (limit {tolerance:g}), "
                 f"{largest:.2g} at most, and {far:.2%} of the tokens are beyond a factor of 2 (limit {far_limit:.2%})")
         if state.on_any_rank(not (mean <= tolerance and far <= far_limit)):

@@ -1,6 +1,6 @@
 """Saves with one kind of optimizer, goes on with another; prints JSON. Under torchrun with 2 ranks.
 
-usage: optimizer_program.py DENSE_HF MOE_HF DATA_PREFIX WORK_DIR
+usage: optimizer_program.py DENSE_HF MOE_HF MIXED_HF DATA_PREFIX WORK_DIR
 
 Each writer saves after two steps and takes two more. Each reader takes these two steps from each writer's checkpoint.
 """
@@ -17,6 +17,8 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "dp2": ({}, True),
     "dp2 whole": ({}, False),
     "tp2 whole": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, False),
+    "pp2": ({"pipeline_model_parallel_size": 2}, True),
+    "pp2 whole": ({"pipeline_model_parallel_size": 2}, False),
     "interleaved": ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, True),
     "ep2": ({"expert_model_parallel_size": 2}, True),
     "ep2 before": ({"expert_model_parallel_size": 2}, True),  # with the names of earlier versions
@@ -26,6 +28,8 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
 CASES = (
     ("dense", "float32", ["dp2", "dp2 whole"], ["dp2", "dp2 whole"]),
     ("dense", "bfloat16", ["dp2", "dp2 whole"], ["dp2", "dp2 whole", "interleaved"]),
+    # one stage is dense, the other has experts: ranks must agree on the number of loads
+    ("mixed", "float32", ["pp2"], ["pp2 whole", "dp2"]),
     ("moe", "float32", ["dp2", "ep2 before", "ep2 whole"], ["dp2", "ep2", "tp2 whole"]),
 )
 
@@ -77,7 +81,7 @@ def in_float32(checkpoint: Path, reader: str, hf: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    dense, moe, prefix, work = *sys.argv[1:4], Path(sys.argv[4])
+    dense, moe, mixed, prefix, work = *sys.argv[1:5], Path(sys.argv[5])
     import torch.distributed as dist
     from checkpoint_program import steps
     from groups import leave_layout
@@ -85,7 +89,7 @@ def main() -> None:
     from mrlhf.checkpoint.safe_pickle import read_metadata
 
     result: dict[str, Any] = {}
-    models = {"dense": dense, "moe": moe}
+    models = {"dense": dense, "moe": moe, "mixed": mixed}
     for model, dtype, writers, readers in CASES:
         here = result[f"{model} {dtype}"] = {}
         for writer in writers:

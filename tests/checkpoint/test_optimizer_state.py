@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
 import torch
-from conftest import TESTS, python
+from conftest import TESTS, make_hf_model, python
 
 from mrlhf.checkpoint.optimizer_state import split_name, translate
 from mrlhf.errors import CheckpointError
@@ -18,12 +19,16 @@ WIDE, NARROW = torch.float32, torch.bfloat16
 @pytest.fixture(scope="module")
 def resumed(world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     program = TESTS / "checkpoint/optimizer_program.py"
-    args = (world / "qwen2", world / "qwen3_moe", world / "sft", tmp_path_factory.mktemp("optimizers"))
+    mixed = tmp_path_factory.mktemp("mixed")
+    make_hf_model(mixed, "deepseek_v3", vocab_size=323, num_hidden_layers=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(world / "qwen2" / name, mixed / name)
+    args = (world / "qwen2", world / "qwen3_moe", mixed, world / "sft", tmp_path_factory.mktemp("optimizers"))
     done = python(program, *args, ranks=2)
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
 
 
-@pytest.mark.parametrize("model", ["dense float32", "dense bfloat16", "moe float32"])
+@pytest.mark.parametrize("model", ["dense float32", "dense bfloat16", "moe float32", "mixed float32"])
 def test_every_optimizer_reads_the_state_of_every_other(resumed: dict[str, Any], model: str) -> None:
     """Distributed or not, experts over ranks or not. Both moments and the step count enter the second step's loss."""
     for writer, readers in resumed[model].items():
