@@ -327,7 +327,10 @@ def test_requests_that_wait_go_through_the_model_together(monkeypatch: pytest.Mo
     from mrlhf.commands import serve_reward
 
     monkeypatch.setattr(serve_reward, "Model", lambda *args, **options: None)
-    config, one_rank = ServeRewardStage("rm", max_batch_size=4, normalize=False), SimpleNamespace(world=1)
+    config, one_rank = (
+        ServeRewardStage("rm", max_batch_size=4, normalize=False, dtype="float32"),
+        SimpleNamespace(world=1),
+    )
     scorer = serve_reward.Scorer(config, source=None, layout=one_rank)
     batches: list[int] = []
 
