@@ -10,20 +10,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from mrlhf.errors import ConfigError, MrlhfError
 
 BEAT_S, STALE_S = 5.0, 60.0
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of the file system
 log = logging.getLogger(__name__)
+
+
+class _Sign(msgspec.Struct):
+    """What a holder writes into its lock. beat: time.time() of the last writing."""
+
+    host: str
+    machine: str
+    pid: int
+    started: str
+    beat: float = 0.0
 
 
 def directory_problem(directory: Path, *, key: str) -> ConfigError | None:
@@ -89,8 +99,7 @@ class DirectoryLock:
     def __init__(self, file: Path, *, key: str, fix: str, kind: type[MrlhfError] = ConfigError,
                  patience_s: float = 0.0) -> None:
         self.file, self._where, self._fix, self._kind = file, f"{key} = {file.parent}", fix, kind
-        self._sign = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(),
-                      "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self._sign = _Sign(socket.gethostname(), _machine(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         self._fd = -1
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -130,44 +139,49 @@ class DirectoryLock:
             self._close()
             return False
         before = self._read()
-        if before and not (alone and before["machine"] == self._sign["machine"]):
+        if before is not None and not (alone and before.machine == self._sign.machine):
             self._await_silence(before)
         return True
 
-    def _await_silence(self, other: dict[str, Any]) -> None:
+    def _await_silence(self, other: _Sign) -> None:
         """Waits until a holder on another machine counts as dead. Raises where it lives: where its beat changes."""
         began = time.monotonic()
         while (waited := time.monotonic() - began) < STALE_S and (
-            waited < 3 * BEAT_S or time.time() - other["beat"] < STALE_S
+            waited < 3 * BEAT_S or time.time() - other.beat < STALE_S
         ):
             time.sleep(BEAT_S / 5)
             now = self._read()
-            if not now:
+            if now is None:
                 return
             if now != other:
                 self._close()
                 raise self._in_use(now)
-        age = time.time() - other["beat"]
-        log.warning(f"{self.file.parent}: host {other['host']}, pid {other['pid']}, held it and has given no sign for "
+        age = max(0.0, time.time() - other.beat)
+        log.warning(f"{self.file.parent}: host {other.host}, pid {other.pid}, held it and has given no sign for "
                     f"{age:.0f} s; this run takes it over")
 
-    def _in_use(self, other: dict[str, Any]) -> MrlhfError:
+    def _in_use(self, other: _Sign | None) -> MrlhfError:
         who = "another process"
-        if other:
-            age = max(0.0, time.time() - other["beat"])
-            who += f" (host {other['host']}, pid {other['pid']}, since {other['started']}, last sign {age:.0f} s ago)"
+        if other is not None:
+            age = max(0.0, time.time() - other.beat)
+            who += f" (host {other.host}, pid {other.pid}, since {other.started}, last sign {age:.0f} s ago)"
         return self._kind(f"{who} is writing there", where=self._where, fix=self._fix)
 
-    def _read(self) -> dict[str, Any]:
-        """What the holder wrote; {} where nobody has, or the last holder has released it."""
+    def _read(self) -> _Sign | None:
+        """What the holder wrote; None where nobody has, the last holder has released it, or it is something else."""
         try:
-            return json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            return {}
+            if not self.file.is_file():  # reading a pipe would wait for its writer
+                return None
+            with self.file.open("rb") as file:
+                return msgspec.json.decode(file.read(4096), type=_Sign)
+        except (OSError, ValueError, RecursionError):  # ValueError: also msgspec's
+            return None
 
     def _write_sign(self) -> None:
-        text = json.dumps({**self._sign, "beat": time.time()}).ljust(511) + "\n"  # one write, always of one length
-        os.pwrite(self._fd, text.encode(), 0)
+        self._sign.beat = time.time()
+        text = msgspec.json.encode(self._sign).ljust(511) + b"\n"  # one write, always of one length
+        os.pwrite(self._fd, text, 0)
+        os.ftruncate(self._fd, len(text))
         os.fsync(self._fd)  # else a network file system shows it late
 
     def _beat(self) -> None:

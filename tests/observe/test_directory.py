@@ -99,6 +99,23 @@ def test_a_killed_holder_leaves_it_though_its_forks_live(tmp_path: Path) -> None
         os.kill(fork, signal.SIGKILL)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "5", '{"a": 1}', '{"host": "x", "machine": "y", "pid": 1, "started": "z", "beat": "soon"}', "[" * 9999],
+)
+def test_a_lock_file_with_something_else_in_it_holds_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text(text)
+    with hold(tmp_path) as lock:
+        assert json.loads(lock.file.read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda file: file.symlink_to("/dev/full")])
+def test_what_is_no_lock_file_is_named(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "lock")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        hold(tmp_path)
+
+
 def foreign(file: Path, *, age: float) -> dict[str, Any]:
     sign = {"host": "other", "machine": "other", "pid": 7, "started": "then", "beat": time.time() - age}
     file.write_text(json.dumps(sign))
