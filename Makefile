@@ -27,7 +27,7 @@ soak: setup
 	$(PY) scripts/soak.py
 
 gpu-test: setup
-	$(PY) -m pytest -q -m gpu
+	MRLHF_DEVICE=cuda $(PY) -m pytest -q -m gpu
 
 lint: setup
 	$(PY) -m ruff check .

@@ -16,6 +16,7 @@ from launch import launch
 from mrlhf.observe import log
 
 log.set_up()  # as the command line does
+os.environ.setdefault("MRLHF_DEVICE", "cpu")  # whatever GPU there is; make gpu-test asks for it
 FEW = 18
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"

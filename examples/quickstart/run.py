@@ -127,7 +127,13 @@ def environment() -> dict[str, str]:
     """That of a shell after `source .venv/bin/activate`: `python` and `torchrun` are those of this interpreter."""
     bin_dir = Path(sys.executable).parent
     path = f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": path, "VIRTUAL_ENV": str(bin_dir.parent), "PYTHONUNBUFFERED": "1"}
+    return {
+        "MRLHF_DEVICE": "cpu",
+        **os.environ,
+        "PATH": path,
+        "VIRTUAL_ENV": str(bin_dir.parent),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def run_command(command: str, step: str) -> None:

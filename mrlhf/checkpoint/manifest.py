@@ -6,15 +6,16 @@ works on plain files: no torch, no collectives.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
 from msgspec import Meta
@@ -38,12 +39,24 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path`, whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same file
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    fsync(temporary)
-    os.replace(temporary, path)
+    """Writes the whole file or nothing."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def file_entry(path: Path) -> FileEntry:

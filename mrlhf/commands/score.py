@@ -6,7 +6,6 @@ Writes one line a sample (a pair for preference data) in data order, the same fo
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +17,7 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 
 # isort: split
 
+from mrlhf.checkpoint.manifest import replacing
 from mrlhf.checkpoint.source import ModelSource, open_source
 from mrlhf.config.options import ScoreStage
 from mrlhf.data.blend import Dataset
@@ -121,16 +121,12 @@ def main(config: ScoreStage) -> None:
                            padding_side=config.padding_side)
     loader = Loader(data, plan)
     output = Path(config.output)
-    temporary = output.with_name(output.name + ".tmp")
     if state.is_main():
         log.info(f"device: {device.current().summary()}; {model.dtype}")
         output.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(output) as file:
             for results in _score_slices(config, model, loader):
                 _write_results(file, model, data, results)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
         log.info(f"{data.num_samples:,} samples -> {output}")
     else:
         for _ in _score_slices(config, model, loader):

@@ -49,7 +49,8 @@ def prepare_environment() -> None:
     """Sets what torch, tokenizers and Megatron read at import time, and logging; values the user has set are kept."""
     log.set_up()
     raise_file_limit()
-    cuda = any(os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl"))
+    cuda = os.environ.get("MRLHF_DEVICE") != "cpu"
+    cuda &= any(os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl"))
     wanted = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if "TORCHELASTIC_RUN_ID" in os.environ:
         wanted["OMP_NUM_THREADS"] = "1"

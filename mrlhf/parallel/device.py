@@ -35,17 +35,18 @@ class Device:
         return f"CPU, {torch.get_num_threads()} threads a rank (gloo), {versions}"
 
 
-def gpu_files(dev: Path = Path("/dev")) -> list[Path]:
+def gpu_files(dev: Path = Path("/dev"), wsl: Path = Path("/usr/lib/wsl/lib")) -> list[Path]:
     """The device files of GPUs that this process was not told to leave alone. They exist without a working driver.
 
     NVIDIA_VISIBLE_DEVICES alone says nothing: CUDA's container images set it also where there is no GPU.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if (hidden is not None and hidden.split(",")[0].strip() in ("", "-1", "NoDevFiles")) or (
-        os.environ.get("NVIDIA_VISIBLE_DEVICES") in ("void", "none", "")
-    ):
+    # CUDA sees the devices before the first entry that names none
+    none_named = not re.match(r"\s*(\d|GPU-|MIG-)", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    if none_named or os.environ.get("NVIDIA_VISIBLE_DEVICES") in ("void", "none", ""):
         return []
-    patterns = ("nvidia[0-9]*", "dxg", *(("kfd",) if torch.version.hip else ()))  # dxg: Windows' subsystem for Linux
+    patterns = ["nvidia[0-9]*", *(("kfd",) if torch.version.hip else ())]
+    if (wsl / "libcuda.so.1").exists():  # Windows' subsystem for Linux has dxg with a GPU of any maker
+        patterns.append("dxg")
     return sorted(file for pattern in patterns for file in dev.glob(pattern))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from disks import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mrlhf.checkpoint import manifest
 from mrlhf.checkpoint.manifest import (
     HashBehind,
     _seal,
@@ -31,6 +33,22 @@ from mrlhf.checkpoint.manifest import (
 from mrlhf.checkpoint.save import Best, Keep, retain
 from mrlhf.checkpoint.source import open_source
 from mrlhf.errors import CheckpointError
+
+
+def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "scores.jsonl"
+
+    def meanwhile(_: Path) -> None:
+        monkeypatch.undo()
+        if (child := os.fork()) == 0:
+            manifest.write_text(file, "another's")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0 and file.read_text() == "another's"
+
+    monkeypatch.setattr(manifest, "fsync", meanwhile)
+    manifest.write_text(file, "this one's")
+    assert file.read_text() == "this one's" and list(tmp_path.iterdir()) == [file]
+
 
 WHOLE = {"stage": "sft", "step": 1, "head": "lm", "dtype": "float32", "resumable": False}  # what every manifest has
 

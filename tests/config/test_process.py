@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+from mrlhf.config import process
+
 PROGRAM = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 60))
@@ -30,6 +34,13 @@ try:
 except FileNotFoundError:
     print("done")
 """
+
+
+def test_a_gpu_that_is_not_used_needs_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process.os.path, "exists", lambda _: True)
+    monkeypatch.setattr(process.os, "environ", environ := {"MRLHF_DEVICE": "cpu"})
+    process.prepare_environment()
+    assert environ["TORCH_COMPILE_DISABLE"] == "1" and "CUDA_DEVICE_MAX_CONNECTIONS" not in environ
 
 
 def test_the_limit_on_open_files_is_raised_and_named() -> None:

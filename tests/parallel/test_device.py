@@ -112,7 +112,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dev
 
         monkeypatch.setattr(torch.cuda, "is_available", unavailable)
         monkeypatch.setattr(torch.version, "cuda", build)
-        monkeypatch.setattr(device.gpu_files, "__defaults__", (dev,))
+        monkeypatch.setattr(device.gpu_files, "__defaults__", (dev, dev))
         monkeypatch.setattr(device._unusable_gpu, "__defaults__", (proc,))
         return device.current.__wrapped__()
 
@@ -141,7 +141,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(choose: Callable[..., de
     assert "too old (found version 11040)" in text and "MRLHF_DEVICE=cpu" in text
     with pytest.raises(EnvironmentProblem, match=r"for the CPU only\).*\n.*a build of torch for the GPU"):
         choose(("nvidia12",), build=None)
-    for files in (("dxg",), ("nvidia0", "nvidia1")):
+    for files in (("dxg", "libcuda.so.1"), ("nvidia0", "nvidia1")):
         with pytest.raises(EnvironmentProblem, match="torch cannot use it"):
             choose(files, NVIDIA_VISIBLE_DEVICES="all", CUDA_VISIBLE_DEVICES="0,1")
 
@@ -150,7 +150,8 @@ def test_where_no_gpu_is_meant_the_cpu_is_taken(choose: Callable[..., device.Dev
     assert choose() == CPU
     assert choose(NVIDIA_VISIBLE_DEVICES="all", NVIDIA_DRIVER_CAPABILITIES="compute,utility") == CPU  # CUDA's images
     assert choose(("nvidiactl", "nvidia-uvm", "nvidia-caps", "kfd", "null")) == CPU  # a driver without a GPU
-    for hidden in ("", "-1", "NoDevFiles"):
+    assert choose(("dxg",)) == CPU  # Windows' subsystem for Linux on a machine without NVIDIA's driver
+    for hidden in ("", " ", "-1", "NoDevFiles", "none", "void", "-1,0"):
         assert choose(("nvidia0",), CUDA_VISIBLE_DEVICES=hidden) == CPU
     for hidden in ("void", "none", ""):
         assert choose(("nvidia0",), NVIDIA_VISIBLE_DEVICES=hidden) == CPU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -171,6 +172,13 @@ def test_tokenizer(data: Path, tmp_path: Path) -> None:
         assert text.startswith(prompt)
     assert tokenizer.tokenize("sort CAB 19") == ["sort", "Ġ", "C", "A", "B", "Ġ", "1", "9"]
     assert tokenizer.decode(tokenizer.encode("any text: é, 中\n")) == "any text: é, 中\n"
+
+
+def test_it_insists_on_the_cpu_as_the_tests_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run on a machine whose GPU torch cannot use, too."""
+    assert os.environ["MRLHF_DEVICE"] == "cpu"
+    monkeypatch.delenv("MRLHF_DEVICE")
+    assert run.environment()["MRLHF_DEVICE"] == "cpu"
 
 
 def test_run_skips_resumes_and_starts_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

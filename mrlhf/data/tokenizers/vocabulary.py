@@ -65,7 +65,7 @@ def _of_transformers(path: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # what a foreign tokenizer.json makes of transformers and tokenizers has no common class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"cannot load a tokenizer: {reason}", where=path, expected="a directory with tokenizer.json",
                         fix="--tokenizer DIR") from error

@@ -143,6 +143,14 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, sentencepiece_files: dict[s
             load_tokenizer(str(path))
 
 
+@pytest.mark.parametrize("text", ["null", "5", "[" * 9999, '{"added_tokens": [], "a": 1}', '{"added_tokens": 5}'])
+def test_a_tokenizer_json_of_anything_is_refused(text: str, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "qwen2", tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").write_text(text)
+    with pytest.raises(DataError, match="cannot load a tokenizer"):
+        load_tokenizer(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_tiktoken_files_give_gigatokens_ids(name: str, tmp_path: Path) -> None:
     """An independent reader of the same files: gigatoken's. The ranks are made up:
