@@ -45,6 +45,11 @@ def _of_directory(path: str) -> Any:
                             expected="a directory with tokenizer.json, or a .model file", fix="--tokenizer DIR")
         return _of_transformers(path)
     files = os.listdir(path)
+    for file in (os.path.join(path, name) for name in files):
+        if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+            # transformers would wait for the writer of a pipe, and read a device for ever
+            raise DataError("neither a file nor a directory", where=file, expected="a tokenizer's files",
+                            fix="remove it")
     models = [f for f in files if f.endswith((".model", ".tiktoken"))]
     if not models and not {*_VOCABULARIES} & {*files}:
         # transformers would make up an empty tokenizer from the model's type

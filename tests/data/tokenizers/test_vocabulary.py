@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,16 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, sentencepiece_files: dict[s
     for path, message in expected.items():
         with pytest.raises(DataError, match=message):
             load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")], ids=["pipe", "device"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json"])
+def test_a_pipe_or_device_is_not_read(name: str, make: Callable[[Path], None], world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "qwen2", tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    make(tmp_path / "model" / name)
+    with pytest.raises(DataError, match=f"{name}: neither a file"):
+        load_tokenizer(tmp_path / "model")
 
 
 @pytest.mark.parametrize("text", ["null", "5", "[" * 9999, '{"added_tokens": [], "a": 1}', '{"added_tokens": 5}'])
