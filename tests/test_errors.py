@@ -104,6 +104,16 @@ def value_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------- the command line
 
 
+@pytest.mark.parametrize("part", ["checkpoints", "hf", "heartbeat"])
+def test_a_part_of_the_directory_that_cannot_be_written_is_found_first(
+    part: str, problems: Callable[..., list[MrlhfError]], tmp_path: Path
+) -> None:
+    """Not at the first save."""
+    (tmp_path / part).touch()
+    (error,) = problems("sft", train__output_dir=tmp_path)
+    assert f"{tmp_path / part} is not a directory" in error.what
+
+
 @pytest.mark.parametrize("stage", ["sft", "ppo", "score"])
 def test_help_names_every_option(stage: str) -> None:
     done = run(*MRLHF, stage, "--help")

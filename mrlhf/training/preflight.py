@@ -212,8 +212,9 @@ def _check_machine(config: TrainingConfig) -> list[MrlhfError]:
     if state.is_main():
         asked = {"wandb": config.logging.wandb_project, "mlflow": config.logging.mlflow_experiment}
         problems += logger_problems({name: value for name, value in asked.items() if value})
-        problem = directory_problem(Path(config.train.output_dir), key="train.output_dir")
-        problems += [] if problem is None else [problem]
+        parts = ("", "checkpoints", "hf", "heartbeat", "logs", "samples")
+        wrong = [directory_problem(Path(config.train.output_dir, part), key="train.output_dir") for part in parts]
+        problems += [problem for problem in wrong if problem is not None][:1]
     return problems
 
 
