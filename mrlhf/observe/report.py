@@ -294,7 +294,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """The rows of a file, without an incomplete last line (the run may still write). Raises DataError."""
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -277,10 +277,10 @@ def _lines_until(file: Path, last_step: int) -> list[str]:
     kept = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            done = json.loads(line)["step"] <= last_step
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if line.endswith("\n") and step <= last_step:
+        if done and line.endswith("\n"):
             kept.append(line)
     return kept
 

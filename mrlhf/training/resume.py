@@ -61,7 +61,7 @@ def _cwd_of(output_dir: Path) -> str:
     """The directory in which the run was started, which its relative paths belong to."""
     try:
         return str(json.loads((output_dir / "env.json").read_text())["cwd"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return os.getcwd()
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from disks import empty, fill, small_disk
 
-from mrlhf.observe.tracker import Tracker, collect_env, redact
+from mrlhf.observe.report import read_jsonl
+from mrlhf.observe.tracker import Tracker, _lines_until, collect_env, redact
 
 
 def tracker(folder: Path, **changes) -> Tracker:
@@ -267,3 +268,11 @@ def test_secrets_are_redacted(monkeypatch):
         "a": [{"secret": "<redacted>", "tokens": "7"}],
         "n": 3,
     }
+
+
+def test_lines_of_anything_are_dropped_and_read(tmp_path: Path) -> None:
+    file, good = tmp_path / "metrics.jsonl", '{"step": 1, "train/loss": 1.0}\n'
+    file.write_text(good + '{"step": "two"}\n{"step": null}\n[1]\n' + "[" * 99999 + "\n")
+    assert _lines_until(file, 5) == [good]
+    file.write_bytes(b'{"text": "\xe4"}\n' + good.encode())
+    assert read_jsonl(file) == [{"text": "\ufffd"}, json.loads(good)]
