@@ -100,7 +100,7 @@ class PPO(Run):
     config: PPOStage
 
     def __init__(self, config: PPOStage, inputs: RunInputs, bridge: Bridge | None, *, began: float,
-                 lock: DirectoryLock | None) -> None:
+                 lock: DirectoryLock | None = None) -> None:
         """bridge: the connection to separate generating ranks, if there are any."""
         layout = state.initialize(config.parallel, seed=config.train.seed)
         self.prompts, self.bridge = Prompts(config, inputs.train), bridge

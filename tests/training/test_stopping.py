@@ -44,6 +44,7 @@ class Bare(Run):
         self.config: Any = SimpleNamespace(checkpoint=SimpleNamespace(save_interval=save_interval))
         self.saver = noting("saver")
         self.saver.seconds, self._lock, self.closing_line = 0.0, noting("lock"), "the end"
+        self.saver.failed_exports, self._export_missing = [], lambda: None  # type: ignore[method-assign]
         self.stopper: Any = SimpleNamespace(start_step=lambda: None, agree_to_stop=lambda **_: False)
         self.phase: Any = SimpleNamespace(start_step=lambda _: None, step_seconds=lambda: 600.0)
         self.tracker = noting("tracker")
