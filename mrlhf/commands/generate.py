@@ -44,6 +44,7 @@ _FIXES = {
     "prompt_role": "remove the last message",
     "plain_turns": "leave out --input_template",
     "plain_content": "leave out --input_template",
+    "tools_ignored": "a chat template that renders tools in the model's directory, or remove the column",
     "too_long": "shorter prompts, or a smaller --max_new_tokens",
 }
 
@@ -86,8 +87,9 @@ def read_prompts(config: GenerateStage, tokenizer: Any, limit: int) -> list[Prom
 
 
 def _read_prompt(record: Any, template: Template, limit: int) -> PromptRow:
-    prompt = normalise(record, "prompts", Columns(), plain=template.plain).prompt or ""
-    ids = template.render_prompt(prompt)
+    sample = normalise(record, "prompts", Columns(), plain=template.plain)
+    prompt = sample.prompt or ""
+    ids = template.render_prompt(prompt, tools=sample.tools)
     if len(ids) > limit:
         raise RowProblem("too_long", f"the prompt has {len(ids)} tokens", expected=f"at most {limit}")
     if isinstance(prompt, str) and not template.plain:

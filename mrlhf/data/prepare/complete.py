@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mrlhf.data.prepare.formats import REASONING_KEYS, Message
@@ -24,12 +24,15 @@ _REASONING = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
 _TAG = re.compile(rf"(</?{_REASONING}>|</?tool_(?:call|response)>|\[/?THINK\]|/no_think|/think)")
 _IN_TAGS = ("hink", "HINK", "thought", "reasoning", "tool_")  # one of them stands in each tag
 _CLOSES_REASONING = re.compile(rf"</{_REASONING}>|\[/THINK\]")
-_REPR = re.compile(r"'[^'\n]*': \[?'?zq\d+qz")
+# A mark inside Python's form of a dict or a list; a list behind "=" is an argument of a call in Python's own syntax.
+_REPR = re.compile(r"'[^'\n]*': \[?'?zq\d+qz|\{'zq\d+qz|(?<!=)\['zq\d+qz")
+_ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")  # names of a call's arguments in data
 _MARK = re.compile(r"zq\d+qz")
 
 
 class Piece(NamedTuple):
-    """A text of the record. `mark` stands for it in the shape. kind: "turn", "reasoning", "tool_calls" or "tools"."""
+    """A text of the record. `mark` stands for it in the shape. kind: "turn", "reasoning", "tool_calls", "tools" or
+    "nothing" (need not stand)."""
 
     mark: str
     text: str
@@ -60,9 +63,9 @@ class Shape:
                     reasoning[value] = self._mark(value.strip(), "reasoning", i)
                 copy[key] = reasoning[value]
             elif key == "tool_calls" and isinstance(value, list):
-                copy[key] = [self._function(call, "tool_calls", i, ("arguments",)) for call in value]
+                copy[key] = [self._function(call, "tool_calls", i, _ARGUMENTS) for call in value]
             elif key == "function_call":
-                copy[key] = self._function(value, "tool_calls", i, ("arguments",))
+                copy[key] = self._function(value, "tool_calls", i, _ARGUMENTS)
         return copy
 
     def _content(self, text: str, i: int, role: str) -> str:
@@ -85,25 +88,36 @@ class Shape:
         copy = dict(value)
         if isinstance(copy.get("name"), str) and copy["name"]:
             copy["name"] = self._mark(copy["name"], kind, i)
+        elif kind == "tools":  # one that its provider runs, like {"type": "web_search"}
+            return self._arguments(copy, kind, i)
         for key in also:
             if key in copy:
-                copy[key] = self._arguments(copy[key], i)
+                copy[key] = self._arguments(copy[key], kind, i)
         return copy
 
-    def _arguments(self, value: Any, i: int) -> Any:
-        """`value` with a mark for every text and number; a JSON string of an object stays one."""
+    def _arguments(self, value: Any, kind: str, i: int) -> Any:
+        """`value` with a mark for every text and number, and for the key of what has none, like true.
+
+        A JSON string of an object stays one.
+        """
         if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
             try:
-                return json.dumps(self._arguments(json.loads(value), i), ensure_ascii=False)
+                inner = json.loads(value) or {self._mark(value, "nothing", i): ""}
+                return json.dumps(self._arguments(inner, kind, i), ensure_ascii=False)
             except (ValueError, RecursionError):
                 pass  # ordinary text
         if isinstance(value, dict):
-            return {key: self._arguments(inner, i) for key, inner in value.items()}
+            return dict(self._argument(key, inner, kind, i) for key, inner in value.items())
         if isinstance(value, list):
-            return [self._arguments(inner, i) for inner in value]
-        if isinstance(value, bool) or value is None or value == "":
+            return [self._arguments(inner, kind, i) for inner in value]
+        if isinstance(value, bool) or value is None or not value and isinstance(value, str):
             return value
-        return self._mark(value.strip() if isinstance(value, str) else json.dumps(value), "tool_calls", i)
+        return self._mark(value.strip() if isinstance(value, str) else json.dumps(value), kind, i)
+
+    def _argument(self, key: str, value: Any, kind: str, i: int) -> tuple[str, Any]:
+        before = len(self.pieces)
+        copy = self._arguments(value, kind, i)
+        return self._mark(key, kind, i) if len(self.pieces) == before and not _MARK.fullmatch(key) else key, copy
 
     def problem(self, rendered: str, *, trained: Sequence[int], source: str) -> RowProblem | None:
         """What is wrong with the shape's rendering. `trained`: turns whose reasoning must stand; `source`: template."""
@@ -113,11 +127,13 @@ class Shape:
         if problem is not None:
             return problem
         shown = _REPR.search(rendered)
-        if shown is not None:
-            return RowProblem("python_repr", f"the chat template renders a Python object, like {shown.group()}...",
+        shows = shown.group() if shown is not None else next(filter(rendered.__contains__, _reprs(self.tools)), None)
+        if shows is not None:
+            return RowProblem("python_repr", f"the chat template renders a Python object, like {shows[:60]}...",
                               expected="JSON or text",
                               fix="--chat-template FILE (its filter tojson), or arguments as JSON strings")
-        if any(f'\\"{piece.mark}' in rendered for piece in self.pieces if piece.kind == "tool_calls"):
+        if any(f'\\"{piece.mark}' in rendered for piece in self.pieces
+               if piece.kind in ("tool_calls", "nothing")):
             return RowProblem("encoded_twice", "the chat template encodes arguments that are a JSON string once more",
                               expected="arguments as an object where the template writes JSON",
                               fix="parse the arguments in the data, or --chat-template FILE")
@@ -135,6 +151,14 @@ class Shape:
         return _left_out(gone, trained)
 
 
+def _reprs(value: Any) -> Iterator[str]:
+    """Python's forms of the dicts in `value`, at every depth, where JSON's differ."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _reprs(inner)
+    if isinstance(value, dict) and (text := repr(value)).startswith("{'"):
+        yield text
+
+
 def _in_json(text: str) -> tuple[str, str]:
     """How a template may write a text inside a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
@@ -148,7 +172,7 @@ def _left_out(gone: Sequence[Piece], trained: Sequence[int]) -> RowProblem | Non
             return RowProblem("tools_ignored", f"the row has tools ({shown}), which the template would leave out",
                               expected="a chat template that renders `tools`",
                               fix="--chat-template FILE, or remove the column")
-        if piece.kind == "reasoning" and piece.turn not in trained:
+        if piece.kind == "nothing" or piece.kind == "reasoning" and piece.turn not in trained:
             continue
         name = {"turn": f"the turn of '{piece.role}'", "reasoning": "the reasoning of the trained turn",
                 "tool_calls": "a tool call"}[piece.kind]

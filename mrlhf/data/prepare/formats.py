@@ -22,7 +22,8 @@ from typing import Any
 
 from mrlhf.errors import RowProblem
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message, beside its content
+# Keys of a message, beside its content.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "tool_plan")
 # Columns and keys of messages that hold content which no form uses.
 _CONTENT_COLUMNS = ("system", "system_prompt", "history", "documents", "functions")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -102,8 +103,9 @@ def _refuse_unused(record: dict[str, Any], columns: Columns, sample: NormalRecor
         is_empty = not value.strip() if isinstance(value, str) else not value
         if key in named or is_empty or not isinstance(value, (str, list, dict)):
             continue
-        conversations = sample.conversations or ((sample.prompt,) if isinstance(sample.prompt, list) else ())
-        texts = [m.get("content") or "" for c in conversations for m in c if isinstance(m, dict)]
+        prompt = [sample.prompt] if isinstance(sample.prompt, str) else sample.prompt or []
+        conversations = sample.conversations or (prompt,)
+        texts = [m if isinstance(m, str) else m.get("content") or "" for c in conversations for m in c]
         if not isinstance(value, str) or not any(value.strip() in text for text in texts):
             raise RowProblem(f"unused:{key}", f"column '{key}' is {_kind(value)} that would be left out",
                              expected="all content in messages (a system turn, earlier turns), tools in 'tools'",
@@ -304,14 +306,14 @@ def _messages(value: Any, key: str, role: str) -> list[Message]:
         if not isinstance(message, dict):
             raise RowProblem("message_type", f"message {i} of column '{key}' is {_kind(message)}", expected=expected,
                              fix=f"--{role}-key COLUMN")
-        if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
+        if not isinstance(message.get("role"), str) or not ("content" in message or _has_calls(message)):
             names = "from to role, value to content, human to user, gpt to assistant" if "from" in message else (
                 "them to role and content (user, assistant, system)")
             then = "" if key == role else f", then --{role}-key {shlex.quote(key)}"
             raise RowProblem("message_keys", f"message {i} of column '{key}' has the keys {sorted(message)}",
                              expected=expected, fix=f"rename {names}{then}")
         message = _normal_message(message, f"message {i} of column '{key}'")
-        if not message.get("tool_calls") and not (message.get("content") or "").strip():
+        if not _has_calls(message) and not (message.get("content") or "").strip():
             if message["role"] in ("system", "developer"):
                 continue
             raise _empty(f"message {i} of column '{key}' ({message['role']}) is empty")
@@ -319,6 +321,10 @@ def _messages(value: Any, key: str, role: str) -> list[Message]:
     if not messages:
         raise _empty(f"column '{key}' has no messages but an empty system turn")
     return messages
+
+
+def _has_calls(message: Message) -> bool:
+    return bool(message.get("tool_calls") or message.get("function_call"))
 
 
 def _normal_message(message: Message, where: str) -> Message:
@@ -331,6 +337,17 @@ def _normal_message(message: Message, where: str) -> Message:
         if message.get(key):
             raise RowProblem("media", f"{where} has '{key}', which would be left out", expected="text alone",
                              fix="remove it, or the row")
+    calls = message.get("tool_calls") or [], message.get("function_call") or {}
+    if not _is_messages(calls[0]) or not all(
+        isinstance(call, dict) and isinstance(call.get("function") or {}, dict) for call in (*calls[0], calls[1])
+    ):
+        raise RowProblem("call_type", f"a tool call of {where} is no object",
+                         expected='"tool_calls": [{"function": {"name": ..., "arguments": ...}}, ...]',
+                         fix="parse it in the data, where it is a JSON string")
+    for key in REASONING_KEYS:
+        if message.get(key) and not isinstance(message[key], str):
+            raise RowProblem("reasoning_type", f"'{key}' of {where} is {_kind(message[key])}", expected="a string",
+                             fix="mend the data")
     normal = {name: _without_nulls(value) for name, value in message.items() if value is not None or name == "content"}
     if isinstance(content, list):
         normal["content"] = "".join(_text_of(part, where) for part in normal["content"])
@@ -343,7 +360,8 @@ def _text_of(part: Any, where: str) -> str:
         return part
     is_text = isinstance(part, dict) and part.keys() <= {"type", "text"} and part.get("type", "text") == "text"
     if not is_text or not isinstance(part.get("text"), str):
-        kind = part.get("type") or sorted(part) if isinstance(part, dict) else _kind(part)
+        kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        kind = sorted(part) if isinstance(part, dict) and kind in (None, "text") else kind
         raise RowProblem("content_part", f"the content of {where} has a part of the kind {kind!r}",
                          expected='text parts, {"type": "text", "text": ...}', fix="remove such parts, or the row")
     return part["text"]

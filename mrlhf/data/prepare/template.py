@@ -136,9 +136,9 @@ class Template:
             self._require_all(text, prompt, tools, is_prompt=True)
         return self._users_text.restore(text, [], table)
 
-    def render_prompt(self, messages: list[Message] | str) -> list[int]:
+    def render_prompt(self, messages: list[Message] | str, *, tools: list[Any] | None = None) -> list[int]:
         """Token ids of a prompt, as the model will see it before it answers."""
-        return self.encode([self.prompt(messages)])[0][0].tolist()
+        return self.encode([self.prompt(messages, tools=tools)])[0][0].tolist()
 
     def _check_tools(self, tools: list[Any] | None) -> None:
         if tools and self.plain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from mrlhf.commands.generate import read_prompts
+from mrlhf.config.options import GenerateStage
 from mrlhf.data.indexed import PackedDataset
 from mrlhf.data.prepare.formats import Columns, normalise
 from mrlhf.data.prepare.job import preprocess
@@ -34,6 +37,8 @@ NAMES = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
 )
 CALLS = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+EACH_CALL = "{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+EACH_ARGUMENT = "{% for k, v in c.function.arguments.items() %}"
 LAST_REASONING = (
     "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
 )
@@ -48,6 +53,11 @@ TEMPLATES = {
     "no arguments": turns(CONTENT + "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}", NAMES),
     "calls or content": turns("{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}", TOOLS),
     "python calls": turns(CONTENT + "{% for c in m.tool_calls or [] %}{{ c.function }}{% endfor %}", TOOLS),
+    "printed arguments": turns(CONTENT + EACH_CALL + "({{ c.function.arguments }}){% endfor %}", TOOLS),
+    "printed values": turns(CONTENT + EACH_CALL + EACH_ARGUMENT + " {{ k }}: {{ v }}{% endfor %}{% endfor %}", TOOLS),
+    "python's syntax": turns(CONTENT + EACH_CALL + "(" + EACH_ARGUMENT + "{{ k }}={{ v }}{% endfor %}){% endfor %}"),
+    "printed schema": turns(CONTENT, "{% for t in tools or [] %}{{ t.function.name }} {{ t.function.parameters }}"
+                            "{% endfor %}"),
     "null or call": turns("{% if m.content is none %}" + CALLS + "{% else %}{{ m.content }}{% endif %}", TOOLS),
     "three roles": turns(CONTENT, head="{% if m.role not in ['system', 'user', 'assistant'] %}{% continue %}{% endif %}"
                          + HEAD),
@@ -108,6 +118,55 @@ CASES: list[tuple[str, list[dict[str, Any]], list[Any] | None, str]] = [
     ("all", [U, call('{"x": 1}')], [TOOL], "!encoded_twice"),
     ("all", [U, call('{"city": "Oslo"}')], [TOOL], "!encoded_twice"),
     ("python calls", [U, CALL], [TOOL], "!python_repr"),
+    # arguments without a text or a number
+    (
+        "all",
+        [U, call({"on": True, "s": "", "l": []})],
+        [TOOL],
+        '{"name": "add", "arguments": {"on": true, "s": "", "l": []}}',
+    ),
+    ("no arguments", [U, call({"on": True})], [TOOL], "!tool_calls_ignored"),
+    ("no arguments", [U, call({"a": {"s": ""}})], [TOOL], "!tool_calls_ignored"),
+    ("no arguments", [U, call('{"on": false}')], [TOOL], "!tool_calls_ignored"),
+    ("no arguments", [U, call("{}")], [TOOL], "add"),
+    ("all", [U, call('{"on": true}')], [TOOL], "!encoded_twice"),
+    ("all", [U, call("{}")], [TOOL], "!encoded_twice"),
+    ("all", [U, call(" [] ")], [TOOL], "!encoded_twice"),
+    ("printed arguments", [U, call('{"on": true}')], [TOOL], 'add({"on": true})'),
+    ("printed arguments", [U, call({"on": True})], [TOOL], "!python_repr"),
+    ("printed arguments", [U, call(["a"])], [TOOL], "!python_repr"),
+    ("printed values", [U, call({"x": 1, "on": True})], [TOOL], "add x: 1 on: True"),
+    ("printed values", [U, call({"l": ["a", "b"]})], [TOOL], "!python_repr"),
+    ("printed values", [U, call({"d": {"on": True}})], [TOOL], "!python_repr"),
+    ("python's syntax", [U, call({"l": ["a", "b"]})], None, "add(l=['a', 'b'])"),
+    # other names, and calls that are no objects
+    (
+        "no arguments",
+        [U, {**A, "tool_calls": [{"function": {"name": "add", "parameters": {"x": 1}}}]}],
+        [TOOL],
+        "!tool_calls_ignored",
+    ),
+    (
+        "no arguments",
+        [U, {**A, "tool_calls": [{"function": {"name": "add", "input": {"on": True}}}]}],
+        [TOOL],
+        "!tool_calls_ignored",
+    ),
+    ("all", [U, {**A, "tool_calls": json.dumps(CALL["tool_calls"])}], [TOOL], "!call_type"),
+    ("all", [U, {**A, "tool_calls": {"name": "add"}}], [TOOL], "!call_type"),
+    ("all", [U, {**A, "tool_calls": ['{"name": "add"}']}], [TOOL], "!call_type"),
+    ("all", [U, {**A, "tool_calls": [{"function": "add"}]}], [TOOL], "!call_type"),
+    ("all", [U, {**A, "function_call": "add(1)"}], [TOOL], "!call_type"),
+    (
+        "all",
+        [U, {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}}],
+        [TOOL],
+        "!tool_calls_ignored",
+    ),
+    # tools without a name, and a schema as Python's repr
+    ("chatml", [U, A], [{"type": "web_search"}], "!tools_ignored"),
+    ("all", [U, A], [{"type": "web_search"}], "3"),
+    ("printed schema", [U, A], [TOOL], "!python_repr"),
     ("no tools", [U, CALL], [TOOL], "!tools_ignored"),
     ("tools, no calls", [U, CALL], [TOOL], "!tool_calls_ignored"),
     ("tools, no calls", [U, call({"x": 1}, "I add")], [TOOL], "!tool_calls_ignored"),
@@ -134,6 +193,8 @@ CASES: list[tuple[str, list[dict[str, Any]], list[Any] | None, str]] = [
     ("chatml", [U, THOUGHT], None, "!reasoning_ignored"),
     ("chatml", [U, {**A, "thinking": "one and two", "reasoning": None}], None, "!reasoning_ignored"),
     ("earlier reasoning cut", [U, TAGGED, U, TAGGED], None, "<think>\none and two\n</think>\n\n3"),
+    ("chatml", [U, {**A, "tool_plan": "one and two"}], None, "!reasoning_ignored"),
+    ("chatml", [U, {**A, "reasoning_content": ["one", "two"]}], None, "!reasoning_type"),
     ("all reasoning cut", [U, TAGGED], None, "!reasoning_ignored"),
     ("first line", [U, A], None, "3"),
     ("first line", [U, LONG], None, "!turn_ignored"),
@@ -189,6 +250,19 @@ def test_prompts(name: str, messages: list[Any], tools: Any, kind: str | None, l
     assert caught.value.kind == kind
 
 
+def test_generate_renders_tools_as_preprocessing_does(jsonl: Callable[..., str], load: Any,
+                                                      bpe_dir: str) -> None:  # fmt: skip
+    config = GenerateStage(checkpoint="c", prompts=jsonl([{"prompt": "add", "tools": [TOOL]}]), output="out")
+    tokenizer = copy.copy(load(bpe_dir))
+    tokenizer.chat_template = TEMPLATES["all"]
+    (row,) = read_prompts(config, tokenizer, limit=500)
+    sample = Template(tokenizer).prompt([{"role": "user", "content": "add"}], tools=[TOOL])
+    assert row.ids == Template(tokenizer).encode([sample])[0][0].tolist()
+    tokenizer.chat_template = CHATML
+    with pytest.raises(DataError, match="the row has tools"):
+        read_prompts(config, tokenizer, limit=500)
+
+
 def test_every_trained_turn_keeps_its_reasoning(load: Any, bpe_dir: str) -> None:
     template = Template(load(bpe_dir), chat_template=TEMPLATES["earlier reasoning cut"], loss_on="all")
     with pytest.raises(RowProblem) as caught:
@@ -223,6 +297,8 @@ def test_a_column_that_would_be_left_out(key: str) -> None:
                     normalise({**row, key: value}, task, Columns(), plain=plain)
         for nothing in (None, "", " ", [], {}, 7):
             normalise({**row, key: nothing}, task, Columns(), plain=False)
+    normalise({"input": "be brief: hi", "output": "a", key: "be brief"}, "sft", Columns(), plain=True)
+    normalise({"prompt": "be brief: hi", key: "be brief"}, "prompts", Columns(), plain=True)
     normalise(
         {"messages": [{"role": "system", "content": " be brief"}, U, A], "system": "be brief"},
         "sft",
