@@ -169,4 +169,5 @@ def restore_randomness(source: ModelSource) -> None:
             rng.restore(path.read_text())
         except Exception as error:  # each generator refuses a wrong state in its own way
             what = f"not the states of random generators: {type(error).__name__}: {error}"
-            raise CheckpointError(what, where=str(path), fix="take an earlier checkpoint") from error
+            fix = f"move {source.path.name} away; the same command then goes on from the checkpoint before it"
+            raise CheckpointError(what, where=str(path), fix=fix) from error

@@ -46,7 +46,7 @@ _TOKENS, _MASK, _MARGIN = ("uint16", "int32"), ("uint8",), ("float32",)  # data 
 _CHUNK = 1 << 20  # entries of an index checked at once, which takes little memory
 CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 _SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"')
-_REMAKE = "make the data again with tools/preprocess_data.py --overwrite"
+_REMAKE = "make the data again: python tools/preprocess_data.py --overwrite ..."
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -312,7 +312,7 @@ class PackedDataset:
 
     @property
     def _fix(self) -> str:
-        return f"copy it again, or {_REMAKE}; mrlhf data {self.prefix} --check shows all damage"
+        return f"copy it again, or {_REMAKE}; mrlhf data {shlex.quote(self.prefix)} --check shows all damage"
 
     def margin(self, pair_index: int) -> float | None:
         """Margin of pair `pair_index` (samples 2 * pair_index and the next), None where the data has no margins."""
@@ -364,8 +364,6 @@ def file_problem(prefix: str, suffix: str, digest: dict[str, Any], *, verify: bo
     elif path.stat().st_size != digest["bytes"]:
         what = f"file has {path.stat().st_size:,} bytes, {prefix}.json promises {digest['bytes']:,}"
         yield DataError(f"{what}: truncated or of another run", where=str(path), fix=f"copy it again, or {_REMAKE}")
-    elif verify and "sha256" not in digest:
-        yield DataError(f"{prefix}.json holds no checksum of it", where=str(path), fix=_REMAKE)
     elif verify and sha256_of(path) != digest["sha256"]:
         yield DataError(f"checksum differs from {prefix}.json: the file is damaged", where=str(path),
                         fix=f"copy it again, or {_REMAKE}")
@@ -385,6 +383,12 @@ class _Meta(msgspec.Struct):
     files: dict[str, _File]
 
 
+def _from_records(path: str) -> str:
+    """The fix for a file of raw records in the place of a data set: it stays as it is."""
+    command = f"python tools/preprocess_data.py --input {shlex.quote(path)} --output-prefix NEW ..."
+    return f"{command}, then NEW here"
+
+
 def read_meta(prefix: str) -> dict[str, Any]:
     """The content of PREFIX.json, whose checksum must fit. Raises DataError."""
     path = Path(prefix + ".json")
@@ -399,22 +403,22 @@ def read_meta(prefix: str) -> dict[str, Any]:
                 "PREFIX.json is missing: the files were not made by, or not finished by, tools/preprocess_data.py",
                 where=str(path),
                 expected="its output; data of Megatron-LM's own tool has no loss masks and serves pretraining alone",
-                fix=_REMAKE,
+                fix="copy it here, or make the data anew: python tools/preprocess_data.py --output-prefix NEW ..., "
+                "then NEW here",  # with --overwrite it would replace what may be the only copy of Megatron-LM's text
             )
         if Path(prefix).exists():
             what = "a directory" if Path(prefix).is_dir() else "a file of raw records"
             expected = "a prefix written by tools/preprocess_data.py"
             raise DataError(f"{what}, not a data set", where=prefix, expected=expected,
-                            fix=f"python tools/preprocess_data.py --input {shlex.quote(prefix)} --output-prefix NEW "
-                            "..., then NEW here")
+                            fix=_from_records(prefix))
         raise DataError("no such dataset", where=str(path), expected="a prefix written by tools/preprocess_data.py",
                         fix="--output-prefix of that command")
-    text = path.read_bytes()
-    meta: dict[str, Any] = parse_json(text, where=str(path), error=DataError, fix=_REMAKE)
+    text, fix = path.read_bytes(), _REMAKE if Path(prefix + ".bin").is_file() else _from_records(str(path))
+    meta: dict[str, Any] = parse_json(text, where=str(path), error=DataError, fix=fix)
     needed = ("format", "task", "num_samples", "num_packs", "files")
     missing = [k for k in needed if k not in meta]
     if missing:
-        raise DataError(f"not the metadata of a dataset: {', '.join(missing)} missing", where=str(path), fix=_REMAKE)
+        raise DataError(f"not the metadata of a dataset: {', '.join(missing)} missing", where=str(path), fix=fix)
     if meta["format"] != FORMAT_VERSION:
         raise DataError(f"written in format {meta['format']} by {meta.get('version')}", where=str(path),
                         expected=f"format {FORMAT_VERSION}", fix=_REMAKE)

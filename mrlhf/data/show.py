@@ -120,7 +120,8 @@ def check_dataset(prefix: str) -> list[MrlhfError]:
     problems: list[MrlhfError] = list(file_problems(prefix, meta, verify=True))
     for path in (prefix + s for s in OutputSet.suffixes if s != ".json" and s not in meta["files"]):
         if Path(path).exists():
-            problems.append(DataError("file is not part of the set in PREFIX.json", where=path, fix="remove it"))
+            problems.append(DataError("file is not part of the set in PREFIX.json", where=path,
+                                      fix="move it to another directory"))
     if problems:
         return problems
     try:

@@ -15,6 +15,7 @@ from mrlhf.data.indexed import CODE_OF, HEADER, MAGIC, seal
 from mrlhf.errors import DataError
 
 _STRIDE = 1 << 20
+_META_HEAD = b'{\n "format": '  # what `seal` begins PREFIX.json with
 Integers = Sequence[int] | np.ndarray
 
 
@@ -111,19 +112,26 @@ class OutputSet:
     def __init__(self, prefix: str | Path, *, overwrite: bool = False, directory: Path | None = None):
         self.prefix = Path(prefix)
         self._directory = directory or self.prefix.parent
-        if not overwrite:
-            self.refuse_existing(self.prefix)
+        self.refuse_existing(self.prefix, overwrite=overwrite)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._writers: dict[str, IndexedWriter] = {}
         self._streams: dict[str, _Hashed] = {}
         self._temporary: dict[str, Path] = {}
 
     @classmethod
-    def refuse_existing(cls, prefix: Path) -> None:
-        taken = [f"{prefix.name}{s}" for s in cls.suffixes if Path(f"{prefix}{s}").exists()]
-        if taken:
-            raise DataError(f"output exists already: {', '.join(taken)}", where=str(prefix),
-                            fix="another --output-prefix, or --overwrite")
+    def refuse_existing(cls, prefix: Path, *, overwrite: bool = False) -> None:
+        """Raises DataError for a prefix that is taken. `overwrite`: only where the files are no set of this tool, but
+        the user's own, as raw records in PREFIX.json.
+        """
+        files = {s: Path(f"{prefix}{s}") for s in cls.suffixes if Path(f"{prefix}{s}").exists()}
+        meta = files.get(".json")
+        is_set = ".bin" in files or ".idx" in files or (
+            meta is not None and meta.is_file() and meta.open("rb").read(len(_META_HEAD)) == _META_HEAD)
+        if files and not (overwrite and is_set):
+            by_hand = "" if meta else " if a command of this tool left them unfinished"
+            raise DataError(f"output exists already: {', '.join(file.name for file in files.values())}",
+                            where=str(prefix), expected=None if is_set else "a prefix that no other files begin with",
+                            fix="another --output-prefix" + (f", or --overwrite{by_hand}" if is_set else ""))
 
     def temporary(self, suffix: str) -> Path:
         """The path to write `suffix` to, from where a rename to its final place is atomic."""

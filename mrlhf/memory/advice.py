@@ -93,7 +93,7 @@ def _smaller_vllm(config: PPOStage, phase: str, *, cuda: bool) -> list[str]:
     if phase == "reshard":
         lines += _lower("rollout.reshard_bucket_mib", rollout.reshard_bucket_mib)
     if rollout.placement == "colocated":
-        lines.append("--rollout.placement separate --rollout.num_ranks N (now colocated)")
+        lines.append("--rollout.placement separate --rollout.num_ranks N (now colocated), on N ranks more")
     return lines
 
 
@@ -103,17 +103,20 @@ def _more_model_parallelism(config: TrainingConfig, phase: str, *, spec: ModelSp
     now = config.critic_parallel if isinstance(config, PPOStage) and is_critic else config.parallel
     prefix = "ppo.critic_" if is_critic else "parallel."
     tp, pp, cp = now.tensor_model_parallel_size, now.pipeline_model_parallel_size, now.context_parallel_size
-    lines = ["--parallel.sequence_parallel true (now false)"] if tp > 1 and not now.sequence_parallel else []
+    # sequence_parallel is one option for actor and critic, and needs a TP above 1 in the actor
+    sequence = not config.parallel.sequence_parallel and (not is_critic or config.parallel.tensor_model_parallel_size > 1)
+    lines = ["--parallel.sequence_parallel true (now false)"] if tp > 1 and sequence else []
 
     def offer(new: ParallelConfig, text: str) -> None:
         for ranks in (world, 2 * world):
             if not check_layout(new, spec, ranks) and not check_batch(config.train, new, ranks):
-                lines.append(text if ranks == world else f"{text}, on {ranks} ranks instead of {world}")
+                lines.append(text if ranks == world else f"{text}, on {ranks} training ranks instead of {world}")
                 return
 
     text = f"--{prefix}tensor_model_parallel_size {2 * tp} (now {tp})"
-    text += "" if now.sequence_parallel else ", --parallel.sequence_parallel true"
-    offer(replace(now, tensor_model_parallel_size=2 * tp, sequence_parallel=True), text)
+    text += ", --parallel.sequence_parallel true" if sequence else ""
+    is_sequence = config.parallel.sequence_parallel or sequence
+    offer(replace(now, tensor_model_parallel_size=2 * tp, sequence_parallel=is_sequence), text)
     even = now.num_layers_in_first_pipeline_stage is None and now.num_layers_in_last_pipeline_stage is None
     if phase == "build" and even and now.interleaved_chunks is None:
         text = f"--{prefix}pipeline_model_parallel_size {2 * pp} (now {pp})"

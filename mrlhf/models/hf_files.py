@@ -199,7 +199,8 @@ def side_files(directory: Path) -> list[Path]:
     for file in files:
         if file.stat().st_size > _SIDE_BYTES:
             what = f"{file.stat().st_size:,} bytes, which every checkpoint would hold"
-            raise CheckpointError(what, where=str(file), expected=f"at most {_SIDE_BYTES:,}", fix="remove it")
+            raise CheckpointError(what, where=str(file), expected=f"at most {_SIDE_BYTES:,}",
+                                  fix="move it out of the directory")
     return files
 
 

@@ -159,6 +159,35 @@ class Scenario:
     right: Callable[[Any, Any], None] | None = None
 
 
+By = Callable[[SimpleNamespace, Command, str], None]
+
+
+def call(
+    function: Callable[..., Any], prepared: Callable[[SimpleNamespace], Any] | None = None
+) -> Callable[[SimpleNamespace], Command]:
+    """A call with the bench; `prepared` runs once before it."""
+
+    def make(bench: SimpleNamespace) -> Command:
+        if prepared is not None:
+            prepared(bench)
+        return Command(lambda command: function(bench))
+
+    return make
+
+
+def state(function: Callable[[Any], Any], wrong: Any, fix: str, right: Any, name: str, **more: Any) -> Scenario:
+    """A call with one argument, which is wrong at first."""
+
+    def make(bench: SimpleNamespace) -> Command:
+        bench.value_now = wrong
+        return Command(lambda command: function(bench.value_now))
+
+    def by(bench: SimpleNamespace, command: Command, fix: str) -> None:
+        bench.value_now = right
+
+    return Scenario(name, make, fix, by=by, **more)
+
+
 PLACEHOLDER = re.compile(r"\b(COLUMN|FILE|NAME|DIR|VALUE|STEPS|SECONDS|SPLIT|N|HF|OUTPUT)\b")
 
 

@@ -637,4 +637,25 @@ GENERATE = [
     ),
 ]
 
-SCENARIOS = [*CONTRADICTIONS, *WORDS, *SIZES, *GENERATE]
+SCHEDULES = [
+    Scenario(
+        f"{warmup} steps of warm-up and {decay} of decay, of {steps}",
+        stage(
+            name,
+            optim__lr_decay_style="WSD",
+            optim__lr_warmup_steps=warmup,
+            optim__lr_wsd_decay_steps=decay,
+            train__max_steps=steps,
+        ),
+        f"--optim.lr_warmup_steps {shorter} --optim.lr_wsd_decay_steps {steps - shorter}",
+    )
+    for name, warmup, decay, steps, shorter in (
+        ("sft", 0, 9, 3, 0),
+        ("dpo", 3, 1, 3, 2),
+        ("rm", 1, 1, 1, 0),
+        ("ppo", 50, 50, 1, 0),
+        ("pretrain", 900, 100, 2, 1),
+    )
+]
+
+SCENARIOS = [*CONTRADICTIONS, *WORDS, *SIZES, *GENERATE, *SCHEDULES]

@@ -20,10 +20,10 @@ from mrlhf.data.prepare import job as preprocessing
 from mrlhf.data.prepare import render, sources, workers
 from mrlhf.rl.rewards.kinds import load_function, parse_source
 
-from .files import call, state
-from .harness import Command, Scenario
+from .harness import Command, Scenario, call, state
 from .options import stage
-from .rows import CHAT, GOOD, LOOP, TURN, A, U, gives, prepare, setting
+from .rows import CHAT, GOOD, A, U, gives, prepare, setting
+from .templates import LOOP, TURN
 
 REWARDS = """
 import time
@@ -415,18 +415,6 @@ def _megatron(version: str | None) -> None:
         megatron.check_version()
 
 
-def _ends(mask: list[int]) -> None:
-    import numpy as np
-
-    from mrlhf.data.prepare.tokenise import Tokenise
-
-    template = SimpleNamespace(end_token_id=1, end_token="e")
-    Tokenise._check_ends(
-        SimpleNamespace(task="sft", template=template), np.asarray([2] * (len(mask) - 1) + [1]), np.asarray(mask)
-    )
-
-
-ANOTHER = "--chat-template FILE"
 MATHS = [
     state(
         _estimated,
@@ -451,9 +439,6 @@ MATHS = [
         state(_megatron, version, "pip install megatron-core==0.16.1", "0.16.1", f"megatron-core {version}")
         for version in (None, "0.1")
     ),
-    state(_ends, [0, 0], ANOTHER, [0, 1], "nothing trained"),
-    state(_ends, [1, 1], f"{ANOTHER}, or --input-template", [0, 1], "all trained"),
-    state(_ends, [0, 1, 0], ANOTHER, [0, 1, 1], "end not trained"),
 ]
 
 

@@ -126,12 +126,11 @@ class Shape:
         problem = _left_out(gone, trained)
         if problem is not None:
             return problem
-        shown = _REPR.search(rendered)
-        shows = shown.group() if shown is not None else next(filter(rendered.__contains__, _reprs(self.tools)), None)
-        if shows is not None:
-            return RowProblem("python_repr", f"the chat template renders a Python object, like {shows[:60]}...",
-                              expected="JSON or text",
-                              fix="--chat-template FILE (its filter tojson), or arguments as JSON strings")
+        shown = _REPR.findall(rendered) or [text for text in _reprs(self.tools) if text in rendered]
+        if shown:  # where it renders the whole call or a tool so, arguments as strings would not help
+            strings = "" if any(part.startswith(("'name'", "{")) for part in shown) else ", or arguments as JSON strings"
+            return RowProblem("python_repr", f"the chat template renders a Python object, like {shown[0][:60]}...",
+                              expected="JSON or text", fix=f"--chat-template FILE (its filter tojson){strings}")
         if any(f'\\"{piece.mark}' in rendered for piece in self.pieces
                if piece.kind in ("tool_calls", "nothing")):
             return RowProblem("encoded_twice", "the chat template encodes arguments that are a JSON string once more",

@@ -45,6 +45,8 @@ _SYNONYMS = {
 }
 
 
+_TOOLS_EXPECTED = "a list of objects, or one as a JSON string"
+_TOOLS_FIX = "mend or remove the column, or --tools-key COLUMN"
 _LARGEST_MARGIN = 3.4028234663852886e38  # of float32, in which margins are stored
 
 
@@ -107,9 +109,10 @@ def _refuse_unused(record: dict[str, Any], columns: Columns, sample: NormalRecor
         conversations = sample.conversations or (prompt,)
         texts = [m if isinstance(m, str) else m.get("content") or "" for c in conversations for m in c]
         if not isinstance(value, str) or not any(value.strip() in text for text in texts):
+            expected = "all content in messages (a system turn, earlier turns), tools in 'tools'"
             raise RowProblem(f"unused:{key}", f"column '{key}' is {_kind(value)} that would be left out",
-                             expected="all content in messages (a system turn, earlier turns), tools in 'tools'",
-                             fix="move it there, or remove the column")
+                             expected="text alone" if key in _MEDIA else expected,
+                             fix=f"{'' if key in _MEDIA else 'move it there, or '}remove the column")
 
 
 def _tools(record: dict[str, Any], columns: Columns) -> list[Any] | None:
@@ -124,11 +127,11 @@ def _tools(record: dict[str, Any], columns: Columns) -> list[Any] | None:
             if isinstance(tools, list):
                 tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
         except ValueError as error:
-            raise _wrong_type(key, tools, "a list of objects, or one as a JSON string", "--tools-key COLUMN") from error
+            raise _wrong_type(key, tools, _TOOLS_EXPECTED, _TOOLS_FIX) from error
     if not tools:
         return None
     if not _is_messages(tools):
-        raise _wrong_type(key, tools, "a list of objects, or one as a JSON string", "--tools-key COLUMN")
+        raise _wrong_type(key, tools, _TOOLS_EXPECTED, _TOOLS_FIX)
     return _without_nulls(tools)
 
 

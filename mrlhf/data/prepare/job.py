@@ -87,6 +87,10 @@ def _open_inputs(config: PreprocessConfig) -> tuple[Sources, Template]:
             problems.add(error)
     problems.raise_if_any()
     sources, template = opened
+    outputs = {os.path.realpath(f"{prefix}{s}") for prefix in config.prefixes for s in OutputSet.suffixes}
+    for path in (item.path for item in sources.inputs if os.path.realpath(item.path) in outputs):
+        problems.add(DataError("this input would be replaced by the output", where=path, fix="another --output-prefix"))
+    problems.raise_if_any()
     return sources, template
 
 

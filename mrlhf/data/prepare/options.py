@@ -185,9 +185,9 @@ def _check_outputs(config: PreprocessConfig) -> list[MrlhfError]:
         errors.append(ConfigError(f"--split {config.split}", expected=expected))
     problem = directory_problem(Path(config.output_prefix).parent, key="--output-prefix")
     errors += [] if problem is None else [problem]
-    for prefix in () if config.overwrite or config.resume else config.prefixes:
+    for prefix in () if config.resume else config.prefixes:
         try:
-            OutputSet.refuse_existing(Path(prefix))
+            OutputSet.refuse_existing(Path(prefix), overwrite=config.overwrite)
         except DataError as error:
             errors.append(error)
     return errors

@@ -144,7 +144,7 @@ class Template:
         if tools and self.plain:
             raise RowProblem("tools_ignored", "the row has tools, which the template would leave out",
                              expected="a chat template that renders `tools`",
-                             fix="--chat-template FILE, or remove the column")
+                             fix="--chat-template FILE instead of --input-template, or remove the column")
 
     @cached_property
     def _renders_null(self) -> bool:

@@ -157,13 +157,16 @@ class Tokenise:
             return
         end = self.template.end_token_id
         if not mask.any():
-            raise RowProblem("mask_zeros", "no token of the answer is trained", fix="--chat-template FILE")
+            raise RowProblem("mask_zeros", "no token of the answer is trained: the tokenizer has none for its text",
+                             fix="--on-bad-row drop, or another --tokenizer")
         if mask[0]:
+            fix = "--input-template with text behind {}, or --on-bad-row drop" if self.template.plain else None
             raise RowProblem("mask_ones", "the sample begins with a trained token: there is no prompt",
-                             fix="--chat-template FILE, or --input-template")
+                             fix=fix or "--chat-template FILE")
         if end is not None and (ids[-1] != end or not mask[-1]):
-            raise RowProblem("mask_end", f"the sample does not end on a trained {self.template.end_token!r}",
-                             fix="--chat-template FILE")
+            what = f"the sample does not end on a trained {self.template.end_token!r}"
+            raise RowProblem("mask_end", f"{what}: the tokenizer reads it as other tokens",
+                             fix="another --tokenizer, or --chat-template FILE with another end token")
 
     def _add_text(self, batch: Batch, ids: np.ndarray) -> None:
         """Add a pretraining text: whole, cut, or in consecutive pieces. Nothing predicts the first token of a piece."""
