@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import ROOT, make_tokenizer
-from fixes import columns, inputs, machine, models, options, rl, sets, templates, tokenizers
+from fixes import columns, inputs, machine, models, options, remedies, rl, sets, templates, tokenizers
 from fixes.harness import Place, Scenario, all_sites, play, recording
 from fixes.not_followed import NOT_FOLLOWED
 
@@ -122,6 +122,13 @@ def test_every_fix_is_followed_or_says_why_not(played: SimpleNamespace) -> None:
             left.append(f"{place[0]}:{place[1]} {site.function} {site.text!r}")
     assert not left, "no scenario prints the fix of\n" + "\n".join(left)
     assert not unused, f"there is no such fix any more: {unused}"
+
+
+def test_each_remedy_for_memory_passes_the_checks_and_needs_no_permission(
+    world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bench = Bench(world, tmp_path_factory.mktemp("remedies"))
+    assert not (wrong := remedies.problems(bench)), "\n".join(wrong)
 
 
 def test_no_text_says_fix_by_itself() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from mrlhf.config.options import DPOStage, ParallelConfig, PPOStage, TrainingConfig
+from mrlhf.config.check import contradictions
+from mrlhf.config.options import DPOStage, PPOStage, TrainingConfig
 from mrlhf.models.families.spec import ModelSpec, check_layout
 from mrlhf.parallel.state import Layout, check_batch
 
@@ -23,7 +25,7 @@ def remedies(config: TrainingConfig, phase: str, *, spec: ModelSpec, world: int,
         lines += _smaller_batches(config, phase)
     if isinstance(config, PPOStage):
         lines += _offload_to_host(config, phase) if cuda else []
-        lines += _smaller_vllm(config, phase, cuda=cuda)
+        lines += _smaller_vllm(config, phase, world=world, cuda=cuda)
     if isinstance(config, DPOStage) and config.dpo.reference == "online":
         lines.append("--dpo.reference precompute (now online: a second model in memory)")
     if phase == "save" and config.checkpoint.async_save:
@@ -78,7 +80,7 @@ def _offload_to_host(config: PPOStage, phase: str) -> list[str]:
     return [f"--offload.{key} true (now false)" for key in wanted]
 
 
-def _smaller_vllm(config: PPOStage, phase: str, *, cuda: bool) -> list[str]:
+def _smaller_vllm(config: PPOStage, phase: str, *, world: int, cuda: bool) -> list[str]:
     """Where vLLM shares the rank: in phases in which it generates, and in the others if it does not sleep."""
     rollout = config.rollout
     if rollout.placement == "separate" and phase not in ("gen", "reshard"):
@@ -92,35 +94,47 @@ def _smaller_vllm(config: PPOStage, phase: str, *, cuda: bool) -> list[str]:
         lines += _lower("rollout.max_num_seqs", rollout.max_num_seqs)
     if phase == "reshard":
         lines += _lower("rollout.reshard_bucket_mib", rollout.reshard_bucket_mib)
-    if rollout.placement == "colocated":
-        lines.append("--rollout.placement separate --rollout.num_ranks N (now colocated), on N ranks more")
+    if rollout.placement == "colocated" and rollout.weights == "plain":
+        n = rollout.tensor_parallel_size
+        lines.append(f"--rollout.placement separate --rollout.num_ranks {n} (now colocated), on {world + n} ranks "
+                     f"instead of {world}")
     return lines
 
 
 def _more_model_parallelism(config: TrainingConfig, phase: str, *, spec: ModelSpec, world: int) -> list[str]:
     """Twice as many ranks per model, where that divides it; if `world` ranks are too few, on twice as many."""
     is_critic = isinstance(config, PPOStage) and phase in ("values", "update_critic")
-    now = config.critic_parallel if isinstance(config, PPOStage) and is_critic else config.parallel
-    prefix = "ppo.critic_" if is_critic else "parallel."
+    actor = config.parallel
+    now = config.critic_parallel if isinstance(config, PPOStage) and is_critic else actor
     tp, pp, cp = now.tensor_model_parallel_size, now.pipeline_model_parallel_size, now.context_parallel_size
     # sequence_parallel is one option for actor and critic, and needs a TP above 1 in the actor
-    sequence = not config.parallel.sequence_parallel and (not is_critic or config.parallel.tensor_model_parallel_size > 1)
+    sequence = not actor.sequence_parallel and (not is_critic or actor.tensor_model_parallel_size > 1)
     lines = ["--parallel.sequence_parallel true (now false)"] if tp > 1 and sequence else []
 
-    def offer(new: ParallelConfig, text: str) -> None:
+    def offer(text: str, **sizes: Any) -> None:
+        """sizes: of the actor, or `critic_...`."""
+        own = {name: size for name, size in sizes.items() if name.startswith("critic_")}
+        new = replace(actor, **{name: size for name, size in sizes.items() if name not in own})
+        layouts, answers, changed = [new], 0, replace(config, parallel=new)
+        if isinstance(changed, PPOStage):
+            answers = changed.rollout.batch_size * changed.rollout.n
+            changed = replace(changed, ppo=replace(changed.ppo, **own))
+            layouts += [changed.critic_parallel] if changed.ppo.estimator_row.needs_critic else []
+        if contradictions(changed):
+            return
         for ranks in (world, 2 * world):
-            if not check_layout(new, spec, ranks) and not check_batch(config.train, new, ranks):
+            if not any(check_layout(each, spec, ranks) or check_batch(config.train, each, ranks, answers=answers)
+                       for each in layouts):
                 lines.append(text if ranks == world else f"{text}, on {ranks} training ranks instead of {world}")
                 return
 
-    text = f"--{prefix}tensor_model_parallel_size {2 * tp} (now {tp})"
-    text += ", --parallel.sequence_parallel true" if sequence else ""
-    is_sequence = config.parallel.sequence_parallel or sequence
-    offer(replace(now, tensor_model_parallel_size=2 * tp, sequence_parallel=is_sequence), text)
+    prefix, name = ("ppo.", "critic_tensor_model_parallel_size") if is_critic else (
+        "parallel.", "tensor_model_parallel_size")
+    offer(f"--{prefix}{name} {2 * tp} (now {tp}){', --parallel.sequence_parallel true' if sequence else ''}",
+          **{name: 2 * tp, "sequence_parallel": actor.sequence_parallel or sequence})
     even = now.num_layers_in_first_pipeline_stage is None and now.num_layers_in_last_pipeline_stage is None
     if phase == "build" and even and now.interleaved_chunks is None:
-        text = f"--{prefix}pipeline_model_parallel_size {2 * pp} (now {pp})"
-        offer(replace(now, pipeline_model_parallel_size=2 * pp), text)
+        offer(f"--parallel.pipeline_model_parallel_size {2 * pp} (now {pp})", pipeline_model_parallel_size=2 * pp)
     if phase != "build":
-        offer(replace(now, context_parallel_size=2 * cp), f"--parallel.context_parallel_size {2 * cp} (now {cp})")
+        offer(f"--parallel.context_parallel_size {2 * cp} (now {cp})", context_parallel_size=2 * cp)
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def restore_position(order: Order, data: Dataset, manifest: dict[str, Any], *, w
         order.resume_at(start, None if DATA in allowed else consumed)
     except ValueError as error:
         what = f"its data position is wrong: {error}"
-        raise CheckpointError(what, where=where, fix="take an earlier checkpoint") from error
+        fix = f"move {os.path.basename(where)} away; the same command then goes on from the checkpoint before it"
+        raise CheckpointError(what, where=where, fix=fix) from error
 
 
 def _changed_data(order: Order, data: Dataset, sources: list[dict[str, Any]], where: str) -> list[CheckpointError]:

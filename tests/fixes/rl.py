@@ -332,7 +332,7 @@ RESUME = [
     ),
     going_on(
         "position that is wrong",
-        "take an earlier checkpoint",
+        "move .* away; the same command then goes on from the checkpoint before it",
         manifest={"source": {"consumed": 11}},
         env={"CHECKPOINT": "earlier"},
     ),
