@@ -161,7 +161,7 @@ def _finish(directory: Path, output: Path, write_last: Callable[[Path], None]) -
 
 def _refuse_existing(output: Path) -> None:
     if output.exists():
-        raise CheckpointError("the output exists", where=str(output), fix="another --output, or remove it first")
+        raise CheckpointError("the output exists", where=str(output), fix="another --output, or move it away first")
 
 
 def _check_disk_space(output: Path, nbytes: int) -> None:

@@ -349,7 +349,7 @@ CHECKPOINTS = [
         "move step_2 away; the same command then goes on from the checkpoint before it",
         by=lambda bench, command, fix: shutil.move(bench.tmp / fix.split()[1], bench.tmp / "away"),
     ),
-    state(_refused, "/", "another --output, or remove it first", "/none", "conversion that exists"),
+    state(_refused, "/", "another --output, or move it away first", "/none", "conversion that exists"),
     state(_to_float16, torch.float16, "--dtype bfloat16", torch.bfloat16, "values beyond float16"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -157,6 +158,12 @@ def _right_ids(bench: SimpleNamespace, loaded: Any) -> None:
     assert loaded("blue red")["input_ids"] == [1, 0]
 
 
+def _with_pipe(bench: SimpleNamespace) -> Path:
+    shutil.copytree(bench.world / "qwen2", bench.tmp / "t")
+    os.mkfifo(bench.tmp / "t/pipe.json")
+    return bench.tmp / "t"
+
+
 REBUILT = "the model's own tokenizer files, or a directory of the tokenizer's files alone"
 SCENARIOS = [
     Scenario(
@@ -165,6 +172,12 @@ SCENARIOS = [
         REBUILT,
         by=_its_files_alone,
         right=_right_ids,
+    ),
+    Scenario(
+        "pipe among a tokenizer's files",
+        prepare("sft", [GOOD], tokenizer=_with_pipe),
+        "remove it",
+        by=lambda bench, command, fix: (bench.tmp / "t/pipe.json").unlink(),
     ),
     Scenario(
         "words of another model, its own",

@@ -88,7 +88,7 @@ class PreprocessConfig:
     )
     seed: Seed = option(1, "order of the packs, choice of rows for --weights")
     resume: bool = option(False, "go on with an interrupted command; does nothing where it had finished")
-    overwrite: bool = option(False, "replace existing output")
+    overwrite: bool = option(False, "replace an existing set; files of another kind in its place are refused")
 
     @property
     def columns(self) -> Columns:
