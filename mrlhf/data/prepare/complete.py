@@ -126,9 +126,11 @@ class Shape:
         problem = _left_out(gone, trained)
         if problem is not None:
             return problem
-        shown = _REPR.findall(rendered) or [text for text in _reprs(self.tools) if text in rendered]
-        if shown:  # where it renders the whole call or a tool so, arguments as strings would not help
-            strings = "" if any(part.startswith(("'name'", "{")) for part in shown) else ", or arguments as JSON strings"
+        parts = _REPR.findall(rendered)
+        shown = parts or [text for text in _reprs(self.tools) if text in rendered]
+        if shown:  # where it renders the whole call so, names too, or a tool, arguments as strings would not help
+            helps = parts and not any(part.startswith("'name'") for part in parts)
+            strings = ", or arguments as JSON strings" if helps else ""
             return RowProblem("python_repr", f"the chat template renders a Python object, like {shown[0][:60]}...",
                               expected="JSON or text", fix=f"--chat-template FILE (its filter tojson){strings}")
         if any(f'\\"{piece.mark}' in rendered for piece in self.pieces
