@@ -8,7 +8,6 @@ import os
 import resource
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from mrlhf.config.process import naming_file_limit
 from mrlhf.convert import hf
@@ -53,22 +52,17 @@ def report(name: str, by: By) -> Scenario:
     return Scenario(name, make, "remove it, or copy it again", by=by, right=right)
 
 
-def _locked(*names: str, **flags: str) -> Any:
-    """A command whose directory another process writes into."""
+def _locked(bench: SimpleNamespace) -> Command:
+    """A conversion into a directory that another process writes into."""
+    folder = bench.tmp / "out.tmp"
+    folder.mkdir()
+    bench.lock = open(folder / "lock", "ab")  # noqa: SIM115  held until the end of the scenario
+    fcntl.flock(bench.lock, fcntl.LOCK_EX)
 
-    def make(bench: SimpleNamespace) -> Command:
-        folder = bench.tmp.joinpath(*names)
-        folder.mkdir(parents=True)
-        bench.lock = open(folder / "lock", "ab")  # noqa: SIM115  held until the end of the scenario
-        fcntl.flock(bench.lock, fcntl.LOCK_EX)
-        output = bench.tmp / "out"
+    def run(command: Command) -> None:
+        hf._lock(Path(f"{command.flags[1]}.tmp"), Path(command.flags[1])).release()
 
-        def run(command: Command) -> None:
-            hf._lock(Path(f"{command.flags[1]}.tmp"), Path(command.flags[1])).release()
-
-        return Command(run, ["--output", str(output)])
-
-    return make
+    return Command(run, ["--output", str(bench.tmp / "out")])
 
 
 WAIT = "wait until it ends, or another --output"
@@ -84,10 +78,10 @@ SCENARIOS = [
     state(_written, "/proc", "another path, or mend this one", os.devnull, "path of another kind"),
     report("environment that is damaged", lambda bench, command, fix: (bench.tmp / "env.json").unlink()),
     report("environment that is copied", lambda bench, command, fix: (bench.tmp / "env.json").write_text("{}")),
-    Scenario("two conversions", _locked("out.tmp"), WAIT, by=lambda bench, command, fix: bench.lock.close()),
+    Scenario("two conversions", _locked, WAIT, by=lambda bench, command, fix: bench.lock.close()),
     Scenario(
         "two conversions, another",
-        _locked("out.tmp"),
+        _locked,
         WAIT,
         by=lambda bench, command, fix: (bench.tmp / "b.tmp").mkdir() or command.set("--output", f"{bench.tmp}/b"),
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -200,6 +201,24 @@ def _damaged_run(bench: SimpleNamespace) -> None:
     bench.now = bench.tmp / "run"
 
 
+def _weights_alone(bench: SimpleNamespace) -> None:
+    from mrlhf.checkpoint.manifest import write_manifest
+
+    bench.now = bench.tmp / "run"
+    folder = bench.now / "checkpoints/step_1"
+    folder.mkdir(parents=True)
+    shutil.copytree(bench.world / "qwen2", folder / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    content = {"stage": "sft", "step": 1, "head": "lm", "dtype": "float32", "resumable": False}
+    write_manifest(folder, content)
+
+
+def _opens(bench: SimpleNamespace) -> None:
+    """As --model.path."""
+    from mrlhf.checkpoint.source import open_source
+
+    assert open_source(str(bench.tmp / "run/checkpoints/step_1")).is_checkpoint
+
+
 def _environment(meta: dict[str, Any]) -> None:
     from hashlib import sha256
 
@@ -354,6 +373,13 @@ RESUME = [
         call(lambda bench: _resumed(bench.now), _damaged_run),
         "bring one back, or start anew with another --train.output_dir",
         by=lambda bench, command, fix: setattr(bench, "now", bench.tmp / "new"),
+    ),
+    Scenario(
+        "checkpoint of weights alone",
+        call(lambda bench: _resumed(bench.now), _weights_alone),
+        "start from it: --model.path with another --train.output_dir",
+        by=lambda bench, command, fix: setattr(bench, "now", bench.tmp / "new"),
+        right=lambda bench, result: _opens(bench),
     ),
 ]
 
