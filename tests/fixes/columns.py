@@ -163,6 +163,14 @@ SCENARIOS = [
         by=rows_to(lambda r: GOOD),
     ),
     row(
+        "reasoning is a list",
+        "sft",
+        {"messages": [U, {**A, "reasoning": ["hm"]}]},
+        "mend the data",
+        CHAT("blue"),
+        by=rows_to(lambda r: GOOD),
+    ),
+    row(
         "content is a number",
         "sft",
         {"messages": [U, {**A, "content": 3}]},

@@ -116,6 +116,14 @@ def _arguments(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return changed
 
 
+def _calls(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def changed(record: Any) -> Any:
+        user, answer = record["messages"]
+        return {**record, "messages": [user, {**answer, "tool_calls": [change(c) for c in answer["tool_calls"]]}]}
+
+    return changed
+
+
 def _file(source: str) -> By:
     return lambda bench, command, fix: command.set("--chat-template", str(write("other.jinja", source)(bench)))
 
@@ -326,6 +334,14 @@ SCENARIOS = [
         rows=CALLING,
         by=rows_to(_arguments(json.dumps)),
         right=gives(_called('add {"x": "y"}')),
+    ),
+    template(
+        "calls that are JSON strings",
+        TOOLS + LOOP.replace("BODY", _turn("{{ c.function | tojson }}")),
+        "parse it in the data, where it is a JSON string",
+        rows=_calls(json.dumps)(CALLING),
+        by=rows_to(_calls(json.loads)),
+        right=gives(_called('{"name": "add", "arguments": {"x": "y"}}')),
     ),
     template(
         "arguments that are JSON already",
