@@ -625,7 +625,10 @@ def test_the_run_of_another_stage_is_named(world: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").unlink()
     check_resume(config("sft"), tmp_path)
     (tmp_path / "checkpoints/step_3").mkdir(parents=True)
-    write_manifest(tmp_path / "checkpoints/step_3", {"stage": "rm", "step": 3})
+    write_manifest(
+        tmp_path / "checkpoints/step_3",
+        {"stage": "rm", "step": 3, "head": "value", "dtype": "float32", "resumable": True},
+    )
     with pytest.raises(MrlhfError, match=f"{tmp_path} holds a run of rm"):
         check_resume(config("sft"), tmp_path)
     check_resume(config("rm"), tmp_path)

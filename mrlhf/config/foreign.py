@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def read_json(path: Path, kind: Any = _OBJECT, *, nan: bool = False, error: type
         if not path.is_file():  # reading a pipe would wait for its writer
             raise error("no such file", where=str(path), fix=fix)
         with path.open("rb") as file:
-            text = file.read(LIMIT + 1)
+            # as much as there is: a read of so many bytes takes memory for all of them
+            text = file.read(min(os.fstat(file.fileno()).st_size, LIMIT) + 1)
     except OSError as problem:
         raise error(f"cannot be read: {problem.strerror}", where=str(path), fix=fix) from problem
     return parse_json(text, kind, where=str(path), nan=nan, error=error, fix=fix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from mrlhf.config.schema import show_value
 from mrlhf.observe.redaction import redact
 from mrlhf.observe.report import read_jsonl
 
-log = logging.getLogger(__name__)
 _STAGES = {
     "pretrain": "pre-trained on text",
     "sft": "fine-tuned on conversations",
@@ -37,10 +35,7 @@ def model_card(source: ModelSource) -> str:
     lines += [f"- {key}: {manifest[key]:.6g}" for key in ("reward_mean", "reward_std") if key in manifest]
     run = _run_directory(source.path)
     if run is not None:
-        try:
-            lines += _run_lines(run, step)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError, AttributeError) as error:
-            log.warning(f"the model card says nothing of the run: {run}: {type(error).__name__}: {error}")
+        lines += _run_lines(run, step)
     return "\n".join(lines) + "\n"
 
 

@@ -117,6 +117,8 @@ def test_scores_are_shaped_before_they_are_clipped() -> None:
             "reward.overlong_buffer": 4,
             "reward.overlong_penalty": 2.0,
             "rollout.max_new_tokens": 8,
+            "rollout.n": 3,
+            "train.global_batch_size": 9,
             "reward.scaling": "running_std",
         },
     )
