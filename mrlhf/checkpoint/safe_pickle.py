@@ -42,7 +42,9 @@ _CLASSES = (
     metadata.StorageMeta, metadata.BytesStorageMetadata, metadata.TensorProperties, metadata._MEM_FORMAT_ENCODING,
     filesystem._StorageInfo,
 )
+_GETATTR = "builtins.getattr"  # so Python before 3.11.4 wrote the member of an enum
 _METADATA_NAMES = {
+    _GETATTR,
     "torch.Size", "torch.serialization._get_layout", *(f"{kind.__module__}.{kind.__qualname__}" for kind in _CLASSES),
     *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
@@ -66,6 +68,13 @@ def _guard(path: Path, content: str) -> Iterator[None]:
             reason = f"it is damaged: {type(error).__name__}: {reason}"
         what = f"{content} is not what a checkpoint holds: {reason}"
         raise CheckpointError(what, where=str(path), fix=_FIX) from error
+
+
+def _memory_format(kind: object, name: str) -> object:
+    """Stands for getattr in an index."""
+    if kind is not metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError("it asks for an attribute, which no checkpoint needs")
+    return metadata._MEM_FORMAT_ENCODING[name]  # type: ignore[index]
 
 
 def _check_names(pickled: bytes, allowed: Set[str]) -> None:
@@ -123,7 +132,7 @@ def read_metadata(directory: Path) -> metadata.Metadata:
         if pickled.startswith((pickle.PROTO + b"\4", pickle.PROTO + b"\5")):
             pickled = _as_protocol_2(pickled)
         _check_names(pickled, _METADATA_NAMES)
-        with torch.serialization.safe_globals(list(_CLASSES)):
+        with torch.serialization.safe_globals([*_CLASSES, (_memory_format, _GETATTR)]):
             index = weights_only.load(io.BytesIO(pickled))
         _check_index(index)
         return index

@@ -11,6 +11,7 @@ import pickle
 import zipfile
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,14 @@ def save_tensor(tensor: torch.Tensor, fd: int, at: int) -> int:
 
 def write_metadata(directory: Path, index: metadata.Metadata) -> None:
     """Writes the index of a torch_dist directory, in the protocol that the weights-only unpickler reads."""
-    (directory / ".metadata").write_bytes(pickle.dumps(index, protocol=2))
+    with (directory / ".metadata").open("wb") as file:
+        _IndexPickler(file, protocol=2).dump(index)
+
+
+class _IndexPickler(pickle.Pickler):
+    def reducer_override(self, value: object) -> Any:
+        """A member of an enum by its value: Python before 3.11.4 writes a call of getattr, which no reader may run."""
+        return (type(value), (value.value,)) if isinstance(value, Enum) else NotImplemented
 
 
 def own_storage(view: torch.Tensor) -> torch.Tensor:

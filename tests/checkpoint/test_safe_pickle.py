@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copyreg
+import enum
 import functools
 import importlib
 import io
@@ -215,6 +216,26 @@ def test_what_a_save_writes_passes(tmp_path: Path, protocol: int) -> None:
     check_directory(write(tmp_path / "c", protocol=protocol))
     found = read_metadata(tmp_path / "c")
     assert found == index(places(length=found.storage_data[MetadataIndex("layer._extra_state/shard_0_1")].length))
+
+
+@PROTOCOLS
+def test_an_index_of_an_older_python(tmp_path: Path, protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 3.11.4 a member of an enum is a call of getattr. Such an index is read, and none is written any more."""
+    from mrlhf.checkpoint.tensor_archive import write_metadata
+
+    def reduced(self: enum.Enum, _: int) -> Any:
+        return getattr, (type(self), self.name)
+
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", reduced)
+    old = pickle.dumps(index(), protocol)
+    assert b"getattr" in old
+    write_metadata(tmp_path, index())
+    assert b"getattr" not in (tmp_path / ".metadata").read_bytes()
+    monkeypatch.undo()
+    assert read_metadata(write(tmp_path / "c", metadata=old)) == index()
+    for kind, name in ((MetadataIndex, "__init__"), (type(index()), "mro")):
+        evil = _dumps(Call(getattr, kind, name), protocol)
+        assert "asks for an attribute" in refused(write(tmp_path / "d", metadata=evil), ".metadata", read_metadata)
 
 
 @PROTOCOLS
