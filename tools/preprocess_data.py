@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         with naming_file_limit():
-            return until_closed(make)
+            return make()
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130
@@ -94,4 +94,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_closed(main))

@@ -26,7 +26,6 @@ def run_tool(
     Runs on the CPU unless MRLHF_DEVICE is set: the disk limits a conversion, and a model that needs eight GPUs fits
     into one machine's memory.
     """
-    arguments = parser.parse_args(argv)
     leave_at_interrupt()
     prepare_environment()
     os.environ.setdefault("MRLHF_DEVICE", "cpu")
@@ -34,7 +33,7 @@ def run_tool(
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         with naming_file_limit():
-            return until_closed(lambda: call(arguments))
+            return until_closed(lambda: call(parser.parse_args(argv)))
     except MrlhfError as error:
         print(error_text(error), file=sys.stderr)
         return USER_ERROR
@@ -51,12 +50,13 @@ def run_tool(
 def until_closed(call: Callable[[], int]) -> int:
     """Returns `call()`; 0 where the reader of its output (`| head`) closes the pipe before the end."""
     try:
-        status = call()
-        sys.stdout.flush()
+        try:
+            return call()
+        finally:  # also before the exit of --help
+            sys.stdout.flush()
     except BrokenPipeError:  # send what is still buffered nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return status
 
 
 def leave_at_interrupt() -> None:
