@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mrlhf.checkpoint.manifest import check_manifest, file_entry
+from mrlhf.checkpoint.manifest import check_manifest, file_entry, remove
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def saves_on_a_full_disk(trainer: Any, disk: Path) -> dict[str, Any]:
             "next start": _names(run / "checkpoints"),
             "latest": (run / "checkpoints/latest").read_text(),
         }
-        saving._remove(run / "checkpoints/step_2")
+        remove(run / "checkpoints/step_2")
         return found
 
     found: dict[str, Any] = {

@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mrlhf.commands.tool import until_closed  # noqa: E402
-from mrlhf.config.process import naming_file_limit, raise_file_limit  # noqa: E402
+from mrlhf.commands.tool import naming_system_errors, until_closed  # noqa: E402
+from mrlhf.config.process import raise_file_limit  # noqa: E402
 from mrlhf.config.schema import options_of  # noqa: E402
 from mrlhf.data.prepare.job import preprocess  # noqa: E402
 from mrlhf.data.prepare.options import PreprocessConfig  # noqa: E402
 from mrlhf.data.prepare.template import plain_template  # noqa: E402
-from mrlhf.errors import MrlhfError, disk_problem, error_text  # noqa: E402
+from mrlhf.errors import MrlhfError, error_text  # noqa: E402
 
 _TASK_OF = {
     "rm": "preference",
@@ -73,24 +73,16 @@ def main(argv: list[str] | None = None) -> int:
         values["input_template"] = plain_template(values["input_template"])
     raise_file_limit()
 
-    def make() -> int:
-        preprocess(PreprocessConfig(**values), report=print)
-        return 0
-
     try:
-        with naming_file_limit():
-            return make()
+        with naming_system_errors():
+            preprocess(PreprocessConfig(**values), report=print)
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130
     except MrlhfError as error:
         print(error_text(error), file=sys.stderr)
         return 2
-    except OSError as caught:
-        if (problem := disk_problem(caught)) is None:
-            raise
-        print(error_text(problem), file=sys.stderr)
-        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,14 @@ def write_text(path: Path, text: str) -> None:
     """Writes the whole file or nothing."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a whole directory; a symbolic link without its target."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mrlhf.checkpoint.safe_pickle import check_directory, read_metadata
+from mrlhf.checkpoint.safe_pickle import check_directory
 from mrlhf.errors import CheckpointError
 from mrlhf.parallel.state import on_any_rank
 
@@ -29,9 +29,14 @@ _MASTER = "param"
 
 def load_dist(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Fills `state`. Raises CheckpointError before it unpickles anything that a checkpoint does not hold."""
+    check_directory(directory)
+    return _load(state, directory)
+
+
+def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Of a directory that `check_directory` has passed."""
     from megatron.core import dist_checkpointing
 
-    check_directory(directory)
     return dist_checkpointing.load(state, str(directory))
 
 
@@ -84,7 +89,7 @@ def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
     by_chunk, metadata = weights["model"] if len(models) == 1 else dict(weights), gpt.sharding_metadata(models[0])
     state = {str(i): part.sharded_state_dict(by_chunk, is_loading=True, metadata=metadata)
              for i, part in enumerate(parts)}
-    stored = {name: entry.properties.dtype for name, entry in read_metadata(dist).state_dict_metadata.items()
+    stored = {name: entry.properties.dtype for name, entry in check_directory(dist).state_dict_metadata.items()
               if hasattr(entry, "properties")}
     of_weights, of_state = ([t for t in nested_values(part) if isinstance(getattr(t, "data", None), torch.Tensor)]
                             for part in (weights, state))
@@ -92,11 +97,11 @@ def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
     names = translate([(t.key, t.data.dtype) for t in tensors], stored, where=str(directory))
     for tensor, name in zip(tensors, names, strict=True):
         tensor.key = name
-    wanted = {**weights, "state": state}
     with torch.no_grad():
         # weights and masters of one name need two loads, which are collective
         twice = on_any_rank(not {t.key for t in of_weights}.isdisjoint(t.key for t in of_state))
-        loaded = load_dist(weights, dist) | load_dist({"state": state}, dist) if twice else load_dist(wanted, dist)
+        wanted = [weights, {"state": state}] if twice else [{**weights, "state": state}]
+        loaded = {key: value for part in wanted for key, value in _load(part, dist).items()}
         for chunk, model in zip(weights, models, strict=True):
             model.load_state_dict(loaded[chunk])
         step = next(_steps(loaded.get("optimizer")), None)

@@ -166,8 +166,9 @@ def _check_object(data: bytes) -> None:
     torch.load(io.BytesIO(data), weights_only=True, map_location="meta")
 
 
-def check_directory(directory: Path) -> None:
+def check_directory(directory: Path) -> metadata.Metadata:
     """Checks what Megatron would unpickle in a torch_dist directory: index, `common.pt` and byte objects, no tensor.
+    Returns the index.
 
     Raises CheckpointError naming the file.
     """
@@ -182,3 +183,4 @@ def check_directory(directory: Path) -> None:
             with _guard(shard := directory / place.relative_path, f"the object {key.fqn}"), shard.open("rb") as file:
                 file.seek(place.offset)
                 _check_object(file.read(place.length))
+    return index

@@ -105,7 +105,7 @@ def retain(directory: Path, newest: str, keep: Keep) -> None:
         kept.add(best)
     for checkpoint in checkpoints:
         if checkpoint not in kept:
-            _remove(checkpoint)
+            manifest.remove(checkpoint)
 
 
 def is_whole(path: Path) -> bool:
@@ -116,19 +116,11 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
-    """Removes a file or a whole directory; a symbolic link without its target."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
-
-
 def clear_unfinished(directory: Path) -> None:
     """Removes the temporary directories and files of killed saves and exports, but for an export that still runs."""
     for path in directory.glob("*.tmp"):
         if not is_held(path / "lock"):
-            _remove(path)
+            manifest.remove(path)
 
 
 class _Writer(threading.Thread):
@@ -303,7 +295,7 @@ class Save:
             prefix = f"{part.name}/" if part.name else ""
             entries = {name.removeprefix(prefix): e for name, e in known.items() if name.startswith(prefix)}
             manifest.write_manifest(self.temporary / part.name, content | own, known=entries)
-        _remove(self.target)  # only a damaged one can exist: a run goes on from the newest whole one
+        manifest.remove(self.target)  # only a damaged one can exist: a run goes on from the newest whole one
         os.rename(self.temporary, self.target)
         manifest.fsync(self.target.parent)
 
@@ -320,7 +312,7 @@ def begin_save(target: Path, parts: list[Part], content: dict[str, Any], *, copy
     temporary = target.with_name(target.name + ".tmp")
 
     def prepare() -> None:
-        _remove(temporary)
+        manifest.remove(temporary)
         try:
             for part in parts:
                 (temporary / part.name / "dist").mkdir(parents=True)

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mrlhf.checkpoint.manifest import newest_whole, steps_in
@@ -32,19 +33,26 @@ def run_tool(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
-        with naming_file_limit():
+        with naming_system_errors():
             return until_closed(lambda: call(parser.parse_args(argv)))
     except MrlhfError as error:
         print(error_text(error), file=sys.stderr)
         return USER_ERROR
-    except OSError as caught:
-        if (problem := disk_problem(caught)) is None:
-            raise
-        print(error_text(problem), file=sys.stderr)
-        return USER_ERROR
     finally:
         if "mrlhf.parallel.state" in sys.modules:
             sys.modules["mrlhf.parallel.state"].shutdown()
+
+
+@contextmanager
+def naming_system_errors() -> Iterator[None]:
+    """Raises EnvironmentProblem for what the disk or the limit on open files refuses to its block."""
+    try:
+        with naming_file_limit():
+            yield
+    except OSError as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        raise problem from error
 
 
 def until_closed(call: Callable[[], int]) -> int:
@@ -72,15 +80,10 @@ def show_user_errors(call: Callable[[], int], *, run_dir: Path | None = None) ->
     run_dir: the run's directory, if `call` is a training stage.
     """
     try:
-        with naming_file_limit():
+        with naming_system_errors():
             return call()
-    except MrlhfError as caught:
-        error = caught
-    except OSError as caught:
-        if (problem := disk_problem(caught)) is None:
-            raise
-        error = problem
-    _show_error(error, run_dir if error.ends_a_run else None)
+    except MrlhfError as error:
+        _show_error(error, run_dir if error.ends_a_run else None)
     if _is_distributed():
         # A normal exit runs destructors, which wait for ranks that are still inside a collective.
         sys.stdout.flush()

@@ -14,12 +14,12 @@ from mrlhf.errors import CheckpointError, MrlhfError
 
 LIMIT = 100_000_000  # bytes of JSON, as safetensors limits its headers
 _DEPTH = 32  # what copies, prints or writes the value recurses once a level
-_AGAIN = "copy or download the file again"
+AGAIN = "copy or download the file again"
 _OBJECT = dict[str, Any]
 
 
 def read_json(path: Path, kind: Any = _OBJECT, *, nan: bool = False, error: type[MrlhfError] = CheckpointError,
-              fix: str = _AGAIN) -> Any:
+              fix: str = AGAIN) -> Any:
     """A file's JSON, checked against a type that msgspec knows, with its bounds. nan: also NaN and infinities.
 
     Raises `error`, naming the file, where it is missing, something else, too long or too deep.
@@ -36,7 +36,7 @@ def read_json(path: Path, kind: Any = _OBJECT, *, nan: bool = False, error: type
 
 
 def parse_json(text: bytes | str, kind: Any = _OBJECT, *, where: str, nan: bool = False,
-               error: type[MrlhfError] = CheckpointError, fix: str = _AGAIN) -> Any:
+               error: type[MrlhfError] = CheckpointError, fix: str = AGAIN) -> Any:
     """Like `read_json`, of a text in UTF-8."""
     try:
         if len(text) > LIMIT:
@@ -52,7 +52,7 @@ def parse_json(text: bytes | str, kind: Any = _OBJECT, *, where: str, nan: bool 
     return typed(value, kind, where=where, error=error, fix=fix)
 
 
-def typed(value: object, kind: Any, *, where: str, error: type[MrlhfError] = CheckpointError, fix: str = _AGAIN) -> Any:
+def typed(value: object, kind: Any, *, where: str, error: type[MrlhfError] = CheckpointError, fix: str = AGAIN) -> Any:
     """A value from JSON as a msgspec type. Raises `error` where it is something else, or out of its bounds."""
     try:
         return msgspec.convert(value, kind)

@@ -130,7 +130,7 @@ def _work_directory(output: Path, fingerprint: Mapping[str, Any]) -> Iterator[tu
         first = file.read_text().split("\n")[0] if file.is_file() else ""
         for old in temporary.iterdir() if first != json.dumps(fingerprint, sort_keys=True) else ():
             if old != lock.file:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                manifest.remove(old)
     dist.barrier()
     try:
         journal = Journal(file, fingerprint)

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
-from mrlhf.config.foreign import check_links, parse_json, read_json
+from mrlhf.config.foreign import AGAIN, check_links, parse_json, read_json
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families import end_matrices, hf_tensors, spec_from_hf
 from mrlhf.models.families.slices import TensorSlice
@@ -29,7 +29,6 @@ _HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # unuse
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODES = {dtype: code for code, dtype in _TYPES.items()}
 _FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE"]
-_AGAIN = "copy or download the file again"
 
 
 def resolve_hf(path: str) -> Path:
@@ -108,7 +107,7 @@ class HFReader:
         while done < len(view):
             count = os.preadv(self._fds[file], [view[done:]], first + done)
             if count <= 0:
-                raise CheckpointError(f"ends inside {name}", where=str(self.directory / file), fix=_AGAIN)
+                raise CheckpointError(f"ends inside {name}", where=str(self.directory / file), fix=AGAIN)
             done += count
         return out
 
@@ -138,7 +137,7 @@ class HFReader:
         # the sum is 50 times as fast; where it overflows, every value is looked at
         if not torch.isfinite(values.sum()) and not values.isfinite().all():
             where = str(self.directory / self.files[name])
-            raise CheckpointError(f"{name} has values that are not finite", where=where, fix=_AGAIN)
+            raise CheckpointError(f"{name} has values that are not finite", where=where, fix=AGAIN)
 
     def close(self) -> None:
         for fd in self._fds.values():

@@ -11,13 +11,12 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from mrlhf.config.foreign import LIMIT, parse_json, read_json, typed
+from mrlhf.config.foreign import AGAIN, LIMIT, parse_json, read_json, typed
 from mrlhf.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
          "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4}
-_AGAIN = "copy or download the file again"
 
 
 class Entry(NamedTuple):
@@ -76,24 +75,24 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(f.read(8), "little")
             if not 2 <= length <= size - 8:
                 what = f"its header would be {length:,} bytes long in a file of {size:,}"
-                raise CheckpointError(what, where=str(path), fix=_AGAIN)
+                raise CheckpointError(what, where=str(path), fix=AGAIN)
             raw = f.read(min(length, LIMIT + 1))
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path), fix=_AGAIN) from error
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path), fix=AGAIN) from error
     data, tensors = 8 + length, {}
     for name, entry in parse_header(raw, str(path))[1].items():
         start, stop = entry.data_offsets
         if entry.dtype not in _BITS or stop - start != math.prod(entry.shape) * _BITS[entry.dtype] // 8:
-            raise CheckpointError(f"the header gives {name} {entry}", where=str(path), fix=_AGAIN)
+            raise CheckpointError(f"the header gives {name} {entry}", where=str(path), fix=AGAIN)
         tensors[name] = Entry(entry.dtype, tuple(entry.shape), data + start, data + stop)
     end = max((entry.stop for entry in tensors.values()), default=data)
     if size != end:
         cut = [name for name, entry in tensors.items() if entry.stop > size]
         what = f"{size:,} bytes instead of {end:,}" + (f": {', '.join(cut[:3])} not whole" if cut else "")
-        raise CheckpointError(what, where=str(path), fix=_AGAIN)
+        raise CheckpointError(what, where=str(path), fix=AGAIN)
     spans = sorted((entry.start, entry.stop) for entry in tensors.values())
     if any(stop > following for (_, stop), (following, _) in zip(spans, spans[1:], strict=False)):
-        raise CheckpointError("tensors overlap", where=str(path), fix=_AGAIN)
+        raise CheckpointError("tensors overlap", where=str(path), fix=AGAIN)
     return Header(raw.decode(), tensors)
 
 
@@ -114,10 +113,10 @@ def open_files(directory: Path) -> tuple[dict[str, str], dict[str, Header]]:
         if not (directory / file).is_file():
             lost = [name for name, f in files.items() if f == file]
             what = f"the shard {file} is missing, with {len(lost)} tensors: {', '.join(lost[:3])} ..."
-            raise CheckpointError(what, where=str(index), fix=_AGAIN)
+            raise CheckpointError(what, where=str(index), fix=AGAIN)
     headers = {file: read_header(directory / file) for file in sorted(set(files.values()))}
     strays = [f"{name} (in {file})" for name, file in files.items() if name not in headers[file].tensors]
     if strays:
         what = f"the index names tensors that are not in their files: {', '.join(strays[:3])}"
-        raise CheckpointError(what, where=str(index), fix=_AGAIN)
+        raise CheckpointError(what, where=str(index), fix=AGAIN)
     return files, headers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from dataclasses import asdict, replace
@@ -13,9 +12,10 @@ from typing import Any
 
 from mrlhf.checkpoint.manifest import newest_whole, read_manifest, steps_in
 from mrlhf.config.dump import diff, stage_of
+from mrlhf.config.foreign import read_json
 from mrlhf.config.load import load_config
 from mrlhf.config.options import DataSource, TrainingConfig
-from mrlhf.errors import ConfigError
+from mrlhf.errors import CheckpointError, ConfigError
 from mrlhf.observe.directory import DirectoryLock
 from mrlhf.observe.redaction import redact
 from mrlhf.parallel import state
@@ -60,8 +60,8 @@ def _stage_in(output_dir: Path) -> str | None:
 def _cwd_of(output_dir: Path) -> str:
     """The directory in which the run was started, which its relative paths belong to."""
     try:
-        return str(json.loads((output_dir / "env.json").read_text())["cwd"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(read_json(output_dir / "env.json", nan=True)["cwd"])
+    except (CheckpointError, KeyError):
         return os.getcwd()
 
 

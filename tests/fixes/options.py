@@ -328,6 +328,12 @@ WORDS = [
 ]
 
 
+def _preprocess(bench: SimpleNamespace, task: str, records: Path, prefix: Path, *flags: str) -> None:
+    where = ["--input", str(records), "--output-prefix", str(prefix), "--tokenizer", str(bench.world / "qwen2")]
+    argv = ["--task", task, *where, "--seq-length", "160", "--workers", "1", *flags]
+    assert bench.load("tools/preprocess_data.py").main(argv) == 0
+
+
 def _remade(bench: SimpleNamespace, command: Command, fix: str) -> None:
     """The raw file through tools/preprocess_data.py once more, with what the fix adds."""
     at = command.flags.index("--data.train")
@@ -336,22 +342,7 @@ def _remade(bench: SimpleNamespace, command: Command, fix: str) -> None:
     raw = {"preference": "pref", "prompts": "prompts", "sft": "sft"}[
         dict(zip(flags, flags[1:])).get("--task", made["task"])
     ]
-    argv = [
-        "--task",
-        made["task"],
-        "--input",
-        str(bench.world / f"{raw}.jsonl"),
-        "--tokenizer",
-        str(bench.world / "qwen2"),
-        "--output-prefix",
-        str(bench.tmp / "again"),
-        "--seq-length",
-        "160",
-        "--workers",
-        "1",
-        *flags,
-    ]
-    assert bench.load("tools/preprocess_data.py").main(argv) == 0
+    _preprocess(bench, made["task"], bench.world / f"{raw}.jsonl", bench.tmp / "again", *flags)
     command.flags[at + 1] = str(bench.tmp / "again")
 
 
@@ -365,21 +356,7 @@ def _megatron_text(bench: SimpleNamespace) -> str:
 def _long_megatron_text(bench: SimpleNamespace) -> str:
     """One document of more tokens than `short_model` has positions."""
     (bench.tmp / "long.jsonl").write_text(json.dumps({"text": "red green blue " * 40}) + "\n")
-    argv = [
-        "--task",
-        "pretrain",
-        "--input",
-        str(bench.tmp / "long.jsonl"),
-        "--tokenizer",
-        str(bench.world / "qwen2"),
-        "--output-prefix",
-        str(bench.tmp / "long"),
-        "--seq-length",
-        "160",
-        "--workers",
-        "1",
-    ]
-    assert bench.load("tools/preprocess_data.py").main(argv) == 0
+    _preprocess(bench, "pretrain", bench.tmp / "long.jsonl", bench.tmp / "long")
     for ending in (".bin", ".idx"):
         shutil.copy(bench.tmp / f"long{ending}", bench.tmp / f"megatron{ending}")
     return str(bench.tmp / "megatron")
