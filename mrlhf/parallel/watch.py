@@ -127,7 +127,7 @@ class Watch:
         if not reported:
             bar = "=" * 100
             keys = "parallel.silence_seconds, parallel.timeout_minutes"
-            fix = "look at that rank's machine, then the same command again: a run goes on from its last checkpoint"
+            fix = "look at that rank's machine; the same command resumes a run from its last checkpoint"
             problem = f"RankProblem: {verdict}; all ranks end here ({keys}){where}"
             sys.stderr.write(f"{bar}\n{problem}\n  fix:      {fix}\n{bar}\n")
         sys.stderr.flush()
