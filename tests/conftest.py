@@ -54,12 +54,15 @@ def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.
 
 
 def python(
-    *command: object, ranks: int = 1, vllm: bool = False, check: bool = True, timeout: float = 300
+    *command: object, ranks: int = 1, vllm: bool = False, check: bool = True, timeout: float = 300, device: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """`run(sys.executable, ...)`, or for more ranks `torchrun(ranks, ...)`, with the imports done (launch.py); `vllm`:
     its imports too.
+
+    device: "rehearsal" for a program that rehearses CUDA (mrlhf/parallel/rehearsal.py).
     """
-    return _checked(launch(ranks, command, env=environment(), vllm=vllm, timeout=timeout), check)
+    env = environment() | ({"MRLHF_DEVICE": device} if device else {})
+    return _checked(launch(ranks, command, env=env, vllm=vllm, timeout=timeout), check)
 
 
 def torchrun(ranks: int, *args: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -38,7 +38,7 @@ IMPORTS = (
     "mrlhf.export",
 )
 VLLM = ("vllm.v1.engine.llm_engine",)
-_servers: dict[bool, subprocess.Popen[bytes]] = {}
+_servers: dict[tuple[bool, str], subprocess.Popen[bytes]] = {}  # by vLLM, and the device that they chose
 
 
 def launch(
@@ -68,11 +68,12 @@ def launch(
 
 
 def _server(vllm: bool, env: dict[str, str]) -> subprocess.Popen[bytes]:
-    if vllm not in _servers:
+    kind = vllm, env["MRLHF_DEVICE"]
+    if kind not in _servers:
         command = [sys.executable, __file__, *IMPORTS, *(VLLM if vllm else ())]
         # without a configuration of vLLM's logging at import, a run can still make its own
         more = {"VLLM_CONFIGURE_LOGGING": "0"}
-        _servers[vllm] = subprocess.Popen(
+        _servers[kind] = subprocess.Popen(
             command,
             bufsize=0,
             cwd=ROOT,
@@ -81,8 +82,8 @@ def _server(vllm: bool, env: dict[str, str]) -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        atexit.register(_end, _servers[vllm])
-    return _servers[vllm]
+        atexit.register(_end, _servers[kind])
+    return _servers[kind]
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

@@ -69,11 +69,18 @@ def _unusable_gpu(what: str, reason: str, proc: Path = Path("/proc")) -> Environ
 def current() -> Device:
     """The device of this process: CUDA where torch can use it, else the CPU. `MRLHF_DEVICE` insists on one of them.
 
+    rehearsal: a CUDA device that does not exist (parallel/rehearsal.py).
+
     Raises EnvironmentProblem where a GPU is there that torch cannot use: a run would take the CPU without a word.
     """
     forced = os.environ.get("MRLHF_DEVICE", "")
-    if forced not in ("", "cpu", "cuda"):
+    if forced not in ("", "cpu", "cuda", "rehearsal"):
         raise EnvironmentProblem(f"MRLHF_DEVICE = {forced!r}", expected="cpu or cuda")
+    if forced == "rehearsal":
+        from mrlhf.parallel import fake_cuda
+
+        fake_cuda.install()
+        return Device("cuda", "fake")
     if forced == "cpu":
         return Device("cpu", "gloo")
     with warnings.catch_warnings(record=True) as caught:  # torch warns of an old driver

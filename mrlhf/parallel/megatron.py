@@ -52,6 +52,7 @@ def adapt() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
     if not device.current().is_cuda:
         cpu_torch.install(_patch_on_cpu)
+    if device.current().backend != "nccl":
         real_compile = torch.compile
         # megatron.core.jit captures torch.compile at import; on CPU compiling would start a C++ compiler
         torch.compile = lambda f=None, **kwargs: f if f is not None else (lambda g: g)  # type: ignore[assignment]
