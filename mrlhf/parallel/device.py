@@ -27,6 +27,12 @@ class Device:
     def is_cuda(self) -> bool:
         return self.name == "cuda"
 
+    @property
+    def world_backend(self) -> str:
+        """For groups that also exchange Python objects and small host tensors: these go over gloo, beside the device's
+        messages, and nobody waits for the device."""
+        return f"cpu:gloo,cuda:{self.backend}" if self.is_cuda and self.backend != "fake" else self.backend
+
     def summary(self) -> str:
         """One line for the start of a run."""
         versions = f"torch {torch.__version__}, megatron-core {version('megatron-core')}"

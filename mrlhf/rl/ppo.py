@@ -25,7 +25,7 @@ from mrlhf.data.blend import Dataset
 from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.errors import RewardError, ToolError
 from mrlhf.observe.directory import DirectoryLock
-from mrlhf.parallel import device, reshard, state
+from mrlhf.parallel import reshard, state
 from mrlhf.parallel.split import Bridge, split_world
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.health import Health
@@ -319,7 +319,7 @@ class PPO(Run):
     def sync_weights(self) -> Metrics:
         """Sends the actor's weights to vLLM. Collective."""
         received, seconds = self.sampler.write_weights(self.models.actor.parameters())
-        worst = torch.tensor([received, seconds], dtype=torch.float64, device=device.current().name)
+        worst = torch.tensor([received, seconds], dtype=torch.float64)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return {"reshard/bytes": float(worst[0]), "reshard/seconds": float(worst[1])}
 

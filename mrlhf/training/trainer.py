@@ -27,6 +27,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from mrlhf.checkpoint.optimizer_state import load_optimizer
 from mrlhf.checkpoint.save import Part
@@ -111,11 +112,16 @@ class Model:
     ) -> list:
         iterators = [iter(micro_batches) for _ in self.chunks]
         pp = self.collection.pp
+        communicator = P2PCommunicator(pp, self.config)
+        parts = self.collection.cp.size() * (self.collection.tp.size() if self.config.sequence_parallel else 1)
+        sizes = [b.tokens_BT.shape for b in micro_batches]
+        order = get_schedule_table(len(sizes), len(iterators), self.config.microbatch_group_size_per_vp_stage)
+        megatron.know_shapes(communicator, [(T // parts, B, self.spec.hidden_size) for B, T in sizes], order=order)
         return get_forward_backward_func(pp.size(), self.config.virtual_pipeline_model_parallel_size)(
             forward_step_func=step, data_iterator=iterators if len(iterators) > 1 else iterators[0], model=self.chunks,
             num_microbatches=len(micro_batches), seq_length=micro_batches[0].tokens_BT.size(1),
             micro_batch_size=micro_batches[0].tokens_BT.size(0), forward_only=forward_only,
-            collect_non_loss_data=collect, p2p_communicator=P2PCommunicator(pp, self.config),
+            collect_non_loss_data=collect, p2p_communicator=communicator,
             pg_collection=self.collection,
         )
 
@@ -168,7 +174,10 @@ class Model:
     def _reduce(self, results: list[Partials]) -> Partials:
         """Collective. Partials summed over micro-batches, data- and context-parallel ranks, on every rank."""
         partials = metrics.all_reduce(metrics.merge(results), self.collection.dp_cp) if self.is_last_stage else {}
-        return state.from_last_stage({k: v.cpu() for k, v in partials.items()}, self.collection.pp)
+        if partials:  # the host waits once for all of them
+            stacked = torch.stack([x.double() for x in partials.values()]).cpu()
+            partials = {k: x.to(partials[k].dtype) for k, x in zip(partials, stacked, strict=True)}
+        return state.from_last_stage(partials, self.collection.pp)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> Partials:
@@ -192,6 +201,7 @@ class Trainer(Model):
         super().__init__(source, parallel, head=head, dtype=dtype, seed=seed, random_init=random_init, groups=groups)
         self.balance = self._balancers(balance) if balance is not None else None
         self.adam = megatron.install_adam(FusedAdam)
+        megatron.norm_on_device()
         reduces, gathers = self._overlaps(parallel, optim)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=optim.use_distributed_optimizer,
                                             grad_reduce_in_fp32=True, overlap_grad_reduce=reduces or gathers,
@@ -256,7 +266,7 @@ class Trainer(Model):
         self.optimizer.zero_grad()
         noise = self._noise if self.neftune_alpha else None
         if self.balance is not None:
-            self.balance.start_step(gpt.local_part(b.to(self.device), self.collection.cp) for b in micro_batches)
+            self.balance.start_step(gpt.local_part(b, self.collection.cp) for b in micro_batches)
         self._count.zero_()
         forward_step = self._loss_step(self._counting(loss_fn), noise, self.balance)
         results = self._schedule(micro_batches, forward_step, forward_only=False)
@@ -299,8 +309,14 @@ class Trainer(Model):
         return counting
 
     def _finalize_grads(self, chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None, **rest: Any) -> None:
-        """Divides by our own count: Megatron's is an integer, and sample weights need not be."""
-        finalize_model_grads(chunks, None if num_tokens is None else self._count, **rest)
+        """Divides by our own count: Megatron's is an integer, and sample weights need not be. Megatron would make the
+        host wait for the count."""
+        finalize_model_grads(chunks, None, **rest)
+        pp = self.collection.pp
+        dist.broadcast(self._count, group=pp, group_src=pp.size() - 1)
+        dist.all_reduce(self._count, group=self.collection.dp_cp)
+        for chunk in self.chunks:
+            chunk.scale_gradients(torch.where(self._count > 0, 1.0 / self._count, 1.0))
 
     def tensors(self, kind: str) -> list[torch.Tensor]:
         if kind == "gradients":

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from parallel.nccl import standing_still
 from test_examples import LARGE, LLAMA_3_8B, LLAMA_3_70B, YAMLS, name, stage_of
 
 from mrlhf.config.load import load_config
@@ -20,7 +21,6 @@ from mrlhf.parallel.planner import Planner
 from mrlhf.parallel.reshard import Reshard
 from mrlhf.parallel.state import Layout
 from mrlhf.parallel.weight_update import WeightUpdate
-from parallel.nccl import standing_still
 
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
@@ -112,7 +112,8 @@ def test_random_layouts_end(part: int) -> None:
             spec = replace(spec, num_layers=spec.num_layers + 1, layers=(*spec.layers, Layer(moe=False)))
             layout = replace(layout, last_layers=spec.num_layers // pp + 1)
         planner = make_planner(spec, layout, rollout_tp=rollout_tp, node=4, generators=generators)
-        linear = {n for n in planner.targets[-1] if n.endswith("_proj.weight")} if not generators and draw.random() < 0.3 else set()
+        makes = not generators and draw.random() < 0.3
+        linear = {n for n in planner.targets[-1] if makes and n.endswith("_proj.weight")}
         bucket = draw.choice([1024, 4096, 32768])
         updates = [
             WeightUpdate(planner, made=linear, rank=rank, dtype=torch.bfloat16, bucket_bytes=bucket)

@@ -139,7 +139,7 @@ class StepBalance:
         self._tokens = self._count = 0.0
 
     def start_step(self, parts: Iterable[MicroBatch]) -> None:
-        """Collective. parts: this rank's parts of the step's micro-batches.
+        """Collective. parts: this rank's parts of the step's micro-batches, on the host.
 
         The schedule sums gradients and divides them by the stage's count; these losses are means over tokens, so they
         are scaled here.
@@ -147,7 +147,7 @@ class StepBalance:
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in parts:
             tokens, count = (token_samples(batch) >= 0).sum(), self.balance.count(batch)
-            totals += torch.stack([tokens.double().cpu(), count.double().cpu()])
+            totals += torch.stack([tokens.double(), count.double()])
         totals = _summed(totals, self.dp_cp)
         self._tokens, self._count = float(totals[0]), float(totals[1])
         for balancer in self.balancers:
@@ -157,7 +157,8 @@ class StepBalance:
     def finish_step(self, count: float) -> dict[str, float]:
         """Collective. Means over tokens and layers. count: the step's count by the stage's loss function."""
         assert abs(count - self._count) <= 1e-4 * self._count, (count, self._count)
-        sums = _summed(sum((b.sums.cpu() for b in self.balancers), torch.zeros(2, dtype=torch.float64)), None)
+        none = torch.zeros(2, dtype=torch.float64, device=device.current().name)
+        sums = _summed(sum((b.sums for b in self.balancers), none), None)
         aux, z = (sums / (max(1.0, self._tokens) * self.layers)).tolist()
         return {"moe_aux_loss": aux, "moe_z_loss": z}
 
