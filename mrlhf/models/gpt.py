@@ -114,6 +114,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         variable_seq_lengths=True,  # each message has its own shape (parallel/megatron.py `know_shapes`)
         moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths
         calculate_per_token_loss=True,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         perform_initialization=False,
         use_cpu_initialization=not device.current().is_cuda,
         params_dtype=dtype,

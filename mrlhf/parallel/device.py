@@ -41,6 +41,22 @@ class Device:
         return f"CPU, {torch.get_num_threads()} threads a rank (gloo), {versions}"
 
 
+def make_deterministic() -> None:
+    """Before the first group, kernel and import of vLLM. A variable that the user has set stays as it is.
+
+    torch raises at an operation that has no deterministic form. Its attention kernels and Megatron's embedding follow
+    torch's switch.
+    """
+    if current().is_cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # of several, NCCL takes one by its measurements
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+    torch.backends.cudnn.benchmark = False
+
+
 def gpu_files(dev: Path = Path("/dev"), wsl: Path = Path("/usr/lib/wsl/lib")) -> list[Path]:
     """The device files of GPUs that this process was not told to leave alone. They exist without a working driver.
 

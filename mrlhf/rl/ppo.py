@@ -25,7 +25,7 @@ from mrlhf.data.blend import Dataset
 from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.errors import RewardError, ToolError
 from mrlhf.observe.directory import DirectoryLock
-from mrlhf.parallel import reshard, state
+from mrlhf.parallel import device, reshard, state
 from mrlhf.parallel.split import Bridge, split_world
 from mrlhf.rl import advantages as adv
 from mrlhf.rl.health import Health
@@ -86,7 +86,10 @@ def main(config: PPOStage) -> int:
 
 
 def make_bridge(config: PPOStage) -> Bridge | None:
-    """With separate generating ranks: starts torch.distributed and connects both sides. Else None."""
+    """The first call of a run. With separate generating ranks: starts torch.distributed and connects both sides. Else
+    None."""
+    if config.train.deterministic:
+        device.make_deterministic()
     if config.rollout.num_ranks is None:
         return None
     parallel = config.parallel
