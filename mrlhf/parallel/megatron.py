@@ -138,14 +138,18 @@ def replace_output(model: Any, output: Callable[[torch.Tensor], torch.Tensor]) -
     model._postprocess = lambda hidden_states, **_: output(hidden_states)
 
 
-def know_shapes(communicator: Any, shapes: Sequence[Shape], *, order: Sequence[tuple[int, int]]) -> None:
+def know_shapes(communicator: Any, shapes: Sequence[Shape]) -> None:
     """Gives a communicator between pipeline stages the shapes that Megatron would exchange before each tensor, with two
-    waits of the host.
+    waits of the host. shapes: of the hidden states of every micro-batch.
 
-    shapes: of the hidden states of every micro-batch. order: (micro-batch, chunk) of every forward pass of a rank; the
-    k-th backward pass takes the same micro-batch, its chunks from the last to the first. A rank receives in this order.
+    A rank receives in the order of its passes. The k-th backward pass takes the same micro-batch as the k-th forward
+    pass, and the chunks from the last to the first.
     """
-    rank, last = communicator.pp_group.rank(), communicator.pp_group.size() - 1
+    from megatron.core.pipeline_parallel.schedules import get_schedule_table
+
+    config, rank, last = communicator.config, communicator.pp_group.rank(), communicator.pp_group.size() - 1
+    chunks, together = config.virtual_pipeline_model_parallel_size or 1, config.microbatch_group_size_per_vp_stage
+    order = get_schedule_table(len(shapes), chunks, together)
     forward = iter([shapes[number] for number, chunk in order if chunk > 0 or rank > 0])
     backward = iter([shapes[number] for number, chunk in order if chunk > 0 or rank < last])
 

@@ -27,7 +27,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from mrlhf.checkpoint.optimizer_state import load_optimizer
 from mrlhf.checkpoint.save import Part
@@ -112,11 +111,10 @@ class Model:
     ) -> list:
         iterators = [iter(micro_batches) for _ in self.chunks]
         pp = self.collection.pp
-        communicator = P2PCommunicator(pp, self.config)
         parts = self.collection.cp.size() * (self.collection.tp.size() if self.config.sequence_parallel else 1)
-        sizes = [b.tokens_BT.shape for b in micro_batches]
-        order = get_schedule_table(len(sizes), len(iterators), self.config.microbatch_group_size_per_vp_stage)
-        megatron.know_shapes(communicator, [(T // parts, B, self.spec.hidden_size) for B, T in sizes], order=order)
+        sizes = (b.tokens_BT.shape for b in micro_batches)
+        communicator = P2PCommunicator(pp, self.config)
+        megatron.know_shapes(communicator, [(T // parts, B, self.spec.hidden_size) for B, T in sizes])
         return get_forward_backward_func(pp.size(), self.config.virtual_pipeline_model_parallel_size)(
             forward_step_func=step, data_iterator=iterators if len(iterators) > 1 else iterators[0], model=self.chunks,
             num_microbatches=len(micro_batches), seq_length=micro_batches[0].tokens_BT.size(1),
@@ -156,8 +154,8 @@ class Model:
         """The schedule's forward step. noise: embedding noise of a whole micro-batch."""
 
         def step(iterator, model):
-            whole = next(iterator).to(self.device)
-            batch = gpt.local_part(whole, self.collection.cp)
+            on_host = next(iterator)
+            batch = gpt.local_part(on_host.to(self.device), self.collection.cp)
 
             def loss(output):
                 total, count, partials = loss_fn(output, batch)
@@ -166,7 +164,7 @@ class Model:
                 return total, count.to(torch.int), {**partials, "loss": logged}
 
             samples_BT = None if balance is None else token_samples(batch)
-            added = None if noise is None else partial(noise, whole)
+            added = None if noise is None else partial(noise, on_host)
             return gpt.forward(model, batch, noise=added, samples_BT=samples_BT), loss
 
         return step
@@ -175,8 +173,8 @@ class Model:
         """Collective. Partials summed over micro-batches, data- and context-parallel ranks, on every rank."""
         partials = metrics.all_reduce(metrics.merge(results), self.collection.dp_cp) if self.is_last_stage else {}
         if partials:  # the host waits once for all of them
-            stacked = torch.stack([x.double() for x in partials.values()]).cpu()
-            partials = {k: x.to(partials[k].dtype) for k, x in zip(partials, stacked, strict=True)}
+            on_host = torch.stack([x.double() for x in partials.values()]).cpu()
+            partials = {k: x.to(old.dtype) for (k, old), x in zip(partials.items(), on_host, strict=True)}
         return state.from_last_stage(partials, self.collection.pp)
 
     @torch.no_grad()
@@ -309,11 +307,10 @@ class Trainer(Model):
         return counting
 
     def _finalize_grads(self, chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None, **rest: Any) -> None:
-        """Divides by our own count: Megatron's is an integer, and sample weights need not be. Megatron would make the
-        host wait for the count."""
+        """Divides by our own count, for which the host does not wait; Megatron's is an integer, sample weights are not.
+        """
         finalize_model_grads(chunks, None, **rest)
-        pp = self.collection.pp
-        dist.broadcast(self._count, group=pp, group_src=pp.size() - 1)
+        dist.broadcast(self._count, group=self.collection.pp, group_src=self.collection.pp.size() - 1)
         dist.all_reduce(self._count, group=self.collection.dp_cp)
         for chunk in self.chunks:
             chunk.scale_gradients(torch.where(self._count > 0, 1.0 / self._count, 1.0))

@@ -5,19 +5,26 @@ usage: MRLHF_DEVICE=rehearsal wires_program.py OUTPUT.json
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cuda.wires_spec import CASES, DETERMINISTIC, WORLD, make_spec
 from mrlhf.checkpoint.source import ModelSource
-from mrlhf.config.options import OptimConfig, ParallelConfig
-from mrlhf.data.loader import MicroBatch, Sample, collate
+from mrlhf.config.options import DPOConfig, OptimConfig, ParallelConfig
+from mrlhf.data.batching import BatchPlan
+from mrlhf.data.loader import Loader, MicroBatch, Sample, collate
+from mrlhf.dpo import preference_loss
 from mrlhf.parallel import state
 from mrlhf.parallel.rehearsal import Rehearsal, unpaired
 from mrlhf.sft import language_model_loss
@@ -37,6 +44,9 @@ def micro_batches(*, packing: bool) -> list[MicroBatch]:
     return [collate(some, packing=packing, pad_multiple=8) for some in rows]
 
 
+DPO = SimpleNamespace(dpo=DPOConfig())
+
+
 class Operations(TorchDispatchMode):
     """The names of all operations on the device."""
 
@@ -49,6 +59,22 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def noted(groups: list[list[tuple[bool, int]]]) -> Iterator[None]:
+    """Adds what each batch of messages sends (True) and receives, and the other rank."""
+    real = dist.batch_isend_irecv
+
+    def start(operations: list[dist.P2POp]) -> list[Any]:
+        groups.append([(o.op.__name__ == "isend", o.peer) for o in operations])
+        return real(operations)
+
+    dist.batch_isend_irecv = start
+    try:
+        yield
+    finally:
+        dist.batch_isend_irecv = real
+
+
 def logps(trainer: Trainer, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     return trainer.logprobs(hidden, batch).logps[None]
 
@@ -57,19 +83,25 @@ def rehearse(name: str) -> dict[str, object]:
     how, ranks, moe = CASES[name]
     parallel, reports, operations = ParallelConfig(**how), [], Operations()
     torch.use_deterministic_algorithms(name in DETERMINISTIC)
+    groups: list[list[list[tuple[bool, int]]]] = []  # of every rank: its groups of messages between two ranks
     for rank in ranks:
-        with Rehearsal(rank=rank, world=WORLD) as rehearsal:
+        groups.append([])
+        with Rehearsal(rank=rank, world=WORLD) as rehearsal, noted(groups[-1]):
             state.initialize(parallel, seed=1)
             source = ModelSource(Path("."), Path("."), make_spec(moe), "lm", {})
             with rehearsal.tracing("build"):
                 trainer = Trainer(source, parallel, OptimConfig(), head="lm", dtype="bfloat16", seed=1, total_steps=9,
                                   random_init=True)  # fmt: skip
             loss = language_model_loss(trainer, aggregation="token")
-            for phase in ("first", "step"):
-                with rehearsal.tracing(phase), operations:
-                    trainer.step(micro_batches(packing=True), loss)
+            with rehearsal.tracing("first"), operations:
+                trainer.step(micro_batches(packing=True), loss)
+            with rehearsal.tracing("step"):
+                trainer.step(micro_batches(packing=True), loss)
             with rehearsal.tracing("padded"):
                 trainer.step(micro_batches(packing=False), loss)
+            with rehearsal.tracing("dpo"):  # a pair in each row
+                pairs = Loader(SimpleNamespace(task="preference"), BatchPlan(packing=True))
+                trainer.step(micro_batches(packing=True), preference_loss(DPO, trainer, pairs, torch.zeros(2)))
             with rehearsal.tracing("evaluate"):
                 trainer.evaluate(micro_batches(packing=True), loss)
             with rehearsal.tracing("logprobs"):
@@ -78,6 +110,7 @@ def rehearse(name: str) -> dict[str, object]:
             reports.append(rehearsal.report())
     return {
         "unpaired": unpaired(reports),
+        "groups": groups,
         "operations": sorted(operations.names),
         "messages": [[vars(m) for m in report.messages] for report in reports],
         "waits": [{f"{phase} {place}": n for (phase, place), n in r.host_waits.items()} for r in reports],

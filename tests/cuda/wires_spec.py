@@ -9,12 +9,12 @@ SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 VPP = PP | {"virtual_pipeline_model_parallel_size": 2}
 # name -> (layout, the ranks, MoE)
-CASES: dict[str, tuple[dict, tuple[int, int], bool]] = {
+CASES: dict[str, tuple[dict, tuple[int, ...], bool]] = {
     "dp": ({}, (0, 1), False),
     "tp+sp": (SP, (0, 1), False),
     "pp": (PP, (0, 4), False),
     "tp+sp pp": (SP | PP, (1, 5), False),
-    "pp 4": ({"pipeline_model_parallel_size": 4}, (2, 4), False),
+    "pp 4": ({"pipeline_model_parallel_size": 4}, (0, 2, 4, 6), False),
     "vpp": (VPP, (0, 4), False),
     "tp+sp vpp": (SP | VPP, (0, 4), False),
     "cp pp": ({"context_parallel_size": 2} | PP, (0, 4), False),

@@ -39,9 +39,10 @@ def test_the_norm_on_the_device_is_megatrons(monkeypatch: pytest.MonkeyPatch) ->
 def test_shapes_come_in_the_order_of_the_schedule(rank: int, chunks: int) -> None:
     """Of three stages: the first receives nothing for its first chunk, the last no gradient for its last one."""
     group = SimpleNamespace(rank=lambda: rank, size=lambda: 3)
-    communicator, shapes = SimpleNamespace(pp_group=group), [(n, 1, 8) for n in range(6)]
+    config = SimpleNamespace(virtual_pipeline_model_parallel_size=chunks, microbatch_group_size_per_vp_stage=3)
+    communicator, shapes = SimpleNamespace(pp_group=group, config=config), [(n, 1, 8) for n in range(6)]
     order = get_schedule_table(6, chunks, 3)
-    megatron.know_shapes(communicator, shapes, order=order)
+    megatron.know_shapes(communicator, shapes)
     receive = communicator._communicate_shapes
     forward = [shapes[n] for n, chunk in order if (rank, chunk) != (0, 0)]
     backward = [shapes[n] for n, chunk in order if (rank, chunks - 1 - chunk) != (2, chunks - 1)]
