@@ -271,7 +271,9 @@ class Planner:
         for (number, wide, src, dst), some in transfers.items():
             # both ends must cut alike, in whatever order they made the transfers
             some.sort(key=lambda t: (t.hf, t.target, t.target_offset))
-            for part, cut in enumerate(_cut(some, limit)):
+            large = [t for t in some if 8 * t.numel > limit]  # each by itself, so that it need not be packed
+            lists = [[t for t in some if 8 * t.numel <= limit], *([t] for t in large)]
+            for part, cut in enumerate(cut for together in lists for cut in _cut(together, limit)):
                 key = number, part, int(wide), (dst - src) % self.world, src
                 messages.append(Message(key, src, dst, tuple(cut), wide))
         return sorted(messages, key=lambda m: m.key)
