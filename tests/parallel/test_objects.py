@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 
 import pytest
-from conftest import TESTS, python
+from conftest import ROOT, TESTS, python
 
 from mrlhf.parallel.device import Device
 
@@ -27,3 +28,13 @@ def test_objects_arrive_without_the_device() -> None:
     backends = result["backends"]
     assert backends["pp"] == backends["dp"] == ["cpu", "cuda"]
     assert all(devices == ["cuda"] for name, devices in backends.items() if name not in ("pp", "dp"))
+
+
+def test_objects_take_a_group_that_has_gloo() -> None:
+    """The default group, the pipeline's, the data-parallel one, or a group made for it."""
+    with_group = set()
+    for path in (ROOT / "mrlhf").rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func).startswith("dist.") and "object" in ast.unparse(call.func):
+                with_group |= {(path.name, ast.unparse(k.value)) for k in call.keywords if k.arg == "group"}
+    assert with_group == {("state.py", "pp"), ("state.py", "dp"), ("environments.py", "self.group")}
