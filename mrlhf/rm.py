@@ -27,12 +27,12 @@ def reward_loss(trainer: Trainer, loader: Loader, *, kind: str, by_margin: bool 
 
     def loss(values_BT1: torch.Tensor, batch: MicroBatch):
         scores_N = batch.last(values_BT1.squeeze(-1))
-        chosen, rejected = (i.to(scores_N.device) for i in loader.pairs(batch))
-        margin_P = loader.margins(batch)
-        weight_P = batch.weights_N[chosen]
+        chosen, rejected = loader.pairs(batch)
+        margin_P, weight_P = loader.margins(batch), batch.weights_N[chosen]
+        if margin_P is not None:
+            margin_P = margin_P.to(weight_P.device, non_blocking=True)
         total, partials = pairwise_loss(scores_N[chosen], scores_N[rejected],
-                                        margin=None if margin_P is None else margin_P.to(scores_N.device), kind=kind,
-                                        denominator=1.0, weight=weight_P)
+                                        margin=margin_P, kind=kind, denominator=1.0, weight=weight_P)
         if by_margin:
             partials |= accuracy_by_margin(scores_N[chosen], scores_N[rejected], weight=weight_P)
         return total, weight_P.sum(), partials

@@ -20,7 +20,7 @@ from mrlhf.checkpoint.manifest import step_of, steps_in
 from mrlhf.checkpoint.save import Best, Keep, Part, Save, begin_save, clear_unfinished, is_whole, on_main, retain
 from mrlhf.config.options import CheckpointConfig
 from mrlhf.errors import CheckpointError
-from mrlhf.parallel import device, state
+from mrlhf.parallel import state
 
 log = logging.getLogger(__name__)
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
@@ -84,7 +84,7 @@ class Saver:
         if self._under_way is None:
             return
         start = time.perf_counter()
-        worst = torch.tensor(float(self._under_way.status()), device=device.current().name)
+        worst = torch.tensor(float(self._under_way.status()))
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if int(worst) != 1:
             self.finish()

@@ -169,6 +169,8 @@ class TrainConfig:
     )
     eval_interval: NonNegativeInt = option(0, "steps between evaluations; 0: only at the end")
     seed: Seed = option(1, "of the data order, new weights and sampling")
+    deterministic: bool = option(
+        False, "on a GPU: the same run gives the same numbers, bit for bit, more slowly (docs/reliability.md: how far)")
     loss_spike_threshold: NonNegativeFloat = option(
         6.0, "report a step and its samples if its loss lies this many robust standard deviations (1.4826 x MAD) above "
         "the median of the last 50; 0: off; not for ppo")

@@ -61,10 +61,11 @@ class MicroBatch:
         return max(end - start for start, end in zip(self.bounds[:-1], self.bounds[1:], strict=True))
 
     def to(self, device: str) -> MicroBatch:
+        """`index_N` stays on the host: data sets and tables are looked up by it, and the host must not wait for it."""
         if device == "cpu":
             return self
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved)
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor) and k != "index_N"}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
     def sum_N(self, x_BT: torch.Tensor) -> torch.Tensor:
         """Sum over each sample's tokens on all context-parallel ranks: [N]."""
@@ -158,13 +159,14 @@ class Loader:
 
     def pairs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample indices [P] of the chosen and the rejected answers of a preference micro-batch."""
-        n = torch.arange(batch.num_samples)
-        return (n[0::2], n[1::2]) if self.plan.packing else (n[: len(n) // 2], n[len(n) // 2 :])
+        return self._halves(torch.arange(batch.num_samples, device=batch.weights_N.device))
+
+    def _halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (x[0::2], x[1::2]) if self.plan.packing else (x[: len(x) // 2], x[len(x) // 2 :])
 
     def margins(self, batch: MicroBatch) -> torch.Tensor | None:
         """The margins [P] of a preference micro-batch; None if the data has none."""
-        chosen, _ = self.pairs(batch)
-        values = [self.dataset.margin(int(i) // 2) for i in batch.index_N[chosen.to(batch.index_N.device)].tolist()]
+        values = [self.dataset.margin(index // 2) for index in self._halves(batch.index_N)[0].tolist()]
         return None if values[0] is None else torch.tensor(values, dtype=torch.float32)
 
     def in_order(self) -> Iterator[list[int]]:

@@ -104,14 +104,16 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, *, dtype: torc
         # batched messages cross if a rank's next and previous stage are the same rank (PP 2)
         overlap_p2p_comm=parallel.interleaved_chunks is not None,
         batch_p2p_comm=parallel.interleaved_chunks is None,
+        batch_p2p_sync=False,  # a wait of the host at each message, against a fault of torch before 1.13
         context_parallel_size=parallel.context_parallel_size,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         recompute_method="uniform" if parallel.recompute == "full" else None,
         recompute_num_layers=1 if parallel.recompute == "full" else None,
         sequence_parallel=parallel.sequence_parallel,
-        variable_seq_lengths=True,
+        variable_seq_lengths=True,  # each message has its own shape (parallel/megatron.py `know_shapes`)
         moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths
         calculate_per_token_loss=True,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         perform_initialization=False,
         use_cpu_initialization=not device.current().is_cuda,
         params_dtype=dtype,

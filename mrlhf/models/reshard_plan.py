@@ -9,7 +9,8 @@ import torch
 from mrlhf.models.families import hf_tensors, megatron_map, vllm_map
 from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
-from mrlhf.parallel.reshard import Planner, Shard, StartMessages
+from mrlhf.parallel.planner import Planner, Shard
+from mrlhf.parallel.reshard import StartMessages
 from mrlhf.parallel.state import Layout, ranks_of_a_node
 from mrlhf.parallel.weight_update import WeightUpdate
 

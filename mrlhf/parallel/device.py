@@ -27,12 +27,34 @@ class Device:
     def is_cuda(self) -> bool:
         return self.name == "cuda"
 
+    @property
+    def world_backend(self) -> str:
+        """For groups that also exchange Python objects and small host tensors: these go over gloo, beside the device's
+        messages, and nobody waits for the device."""
+        return f"cpu:gloo,cuda:{self.backend}" if self.is_cuda and self.backend != "fake" else self.backend
+
     def summary(self) -> str:
         """One line for the start of a run."""
         versions = f"torch {torch.__version__}, megatron-core {version('megatron-core')}"
         if self.is_cuda:
             return f"{torch.cuda.get_device_name()} (NCCL), {versions}"
         return f"CPU, {torch.get_num_threads()} threads a rank (gloo), {versions}"
+
+
+def make_deterministic() -> None:
+    """Before the first group, kernel and import of vLLM. A variable that the user has set stays as it is.
+
+    torch raises at an operation that has no deterministic form. Its attention kernels and Megatron's embedding follow
+    torch's switch.
+    """
+    if current().is_cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # of several, NCCL takes one by its measurements
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+    torch.backends.cudnn.benchmark = False
 
 
 def gpu_files(dev: Path = Path("/dev"), wsl: Path = Path("/usr/lib/wsl/lib")) -> list[Path]:

@@ -20,7 +20,7 @@ import logging
 import queue
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from mrlhf.errors import EnvironmentProblem
 from mrlhf.parallel import cpu_torch, device
 
 VERSION = "0.16.1"
+Shape = tuple[int, int, int]
 
 
 def check_version() -> None:
@@ -144,9 +145,45 @@ def install_adam(fused: type[torch.optim.Optimizer]) -> str:
     return "torch fused"
 
 
+def norm_on_device() -> None:
+    """Without TE and apex Megatron's norm makes the host wait for every gradient, and its scaling copies each one."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    def norm(chunk_size: int, noop: Any, lists: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
+        return torch.stack(torch._foreach_norm(lists[0])).norm().reshape(1), None
+
+    def scale(chunk_size: int, noop: Any, lists: list[list[torch.Tensor]], factor: float) -> None:
+        torch._foreach_mul_(lists[1], factor)  # Megatron passes the gradients twice
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        vars(clip_grads).update(l2_norm_impl=norm, multi_tensor_scale_impl=scale)
+
+
 def replace_output(model: Any, output: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """A last stage returns `output(hidden states [s, b, h])`; its own `_postprocess` would make logits."""
     model._postprocess = lambda hidden_states, **_: output(hidden_states)
+
+
+def know_shapes(communicator: Any, shapes: Sequence[Shape]) -> None:
+    """Gives a communicator between pipeline stages the shapes that Megatron would exchange before each tensor, with two
+    waits of the host. shapes: of the hidden states of every micro-batch.
+
+    A rank receives in the order of its passes. The k-th backward pass takes the same micro-batch as the k-th forward
+    pass, and the chunks from the last to the first.
+    """
+    from megatron.core.pipeline_parallel.schedules import get_schedule_table
+
+    config, rank, last = communicator.config, communicator.pp_group.rank(), communicator.pp_group.size() - 1
+    chunks, together = config.virtual_pipeline_model_parallel_size or 1, config.microbatch_group_size_per_vp_stage
+    order = get_schedule_table(len(shapes), chunks, together)
+    forward = iter([shapes[number] for number, chunk in order if chunk > 0 or rank > 0])
+    backward = iter([shapes[number] for number, chunk in order if chunk > 0 or rank < last])
+
+    def shapes_to_receive(send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> tuple[Any, Any]:
+        return next(forward) if recv_prev else None, next(backward) if recv_next else None
+
+    communicator._communicate_shapes = shapes_to_receive
 
 
 def with_checkpoint_names(tensors: dict[str, Any]) -> dict[str, Any]:

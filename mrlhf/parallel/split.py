@@ -104,7 +104,7 @@ def split_world(generators: int, *, timeout_minutes: float, silence_s: float) ->
     if rank >= trainers:
         side, own_rank, own_size = "generates", rank - trainers, generators
     own_store = dist.PrefixStore(side, store)
-    dist.init_process_group(here.backend, store=own_store, rank=own_rank, world_size=own_size, timeout=timeout)
+    dist.init_process_group(here.world_backend, store=own_store, rank=own_rank, world_size=own_size, timeout=timeout)
     if rank == 0:
         store.set("watch", uuid.uuid4().hex)
     attempt = store.get("watch").decode()

@@ -154,10 +154,11 @@ def group_ranks(layout: Layout, expert_tp: int) -> dict[str, list[list[int]]]:
 def _make_groups(parallel: ParallelConfig) -> Groups:
     layout = Layout.from_config(parallel, dist.get_world_size())
     timeout = datetime.timedelta(minutes=max(1, round(parallel.timeout_minutes)))
-    groups: dict[str, dist.ProcessGroup | None] = {
-        name: dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0] if ranks else None
-        for name, ranks in group_ranks(layout, expert_tensor_parallel_size(parallel)).items()
-    }
+    here, groups = device.current(), dict[str, dist.ProcessGroup | None]()
+    for name, ranks in group_ranks(layout, expert_tensor_parallel_size(parallel)).items():
+        backend = here.world_backend if name in ("pp", "dp") else here.backend  # gloo costs a socket for each pair
+        made = dist.new_subgroups_by_enumeration(ranks, timeout=timeout, backend=backend)[0] if ranks else None
+        groups[name] = made
     within_instance = {"intra_dp_cp": groups["dp_cp"], "intra_expt_dp": groups["expt_dp"]}
     collection = ProcessGroupCollection(**groups, **within_instance, pos_embd=None)
     return Groups(parallel, layout, layout.coordinates(dist.get_rank())[1], collection)
@@ -238,11 +239,11 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
             # A single process must not listen on the network, as torch's own store would.
             if sys.platform == "linux":
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            dist.init_process_group(here.backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(here.world_backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         else:
             store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
             store = fresh_store(store, rank=rank, world=ranks, timeout=timeout)
-            dist.init_process_group(here.backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+            dist.init_process_group(here.world_backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     _groups = _make_groups(parallel)
     tp, ep, etp = (group.rank() for group in (_groups.collection.tp, _groups.collection.ep, _groups.collection.expt_tp))
     tensor_parallel.model_parallel_cuda_manual_seed(seed, tp_rank=tp, ep_rank=ep, etp_rank=etp)
@@ -293,7 +294,7 @@ def gather_from_data_parallel(value: Any) -> list[Any]:
 
 def on_any_rank(flag: bool) -> bool:
     """Collective. True on every rank of the world if `flag` is true on one."""
-    any_flag = torch.tensor(float(flag), device=device.current().name)
+    any_flag = torch.tensor(float(flag))  # on the host, so over gloo
     dist.all_reduce(any_flag, op=dist.ReduceOp.MAX)
     return bool(any_flag)
 

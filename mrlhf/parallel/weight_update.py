@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from mrlhf.parallel.reshard import Planner, Reshard, StartMessages, Tensors
+from mrlhf.parallel.planner import Planner
+from mrlhf.parallel.reshard import Reshard, StartMessages, Tensors
 
 Make = Callable[[str, torch.Tensor], None]  # (parameter, its plain weight); the generator may keep the tensor
 

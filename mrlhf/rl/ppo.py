@@ -86,7 +86,10 @@ def main(config: PPOStage) -> int:
 
 
 def make_bridge(config: PPOStage) -> Bridge | None:
-    """With separate generating ranks: starts torch.distributed and connects both sides. Else None."""
+    """The first call of a run. With separate generating ranks: starts torch.distributed and connects both sides. Else
+    None."""
+    if config.train.deterministic:
+        device.make_deterministic()
     if config.rollout.num_ranks is None:
         return None
     parallel = config.parallel
@@ -319,7 +322,7 @@ class PPO(Run):
     def sync_weights(self) -> Metrics:
         """Sends the actor's weights to vLLM. Collective."""
         received, seconds = self.sampler.write_weights(self.models.actor.parameters())
-        worst = torch.tensor([received, seconds], dtype=torch.float64, device=device.current().name)
+        worst = torch.tensor([received, seconds], dtype=torch.float64)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return {"reshard/bytes": float(worst[0]), "reshard/seconds": float(worst[1])}
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mrlhf.errors import MrlhfError
 from mrlhf.memory.tracker import Memory, phase_label
 from mrlhf.observe import heartbeat
-from mrlhf.parallel import device, watch
+from mrlhf.parallel import watch
 
 
 class Phases:
@@ -54,7 +54,7 @@ class Phases:
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
         """This rank's timing_s/*, and memory/<name>_gib and memory/peak_gib as maxima over the ranks. Collective."""
         names = [name for name in names if name in self.seconds]
-        peaks = torch.tensor([self.peaks[name] for name in names], dtype=torch.float64, device=device.current().name)
+        peaks = torch.tensor([self.peaks[name] for name in names], dtype=torch.float64)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         times = {f"timing_s/{name}": self.seconds[name] for name in names} | {"timing_s/step": self.step_seconds()}
         memory = {f"memory/{name}_gib": float(x) for name, x in zip(names, peaks, strict=True)}

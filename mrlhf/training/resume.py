@@ -26,13 +26,13 @@ from mrlhf.training.batches import tokenizer_fingerprint_or_none
 # where and when it runs, what it holds in memory and what it writes, and change its numbers by rounding only.
 FREE_TO_CHANGE = (
     "parallel.", "logging.", "checkpoint.", "offload.", "data.verify", "train.output_dir", "train.eval_interval",
-    "train.allow_changes", "train.exit_duration_minutes", "train.loss_spike_threshold", "train.micro_batch_size",
-    "train.max_tokens_per_micro_batch", "ptx.micro_batch_size", "dpo.reference", "optim.use_distributed_optimizer",
-    "ppo.critic_tensor_model_parallel_size", "ppo.critic_pipeline_model_parallel_size",
-    "rollout.tensor_parallel_size", "rollout.placement", "rollout.num_ranks", "rollout.kv_cache_mib",
-    "rollout.max_num_seqs", "rollout.reshard_bucket_mib", "rollout.sleep", "rollout.environment_threads",
-    "rollout.environment_timeout_s", "rollout.mismatch_warning", "rollout.samples_to_log", "reward.function_",
-    "reward.http_", "ppo.ratio_tolerance",
+    "train.allow_changes", "train.deterministic", "train.exit_duration_minutes", "train.loss_spike_threshold",
+    "train.micro_batch_size", "train.max_tokens_per_micro_batch", "ptx.micro_batch_size", "dpo.reference",
+    "optim.use_distributed_optimizer", "ppo.critic_tensor_model_parallel_size",
+    "ppo.critic_pipeline_model_parallel_size", "rollout.tensor_parallel_size", "rollout.placement",
+    "rollout.num_ranks", "rollout.kv_cache_mib", "rollout.max_num_seqs", "rollout.reshard_bucket_mib", "rollout.sleep",
+    "rollout.environment_threads", "rollout.environment_timeout_s", "rollout.mismatch_warning",
+    "rollout.samples_to_log", "reward.function_", "reward.http_", "ppo.ratio_tolerance",
 )
 
 

@@ -223,6 +223,8 @@ class SupervisedRun(Run):
         began = time.monotonic()
         inputs = check_run(config, world=state.world_size())
         lock = open_directory(config)
+        if config.train.deterministic:
+            device.make_deterministic()
         layout = state.initialize(config.parallel, seed=config.train.seed)
         self.order = make_order(config, inputs.train)
         if state.is_main() and (warning := few_steps_warning(config, self.order, inputs.train)):

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from mrlhf.parallel import device, state
+from mrlhf.parallel import state
 
 log = logging.getLogger(__name__)
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues the run
@@ -113,7 +113,7 @@ class Stopper:
         """Whether all ranks stop now. next_s: expected seconds of the next step and a save. Collective."""
         late = self._deadline is not None and state.is_main() and time.monotonic() + next_s > self._deadline
         self._last_poll = 0.0
-        wanted = torch.tensor([float(self.requested()), float(late)], device=device.current().name)
+        wanted = torch.tensor([float(self.requested()), float(late)])  # on the host, so over gloo
         dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
         if wanted[0]:
             while not self.requested():  # another rank has read the key already

@@ -111,11 +111,15 @@ class Model:
     ) -> list:
         iterators = [iter(micro_batches) for _ in self.chunks]
         pp = self.collection.pp
+        parts = self.collection.cp.size() * (self.collection.tp.size() if self.config.sequence_parallel else 1)
+        sizes = (b.tokens_BT.shape for b in micro_batches)
+        communicator = P2PCommunicator(pp, self.config)
+        megatron.know_shapes(communicator, [(T // parts, B, self.spec.hidden_size) for B, T in sizes])
         return get_forward_backward_func(pp.size(), self.config.virtual_pipeline_model_parallel_size)(
             forward_step_func=step, data_iterator=iterators if len(iterators) > 1 else iterators[0], model=self.chunks,
             num_microbatches=len(micro_batches), seq_length=micro_batches[0].tokens_BT.size(1),
             micro_batch_size=micro_batches[0].tokens_BT.size(0), forward_only=forward_only,
-            collect_non_loss_data=collect, p2p_communicator=P2PCommunicator(pp, self.config),
+            collect_non_loss_data=collect, p2p_communicator=communicator,
             pg_collection=self.collection,
         )
 
@@ -150,8 +154,8 @@ class Model:
         """The schedule's forward step. noise: embedding noise of a whole micro-batch."""
 
         def step(iterator, model):
-            whole = next(iterator).to(self.device)
-            batch = gpt.local_part(whole, self.collection.cp)
+            on_host = next(iterator)
+            batch = gpt.local_part(on_host.to(self.device), self.collection.cp)
 
             def loss(output):
                 total, count, partials = loss_fn(output, batch)
@@ -160,7 +164,7 @@ class Model:
                 return total, count.to(torch.int), {**partials, "loss": logged}
 
             samples_BT = None if balance is None else token_samples(batch)
-            added = None if noise is None else partial(noise, whole)
+            added = None if noise is None else partial(noise, on_host)
             return gpt.forward(model, batch, noise=added, samples_BT=samples_BT), loss
 
         return step
@@ -168,7 +172,10 @@ class Model:
     def _reduce(self, results: list[Partials]) -> Partials:
         """Collective. Partials summed over micro-batches, data- and context-parallel ranks, on every rank."""
         partials = metrics.all_reduce(metrics.merge(results), self.collection.dp_cp) if self.is_last_stage else {}
-        return state.from_last_stage({k: v.cpu() for k, v in partials.items()}, self.collection.pp)
+        if partials:  # the host waits once for all of them
+            on_host = torch.stack([x.double() for x in partials.values()]).cpu()
+            partials = {k: x.to(old.dtype) for (k, old), x in zip(partials.items(), on_host, strict=True)}
+        return state.from_last_stage(partials, self.collection.pp)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> Partials:
@@ -192,6 +199,7 @@ class Trainer(Model):
         super().__init__(source, parallel, head=head, dtype=dtype, seed=seed, random_init=random_init, groups=groups)
         self.balance = self._balancers(balance) if balance is not None else None
         self.adam = megatron.install_adam(FusedAdam)
+        megatron.norm_on_device()
         reduces, gathers = self._overlaps(parallel, optim)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=optim.use_distributed_optimizer,
                                             grad_reduce_in_fp32=True, overlap_grad_reduce=reduces or gathers,
@@ -256,7 +264,7 @@ class Trainer(Model):
         self.optimizer.zero_grad()
         noise = self._noise if self.neftune_alpha else None
         if self.balance is not None:
-            self.balance.start_step(gpt.local_part(b.to(self.device), self.collection.cp) for b in micro_batches)
+            self.balance.start_step(gpt.local_part(b, self.collection.cp) for b in micro_batches)
         self._count.zero_()
         forward_step = self._loss_step(self._counting(loss_fn), noise, self.balance)
         results = self._schedule(micro_batches, forward_step, forward_only=False)
@@ -299,8 +307,13 @@ class Trainer(Model):
         return counting
 
     def _finalize_grads(self, chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None, **rest: Any) -> None:
-        """Divides by our own count: Megatron's is an integer, and sample weights need not be."""
-        finalize_model_grads(chunks, None if num_tokens is None else self._count, **rest)
+        """Divides by our own count, for which the host does not wait; Megatron's is an integer, sample weights are not.
+        """
+        finalize_model_grads(chunks, None, **rest)
+        dist.broadcast(self._count, group=self.collection.pp, group_src=self.collection.pp.size() - 1)
+        dist.all_reduce(self._count, group=self.collection.dp_cp)
+        for chunk in self.chunks:
+            chunk.scale_gradients(torch.where(self._count > 0, 1.0 / self._count, 1.0))
 
     def tensors(self, kind: str) -> list[torch.Tensor]:
         if kind == "gradients":

@@ -159,6 +159,13 @@ def test_pairs_packed_and_padded(pairs: PackedDataset) -> None:
         assert margins is not None and margins.tolist() == [5, 6, 7]
 
 
+def test_indices_of_samples_stay_on_the_host(pairs: PackedDataset) -> None:
+    (batch,) = Loader(pairs, BatchPlan(packing=True, micro_batch_size=2, dp_rank=0, dp_size=1)).micro_batches([0, 1])
+    moved = batch.to("meta")
+    on_host = {name for name, x in vars(moved).items() if isinstance(x, torch.Tensor) and x.device.type == "cpu"}
+    assert on_host == {"index_N"} and moved.tokens_BT.device.type == "meta"
+
+
 def test_whole_set_in_order(numbered: PackedDataset) -> None:
     for dp in (1, 2, 4):
         loaders = [

@@ -18,7 +18,8 @@ from models.families.test_weight_maps import hf_shapes, specs
 from models.reshard_program import CASES, minimum, shard_tensors
 from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.reshard_plan import make_planner
-from mrlhf.parallel.reshard import Planner, Reshard
+from mrlhf.parallel.planner import Planner
+from mrlhf.parallel.reshard import Reshard
 from mrlhf.parallel.state import Layout
 
 

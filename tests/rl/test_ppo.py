@@ -208,6 +208,7 @@ def test_experts_reach_vllm(world: Path, reward_model: Path, tmp_path: Path) -> 
         "parallel.expert_model_parallel_size": 2,
         "rollout.tensor_parallel_size": 2,
         "ppo.estimator": "grpo",
+        "train.deterministic": "true",  # torch refuses no operation of the trainer, and vLLM has its own
         "train.output_dir": tmp_path / "checkpoint",
     }
     python(

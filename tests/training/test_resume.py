@@ -95,6 +95,21 @@ def test_sft_killed_and_resumed(world: Path, tmp_path: Path) -> None:
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "whole/checkpoints").rglob("*")}
 
 
+def test_a_deterministic_run_gives_its_numbers_again(world: Path, tmp_path: Path) -> None:
+    """On the CPU those of the same run without the option; the other half resumes it, with or without."""
+    args = ["sft", "--model.path", world / "qwen2", "--model.dtype", "float32", "--data.train", world / "sft",
+            "--train.global_batch_size", 2, "--train.max_steps", 4, "--optim.lr", 1e-3, "--checkpoint.save_interval", 2,
+            "--parallel.tensor_model_parallel_size", 2]  # fmt: skip
+    runs = [tmp_path / name for name in ("one", "two", "plain")]
+    for run, on in zip(runs, ("true", "true", "false"), strict=True):
+        mrlhf(*args, "--train.output_dir", run, "--train.deterministic", on, ranks=2)
+    assert comparable(runs[0]) == comparable(runs[1]) == comparable(runs[2])
+    shutil.rmtree(runs[0] / "checkpoints/step_4")
+    (runs[0] / "checkpoints/latest").write_text("step_2\n")
+    assert "resumed from" in mrlhf(*args, "--train.output_dir", runs[0], ranks=2).stdout
+    assert comparable(runs[0]) == comparable(runs[2])
+
+
 def test_a_blend_goes_on_with_the_same_rows_on_another_layout(world: Path, tmp_path: Path) -> None:
     """Own text and Megatron-LM's own, three steps on one rank, the rest on two; against all on one rank.
     Then with other data.

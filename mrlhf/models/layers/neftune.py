@@ -11,12 +11,16 @@ import hashlib
 import torch
 
 from mrlhf.data.loader import MicroBatch
+from mrlhf.parallel import device
 
 
 def embedding_noise(batch: MicroBatch, *, hidden_size: int, alpha: float, seed: int, step: int) -> torch.Tensor:
-    """[B, T, H] in fp32 for a whole micro-batch: uniform in +- alpha / sqrt(length of the sample x H), 0 at padding."""
+    """[B, T, H] in fp32 on the device: uniform in +- alpha / sqrt(length of the sample x H), 0 at padding.
+
+    batch: a whole micro-batch on the host, which reads where its samples end.
+    """
     rows, width = batch.tokens_BT.shape
-    where = batch.tokens_BT.device
+    where = device.current().name
     noise_NH = torch.zeros(rows * width, hidden_size, device=where)
     generator = torch.Generator(where)
     for index, last, length in zip(batch.index_N.tolist(), batch.last_N.tolist(), batch.lengths, strict=True):

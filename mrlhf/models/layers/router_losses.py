@@ -139,17 +139,17 @@ class StepBalance:
         self._tokens = self._count = 0.0
 
     def start_step(self, parts: Iterable[MicroBatch]) -> None:
-        """Collective. parts: this rank's parts of the step's micro-batches.
+        """Collective. parts: this rank's parts of the step's micro-batches, on the host.
 
         The schedule sums gradients and divides them by the stage's count; these losses are means over tokens, so they
         are scaled here.
         """
-        totals, samples = torch.zeros(2, dtype=torch.float64, device=device.current().name), 1
+        totals, samples = torch.zeros(2, dtype=torch.float64), 1
         for batch in parts:
             tokens, count = (token_samples(batch) >= 0).sum(), self.balance.count(batch)
             totals += torch.stack([tokens.double(), count.double()])
             samples = max(samples, batch.num_samples)
-        self._tokens, self._count = _summed(totals, self.dp_cp)
+        self._tokens, self._count = _summed(totals.to(device.current().name), self.dp_cp)
         for balancer in self.balancers:
             balancer.scale, balancer.samples = self._count / max(1.0, self._tokens), samples
             balancer.sums.zero_()

@@ -85,7 +85,8 @@ def _process_state_restored() -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if device.current().is_cuda else None
     env = {name: os.environ.get(name) for name in ("RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD")}
-    set_num_threads = torch.set_num_threads
+    set_num_threads, deterministic = torch.set_num_threads, torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # vLLM has its own switch, and operations that torch would refuse
     try:
         yield
     finally:
@@ -100,6 +101,7 @@ def _process_state_restored() -> Iterator[None]:
             else:
                 os.environ[name] = value
         torch.set_num_threads = set_num_threads
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def _use_own_shared_memory_names() -> None:
