@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mrlhf.checkpoint import rng
 from mrlhf.checkpoint.manifest import MANIFEST, await_files, check_manifest, newest_whole, steps_in
 from mrlhf.checkpoint.optimizer_state import load_dist
+from mrlhf.checkpoint.shards import Sharding
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families import spec_from_hf
 from mrlhf.models.families.spec import ModelSpec, read_hf_config
@@ -96,18 +97,8 @@ def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int
         raise CheckpointError(what, where=str(source.path), expected="an LM checkpoint")
     new_head = head == "value" and source.head == "lm"
     if source.is_checkpoint:
-        state = gpt.sharded_state(models)
-        if new_head:
-            for tensors in state.values():
-                for name in [name for name in tensors if name.startswith("output_layer.")]:
-                    del tensors[name]
-        absent = ("output_layer.",) if new_head else ()
-        with torch.no_grad():
-            loaded = load_dist(state, source.path / "dist")
-            for chunk, model in zip(state, models, strict=True):
-                missing, unexpected = model.load_state_dict(loaded[chunk], strict=False)
-                missing = [k for k in missing if not k.endswith("_extra_state") and not k.startswith(absent)]
-                assert not missing and not unexpected, (missing, unexpected)
+        shards = Sharding(models).weights()
+        load_dist((s for s in shards if not (new_head and s.key.startswith("output_layer."))), source.path / "dist")
     else:
         reader = HFReader(source.path, source.spec, head=source.head)
         values = _WithNewHead(reader, gpt.RandomSource(source.spec, head=head, seed=seed)) if new_head else reader

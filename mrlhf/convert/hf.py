@@ -8,6 +8,7 @@ rank: a few times the model's largest tensor.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -31,8 +32,9 @@ import torch.distributed as dist
 
 import mrlhf
 from mrlhf.checkpoint import manifest
+from mrlhf.checkpoint.reader import DistReader
 from mrlhf.checkpoint.source import ModelSource, open_source
-from mrlhf.checkpoint.tensor_file import DistReader, DistWriter, Journal, Parameter, Skeleton
+from mrlhf.checkpoint.tensor_file import DistWriter, Journal, Parameter, Skeleton, read_parameter
 from mrlhf.config.options import ParallelConfig
 from mrlhf.convert.hf_config import export_config
 from mrlhf.convert.model_card import model_card
@@ -350,6 +352,7 @@ def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: s
     skeleton = Skeleton(source.spec, parallel, head=source.head, dtype=DTYPES[source.manifest["dtype"]])
     check_weight_map(skeleton, tensors, source.spec)
     reader = DistReader(source.path / "dist")
+    read = functools.partial(read_parameter, reader)
     files = _file_states(source.path, source.manifest["files"])
     fingerprint = {"from": files, "dtypes": list(map(str, plan.dtypes.values()))}
     with _work_directory(output, fingerprint) as (directory, journal):
@@ -357,7 +360,7 @@ def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: s
             HFWriter.create(directory, list(plan.files))
         dist.barrier()
         writer = HFWriter(directory, list(plan.files))
-        for p, value in _remaining(skeleton, set(journal.done), reader.read, label="to HF"):
+        for p, value in _remaining(skeleton, set(journal.done), read, label="to HF"):
             written = 0
             for name, tensor in _hf_parts(p, value, tensors):
                 written += writer.write(name, _stored_form(name, tensor, tensors[name], plan.dtypes[name]))

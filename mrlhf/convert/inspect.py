@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf.checkpoint.manifest import MANIFEST
+from mrlhf.checkpoint.names import second_names
 from mrlhf.checkpoint.safe_pickle import read_metadata
 from mrlhf.checkpoint.source import open_source
 from mrlhf.models.hf_files import open_files
@@ -24,6 +25,7 @@ def checkpoint_tensors(directory: Path) -> list[Row]:
 
     entries = read_metadata(directory).state_dict_metadata
     tensors = {name: entry for name, entry in sorted(entries.items()) if isinstance(entry, TensorStorageMetadata)}
+    tensors = {name: tensors[name] for name in sorted(tensors.keys() - second_names(tensors).keys())}
     return [(name, tuple(t.size), str(t.properties.dtype).removeprefix("torch.")) for name, t in tensors.items()]
 
 
