@@ -30,9 +30,13 @@ _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", r
 _MASTER = "param"
 
 
-def load_dist(shards: Iterable[Shard], directory: Path) -> None:
-    """Fills the shards. Raises CheckpointError before it unpickles anything that a checkpoint does not hold."""
-    check_directory(directory)
+def load_dist(shards: Iterable[Shard], directory: Path, *, foreign: bool = False) -> None:
+    """Fills the shards. Raises CheckpointError where a checkpoint of mrlhf holds pickles that no checkpoint needs.
+
+    foreign: Megatron-LM has written it. Of its pickles only the index is read, with the same care.
+    """
+    if not foreign:
+        check_directory(directory)
     reader = DistReader(directory)
     reader.fill(shards)
     reader.close()

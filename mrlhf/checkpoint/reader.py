@@ -61,6 +61,11 @@ class DistReader:
         for s in shards:
             self.read(s.key, s.offset, s.global_shape, s.data, padded=s.padded)
 
+    def rows(self, name: str) -> int:
+        """The first dimension of a tensor, 0 without it."""
+        stored = self._stored.get(plain_name(name))
+        return 0 if stored is None else self.index.state_dict_metadata[stored].size[0]  # type: ignore[union-attr]
+
     @cached_property
     def _per_layer(self) -> bool:
         """Whether each layer's tensors have names of their own; else those of all layers are one tensor."""

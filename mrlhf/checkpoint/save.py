@@ -4,6 +4,7 @@
       mrlhf.json   manifest: stage, step, layout, configuration, data position ... and every file with size and SHA-256
       hf/          config.json, tokenizer, generation config, byte for byte as in the source
       dist/        weights and optimizer state, torch_dist, independent of TP, PP and DP
+      iter_0000010 -> dist, latest_checkpointed_iteration.txt    the names that Megatron-LM's --load looks for
       rng/         the random generators of every rank
       ahead.bin    (ppo, rollout.max_staleness 1) answers to the next rollout's prompts, sampled from older weights
       critic/      (ppo) another checkpoint of the same form
@@ -37,11 +38,12 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-from mrlhf.checkpoint import manifest, rng
+from mrlhf.checkpoint import manifest, megatron_lm, rng
 from mrlhf.checkpoint.shards import Shard, Sharding, written
 from mrlhf.checkpoint.tensor_archive import Item, build_index, own_storage, save_tensor, write_metadata
 from mrlhf.errors import CheckpointError
-from mrlhf.models import gpt
+from mrlhf.models.families import spec_from_hf
+from mrlhf.models.families.spec import read_hf_config
 from mrlhf.models.hf_files import copy_side_files, write_from
 from mrlhf.observe.directory import is_held
 from mrlhf.parallel import state
@@ -203,7 +205,8 @@ def _plan_writes(part: Part, content: Mapping[str, Any], *, copy: bool) -> _Writ
     host, so that the model may change.
     """
     sharding = Sharding(part.models)
-    shards, common = sharding.weights(), {"content_metadata": dict(gpt.CHECKPOINT_CONTENT)}
+    spec = spec_from_hf(read_hf_config(part.hf_dir), where=str(part.hf_dir / "config.json"))
+    shards, common = sharding.weights(), megatron_lm.common_state(spec, step=content["step"])
     if part.optimizer is not None:
         of_optimizer, common["optimizer"] = sharding.optimizer(part.optimizer)
         shards += of_optimizer
@@ -274,6 +277,8 @@ class Save:
             folder = self.temporary / part.name / "dist"
             write_metadata(folder, build_index((file, items[i]) for file, _, items in everyone))
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+            if part.head == "lm":
+                megatron_lm.add_names(folder.parent, step=self.content["step"])
         for part in reversed(self.parts):  # the main part last: its manifest lists the files of the others too
             own = {"head": part.head, "resumable": part.optimizer is not None}
             content = self.content if not part.name else {k: self.content[k] for k in ("stage", "step", "dtype")}

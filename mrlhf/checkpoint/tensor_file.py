@@ -28,6 +28,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from mrlhf.checkpoint.manifest import FileEntry, HashBehind
+from mrlhf.checkpoint.megatron_lm import common_state
 from mrlhf.checkpoint.reader import DistReader
 from mrlhf.checkpoint.shards import Sharding, written
 from mrlhf.checkpoint.tensor_archive import Item, build_index, own_storage, save_tensor, write_metadata
@@ -75,7 +76,7 @@ class Skeleton:
     def __init__(self, spec: ModelSpec, parallel: ParallelConfig, *, head: str, dtype: torch.dtype) -> None:
         # torch.empty: no page is touched
         model = gpt.build_model(spec, gpt.transformer_config(spec, parallel, dtype=dtype), head=head)
-        self.dtype = dtype
+        self.spec, self.dtype = spec, dtype
         sharding = Sharding([model])
         self.objects = sharding.objects()
         pieces: dict[int, list[Piece]] = {}
@@ -205,7 +206,7 @@ class DistWriter:
         dist.all_gather_object(everyone, (self.file, self.items, entry))
         if dist.get_rank() == 0:
             write_metadata(self.directory, build_index([share[:2] for share in everyone]))
-            torch.save({"content_metadata": gpt.CHECKPOINT_CONTENT}, self.directory / "common.pt")
+            torch.save(common_state(self.skeleton.spec, step=0), self.directory / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
         dist.barrier()
         return {share[0]: share[2] for share in everyone}
