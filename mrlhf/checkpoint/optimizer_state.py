@@ -23,23 +23,18 @@ import torch
 from mrlhf.checkpoint.names import plain_name
 from mrlhf.checkpoint.reader import DistReader
 from mrlhf.checkpoint.safe_pickle import check_directory, read_common
-from mrlhf.checkpoint.shards import Shard, Sharding
+from mrlhf.checkpoint.shards import Sharding
 from mrlhf.errors import CheckpointError
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", re.DOTALL)
 _MASTER = "param"
 
 
-def load_dist(shards: Iterable[Shard], directory: Path, *, foreign: bool = False) -> None:
-    """Fills the shards. Raises CheckpointError where a checkpoint of mrlhf holds pickles that no checkpoint needs.
-
-    foreign: Megatron-LM has written it. Of its pickles only the index is read, with the same care.
+def open_dist(directory: Path) -> DistReader:
+    """The tensors of a checkpoint that mrlhf has written. Raises CheckpointError where another pickle than that of its
+    index asks for what no checkpoint needs, or damage shows.
     """
-    if not foreign:
-        check_directory(directory)
-    reader = DistReader(directory)
-    reader.fill(shards)
-    reader.close()
+    return DistReader(directory, check_directory(directory))
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -84,10 +79,11 @@ def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
     """
     sharding, dist = Sharding(models), directory / "dist"
     shards = [*sharding.weights(), *sharding.optimizer(optimizer)[0]]
-    stored = DistReader(dist).dtypes
+    reader = open_dist(dist)
     wanted = [(plain_name(s.key), s.data.dtype) for s in shards]
-    names = translate(wanted, stored, where=str(directory))
-    load_dist((replace(s, key=name) for s, name in zip(shards, names, strict=True)), dist)
+    names = translate(wanted, reader.dtypes, where=str(directory))
+    reader.fill(replace(s, key=name) for s, name in zip(shards, names, strict=True))
+    reader.close()
     step = next(_steps(read_common(dist).get("optimizer")), None)
     for group in optimizer.param_groups if step is not None else ():
         group["step"] = step

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 from mrlhf.checkpoint.names import plain_name
 from mrlhf.checkpoint.safe_pickle import read_metadata
@@ -41,11 +41,11 @@ class _Chunks:
 
 
 class DistReader:
-    """The tensors of one torch_dist directory."""
+    """The tensors of one torch_dist directory. index: if it has been read."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, index: Metadata | None = None) -> None:
         self.directory = directory
-        self.index = read_metadata(directory)
+        self.index = index or read_metadata(directory)
         self._places = {(key.fqn, tuple(key.offset or ())): place for key, place in self.index.storage_data.items()}
         self.dtypes: dict[str, torch.dtype] = {}  # by plain name
         self._stored: dict[str, str] = {}

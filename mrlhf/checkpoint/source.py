@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mrlhf.checkpoint import rng
 from mrlhf.checkpoint.manifest import MANIFEST, await_files, check_manifest, newest_whole, steps_in
 from mrlhf.checkpoint.megatron_lm import TRACKER, find_tensors
-from mrlhf.checkpoint.optimizer_state import load_dist
+from mrlhf.checkpoint.optimizer_state import open_dist
 from mrlhf.checkpoint.reader import DistReader
 from mrlhf.checkpoint.shards import Sharding
 from mrlhf.errors import CheckpointError
@@ -128,7 +128,9 @@ def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int
         shards = Sharding(models).weights()
         wanted = (s for s in shards if not (new_head and s.key.startswith("output_layer.")))
         assert source.dist is not None
-        load_dist(wanted, source.dist, foreign="files" not in source.manifest)
+        stored = open_dist(source.dist) if "files" in source.manifest else DistReader(source.dist)
+        stored.fill(wanted)
+        stored.close()
     else:
         reader = HFReader(source.path, source.spec, head=source.head)
         values = _WithNewHead(reader, gpt.RandomSource(source.spec, head=head, seed=seed)) if new_head else reader

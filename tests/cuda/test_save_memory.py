@@ -9,8 +9,8 @@ from conftest import TESTS, python
 
 
 def test_a_rank_of_eight_saves_its_eighth_of_8b_parameters(tmp_path: Path) -> None:
-    """TP 1, DP 8, bfloat16. With Megatron's fully_reshardable each rank gathered 12 bytes a parameter: 96 GB, and 0.8 TB
-    on the machine. Now it is an eighth of 14, weights included, in the background; in front one tensor at a time.
+    """TP 1, DP 8, bfloat16. With Megatron's fully_reshardable each rank gathered 12 bytes a parameter: 96 GB, 0.8 TB on
+    the machine. Now it is an eighth of 14, weights included, in the background; in front one tensor at a time.
     """
     done = python(TESTS / "cuda/save_memory_program.py", tmp_path, 0, 5, device="rehearsal")
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
