@@ -23,6 +23,7 @@ from mrlhf.checkpoint.tensor_archive import read_tensor
 from mrlhf.errors import CheckpointError
 
 _AGAIN = "take an earlier checkpoint, or copy this one again"
+_CONFIG = "give it the config.json of the same model, or copy it again"
 _LAYER = re.compile(r"(.*decoder\.layers\.)(\d+)\.(.*)", re.DOTALL)
 
 
@@ -78,7 +79,7 @@ class DistReader:
         if name not in self._stored:
             name, offset, global_shape, out = self._in_other_form(name, offset, global_shape, out)
         if name not in self._stored:
-            raise CheckpointError(f"no such tensor: {key}", where=str(self.directory), fix=_AGAIN)
+            raise CheckpointError(f"no such tensor: {key}", where=str(self.directory), fix=_CONFIG)
         stored = self._stored[name]
         if stored not in self._chunks:
             self._chunks[stored] = _Chunks(self.index.state_dict_metadata[stored])  # type: ignore[arg-type]
@@ -86,7 +87,7 @@ class DistReader:
         size, skip = chunks.size, int(padded)
         if len(size) != len(global_shape) or size[skip:] != global_shape[skip:]:
             what = f"{key}: {size} instead of {global_shape}"
-            raise CheckpointError(what, where=str(self.directory), fix=_AGAIN)
+            raise CheckpointError(what, where=str(self.directory), fix=_CONFIG)
         if padded and offset[0] + out.size(0) > size[0]:
             rows = max(0, size[0] - offset[0])
             out[rows:].zero_()

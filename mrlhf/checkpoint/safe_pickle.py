@@ -1,9 +1,8 @@
-"""Checks the pickles inside a distributed checkpoint before torch or Megatron load them.
+"""Reads and checks the pickles inside a distributed checkpoint.
 
 torch reads a checkpoint's `.metadata` with plain pickle, and Megatron loads `common.pt` and the byte objects with
-weights_only=False: both run any code that the file holds. Here all three first go through torch's weights-only
-unpickler; whatever passes it does nothing under plain pickle either. Tensors need no check: torch itself reads them
-with weights_only=True.
+weights_only=False: both run any code that the file holds. Here all three go through torch's weights-only unpickler;
+whatever passes it does nothing under plain pickle either. Tensors need no check: reader.py reads their bytes alone.
 
 The unpickler alone lets more pass than a checkpoint needs: torch's own list has `bytearray` and `torch.Tensor`, which
 allocate any number of bytes, and functions that rebuild tensor subclasses. So the names in a pickle are compared with
