@@ -36,8 +36,5 @@ def plain_name(name: str) -> str:
 def second_names(names: Collection[str]) -> dict[str, str]:
     """{another name: name} of the norms that Megatron's local spec names otherwise than its Transformer Engine one."""
     latent = any(".self_attention.linear_kv_up_proj." in name for name in names)
-    others: dict[str, str] = {}
-    for fused, plain in _NORMS:
-        theirs, local = (fused, plain) if latent else (plain, fused)
-        others |= {name.replace(theirs, local): name for name in names if theirs in name}
-    return others
+    pairs = _NORMS[1:] if latent else [(plain, fused) for fused, plain in _NORMS[1:2]]
+    return {name.replace(ours, local): name for ours, local in pairs for name in names if ours in name}

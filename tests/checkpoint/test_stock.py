@@ -100,7 +100,7 @@ def test_a_norm_that_megatrons_local_spec_names_otherwise_has_two_names() -> Non
         "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
         "decoder.layers.mlp.linear_fc1.layer_norm_weight",
     ]
-    assert second_names(dense) == {}
+    assert second_names([*dense, "decoder.layers.self_attention.q_layernorm.weight"]) == {}
     kv = "decoder.layers.0.self_attention.linear_kv_up_proj."
     latent = [f"{kv}layer_norm_weight", f"{kv}weight", "decoder.layers.0.input_layernorm.weight"]
     assert second_names(latent) == {"decoder.layers.0.self_attention.kv_layernorm.weight": f"{kv}layer_norm_weight"}
