@@ -25,8 +25,8 @@ import mrlhf
 from mrlhf.config.foreign import read_json, typed
 from mrlhf.errors import CheckpointError
 
-MANIFEST, FORMAT = "mrlhf.json", 3
-_READABLE = (2, FORMAT)  # 2: `.metadata` is a pickle of protocol 4 instead of 2
+MANIFEST, FORMAT = "mrlhf.json", 4
+_READABLE = (2, 3, FORMAT)  # 3: norms have other names (reader.py); 2: `.metadata` is a pickle of protocol 4 too
 _FIX = "take an earlier checkpoint, or copy this one again"
 FileEntry = dict[str, Any]  # {"size": bytes, "sha256": hex} of one file
 

@@ -4,8 +4,8 @@ Names on disk, for the parameter NAME:
   distributed                optimizer.state.{param,exp_avg,exp_avg_sq}.NAME
   not distributed, bfloat16  optimizer.state.{fp32_param,exp_avg,exp_avg_sq}.NAME
   not distributed, float32   optimizer.state.{exp_avg,exp_avg_sq}.NAME; the weights NAME are the masters
-An optimizer of experts that lie over ranks is separate. Its names, and those of the dense one beside it, began with
-`chained_I.` before this version. All tensors have the shapes of the parameters, so any layout reads its own slices.
+An optimizer of experts that lie over ranks is separate. Until format 2 its names, and those of the dense one beside it,
+began with `chained_I.`. All tensors have the shapes of the parameters, so any layout reads its own slices.
 
 Of the parameter groups only `step` is read: all else in them comes from the configuration.
 """
@@ -14,30 +14,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mrlhf.checkpoint.safe_pickle import check_directory
+from mrlhf.checkpoint.names import plain_name
+from mrlhf.checkpoint.reader import DistReader
+from mrlhf.checkpoint.safe_pickle import check_directory, read_common
+from mrlhf.checkpoint.shards import Sharding
 from mrlhf.errors import CheckpointError
-from mrlhf.parallel.state import on_any_rank
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", re.DOTALL)
 _MASTER = "param"
 
 
-def load_dist(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Fills `state`. Raises CheckpointError before it unpickles anything that a checkpoint does not hold."""
-    check_directory(directory)
-    return _load(state, directory)
-
-
-def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Of a directory that `check_directory` has passed."""
-    from megatron.core import dist_checkpointing
-
-    return dist_checkpointing.load(state, str(directory))
+def open_dist(directory: Path) -> DistReader:
+    """The tensors of a checkpoint that mrlhf has written. Raises CheckpointError where another pickle than that of its
+    index asks for what no checkpoint needs, or damage shows.
+    """
+    return DistReader(directory, check_directory(directory))
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -77,37 +74,19 @@ def translate(wanted: Iterable[tuple[str, torch.dtype]], stored: Mapping[str, to
 def load_optimizer(directory: Path, models: list[Any], optimizer: Any) -> None:
     """Loads weights and optimizer state from a checkpoint directory, whatever layout and optimizer wrote them.
 
-    models: this rank's chunks. optimizer: Megatron's chain of optimizers. Collective.
+    models: this rank's chunks. optimizer: Megatron's chain of optimizers.
     Raises CheckpointError where the state of a parameter is missing.
     """
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-
-    from mrlhf.models import gpt
-
-    weights, dist = gpt.sharded_state(models), directory / "dist"
-    parts = [part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
-    by_chunk, metadata = weights["model"] if len(models) == 1 else dict(weights), gpt.sharding_metadata(models[0])
-    state = {str(i): part.sharded_state_dict(by_chunk, is_loading=True, metadata=metadata)
-             for i, part in enumerate(parts)}
-    stored = {name: entry.properties.dtype for name, entry in check_directory(dist).state_dict_metadata.items()
-              if hasattr(entry, "properties")}
-    of_weights, of_state = ([t for t in nested_values(part) if isinstance(getattr(t, "data", None), torch.Tensor)]
-                            for part in (weights, state))
-    tensors = [*of_weights, *of_state]
-    names = translate([(t.key, t.data.dtype) for t in tensors], stored, where=str(directory))
-    for tensor, name in zip(tensors, names, strict=True):
-        tensor.key = name
-    with torch.no_grad():
-        # weights and masters of one name need two loads, which are collective
-        twice = on_any_rank(not {t.key for t in of_weights}.isdisjoint(t.key for t in of_state))
-        wanted = [weights, {"state": state}] if twice else [{**weights, "state": state}]
-        loaded = {key: value for part in wanted for key, value in _load(part, dist).items()}
-        for chunk, model in zip(weights, models, strict=True):
-            model.load_state_dict(loaded[chunk])
-        step = next(_steps(loaded.get("optimizer")), None)
-        for i, part in enumerate(parts):
-            own = _with_groups(loaded["state"][str(i)], part.optimizer.param_groups, step)
-            part.load_state_dict({**own, "param_state_sharding_type": metadata["distrib_optim_sharding_type"]})
+    sharding, dist = Sharding(models), directory / "dist"
+    shards = [*sharding.weights(), *sharding.optimizer(optimizer)[0]]
+    reader = open_dist(dist)
+    wanted = [(plain_name(s.key), s.data.dtype) for s in shards]
+    names = translate(wanted, reader.dtypes, where=str(directory))
+    reader.fill(replace(s, key=name) for s, name in zip(shards, names, strict=True))
+    reader.close()
+    step = next(_steps(read_common(dist).get("optimizer")), None)
+    for group in optimizer.param_groups if step is not None else ():
+        group["step"] = step
 
 
 def _steps(common: Any) -> Iterator[int]:
@@ -118,15 +97,3 @@ def _steps(common: Any) -> Iterator[int]:
         common = list(common.values())
     for value in common if isinstance(common, list) else []:
         yield from _steps(value)
-
-
-def _with_groups(read: dict[str, Any], groups: list[dict[str, Any]], step: int | None) -> dict[str, Any]:
-    """The state of one optimizer in the form of its `load_state_dict`: the tensors that were read, its own groups."""
-    own = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in groups]
-    own = [g if step is None else {**g, "step": step} for g in own]
-    if "param_state" in read:  # distributed
-        return {"optimizer": {"param_groups": own}, "param_state": read["param_state"]}
-    inner = read.get("optimizer", read)
-    numbered = [{**g, "params": r["params"]} for g, r in zip(own, inner["param_groups"], strict=True)]
-    state = {"state": inner["state"], "param_groups": numbered}
-    return {**read, "optimizer": state} if "optimizer" in read else state

@@ -1,9 +1,8 @@
-"""Checks the pickles inside a distributed checkpoint before torch or Megatron load them.
+"""Reads and checks the pickles inside a distributed checkpoint.
 
 torch reads a checkpoint's `.metadata` with plain pickle, and Megatron loads `common.pt` and the byte objects with
-weights_only=False: both run any code that the file holds. Here all three first go through torch's weights-only
-unpickler; whatever passes it does nothing under plain pickle either. Tensors need no check: torch itself reads them
-with weights_only=True.
+weights_only=False: both run any code that the file holds. Here all three go through torch's weights-only unpickler;
+whatever passes it does nothing under plain pickle either. Tensors need no check: reader.py reads their bytes alone.
 
 The unpickler alone lets more pass than a checkpoint needs: torch's own list has `bytearray` and `torch.Tensor`, which
 allocate any number of bytes, and functions that rebuild tensor subclasses. So the names in a pickle are compared with
@@ -14,6 +13,7 @@ This is the one module of the package that reads pickles (tests/test_security.py
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import pickle
@@ -23,10 +23,11 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from struct import pack
+from typing import Any
 
 import torch
 from torch import _weights_only_unpickler as weights_only
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from mrlhf.config.foreign import read_json
 from mrlhf.errors import CheckpointError
@@ -40,8 +41,9 @@ _SHARD = re.compile(r"__\d+_\d+\.distcp")
 _CLASSES = (
     metadata.Metadata, metadata.MetadataIndex, metadata.ChunkStorageMetadata, metadata.TensorStorageMetadata,
     metadata.StorageMeta, metadata.BytesStorageMetadata, metadata.TensorProperties, metadata._MEM_FORMAT_ENCODING,
-    filesystem._StorageInfo,
+    filesystem._StorageInfo, planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData,
 )
+_ENUMS = (metadata._MEM_FORMAT_ENCODING, planner.WriteItemType)
 _GETATTR = "builtins.getattr"  # so Python before 3.11.4 wrote the member of an enum
 _METADATA_NAMES = {
     _GETATTR,
@@ -49,7 +51,7 @@ _METADATA_NAMES = {
     *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
 _OBJECT_NAMES = {
-    "collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch.storage.UntypedStorage",
+    "argparse.Namespace", "collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch.storage.UntypedStorage",
     *(f"torch.{name}" for name in vars(torch) if name.endswith("Storage")),
 }
 
@@ -70,11 +72,11 @@ def _guard(path: Path, content: str) -> Iterator[None]:
         raise CheckpointError(what, where=str(path), fix=_FIX) from error
 
 
-def _memory_format(kind: object, name: str) -> object:
+def _member(kind: Any, name: str) -> object:
     """Stands for getattr in an index."""
-    if kind is not metadata._MEM_FORMAT_ENCODING:
+    if kind not in _ENUMS:
         raise pickle.UnpicklingError("it asks for an attribute, which no checkpoint needs")
-    return metadata._MEM_FORMAT_ENCODING[name]  # type: ignore[index]
+    return kind[name]
 
 
 def _check_names(pickled: bytes, allowed: Set[str]) -> None:
@@ -132,7 +134,7 @@ def read_metadata(directory: Path) -> metadata.Metadata:
         if pickled.startswith((pickle.PROTO + b"\4", pickle.PROTO + b"\5")):
             pickled = _as_protocol_2(pickled)
         _check_names(pickled, _METADATA_NAMES)
-        with torch.serialization.safe_globals([*_CLASSES, (_memory_format, _GETATTR)]):
+        with torch.serialization.safe_globals([*_CLASSES, (_member, _GETATTR)]):
             index = weights_only.load(io.BytesIO(pickled))
         _check_index(index)
         return index
@@ -157,13 +159,21 @@ def _check_index(index: object) -> None:
             raise pickle.UnpicklingError(f"{key.fqn} has an unknown form")
 
 
-def _check_object(data: bytes) -> None:
+def _load_object(data: bytes) -> Any:
     """Raises where `data` is anything but plain values and tensors in an archive of torch.save.
 
     torch's own reader opens the archive, so a later load sees the same records. No tensor is allocated ("meta").
     """
     _check_names(torch._C.PyTorchFileReader(io.BytesIO(data)).get_record("data.pkl"), _OBJECT_NAMES)
-    torch.load(io.BytesIO(data), weights_only=True, map_location="meta")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="meta")
+
+
+def read_common(directory: Path) -> Any:
+    """What all ranks shared when they saved: `common.pt`. Raises CheckpointError naming the file."""
+    path = directory / "common.pt"
+    with _guard(path, "the common state"):
+        return _load_object(path.read_bytes())
 
 
 def check_directory(directory: Path) -> metadata.Metadata:
@@ -172,15 +182,14 @@ def check_directory(directory: Path) -> metadata.Metadata:
 
     Raises CheckpointError naming the file.
     """
-    index, path, common = read_metadata(directory), directory / "metadata.json", directory / "common.pt"
+    index, path = read_metadata(directory), directory / "metadata.json"
     form = read_json(path, fix=_FIX)
     if form != _FORMAT:
         raise CheckpointError(f"the format is {form}", where=str(path), expected=json.dumps(_FORMAT), fix=_FIX)
-    with _guard(common, "the common state"):
-        _check_object(common.read_bytes())
+    read_common(directory)
     for key, place in index.storage_data.items():
         if not isinstance(index.state_dict_metadata.get(key.fqn), metadata.TensorStorageMetadata):
             with _guard(shard := directory / place.relative_path, f"the object {key.fqn}"), shard.open("rb") as file:
                 file.seek(place.offset)
-                _check_object(file.read(place.length))
+                _load_object(file.read(place.length))
     return index

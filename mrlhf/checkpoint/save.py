@@ -4,15 +4,16 @@
       mrlhf.json   manifest: stage, step, layout, configuration, data position ... and every file with size and SHA-256
       hf/          config.json, tokenizer, generation config, byte for byte as in the source
       dist/        weights and optimizer state, torch_dist, independent of TP, PP and DP
+      iter_0000010 -> dist, latest_checkpointed_iteration.txt    the names that Megatron-LM's --load looks for
       rng/         the random generators of every rank
       ahead.bin    (ppo, rollout.max_staleness 1) answers to the next rollout's prompts, sampled from older weights
       critic/      (ppo) another checkpoint of the same form
 A save goes to `step_10.tmp`, is fsync'ed and renamed; then the pointers `latest` and `best` are replaced the same way.
 
-All ranks plan together which rank writes which tensor (`begin_save`). Each rank writes and hashes its own file in a
-thread. When all ranks have written, rank 0 writes index and manifest and renames (`Save.finish`). A save in the
-background first copies the tensors. An error on one rank is raised on all ranks before the rename, so earlier
-checkpoints stay untouched.
+Each rank writes the shards that it holds (shards.py): its slices of the optimizer state, and a part of the weights that
+data-parallel ranks hold alike. A thread writes and hashes the rank's file. When all ranks have written, rank 0 writes
+index and manifest and renames (`Save.finish`). A save in the background first copies the tensors. An error on one rank
+is raised on all ranks before the rename, so earlier checkpoints stay untouched.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,16 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 # isort: split
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from mrlhf.checkpoint import manifest, rng
-from mrlhf.checkpoint.tensor_archive import own_storage, save_tensor, write_metadata
+from mrlhf.checkpoint import manifest, megatron_lm, rng
+from mrlhf.checkpoint.shards import Shard, Sharding, written
+from mrlhf.checkpoint.tensor_archive import Item, build_index, own_storage, save_tensor, write_metadata
 from mrlhf.errors import CheckpointError
-from mrlhf.models import gpt
+from mrlhf.models.families import spec_from_hf
+from mrlhf.models.families.spec import read_hf_config
 from mrlhf.models.hf_files import copy_side_files, write_from
 from mrlhf.observe.directory import is_held
-from mrlhf.parallel import megatron, state
+from mrlhf.parallel import state
 
 _SPARE_BYTES = 4 << 20  # index, manifest, random states: not counted before a save
 
@@ -126,22 +123,22 @@ def clear_unfinished(directory: Path) -> None:
 class _Writer(threading.Thread):
     """Writes this rank's files of a checkpoint.
 
-    When it has ended: `error`, or `files` (by path in the checkpoint) and `places` (one dict for each part).
+    When it has ended: `error`, or `files` (by path in the checkpoint) and `items` (for each part what its file holds).
     """
 
     def __init__(self, root: Path, plans: list[_WritePlan], blobs: dict[str, bytes]) -> None:
         super().__init__(name="checkpoint writer", daemon=True)
         self.root, self.plans, self.blobs = root, plans, blobs
         self.files: dict[str, manifest.FileEntry] = {}
-        self.places: list[dict[Any, Any]] = []
+        self.items: list[list[Item]] = []
         self.error: str | None = None
 
     def run(self) -> None:
         try:
             for plan in self.plans:
-                self.places.append(self._write_tensors(plan))
+                self.items.append(self._write_plan(plan))
             for name, data in self.blobs.items():
-                self._write(name, [(None, data)])
+                self._write(name, [data])
         except CheckpointError as error:
             self.error = str(error)
         except Exception as error:  # any error must reach the main threads of all ranks: this rank's file is not whole
@@ -149,18 +146,20 @@ class _Writer(threading.Thread):
         finally:
             self.plans, self.blobs = [], {}  # frees the copies
 
-    def _write(self, name: str, items: Iterable[tuple[Any, Any]]) -> dict[Any, tuple[int, int]]:
-        """Writes (index, tensor or bytes) one after the other and hashes the file. Returns (start, length) by index."""
+    def _write(self, name: str, contents: Iterable[torch.Tensor | bytes]) -> list[tuple[int, int]]:
+        """Writes tensors and bytes one after the other and hashes the file. Returns (start, length) of each."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        places, end = {}, 0
+        places, end = [], 0
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         behind = manifest.HashBehind(path)
         try:
-            for index, data in items:
-                is_tensor = isinstance(data, torch.Tensor)
-                length = save_tensor(own_storage(data), fd, end) if is_tensor else write_from(fd, end, data)
-                places[index] = end, length
+            for data in contents:
+                if isinstance(data, torch.Tensor):
+                    length = save_tensor(own_storage(data.cpu()), fd, end)  # of a GPU's tensors one at a time
+                else:
+                    length = write_from(fd, end, data)
+                places.append((end, length))
                 end += length
                 behind.up_to(end)
             os.fsync(fd)
@@ -169,61 +168,54 @@ class _Writer(threading.Thread):
             os.close(fd)
         return places
 
-    def _write_tensors(self, plan: _WritePlan) -> dict[Any, Any]:
-        file = f"__{dist.get_rank()}_0.distcp"
-        places = self._write(f"{plan.folder}/{file}", plan.items) if plan.items else {}
-        return {index: filesystem._StorageInfo(file, *place) for index, place in places.items()}
+    def _write_plan(self, plan: _WritePlan) -> list[Item]:
+        contents = [*(data for _, data in plan.objects), *(s.data for s in plan.shards)]
+        places = self._write(f"{plan.folder}/{_shard_file()}", contents) if contents else []
+        heads = [*((key, (), (), (), None) for key, _ in plan.objects),
+                 *((s.key, s.offset, tuple(s.data.shape), s.global_shape, s.data.dtype) for s in plan.shards)]
+        return [Item(*head, *place) for head, place in zip(heads, places, strict=True)]
+
+
+def _shard_file() -> str:
+    return f"__{dist.get_rank()}_0.distcp"
 
 
 @dataclass(frozen=True)
 class _WritePlan:
-    """What this rank writes for one part: (index, tensor or bytes) in the order of the file.
-
-    metadata: on rank 0 the index of all tensors, still without their places.
-    """
+    """What this rank writes for one part, in the order of the file: byte objects and shards of tensors."""
 
     folder: str
-    items: list[tuple[Any, Any]]
+    objects: list[tuple[str, bytes]]
+    shards: list[Shard]
     common: bytes
-    metadata: Metadata | None
 
     @property
     def nbytes(self) -> int:
-        return sum(d.nbytes if isinstance(d, torch.Tensor) else len(d) for _, d in self.items) + len(self.common)
+        return sum(s.data.nbytes for s in self.shards) + sum(len(d) for _, d in self.objects) + len(self.common)
 
 
-def _plan_writes(part: Part, root: Path, *, copy: bool) -> _WritePlan:
-    """Collective. Plans which tensors of a part this rank writes. copy: copies them, so that the model may change."""
-    state_dict = gpt.sharded_state(part.models)
-    weights = state_dict["model"] if len(part.models) == 1 else dict(state_dict)
+def _saved(value: Any) -> bytes:
+    out = io.BytesIO()
+    torch.save(value, out)
+    return out.getvalue()
+
+
+def _plan_writes(part: Part, content: Mapping[str, Any], *, copy: bool) -> _WritePlan:
+    """Plans what this rank writes of a part: its own shards, without another rank's values. copy: copies them to the
+    host, so that the model may change.
+    """
+    sharding = Sharding(part.models)
+    spec = spec_from_hf(read_hf_config(part.hf_dir), where=str(part.hf_dir / "config.json"))
+    shards, common = sharding.weights(), megatron_lm.common_state(spec, step=content["step"])
     if part.optimizer is not None:
-        # one that has not stepped yet (an actor while its critic warms up) makes its state here
-        for one in part.optimizer.chained_optimizers:
-            one.init_state_fn(one.optimizer, one.config)
-        metadata = gpt.sharding_metadata(part.models[0])
-        state_dict["optimizer"] = part.optimizer.sharded_state_dict(weights, metadata=metadata)
-    state_dict["content_metadata"] = dict(gpt.CHECKPOINT_CONTENT)
-    tensors, common = save_preprocess(state_dict, True)
-    common_bytes = io.BytesIO()
-    torch.save(common, common_bytes)
-    tensors = megatron.with_checkpoint_names(tensors)
-    writer = FileSystemWriterAsync(str(root / part.name / "dist"), thread_count=1)
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    pyt_state = mcore_to_pyt_state_dict(tensors, False)
-    (_, metadata, *_), *_ = save_state_dict_async_plan(pyt_state, writer, None, 0, planner=planner)
-
-    def on_host(tensor: torch.Tensor) -> torch.Tensor:
-        """.cpu() copies the tensors of a GPU anyway."""
-        return tensor.detach().clone() if copy and tensor.device.type == "cpu" else tensor.detach().cpu()
-
-    items: list[tuple[Any, Any]] = []
-    for _, _, (blobs, values) in writer.write_buckets or []:
-        items += [(item.index, bytes(blob.getbuffer())) for item, blob in blobs]
-        items += [(item.index, on_host(tensor)) for item, tensor in values]
-    if metadata is not None:
-        vars(metadata).pop("all_local_plans", None)  # which rank wrote what: useless to a reader
-    common_file = common_bytes.getvalue() if dist.get_rank() == 0 else b""
-    return _WritePlan(f"{part.name}/dist".lstrip("/"), items, common_file, metadata)
+        of_optimizer, common["optimizer"] = sharding.optimizer(part.optimizer)
+        shards += of_optimizer
+    shards = written(shards)
+    if copy:  # .cpu() copies the tensors of a GPU anyway
+        shards = [replace(s, data=s.data.clone() if s.data.device.type == "cpu" else s.data.cpu()) for s in shards]
+    objects = [(key, _saved([value])) for key, value in sharding.objects()]  # Megatron keeps those of one key in a list
+    return _WritePlan(f"{part.name}/dist".lstrip("/"), objects, shards,
+                      _saved(common) if dist.get_rank() == 0 else b"")
 
 
 def _raise_together(error: Exception | str | None, where: Path) -> None:
@@ -255,7 +247,6 @@ class Save:
     temporary: Path
     parts: list[Part]
     content: dict[str, Any]
-    metadata: list[Metadata | None]
     writer: _Writer
     began: float = field(default_factory=time.perf_counter)
 
@@ -276,19 +267,18 @@ class Save:
         """
         self.writer.join()
         _raise_together(self.writer.error, self.target)
-        written = state.from_all_ranks([(self.writer.files, self.writer.places)])
-        on_main(lambda: self._complete(written), self.target)
+        everyone = state.from_all_ranks([(_shard_file(), self.writer.files, self.writer.items)])
+        on_main(lambda: self._complete(everyone), self.target)
 
-    def _complete(self, written: list[tuple[dict[str, manifest.FileEntry], list[dict[Any, Any]]]]) -> None:
-        """Rank 0's end of a save. written: the files of each rank, and the places of the tensors for each part."""
-        known = {name: entry for files, _ in written for name, entry in files.items()}
-        for i, (part, metadata) in enumerate(zip(self.parts, self.metadata, strict=True)):
-            assert metadata is not None
-            metadata.storage_data = {index: place for _, places in written for index, place in places[i].items()}
-            metadata.storage_meta = StorageMeta()
+    def _complete(self, everyone: list[tuple[str, dict[str, manifest.FileEntry], list[list[Item]]]]) -> None:
+        """Rank 0's end of a save. everyone: of each rank its file's name, its files, and the items of each part."""
+        known = {name: entry for _, files, _ in everyone for name, entry in files.items()}
+        for i, part in enumerate(self.parts):
             folder = self.temporary / part.name / "dist"
-            write_metadata(folder, metadata)
+            write_metadata(folder, build_index((file, items[i]) for file, _, items in everyone))
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+            if part.head == "lm":
+                megatron_lm.add_names(folder.parent, step=self.content["step"])
         for part in reversed(self.parts):  # the main part last: its manifest lists the files of the others too
             own = {"head": part.head, "resumable": part.optimizer is not None}
             content = self.content if not part.name else {k: self.content[k] for k in ("stage", "step", "dtype")}
@@ -322,7 +312,7 @@ def begin_save(target: Path, parts: list[Part], content: dict[str, Any], *, copy
             raise
 
     on_main(prepare, target)
-    plans = [_plan_writes(part, temporary, copy=copy) for part in parts]
+    plans = [_plan_writes(part, content, copy=copy) for part in parts]
     own_bytes = sum(plan.nbytes for plan in plans) + sum(map(len, files.values()))
     needed = sum(state.from_all_ranks([own_bytes])) + _SPARE_BYTES
 
@@ -336,8 +326,7 @@ def begin_save(target: Path, parts: list[Part], content: dict[str, Any], *, copy
     blobs = {f"{plan.folder}/common.pt": plan.common for plan in plans if plan.common}
     blobs |= files
     blobs[f"rng/rank_{dist.get_rank()}.json"] = rng.capture().encode()
-    writer, metadata = _Writer(temporary, plans, blobs), [plan.metadata for plan in plans]
-    started = Save(target, temporary, parts, content, metadata, writer)
+    started = Save(target, temporary, parts, content, _Writer(temporary, plans, blobs))
     started.writer.start()
     return started
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ import torch.distributed as dist
 
 from mrlhf.checkpoint import rng
 from mrlhf.checkpoint.manifest import MANIFEST, await_files, check_manifest, newest_whole, steps_in
-from mrlhf.checkpoint.optimizer_state import load_dist
+from mrlhf.checkpoint.megatron_lm import TRACKER, find_tensors
+from mrlhf.checkpoint.optimizer_state import open_dist
+from mrlhf.checkpoint.reader import DistReader
+from mrlhf.checkpoint.shards import Sharding
 from mrlhf.errors import CheckpointError
 from mrlhf.models.families import spec_from_hf
 from mrlhf.models.families.spec import ModelSpec, read_hf_config
@@ -26,13 +29,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on disk: a mrlhf checkpoint, or a HF directory (then `manifest` is empty)."""
+    """A model on disk: a checkpoint of mrlhf or Megatron-LM, or a HF directory (then `manifest` is empty)."""
 
     path: Path
     hf_dir: Path
     spec: ModelSpec
     head: str
     manifest: dict[str, Any]
+    dist: Path | None = None  # where the tensors of a checkpoint are
 
     @property
     def is_checkpoint(self) -> bool:
@@ -70,10 +74,12 @@ def open_source(path: str, *, verify: str = "size") -> ModelSource:
         manifest = check_manifest(directory, verify=verify)
         hf_dir = directory / "hf"
         spec = spec_from_hf(read_hf_config(hf_dir), where=str(hf_dir / "config.json"))
-        return ModelSource(directory, hf_dir, spec, manifest["head"], manifest)
+        return ModelSource(directory, hf_dir, spec, manifest["head"], manifest, directory / "dist")
+    if directory.is_dir() and (dist := find_tensors(directory)) is not None:
+        return _open_megatron(directory, dist)
     directory = resolve_hf(path)
     if not (directory / "config.json").is_file():
-        expected = f"a directory with {MANIFEST}, checkpoints/ or config.json"
+        expected = f"a directory with {MANIFEST}, checkpoints/, {TRACKER} or config.json"
         raise CheckpointError("neither a checkpoint nor a HF model", where=path, expected=expected)
     side_files(directory)
     config = read_hf_config(directory)
@@ -81,6 +87,29 @@ def open_source(path: str, *, verify: str = "size") -> ModelSource:
     if is_value_model(config):
         return ModelSource(directory, directory, spec, "value", {})
     return ModelSource(directory, directory, untie(directory, spec), "lm", {})
+
+
+def _open_megatron(directory: Path, dist: Path) -> ModelSource:
+    """A checkpoint that Megatron-LM has written: of its pickles only the index is read, so its architecture comes from
+    a HF config.json.
+    """
+    hf_dir = next((d for d in (directory / "hf", dist / "hf", dist.parent / "hf", directory, dist)
+                   if (d / "config.json").is_file()), None)
+    if hf_dir is None:
+        fix = f"copy config.json and the tokenizer's files of the model's HF directory to {directory / 'hf'}"
+        raise CheckpointError("a checkpoint of Megatron-LM without a HF config.json", where=str(directory),
+                              expected=f"{directory / 'hf' / 'config.json'}", fix=fix)
+    spec = spec_from_hf(read_hf_config(hf_dir), where=str(hf_dir / "config.json"))
+    reader = DistReader(dist)
+    if "output_layer.weight" in reader.dtypes:
+        spec = replace(spec, tied=False)
+    rows = reader.rows("embedding.word_embeddings.weight")
+    if rows < spec.vocab_size:
+        what = f"its vocabulary has {rows:,} rows, that of {hf_dir / 'config.json'} {spec.vocab_size:,}"
+        raise CheckpointError(what, where=str(dist), expected="the config.json of the same model")
+    dtype = "bfloat16" if reader.dtypes["embedding.word_embeddings.weight"] == torch.bfloat16 else "float32"
+    manifest = {"stage": "convert", "step": 0, "dtype": dtype, "resumable": False}
+    return ModelSource(directory, hf_dir, spec, "lm", manifest, dist)
 
 
 def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int) -> None:
@@ -96,18 +125,12 @@ def load_weights(source: ModelSource, models: list[Any], *, head: str, seed: int
         raise CheckpointError(what, where=str(source.path), expected="an LM checkpoint")
     new_head = head == "value" and source.head == "lm"
     if source.is_checkpoint:
-        state = gpt.sharded_state(models)
-        if new_head:
-            for tensors in state.values():
-                for name in [name for name in tensors if name.startswith("output_layer.")]:
-                    del tensors[name]
-        absent = ("output_layer.",) if new_head else ()
-        with torch.no_grad():
-            loaded = load_dist(state, source.path / "dist")
-            for chunk, model in zip(state, models, strict=True):
-                missing, unexpected = model.load_state_dict(loaded[chunk], strict=False)
-                missing = [k for k in missing if not k.endswith("_extra_state") and not k.startswith(absent)]
-                assert not missing and not unexpected, (missing, unexpected)
+        shards = Sharding(models).weights()
+        wanted = (s for s in shards if not (new_head and s.key.startswith("output_layer.")))
+        assert source.dist is not None
+        stored = open_dist(source.dist) if "files" in source.manifest else DistReader(source.dist)
+        stored.fill(wanted)
+        stored.close()
     else:
         reader = HFReader(source.path, source.spec, head=source.head)
         values = _WithNewHead(reader, gpt.RandomSource(source.spec, head=head, seed=seed)) if new_head else reader

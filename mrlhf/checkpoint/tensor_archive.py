@@ -6,18 +6,22 @@ torch.save writes a zip archive: `data.pkl` describes the tensor, the member `da
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import zipfile
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint import filesystem, metadata
 
+from mrlhf.checkpoint.names import second_names
 from mrlhf.models.hf_files import write_from
 
 _LARGE_BYTES = 1 << 22
@@ -52,6 +56,46 @@ def save_tensor(tensor: torch.Tensor, fd: int, at: int) -> int:
             archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
         window.wait()
     return window.tell()
+
+
+@dataclass(frozen=True)
+class Item:
+    """What lies in bytes [start, start + length) of a rank's file: a chunk of a tensor, or a byte object."""
+
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: a byte object
+    start: int
+    length: int
+
+
+def build_index(everyone: Iterable[tuple[str, Iterable[Item]]]) -> metadata.Metadata:
+    """The index of a checkpoint. everyone: each rank's file and the items in it, which fill every tensor once."""
+    tensors: dict[str, Any] = {}
+    places = {}
+    for file, items in everyone:
+        for i in items:
+            offset = None if i.dtype is None else torch.Size(i.offset)
+            if offset is None:
+                tensors[i.key] = metadata.BytesStorageMetadata()
+            else:
+                properties = metadata.TensorProperties(dtype=i.dtype)
+                tensor = metadata.TensorStorageMetadata(properties, torch.Size(i.global_shape), [])
+                chunk = metadata.ChunkStorageMetadata(offset, torch.Size(i.shape))
+                tensors.setdefault(i.key, tensor).chunks.append(chunk)
+            key = metadata.MetadataIndex(i.key, offset)
+            assert key not in places, key
+            places[key] = filesystem._StorageInfo(file, i.start, i.length)
+    for name, tensor in tensors.items():
+        stored = sum(math.prod(c.sizes) for c in getattr(tensor, "chunks", ()))
+        assert stored == math.prod(getattr(tensor, "size", (0,))), f"{stored} values of {name}: {tensor}"
+    for other, name in second_names([name for name, tensor in tensors.items() if hasattr(tensor, "chunks")]).items():
+        tensors[other] = tensors[name]
+        for chunk in tensors[name].chunks:
+            places[metadata.MetadataIndex(other, chunk.offsets)] = places[metadata.MetadataIndex(name, chunk.offsets)]
+    return metadata.Metadata(tensors, None, places, metadata.StorageMeta())
 
 
 def write_metadata(directory: Path, index: metadata.Metadata) -> None:

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,32 +25,19 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 
 # isort: split
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from mrlhf.checkpoint.manifest import FileEntry, HashBehind
-from mrlhf.checkpoint.safe_pickle import read_metadata
-from mrlhf.checkpoint.tensor_archive import own_storage, read_tensor, save_tensor, write_metadata
+from mrlhf.checkpoint.megatron_lm import common_state
+from mrlhf.checkpoint.reader import DistReader
+from mrlhf.checkpoint.shards import Sharding, written
+from mrlhf.checkpoint.tensor_archive import Item, build_index, own_storage, save_tensor, write_metadata
 from mrlhf.config.options import ParallelConfig
-from mrlhf.errors import CheckpointError
 from mrlhf.models import gpt
 from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.hf_files import to_disk, write_from
 
-_AGAIN = "take an earlier checkpoint, or copy this one again"
 _SYNC_BYTES = 1 << 27  # a killed conversion repeats at most so much
 
 
@@ -65,6 +51,7 @@ class Piece:
     global_shape: tuple[int, ...]
     stride: tuple[int, ...]
     start: int  # first element in the parameter
+    padded: bool
 
     def view(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.as_strided(self.shape, self.stride, self.start)
@@ -89,23 +76,14 @@ class Skeleton:
     def __init__(self, spec: ModelSpec, parallel: ParallelConfig, *, head: str, dtype: torch.dtype) -> None:
         # torch.empty: no page is touched
         model = gpt.build_model(spec, gpt.transformer_config(spec, parallel, dtype=dtype), head=head)
-        self.dtype = dtype
-        state = {"model": model.sharded_state_dict(metadata=gpt.sharding_metadata(model))}
-        apply_factories(state)
+        self.spec, self.dtype = spec, dtype
+        sharding = Sharding([model])
+        self.objects = sharding.objects()
         pieces: dict[int, list[Piece]] = {}
-        self.objects: list[tuple[str, Any]] = []
-        for value in nested_values(state):
-            if not is_main_replica(value.replica_id):
-                continue
-            if isinstance(value, ShardedObject):
-                self.objects.append((value.unique_key, value.data))
-            elif isinstance(value, ShardedTensor):
-                assert value.data is not None and value.flattened_range is None, value
-                ones = (1,) * value.prepend_axis_num
-                stride = (*(value.data.stride(0) * value.data.size(0) for _ in ones), *value.data.stride())
-                shape, start = (*ones, *value.local_shape), value.data.storage_offset()
-                piece = Piece(value.key, tuple(value.global_offset), shape, tuple(value.global_shape), stride, start)
-                pieces.setdefault(value.data.untyped_storage().data_ptr(), []).append(piece)
+        for s in written(sharding.weights()):
+            piece = Piece(s.key, s.offset, tuple(s.data.shape), s.global_shape, s.data.stride(),
+                          int(s.data.storage_offset()), s.padded)
+            pieces.setdefault(s.data.untyped_storage().data_ptr(), []).append(piece)
         self.parameters = [
             Parameter(name, tuple(p.shape), p.dtype, tuple(blocks), tuple(pieces[p.untyped_storage().data_ptr()]))
             for name, p, blocks in gpt.local_blocks(model, spec, head=head)
@@ -134,18 +112,6 @@ class Skeleton:
             if waiting is not None:
                 waiting[2].result()
                 yield waiting[:2]
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A chunk of a tensor (or a byte object, without shapes) and its place in the file."""
-
-    key: str
-    offset: tuple[int, ...] | None
-    shape: tuple[int, ...] | None
-    global_shape: tuple[int, ...] | None
-    start: int
-    length: int
 
 
 class Journal:
@@ -198,14 +164,15 @@ class DistWriter:
     def __init__(self, directory: Path, skeleton: Skeleton, journal: Journal) -> None:
         self.directory, self.skeleton, self.journal = directory, skeleton, journal
         self.file = f"__{dist.get_rank()}_0.distcp"
-        self.items: list[_Item] = []
+        self.items: list[Item] = []
         self.done: set[str] = set()
         self._end = journal.done[-1][1] if journal.done else 0
+        dtypes = {p.name: p.dtype for p in skeleton.parameters}
         for name, _, items in journal.done:
             self.done.add(name)
             for key, shapes, (start, length) in items:
                 offset, shape, global_shape = map(tuple, shapes)
-                self.items.append(_Item(key, offset, shape, global_shape, start, length))
+                self.items.append(Item(key, offset, shape, global_shape, dtypes[name], start, length))
         self._fd = os.open(directory / self.file, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._fd, self._end)
         self._hash = HashBehind(directory / self.file)
@@ -216,7 +183,8 @@ class DistWriter:
         items = []
         for piece in parameter.pieces:
             length = save_tensor(own_storage(piece.view(value)), self._fd, self._end)
-            items.append(_Item(piece.key, piece.offset, piece.shape, piece.global_shape, self._end, length))
+            shapes = (piece.offset, piece.shape, piece.global_shape)
+            items.append(Item(piece.key, *shapes, parameter.dtype, self._end, length))
             self._end += length
         self._hash.up_to(self._end)
         self.items += items
@@ -228,94 +196,23 @@ class DistWriter:
         for key, data in self.skeleton.objects:
             blob = io.BytesIO()
             torch.save([data], blob)  # Megatron keeps the objects of one key in a list
-            self.items.append(_Item(key, None, None, None, self._end, len(blob.getbuffer())))
+            self.items.append(Item(key, (), (), (), None, self._end, len(blob.getbuffer())))
             self._end += write_from(self._fd, self._end, blob.getbuffer())
         self.journal.wait()
         to_disk(self._fd)
         os.close(self._fd)
         entry = self._hash.entry(self._end)
         everyone: list[Any] = [None] * dist.get_world_size()
-        dtypes = {piece.key: p.dtype for p in self.skeleton.parameters for piece in p.pieces}
-        dist.all_gather_object(everyone, (self.file, self.items, dtypes, entry))
+        dist.all_gather_object(everyone, (self.file, self.items, entry))
         if dist.get_rank() == 0:
-            write_metadata(self.directory, _build_index([share[:3] for share in everyone]))
-            torch.save({"content_metadata": gpt.CHECKPOINT_CONTENT}, self.directory / "common.pt")
+            write_metadata(self.directory, build_index([share[:2] for share in everyone]))
+            torch.save(common_state(self.skeleton.spec, step=0), self.directory / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
         dist.barrier()
-        return {share[0]: share[3] for share in everyone}
+        return {share[0]: share[2] for share in everyone}
 
 
-def _build_index(everyone: Iterable[tuple[str, list[_Item], dict[str, torch.dtype]]]) -> Metadata:
-    """The index of the checkpoint. everyone: each rank's file, the items in it, and the dtypes of the tensors."""
-    tensors: dict[str, Any] = {}
-    places = {}
-    for file, items, dtypes in everyone:
-        for i in items:
-            if i.offset is None or i.shape is None or i.global_shape is None:
-                tensors[i.key] = BytesStorageMetadata()
-            else:
-                properties = TensorProperties(dtype=dtypes[i.key])
-                tensor = TensorStorageMetadata(properties, torch.Size(i.global_shape), [])
-                chunk = ChunkStorageMetadata(torch.Size(i.offset), torch.Size(i.shape))
-                tensors.setdefault(i.key, tensor).chunks.append(chunk)
-            index = MetadataIndex(i.key, None if i.offset is None else torch.Size(i.offset))
-            places[index] = filesystem._StorageInfo(file, i.start, i.length)
-    return Metadata(tensors, None, places, StorageMeta())
-
-
-class DistReader:
-    """Reads parameters from the tensors of a distributed checkpoint, whatever layout wrote it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        index = read_metadata(directory)
-        self._places = {(key.fqn, tuple(key.offset or ())): place for key, place in index.storage_data.items()}
-        self._tensors = {k: v for k, v in index.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-        self._fds: dict[str, int] = {}
-
-    def read(self, parameter: Parameter, out: torch.Tensor) -> None:
-        """Fills `out`, contiguous and of the parameter's shape. Raises CheckpointError naming file and tensor."""
-        for piece in parameter.pieces:
-            view = piece.view(out)
-            tensor = self._tensors.get(piece.key)
-            if tensor is None or tuple(tensor.size) != piece.global_shape:
-                have = "no such tensor" if tensor is None else f"{tuple(tensor.size)}"
-                what = f"{piece.key}: {have} instead of {piece.global_shape}"
-                raise CheckpointError(what, where=str(self.directory), fix=_AGAIN)
-            copied = sum(self._copy_overlap(piece, view, tensor.properties.dtype, chunk) for chunk in tensor.chunks)
-            if copied != view.numel():
-                what = f"{piece.key} is incomplete: its chunks hold {copied:,} of {view.numel():,} values"
-                raise CheckpointError(what, where=str(self.directory), fix=_AGAIN)
-
-    def _copy_overlap(self, piece: Piece, view: torch.Tensor, dtype: torch.dtype, chunk: ChunkStorageMetadata) -> int:
-        """Copies what a stored chunk and the piece share into `view`. Returns the number of values."""
-        offset, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-        if offset == piece.offset and sizes == piece.shape and dtype == view.dtype and view.is_contiguous():
-            self._read_chunk(piece.key, offset, view)
-            return view.numel()
-        lows = [max(a, b) for a, b in zip(offset, piece.offset, strict=True)]
-        highs = [min(a + n, b + m) for a, n, b, m in zip(offset, sizes, piece.offset, piece.shape, strict=True)]
-        if any(low >= high for low, high in zip(lows, highs, strict=True)):
-            return 0
-        values = self._read_chunk(piece.key, offset, torch.empty(sizes, dtype=dtype))
-        theirs = tuple(slice(low - a, high - a) for low, high, a in zip(lows, highs, offset, strict=True))
-        ours = tuple(slice(low - a, high - a) for low, high, a in zip(lows, highs, piece.offset, strict=True))
-        part = view[ours]
-        part.copy_(values[theirs])
-        return part.numel()
-
-    def _read_chunk(self, key: str, offset: tuple[int, ...], out: torch.Tensor) -> torch.Tensor:
-        place = self._places[key, offset]
-        path = self.directory / place.relative_path
-        try:
-            if place.relative_path not in self._fds:
-                self._fds[place.relative_path] = os.open(path, os.O_RDONLY)
-            read_tensor(self._fds[place.relative_path], place.offset, place.length, out)
-        except (OSError, ValueError, StopIteration, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{key} cannot be read: {error}", where=str(path), fix=_AGAIN) from error
-        return out
-
-    def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+def read_parameter(reader: DistReader, parameter: Parameter, out: torch.Tensor) -> None:
+    """Fills `out`, contiguous and of the parameter's shape. Raises CheckpointError naming file and tensor."""
+    for piece in parameter.pieces:
+        reader.read(piece.key, piece.offset, piece.global_shape, piece.view(out), padded=piece.padded)

@@ -61,7 +61,7 @@ ESTIMATORS = OneOf("mrlhf.rl.estimators:ESTIMATORS")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: str = option(REQUIRED, "HF directory or hub id, mrlhf checkpoint, or a finished run's directory")
+    path: str = option(REQUIRED, "HF directory or hub id, mrlhf checkpoint or run, or Megatron-LM checkpoint")
     init: Literal["weights", "random"] = option(
         "weights", "random: use only the config and tokenizer of `path`; train.seed gives new weights")
     dtype: Literal["float32", "bfloat16"] = option(

@@ -8,6 +8,7 @@ rank: a few times the model's largest tensor.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -30,9 +31,10 @@ import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first impo
 import torch.distributed as dist
 
 import mrlhf
-from mrlhf.checkpoint import manifest
+from mrlhf.checkpoint import manifest, megatron_lm
+from mrlhf.checkpoint.reader import DistReader
 from mrlhf.checkpoint.source import ModelSource, open_source
-from mrlhf.checkpoint.tensor_file import DistReader, DistWriter, Journal, Parameter, Skeleton
+from mrlhf.checkpoint.tensor_file import DistWriter, Journal, Parameter, Skeleton, read_parameter
 from mrlhf.config.options import ParallelConfig
 from mrlhf.convert.hf_config import export_config
 from mrlhf.convert.model_card import model_card
@@ -272,7 +274,13 @@ def hf_to_megatron(
         reader.close()
         hashed = {f"dist/{name}": entry for name, entry in writer.finish().items()}
         entries = {"stage": STAGE, "step": 0, "head": plan.head, "dtype": plan.dtype, "resumable": False, **extra}
-        _finish(directory, output, lambda path: manifest.write_manifest(path, entries, known=hashed))
+
+        def write_last(path: Path) -> None:
+            if plan.head == "lm":
+                megatron_lm.add_names(path, step=0)
+            manifest.write_manifest(path, entries, known=hashed)
+
+        _finish(directory, output, write_last)
     return open_source(str(output))
 
 
@@ -313,7 +321,7 @@ def open_part(path: str, part: str) -> ModelSource:
     """The model of the checkpoint at `path` (a run's directory: its latest), or PPO's other model `part`, "critic"."""
     source = open_source(path)
     if not source.is_checkpoint:
-        expected = "a directory with mrlhf.json, or a run's directory"
+        expected = "a directory with mrlhf.json, a run's directory, or one of Megatron-LM"
         raise CheckpointError("not a mrlhf checkpoint", where=path, expected=expected)
     if part == "actor":
         return source
@@ -349,15 +357,17 @@ def megatron_to_hf(path: str, output: Path, *, dtype: str | None = None, part: s
     parallel = initialize_groups(source.spec)
     skeleton = Skeleton(source.spec, parallel, head=source.head, dtype=DTYPES[source.manifest["dtype"]])
     check_weight_map(skeleton, tensors, source.spec)
-    reader = DistReader(source.path / "dist")
-    files = _file_states(source.path, source.manifest["files"])
+    assert source.dist is not None
+    reader = DistReader(source.dist)
+    read = functools.partial(read_parameter, reader)
+    files = _file_states(source.dist, [f.name for f in source.dist.iterdir()])
     fingerprint = {"from": files, "dtypes": list(map(str, plan.dtypes.values()))}
     with _work_directory(output, fingerprint) as (directory, journal):
         if dist.get_rank() == 0:
             HFWriter.create(directory, list(plan.files))
         dist.barrier()
         writer = HFWriter(directory, list(plan.files))
-        for p, value in _remaining(skeleton, set(journal.done), reader.read, label="to HF"):
+        for p, value in _remaining(skeleton, set(journal.done), read, label="to HF"):
             written = 0
             for name, tensor in _hf_parts(p, value, tensors):
                 written += writer.write(name, _stored_form(name, tensor, tensors[name], plan.dtypes[name]))

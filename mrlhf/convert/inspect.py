@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mrlhf.checkpoint.manifest import MANIFEST
+from mrlhf.checkpoint.names import second_names
 from mrlhf.checkpoint.safe_pickle import read_metadata
-from mrlhf.checkpoint.source import open_source
+from mrlhf.checkpoint.source import ModelSource, open_source
 from mrlhf.models.hf_files import open_files
 
 OPTIMIZER = "optimizer."  # prefix of the optimizer's tensors in a checkpoint
@@ -24,6 +25,7 @@ def checkpoint_tensors(directory: Path) -> list[Row]:
 
     entries = read_metadata(directory).state_dict_metadata
     tensors = {name: entry for name, entry in sorted(entries.items()) if isinstance(entry, TensorStorageMetadata)}
+    tensors = {name: tensors[name] for name in sorted(tensors.keys() - second_names(tensors).keys())}
     return [(name, tuple(t.size), str(t.properties.dtype).removeprefix("torch.")) for name, t in tensors.items()]
 
 
@@ -68,20 +70,26 @@ def _manifest_lines(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _kind(source: ModelSource) -> str:
+    own = "files" in source.manifest
+    return "mrlhf checkpoint" if own else "checkpoint of Megatron-LM" if source.is_checkpoint else "HF directory"
+
+
 def list_contents(path: str, *, tensors: bool) -> list[str]:
     """Lines with kind and metadata and, if `tensors`, name, shape, dtype and size of every tensor."""
     source = open_source(path)
     lines = [
-        f"{source.path}: {'mrlhf checkpoint' if source.is_checkpoint else 'HF directory'}",
+        f"{source.path}: {_kind(source)}",
         f"  {'model':<16} {source.spec.family}, {source.spec.num_parameters:,} parameters, head {source.head}",
     ]
     if not source.is_checkpoint:
         return lines + _table("safetensors", _safetensors_rows(source.path), tensors=tensors)
     lines += _manifest_lines(source.manifest)
-    parts = [source.path, *sorted(p.parent for p in source.path.glob(f"*/{MANIFEST}"))]
-    for part in parts:
-        rows = checkpoint_tensors(part / "dist")
-        label = "" if part == source.path else f"{part.name} "
+    assert source.dist is not None
+    parts = {"": source.dist} | {f"{p.parent.name} ": p.parent / "dist"
+                                 for p in sorted(source.path.glob(f"*/{MANIFEST}"))}
+    for label, directory in parts.items():
+        rows = checkpoint_tensors(directory)
         optimizer = [row for row in rows if row[0].startswith(OPTIMIZER)]
         lines += _table(f"{label}weights", [row for row in rows if not row[0].startswith(OPTIMIZER)], tensors=tensors)
         lines += _table(f"{label}optimizer state", optimizer, tensors=tensors) if optimizer else []

@@ -44,8 +44,10 @@ from mrlhf.models.layers.norms import Norm
 from mrlhf.parallel import device, megatron, state
 from mrlhf.parallel.context import sum_over_ranks
 
-_OPTIMIZER_FORMAT = "fully_reshardable"
-CHECKPOINT_CONTENT = {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT}  # Megatron stores it in a checkpoint
+OPTIMIZER_FORMAT = "fully_reshardable"  # Megatron's name for state by parameter, in the parameter's shape
+# Megatron stores it in a checkpoint. One name for a tensor, however many optimizers a rank has: with experts over ranks
+# Megatron has two.
+CHECKPOINT_CONTENT = {"distrib_optim_sharding_type": OPTIMIZER_FORMAT, "chained_optim_avoid_prefix": True}
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
@@ -353,9 +355,7 @@ def forward(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], to
 
 
 def sharding_metadata(model: Any) -> dict[str, Any]:
-    # one name for a tensor, however many optimizers this rank has: with experts over ranks Megatron has two
-    return {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT, "chained_optim_avoid_prefix": True,
-            "dp_cp_group": model.pg_collection.dp_cp}
+    return {**CHECKPOINT_CONTENT, "dp_cp_group": model.pg_collection.dp_cp}
 
 
 def sharded_state(models: list[Any]) -> dict[str, Any]:

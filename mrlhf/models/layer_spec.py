@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from mrlhf.models.families.spec import Layer, ModelSpec
+from mrlhf.models.families.spec import Latent, Layer, ModelSpec
 from mrlhf.models.layers.attention import CoreAttention, RotaryAttention
 from mrlhf.models.layers.latent import LatentAttention
 from mrlhf.models.layers.norms import Norm, QKNorm, ResidualAdd, WholeQKNorm
@@ -87,6 +87,24 @@ def layer_spec(
         return ModuleSpec(module=MoE, params={"pg_collection": collection}, submodules=parts)
 
     return ModuleSpec(module=TransformerLayer,
-                      submodules=TransformerLayerSubmodules(input_layernorm=norm, self_attention=attention(),
-                                                            self_attn_bda=residual_add(), pre_mlp_layernorm=norm,
-                                                            mlp=mlp(), mlp_bda=residual_add()))
+                      submodules=TransformerLayerSubmodules(
+                          input_layernorm=norm, self_attention=attention(), self_attn_bda=residual_add(),
+                          pre_mlp_layernorm=norm, mlp=mlp(), mlp_bda=residual_add(),
+                          sharded_state_dict_keys_map=_names_on_disk(latent=spec.latent, moe=layer.moe)))
+
+
+def _names_on_disk(*, latent: Latent | None, moe: bool) -> dict[str, str]:
+    """{our name: that of Megatron's spec for Transformer Engine, in which a norm is a part of the linear layer behind}.
+    """
+    names = {} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if latent is None:
+        return {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", **names}
+    up = "self_attention.linear_q_proj." if latent.q_rank is None else "self_attention.linear_q_up_proj."
+    return {
+        "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+        "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        "self_attention.linear_q_up.": up,
+        **{f"self_attention.{name}.": f"self_attention.{name}_proj."
+           for name in ("linear_q_down", "linear_kv_down", "linear_kv_up")},
+        **names,
+    }

@@ -20,7 +20,8 @@ import logging
 import queue
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def adapt() -> None:
 
     # Scratch memory of sequence parallelism's all-gathers; otherwise initialize_model_parallel makes it.
     parallel_state._set_global_memory_buffer()
-    # Our saves need no process-safe queue. Megatron would spawn a Manager process for it, 4-10 s in each run.
+    # A save of Megatron's own needs no process-safe queue here. It would spawn a Manager process for it, 4-10 s.
     filesystem_async._results_queue = queue.Queue()
     _mend_experts()
     # The layer knows MLP classes by name, and our MoE, a subclass, gets its groups in its spec.
@@ -186,8 +187,21 @@ def know_shapes(communicator: Any, shapes: Sequence[Shape]) -> None:
     communicator._communicate_shapes = shapes_to_receive
 
 
-def with_checkpoint_names(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Names of a state dict -> names in the checkpoint; Megatron's save strategy begins with this call."""
-    from megatron.core.dist_checkpointing.strategies.torch import _replace_state_dict_keys_with_sharded_keys
+def is_distributed(optimizer: Any) -> bool:
+    """Whether one of Megatron's optimizers is the distributed one, whose state lies over the data-parallel ranks."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    return _replace_state_dict_keys_with_sharded_keys(tensors, True)[0]
+    return isinstance(optimizer, DistributedOptimizer)
+
+
+def optimizer_slices(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int, int, dict[str, torch.Tensor]]]:
+    """(parameter, start, end, {kind: its flat values [start, end)}) that this rank of a distributed optimizer holds.
+
+    kind: param (the master weight), exp_avg, exp_avg_sq. Megatron's own state dict of this form, of which each rank
+    writes its slices (fully_sharded_model_space), was given up; what is left gathers the state on every rank.
+    """
+    for by_dtype in optimizer.gbuf_ranges:
+        for bucket in chain.from_iterable(by_dtype.values()):
+            for parameter, ranges in bucket["param_map"].items():
+                values = optimizer._get_main_param_and_optimizer_states(parameter)
+                yield parameter, ranges["param"].start, ranges["param"].end, values

@@ -34,7 +34,7 @@ def model_fingerprint(source: ModelSource, *, dtype: str) -> str:
     The ranks divide the files among them (about 1.5 GB/s each). A checkpoint with optimizer state has another
     fingerprint than the same weights without it.
     """
-    weights = source.path / "dist" if source.is_checkpoint else source.path
+    weights = source.dist or source.path
     files = [
         source.hf_dir / "config.json",
         *sorted(p for p in weights.iterdir() if p.is_file() and (source.is_checkpoint or p.suffix == ".safetensors")),

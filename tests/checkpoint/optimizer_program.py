@@ -8,6 +8,7 @@ Each writer saves after two steps and takes two more. Each reader takes these tw
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,20 @@ from typing import Any
 # name: parallel sizes, use_distributed_optimizer
 KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "dp2": ({}, True),
+    "dp2 before": ({}, True),  # as earlier versions wrote it
     "dp2 whole": ({}, False),
     "tp2 whole": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, False),
     "pp2": ({"pipeline_model_parallel_size": 2}, True),
     "pp2 whole": ({"pipeline_model_parallel_size": 2}, False),
     "interleaved": ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, True),
     "ep2": ({"expert_model_parallel_size": 2}, True),
-    "ep2 before": ({"expert_model_parallel_size": 2}, True),  # with the names of earlier versions
+    "ep2 before": ({"expert_model_parallel_size": 2}, True),  # likewise
     "ep2 whole": ({"expert_model_parallel_size": 2}, False),
 }
 # model, dtype, writers, readers
 CASES = (
     ("dense", "float32", ["dp2", "dp2 whole"], ["dp2", "dp2 whole"]),
-    ("dense", "bfloat16", ["dp2", "dp2 whole"], ["dp2", "dp2 whole", "interleaved"]),
+    ("dense", "bfloat16", ["dp2", "dp2 whole", "dp2 before"], ["dp2", "dp2 whole", "interleaved"]),
     # one stage is dense, the other has experts: ranks must agree on the number of loads
     ("mixed", "float32", ["pp2"], ["pp2 whole", "dp2"]),
     ("moe", "float32", ["dp2", "ep2 before", "ep2 whole"], ["dp2", "ep2", "tp2 whole"]),
@@ -49,15 +51,41 @@ def trainer_of(hf: str, kind: str, dtype: str, **options: Any) -> Any:
 def write(trainer: Any, name: str, target: Path, dtype: str) -> None:
     from checkpoint_program import save
 
+    save(trainer, target, dtype=dtype, step=2, keep_last=None)
+    if name.endswith("before"):
+        as_format_3(trainer, target)
+
+
+def as_format_3(trainer: Any, checkpoint: Path) -> None:
+    """Puts what Megatron itself saves under the names of format 3 in the place of a checkpoint's tensors: all of a
+    parameter's state in one chunk, with the prefix of chained optimizers.
+    """
+    import shutil
+
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
+    from mrlhf.checkpoint import manifest
     from mrlhf.models import gpt
 
-    metadata = gpt.sharding_metadata
-    if name.endswith("before"):
-        gpt.sharding_metadata = lambda model: {
-            k: v for k, v in metadata(model).items() if k != "chained_optim_avoid_prefix"
-        }
-    save(trainer, target, dtype=dtype, step=2, keep_last=None)
-    gpt.sharding_metadata = metadata
+    for layer in (layer for model in trainer.modules for layer in model.decoder.layers):
+        layer.submodules_config.sharded_state_dict_keys_map = {}
+    state = gpt.sharded_state(trainer.modules)
+    weights = state["model"] if len(state) == 1 else dict(state)
+    metadata = {k: v for k, v in gpt.sharding_metadata(trainer.modules[0]).items() if k != "chained_optim_avoid_prefix"}
+    state["optimizer"] = trainer.optimizer.sharded_state_dict(weights, metadata=metadata)
+    if dist.get_rank() == 0:
+        shutil.rmtree(checkpoint / "dist")
+        (checkpoint / "dist").mkdir()
+    dist.barrier()
+    dist_checkpointing.save(state, str(checkpoint / "dist"))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        content = {k: v for k, v in json.loads((checkpoint / "mrlhf.json").read_text()).items() if k != "seal"}
+        current, manifest.FORMAT = manifest.FORMAT, 3
+        manifest.write_manifest(checkpoint, content)
+        manifest.FORMAT = current
+    dist.barrier()
 
 
 def in_float32(checkpoint: Path, reader: str, hf: str) -> dict[str, Any]:
@@ -100,7 +128,8 @@ def main() -> None:
             names = read_metadata(target / "dist").state_dict_metadata
             here[writer] = {
                 "unbroken": steps(trainer, prefix, 2),
-                "chained": any(name.startswith("chained_") for name in names),
+                "former names": [n for n in names if re.search(r"^chained_|\.linear_kv_up\.", n)]
+                or [n for n in names if ".input_layernorm." in n and model != "mixed"],
             }
             leave_layout()
             for reader in readers:

@@ -322,17 +322,17 @@ def test_every_way_to_load_looks_first(tmp_path: Path) -> None:
     """Training and resuming, the converters, inspect_checkpoint; torch itself runs the program."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    from mrlhf.checkpoint.optimizer_state import load_dist
-    from mrlhf.checkpoint.tensor_file import DistReader
+    from mrlhf.checkpoint.optimizer_state import open_dist
+    from mrlhf.checkpoint.reader import DistReader
     from mrlhf.convert.inspect import checkpoint_tensors
 
     mark = tmp_path / "mark"
     evil = _dumps(Call(os.system, f"touch {mark}"))
     where = write(tmp_path / "c", metadata=evil)
-    for load in (DistReader, checkpoint_tensors, lambda d: load_dist({}, d)):
+    for load in (DistReader, checkpoint_tensors, open_dist):
         refused(where, ".metadata", load)
-    refused(write(tmp_path / "c", blob=archive(evil)), "__0_0.distcp", lambda d: load_dist({}, d))
-    refused(write(tmp_path / "c", common=archive(evil)), "common.pt", lambda d: load_dist({}, d))
+    refused(write(tmp_path / "c", blob=archive(evil)), "__0_0.distcp", open_dist)
+    refused(write(tmp_path / "c", common=archive(evil)), "common.pt", open_dist)
     assert not mark.exists()
     with pytest.raises(AttributeError):  # of the 0 that the program gave back
         FileSystemReader(str(write(tmp_path / "c", metadata=evil))).read_metadata()

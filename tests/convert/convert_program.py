@@ -26,9 +26,13 @@ def main() -> None:
     from mrlhf.convert import hf
     from mrlhf.convert.verify import compare_models
     from mrlhf.errors import MrlhfError
+    from mrlhf.models import gpt
     from mrlhf.models.families import hf_tensors
     from mrlhf.parallel import state
     from mrlhf.training.trainer import Model
+
+    # isort: split
+    from megatron.core import dist_checkpointing
 
     result: dict[str, object] = {}
     for kind in sorted(p.name for p in zoo.iterdir() if p.is_dir()):
@@ -92,11 +96,9 @@ def main() -> None:
 
     # Megatron's own save of the same model, and a checkpoint in which one bit has changed
     theirs = Model(open_source(str(work / "gemma3_text.mrlhf")), ParallelConfig(), head="lm", dtype="float32", seed=1)
-    save(
-        work / "megatrons_own",
-        [Part("", theirs.modules, None, "lm", zoo / "gemma3_text")],
-        {"stage": "x", "step": 0, "dtype": "float32"},
-    )
+    (work / "megatrons_own/dist").mkdir(parents=True)
+    tensors = gpt.sharded_state(theirs.modules)
+    dist_checkpointing.save(tensors, str(work / "megatrons_own/dist"), content_metadata=dict(gpt.CHECKPOINT_CONTENT))
     flipped = shutil.copytree(work / "llama.mrlhf", work / "flipped.mrlhf")
     (part_file,) = (flipped / "dist").glob("*.distcp")
     data = bytearray(part_file.read_bytes())

@@ -322,7 +322,48 @@ def _generators(bench: SimpleNamespace) -> Command:
     return Command(run)
 
 
+def _megatron(bench: SimpleNamespace) -> Path:
+    """A checkpoint of Megatron-LM with one tensor."""
+    from mrlhf.checkpoint.tensor_archive import Item, build_index, save_tensor, write_metadata
+
+    rows = json.loads((bench.world / "qwen2/config.json").read_text())["vocab_size"]
+    target, value = bench.tmp / "megatron/iter_0000002", torch.zeros(rows, 128)
+    target.mkdir(parents=True, exist_ok=True)
+    with (target / "__0_0.distcp").open("w+b", buffering=0) as file:
+        length = save_tensor(value, file.fileno(), 0)
+    shapes = (0, 0), tuple(value.shape), tuple(value.shape)
+    item = Item("embedding.word_embeddings.weight", *shapes, value.dtype, 0, length)
+    write_metadata(target, build_index([("__0_0.distcp", [item])]))
+    (target.parent / "latest_checkpointed_iteration.txt").write_text("2")
+    return target.parent
+
+
+def _of_format_torch(bench: SimpleNamespace) -> None:
+    folder = _megatron(bench)
+    shutil.copytree(bench.world / "qwen2", folder / "hf")
+    shutil.rmtree(folder / "iter_0000002")
+    (folder / "iter_0000002/mp_rank_00").mkdir(parents=True)
+
+
+def _open_megatron(prepared: Callable[[SimpleNamespace], Any]) -> Callable[[SimpleNamespace], Command]:
+    from mrlhf.checkpoint.source import open_source
+
+    return call(lambda bench: open_source(str(bench.tmp / "megatron")), prepared)
+
+
 CHECKPOINTS = [
+    Scenario(
+        "checkpoint of Megatron-LM alone",
+        _open_megatron(_megatron),
+        "copy config.json and the tokenizer's files of the model's HF directory to .*/hf",
+        by=lambda bench, command, fix: shutil.copytree(bench.world / "qwen2", fix.split()[-1]),
+    ),
+    Scenario(
+        "checkpoint of Megatron-LM in the format torch",
+        _open_megatron(_of_format_torch),
+        "save it with --ckpt-format torch_dist",
+        by=lambda bench, command, fix: _megatron(bench),
+    ),
     checkpoint("manifest that is no JSON", lambda folder: (folder / manifest.MANIFEST).write_text("x")),
     checkpoint(
         "manifest that was edited",

@@ -1,4 +1,4 @@
-"""A mrlhf checkpoint, or a run's latest -> a HF directory for transformers, vLLM and the hub.
+"""A checkpoint of mrlhf or Megatron-LM, or a run's latest -> a HF directory for transformers, vLLM and the hub.
 
     python tools/convert/megatron_to_hf.py --checkpoint DIR --output DIR [--dtype bfloat16] [--part critic]
         [--verify] [--dry-run]
