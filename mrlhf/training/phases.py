@@ -33,6 +33,7 @@ class Phases:
         """Clears the times and peaks of the step before. Until its first phase, the watch shows the step alone."""
         watch.set_phase(phase_label("step", step))
         self.seconds, self.peaks, self.step_start = {}, {}, time.perf_counter()
+        self.memory.device_peak = 0.0
 
     @contextlib.contextmanager
     def __call__(self, name: str, step: int | None = None) -> Iterator[None]:
@@ -54,8 +55,11 @@ class Phases:
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
         """This rank's timing_s/*, and memory/<name>_gib and memory/peak_gib as maxima over the ranks. Collective."""
         names = [name for name in names if name in self.seconds]
-        peaks = torch.tensor([self.peaks[name] for name in names], dtype=torch.float64, device=device.current().name)
+        here = [*(self.peaks[name] for name in names), self.memory.device_peak]
+        peaks = torch.tensor(here, dtype=torch.float64, device=device.current().name)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         times = {f"timing_s/{name}": self.seconds[name] for name in names} | {"timing_s/step": self.step_seconds()}
-        memory = {f"memory/{name}_gib": float(x) for name, x in zip(names, peaks, strict=True)}
-        return times | memory | {"memory/peak_gib": float(peaks.max())}
+        *by_phase, on_device = peaks.tolist()
+        memory = {f"memory/{name}_gib": x for name, x in zip(names, by_phase, strict=True)}
+        memory |= {"memory/device_gib": on_device} if on_device else {}
+        return times | memory | {"memory/peak_gib": max(by_phase)}

@@ -11,7 +11,39 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+def spoilt(weights: Any, first: Any, write: Callable[[], None]) -> list[str]:
+    """What finish_write says where a linear layer, and the experts, compute from weights in another order."""
+    import torch
+
+    from mrlhf.errors import EnvironmentProblem
+    from mrlhf.rl.rollout import vllm_weights
+    from mrlhf.rl.rollout.vllm_first_write import FirstWrite
+
+    said, pack = [], vllm_weights._pack_experts
+    layer = next(iter(first.layers.values()))
+
+    def reordered(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight.flip(0), bias)
+
+    for of_experts in (False, True):
+        own = layer.cpu_linear
+        if of_experts:
+            vllm_weights._pack_experts = lambda layer: None
+        else:
+            layer.cpu_linear = reordered
+        write()
+        weights.first = FirstWrite(first.layers, first.spec, first.config)
+        try:
+            weights.finish_write()
+        except EnvironmentProblem as error:
+            said.append(str(error))
+        layer.cpu_linear, vllm_weights._pack_experts = own, pack
+    return said
 
 
 def main() -> None:
@@ -71,12 +103,9 @@ def main() -> None:
             seed=1,
         )
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=10, detokenize=False, ignore_eos=True)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-        reader, expected, found = (
-            HFReader(directory, source.spec, head="lm"),
-            vllm_map(source.spec, tp=1, rank=0),
-            VLLMWeights(llm, source.spec).parameters,
-        )
+        reader, expected = HFReader(directory, source.spec, head="lm"), vllm_map(source.spec, tp=1, rank=0)
+        weights = VLLMWeights(llm, source.spec)
+        found = weights.parameters
         wrong = sorted(set(found) ^ set(expected))
         # experts are packed on CPU: what is written into them is compared by the answers of tests/rl/test_ppo.py
         wrong += [
@@ -88,7 +117,18 @@ def main() -> None:
                 torch.equal(found[name].narrow(b.dim, b.offset, b.length), reader.read(b)) for b in expected[name]
             )
         ]
+
+        def write() -> None:
+            for name, blocks in expected.items():  # noqa: B023
+                for b in blocks:
+                    found[name].narrow(b.dim, b.offset, b.length).copy_(reader.read(b))  # noqa: B023
+
+        write()
+        first = weights.first
+        weights.finish_write()  # raises where vLLM computes from something else
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         results[directory.name] = {
+            "spoilt": spoilt(weights, first, write),
             "vllm": [list(o.outputs[0].token_ids) for o in outputs],
             "hf": wanted[directory],
             "wrong": wrong,
