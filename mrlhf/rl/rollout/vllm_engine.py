@@ -195,7 +195,7 @@ def check_vllm_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int
                       max_model_len: int = 1, to_come: int = 0, key: str = "rollout.kv_cache_mib") -> VLLMMemory:
     """Before vLLM allocates anything; collective. Raises ConfigError on all ranks if vLLM does not fit on one.
 
-    kv_cache_mib: of option `key`; None: what is free. to_come: what this rank's trainer will take beside vLLM, in bytes.
+    kv_cache_mib: of option `key`; None: what is free. to_come: bytes that the trainer will take beside.
     """
     total = torch.cuda.mem_get_info()[1] if device.current().is_cuda else 0
     free = _free_bytes()
