@@ -8,6 +8,7 @@ from typing import Any
 
 from conftest import TESTS, metrics, python
 
+from mrlhf.checkpoint.manager import is_whole
 from rl.test_ppo import options, reward_model  # noqa: F401  (a fixture)
 
 PARKED = {f"offload.{what}": "true" for what in ("reference", "reward", "optimizer", "gradients")}
@@ -52,7 +53,7 @@ def test_a_run_with_every_model_is_interrupted_and_resumed(
     tmp_path: Path,
 ) -> None:
     args = options(world, reward_model, **PARKED, **{"data.eval": world / "prompts", "train.eval_interval": 1,
-                                                     "checkpoint.async_save": "true", "train.max_steps": 3,
+                                                     "checkpoint.async_save": "true", "train.max_steps": 2,
                                                      "train.output_dir": tmp_path / "run"})  # fmt: skip
     status, events = run(tmp_path / "first.json", *args, interrupted=2)
     everything = {"build vllm", "wake weights", "wake kv_cache", *OF_THE_TRAINER, "vllm generates"}
@@ -62,7 +63,8 @@ def test_a_run_with_every_model_is_interrupted_and_resumed(
     assert status == 0
     check_turns(events, expected=everything)
     lines = [line for line in metrics(tmp_path / "run") if "actor/loss" in line or "rollout/kl_mismatch" in line]
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert is_whole(tmp_path / "run/checkpoints/step_2"), "saved in the background as the run ended"
     # a vLLM without its weights writes NaN
     assert all(line["rollout/logprob_abs_diff_max"] < 1e-3 for line in lines)
 
