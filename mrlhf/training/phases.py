@@ -20,7 +20,8 @@ class Phases:
 
     Inside, the watch reports a hang with the phase (parallel/watch.py), RUN/heartbeat/ shows the phase, and running out
     of memory raises OutOfMemory with the peaks of all phases. `seconds` and `peaks` hold, by phase, its time in this
-    step and its memory peak in GiB. before_end: called before an error that all ranks raise leaves a phase; collective.
+    step and its memory peak in GiB. before_end: called before an error leaves a phase that all ranks raise, as one rank
+    alone always does; collective.
     """
 
     def __init__(self, memory: Memory, *, before_end: Callable[[], None] = lambda: None) -> None:
@@ -42,8 +43,8 @@ class Phases:
         try:
             with heartbeat.in_phase(name, step or 0), self.memory(name, step):
                 yield
-        except MrlhfError as error:
-            if error.on_all_ranks:
+        except BaseException as error:
+            if dist.get_world_size() == 1 or isinstance(error, MrlhfError) and error.on_all_ranks:
                 self._before_end()
             raise
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
