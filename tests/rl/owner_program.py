@@ -90,6 +90,7 @@ def sleeping_vllm() -> None:
 
 def interrupted(step: int) -> None:
     from mrlhf.rl.ppo import PPO
+    from mrlhf.training.stopping import Interrupted
 
     generate = PPO.generate
 
@@ -97,7 +98,12 @@ def interrupted(step: int) -> None:
         if step and kwargs["step"] == step:  # an evaluation is step 0
             calls = iter(range(10))
             self.sampler.engine.should_stop = lambda: next(calls) == 5
-        return generate(self, *args, **kwargs)
+        try:
+            return generate(self, *args, **kwargs)
+        except Interrupted:  # a generating rank of its own may get weights and requests afterwards
+            llm = self.sampler.engine.llm
+            assert not llm.llm_engine.has_unfinished_requests() and llm.reset_prefix_cache()
+            raise
 
     PPO.generate = stopped
 

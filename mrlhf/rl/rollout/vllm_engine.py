@@ -198,8 +198,7 @@ def check_vllm_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int
     kv_cache_mib: of option `key`; None: what is free. to_come: bytes that the trainer will take beside.
     """
     total = torch.cuda.mem_get_info()[1] if device.current().is_cuda else 0
-    free = _free_bytes()
-    least = torch.tensor([free, free - to_come], dtype=torch.float64, device=device.current().name)
+    least = torch.tensor([free := _free_bytes(), free - to_come], dtype=torch.float64, device=device.current().name)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     free, room = map(int, least.tolist())
     memory = plan_vllm(spec, dtype=dtype, tp=tp, kv_cache_mib=kv_cache_mib, max_num_seqs=max_num_seqs,
@@ -210,8 +209,7 @@ def check_vllm_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int
         later = f", of which the trainer will need {(free - room) / 2**30:.2f} GiB" if room < free else ""
         what, fix = f"vLLM does not fit: {memory.summary()}{later}", f"--{key} {max(one, most // 2, 1)}"
         if most < max(1, one):
-            fits = "a larger tensor-parallel size, or offload.* to free memory"
-            raise ConfigError(what, where=key, expected=fits)
+            raise ConfigError(what, where=key, expected="a larger tensor-parallel size, or offload.* to free memory")
         too_small = kv_cache_mib is not None and kv_cache_mib < one
         expected = f"at least {one}, for one answer" if too_small else f"at most {most}"
         raise ConfigError(what, where=key, expected=expected, fix=fix if most > 1 else None)
@@ -224,9 +222,8 @@ def device_options(memory: VLLMMemory, *, max_model_len: int, max_num_seqs: int)
         # vLLM rewinds a request's seed after a part of its prompt, which CPU generators cannot do
         return {"enforce_eager": True, "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len)}
-    # With kv_cache_memory_bytes vLLM reads gpu_memory_utilization once: this share of the card must be free as it
-    # starts. Its default is 0.92, of which the trainer holds a part. Its default kernel for experts is another on
-    # Blackwell, which keeps their weights in an order of its own.
+    # With kv_cache_memory_bytes vLLM reads gpu_memory_utilization (0.92) once: this share of the card must be free as
+    # it starts. On Blackwell its default kernel for experts keeps their weights in an order of its own.
     return {"enforce_eager": False, "enable_chunked_prefill": True, "gpu_memory_utilization": memory.share,
             "max_num_batched_tokens": max(BATCHED_TOKENS, max_num_seqs), "moe_backend": "triton"}
 
@@ -336,8 +333,7 @@ class VLLMEngine:
     def wake(self, part: str) -> None:
         """part: "weights", or after them "kv_cache": until then what the weights' exchange needs has its room."""
         if self.sleeps:
-            torch.cuda.empty_cache()  # vLLM cannot use what training has left in torch's cache
-            self.llm.wake_up(tags=[part])
+            self.llm.wake_up(tags=[part])  # which empties torch's cache first
 
     def shutdown(self) -> None:
         """Leaves vLLM's groups, before torch's default group ends; collective."""
@@ -367,6 +363,10 @@ class VLLMEngine:
         engine.step = step
         try:
             yield
+        except Interrupted:
+            # vLLM would go on with them in the next call, and keeps their part of the cache
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
         finally:
             del engine.step  # the instance attribute; the class has its own
 
