@@ -233,6 +233,7 @@ def test_dry_run_of_ppo(world: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "3 rollouts of 8 prompts x 2 answers, 4 updates each" in shown
     assert all(what in shown for what in ("actor", "critic", "reference", "vLLM weights", "vLLM key/value cache"))
+    assert " GiB of a GPU of 80 GiB, 0.25 GiB on a CPU" in shown, "rollout.kv_cache_mib is not set"
 
 
 # ---------------------------------------------------------------- the text of each

@@ -113,7 +113,11 @@ def test_no_cycles() -> None:
 @pytest.mark.parametrize(
     ("package", "files"),
     [
-        ("vllm", "mrlhf/rl/rollout/vllm_engine.py mrlhf/rl/rollout/vllm_sampler.py mrlhf/rl/rollout/vllm_weights.py"),
+        (
+            "vllm",
+            "mrlhf/rl/rollout/vllm_engine.py mrlhf/rl/rollout/vllm_first_write.py mrlhf/rl/rollout/vllm_sampler.py "
+            "mrlhf/rl/rollout/vllm_weights.py",
+        ),
         ("tensorboard", "mrlhf/observe/tracker.py"),
         ("torch.utils.tensorboard", "mrlhf/observe/tracker.py"),
         ("wandb", "mrlhf/observe/tracker.py"),

@@ -10,15 +10,18 @@ import math
 import os
 from pathlib import Path
 
+import torch
+
 from mrlhf.config.options import GenerateStage, PPOStage, ScoreStage, ServeRewardStage, StageConfig, TrainingConfig
 from mrlhf.data.blend import Dataset, names_of, sources_of
 from mrlhf.data.order import Order
 from mrlhf.data.show import marked
 from mrlhf.data.tokenizers.hf import load_tokenizer
 from mrlhf.memory.estimate import GIB, memory_table, update_activations
+from mrlhf.memory.vllm_budget import CPU_CACHE_MIB, cache_on_a_card
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.reshard_plan import make_planner
-from mrlhf.parallel import reshard, state
+from mrlhf.parallel import device, reshard, state
 from mrlhf.parallel.state import Layout
 from mrlhf.training import preflight
 from mrlhf.training.batches import few_steps_warning, make_order, step_contents
@@ -128,6 +131,12 @@ def _show_memory(
     print(f"         an update on a GPU, estimated: activations {update.kept / GIB:.2f} GiB, "
           f"a layer recomputed {update.again / GIB:.2f} GiB, log-prob buffers {update.head / GIB:.2f} GiB; "
           f"with them {(together + update.total) / GIB:.2f} GiB")
+    if isinstance(config, PPOStage) and config.rollout.kv_cache_mib is None:
+        card = torch.cuda.mem_get_info()[1] if device.current().is_cuda else 80 * GIB
+        tokens = data.max_length + config.rollout.max_new_tokens
+        cache = cache_on_a_card(config, spec, world=world, others=others, tokens=tokens, update=update.total, card=card)
+        print(f"         vLLM key/value cache (rollout.kv_cache_mib unset): {cache / GIB:.2f} GiB of a GPU of "
+              f"{card / GIB:.0f} GiB, {CPU_CACHE_MIB / 1024:.2f} GiB on a CPU")
 
 
 def _show_reshard(config: PPOStage, spec: ModelSpec, *, world: int, generators: int) -> None:

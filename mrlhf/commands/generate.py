@@ -132,7 +132,8 @@ def main(config: GenerateStage) -> None:
     engine = VLLMEngine(source.spec, source.hf_dir, dtype=model.dtype, tp=tp,
                         max_model_len=max(len(row.ids) for row in rows) + config.max_new_tokens,
                         kv_cache_mib=config.kv_cache_mib, max_num_seqs=config.max_num_seqs, seed=config.seed,
-                        tokenizer_dir=source.hf_dir if config.stop else None, cache_key="kv_cache_mib")
+                        tokenizer_dir=source.hf_dir if config.stop else None, cache_key="kv_cache_mib",
+                        sleep=bool(config.reward.sources))
     weights = engine.weights
     dtype = DTYPES[model.dtype]
     update = make_weight_update(source.spec, layout, rollout_tp=tp, rank=rank, dtype=dtype, made=weights.made)
@@ -148,6 +149,7 @@ def main(config: GenerateStage) -> None:
         environments=make_environments(config.environment, tokenizer, ids, max_turns=config.max_turns, threads=16,
                                        timeout_s=60.0, tp=tp, world=layout.world, rank=rank)
     )
+    engine.sleep()  # reward models need the memory
     scores = score_answers(config, source, parallel, tokenizer, rollout)
     if state.is_main():
         print(write_answers(config, tokenizer, rows, rollout, scores))

@@ -260,7 +260,8 @@ class RolloutConfig:
     top_p: TopP = option(1.0, "nucleus; 1: off")
     top_k: TopK = option(-1, "-1: off")
     tensor_parallel_size: PositiveInt = option(1, "vLLM's; independent of the trainer's; divides the generating ranks")
-    kv_cache_mib: PositiveInt = option(256, "vLLM's key/value cache on each rank")
+    kv_cache_mib: PositiveInt | None = option(
+        None, "vLLM's key/value cache on each rank; unset: on a GPU from what is free beside the trainer, on a CPU 256")
     max_num_seqs: RunningAnswers = option(256, "answers that vLLM decodes at once")
     weights: Literal["plain", "packed", "fp8"] = option(
         "plain", "format of vLLM's linear layers: as trained; packed by oneDNN (CPU); fp8, quantised anew at every "
@@ -492,7 +493,8 @@ class GenerateStage:
         None, "of parameters and activations; unset: the checkpoint's, for a HF directory bfloat16 if all weights are; "
         "a reward model has its own")
     tensor_parallel_size: PositiveInt = option(1, "vLLM's; must divide the number of ranks")
-    kv_cache_mib: PositiveInt = option(256, "vLLM's key/value cache on each rank")
+    kv_cache_mib: PositiveInt | None = option(
+        None, "vLLM's key/value cache on each rank; unset: on a GPU from what is free beside the trainer, on a CPU 256")
     max_num_seqs: RunningAnswers = option(256, "answers that vLLM decodes at once")
     input_template: str | None = option(None, "plain text template for tokenizers without a chat template, as "
                                               '--input-template of the data: "User: {}\\nAssistant: "')

@@ -7,6 +7,7 @@ from typing import Any
 
 from mrlhf.config.check import contradictions
 from mrlhf.config.options import DPOStage, PPOStage, TrainingConfig
+from mrlhf.memory.vllm_budget import CPU_CACHE_MIB
 from mrlhf.models.families.spec import ModelSpec, check_layout
 from mrlhf.parallel.state import Layout, check_batch
 
@@ -89,7 +90,10 @@ def _smaller_vllm(config: PPOStage, phase: str, *, world: int, cuda: bool) -> li
     if not generates and cuda and rollout.sleep and phase != "build":
         return []
     lines = [] if generates or not cuda or rollout.sleep else ["--rollout.sleep true (now false)"]
-    lines += _lower("rollout.kv_cache_mib", rollout.kv_cache_mib)
+    if cuda and rollout.kv_cache_mib is None:
+        lines.append("--rollout.kv_cache_mib 1024 (now unset: all that was free at the start)")
+    else:
+        lines += _lower("rollout.kv_cache_mib", rollout.kv_cache_mib or CPU_CACHE_MIB)
     if phase in ("gen", "evaluate"):
         lines += _lower("rollout.max_num_seqs", rollout.max_num_seqs)
     if phase == "reshard":

@@ -36,21 +36,25 @@ def model_bytes(spec: ModelSpec, *, dtype: str, tp: int, pp: int, dp: int, train
     return (dense + experts) * (weight + 4) + optimizer
 
 
+def layout_options(config: TrainingConfig, parallel: ParallelConfig, world: int) -> dict[str, Any]:
+    """Arguments of `model_bytes`."""
+    layout, distributed = Layout.from_config(parallel, world), config.optim.use_distributed_optimizer
+    dp = max(1, layout.dp * layout.cp)  # context-parallel ranks shard the optimizer state too
+    return {"tp": layout.tp, "pp": layout.pp, "dp": dp, "ep": layout.ep, "distributed_optimizer": distributed}
+
+
 def memory_table(
     config: TrainingConfig, spec: ModelSpec, *, world: int, others: dict[str, ModelSpec]
 ) -> list[tuple[str, int]]:
-    """[(what, bytes per rank)]. others: the further models of PPO by role (critic, reward)."""
+    """[(what, bytes per rank)]. others: the further models of PPO by role (critic, reward).
 
-    def layout_options(parallel: ParallelConfig) -> dict[str, Any]:
-        layout, distributed = Layout.from_config(parallel, world), config.optim.use_distributed_optimizer
-        dp = max(1, layout.dp * layout.cp)  # context-parallel ranks shard the optimizer state too
-        return {"tp": layout.tp, "pp": layout.pp, "dp": dp, "ep": layout.ep, "distributed_optimizer": distributed}
-
-    dtype, actor = config.model.dtype, layout_options(config.parallel)
+    Without rollout.kv_cache_mib vLLM's cache is not among them: it takes what is free.
+    """
+    dtype, actor = config.model.dtype, layout_options(config, config.parallel, world)
     reference = ("reference", model_bytes(spec, dtype=dtype, **actor, trained=False))
     rows = [("actor" if config.stage == "ppo" else "model", model_bytes(spec, dtype=dtype, **actor, trained=True))]
     if isinstance(config, PPOStage):
-        critic = layout_options(config.critic_parallel)
+        critic = layout_options(config, config.critic_parallel, world)
         for role, other in others.items():
             is_critic = role == "critic"
             rows.append((role, model_bytes(other, dtype=dtype, **(critic if is_critic else actor), trained=is_critic)))
@@ -59,7 +63,8 @@ def memory_table(
         rollout = config.rollout
         replica: dict[str, Any] = {"tp": rollout.tensor_parallel_size, "pp": 1, "dp": 1, "distributed_optimizer": False}
         rows.append(("vLLM weights", model_bytes(spec, dtype=dtype, **replica, trained=False)))
-        rows.append(("vLLM key/value cache", rollout.kv_cache_mib << 20))
+        if rollout.kv_cache_mib is not None:
+            rows.append(("vLLM key/value cache", rollout.kv_cache_mib << 20))
     elif isinstance(config, DPOStage) and config.dpo.reference == "online":
         rows.append(reference)
     return rows

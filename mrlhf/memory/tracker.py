@@ -99,11 +99,14 @@ class Memory:
         self.config, self.spec, self.rank, self.world = config, spec, rank, world
         self.peaks: dict[str, float] = {}  # GiB of each phase, over the run so far
         self.last_peak = self.reserved = 0.0  # GiB: peak of the last phase; largest reservation of the run
+        self.device_peak = 0.0  # GiB in use on the card, see sample_device; the reader resets it
+        self._hidden = self._hidden_all_phase = 0.0  # GiB, see hide
 
     @contextlib.contextmanager
     def __call__(self, phase: str, step: int | None = None) -> Iterator[None]:
         """Raises OutOfMemory instead of every error that reports exhausted memory."""
         _reset_peak()
+        self._hidden_all_phase = self._hidden
         try:
             yield
         except Exception as error:
@@ -113,8 +116,23 @@ class Memory:
             raise self._out_of_memory(error, phase, step) from error
         self._record_peak(phase)
 
+    def hide(self, freed: int) -> None:
+        """vLLM sleeps, and has returned `freed` bytes that torch still counts as allocated; 0: it is awake."""
+        self._hidden = freed / 2**30
+        self._hidden_all_phase = min(self._hidden_all_phase, self._hidden)
+
+    def sample_device(self) -> None:
+        """Before memory returns to the driver, and at the end of a phase: what all libraries hold of the card, vLLM's
+        pool, CUDA graphs and NCCL's buffers included. torch's own cache does not shrink in between.
+        """
+        if device.current().is_cuda:
+            free, total = torch.cuda.mem_get_info()
+            self.device_peak = max(self.device_peak, (total - free) / 2**30)
+
     def _record_peak(self, phase: str) -> None:
-        self.last_peak, reserved = _peaks_gib()
+        allocated, reserved = (peak - self._hidden_all_phase for peak in _peaks_gib())
+        self.last_peak = allocated
+        self.sample_device()
         self.peaks[phase] = max(self.peaks.get(phase, 0.0), self.last_peak)
         self.reserved = max(self.reserved, reserved)
 

@@ -54,6 +54,8 @@ METRICS: dict[str, Metric] = {
     "time/data_s": Metric("part of the step spent waiting for data", "s", "last"),
     "time/save_s": Metric("what saves have held up the run since the step before", "s", "last"),
     "memory/max_reserved_gib": Metric("largest device memory reserved on any rank so far", "GiB", "max"),
+    "memory/device_gib": Metric("CUDA: most memory of the card in use in the step, by whatever library (at the ends of "
+        "phases and before vLLM sleeps)", "GiB", "max"),
     # sft, pretrain
     "train/mean_token_accuracy": Metric("trained tokens whose most probable prediction is right", "share", "mean"),
     "train/perplexity": Metric("exp of the mean of -log p over trained tokens", "", "exp_mean"),
@@ -149,8 +151,8 @@ METRICS: dict[str, Metric] = {
 }
 
 PATTERNS: list[tuple[str, Metric]] = [
-    ("memory/*_gib", Metric("largest memory during a phase, of the fullest rank: tensors on the device; "
-        "on CPU resident memory", "GiB", "max")),
+    ("memory/*_gib", Metric("largest memory during a phase, of the fullest rank: tensors on the device, vLLM's "
+        "while it is awake included; on CPU resident memory", "GiB", "max")),
     ("reward/*", Metric("score of one reward source before its weight", "score", "mean")),
     ("reward_std/*", Metric("standard deviation of that score", "score", "mean")),
     ("train/accuracy_by_margin/*", Metric("(eval) accuracy of the pairs whose scores differ by so much", "share",

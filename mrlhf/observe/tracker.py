@@ -241,6 +241,7 @@ def _tensorboard(output_dir: Path, start_step: int) -> tuple[Callable, Callable]
     def write(step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
             writer.add_scalar(key, value, step)
+        writer.flush()  # an error may end the process at once
 
     return write, writer.close
 

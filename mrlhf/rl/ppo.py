@@ -24,6 +24,7 @@ from mrlhf.config.options import PPOStage
 from mrlhf.data.blend import Dataset
 from mrlhf.data.tokenizers.hf import load_tokenizer, stop_ids
 from mrlhf.errors import RewardError, ToolError
+from mrlhf.memory.estimate import update_activations
 from mrlhf.observe.directory import DirectoryLock
 from mrlhf.parallel import device, reshard, state
 from mrlhf.parallel.split import Bridge, split_world
@@ -116,6 +117,10 @@ class PPO(Run):
             start_generators(bridge)
         with self.phase("build"):
             self._build()
+        with self.phase("offload"):
+            self.offload.park_all()
+        with self.phase("build"):
+            self.sampler = self._start_vllm()
         tp, ranks = config.rollout.tensor_parallel_size, config.rollout.num_ranks
         where = "" if ranks is None else f" on {ranks} separate ranks"
         replicas = (ranks or layout.world) // tp
@@ -149,15 +154,20 @@ class PPO(Run):
                                log_dir=self.output_dir / "logs", **common)
         reference = {} if self.models.reference is None else {"reference": self.models.reference}
         frozen = self.rewards.models | reference
-        self.offload = Offload(config.offload, trainers=self.models.trainers(), frozen=frozen)
+        self.offload = Offload(config.offload, trainers=self.models.trainers(), frozen=frozen, memory=self.phase.memory)
         stop = tuple(sorted({*stop_ids(inputs.source.hf_dir, self.tokenizer), *rollout.stop_token_ids}))
         self.sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stop,
                                  rollout.stop)
-        self.sampler: Sampler | RemoteSampler
-        if self.bridge is None:
-            self.sampler = Sampler(config, inputs, self.tokenizer, self.layout)
-        else:
-            self.sampler = RemoteSampler(config, inputs, self.layout, self.bridge)
+
+    def _start_vllm(self) -> Sampler | RemoteSampler:
+        config, inputs, layout, bridge = self.config, self.inputs, self.layout, self.bridge
+        critic = None if self.models.critic is None else self.models.critic.spec
+        activations = update_activations(config, inputs.source.spec, inputs.train, world=layout.world, critic=critic)
+        start = partial(self.offload.start_vllm, sleeps=bridge is not None or config.rollout.sleep,
+                        update=activations.total)
+        if bridge is not None:
+            return start(lambda _: RemoteSampler(config, inputs, layout, bridge))
+        return start(lambda to_come: Sampler(config, inputs, self.tokenizer, layout, to_come=to_come))
 
     @cached_property
     def health(self) -> Health:
@@ -168,14 +178,12 @@ class PPO(Run):
     def step(self, step: int) -> tuple[Metrics, list[dict[str, Any]]]:
         """One rollout and its updates. Returns the metrics, and a few samples for the log."""
         models = self.models
-        with self.phase("offload", step):
-            self.offload.park_all()
         rollout, scores_B, metrics = self.collect(step)
         scores_B = self.shape_scores(rollout, scores_B)
         with self.phase("logprobs", step), self.offload.using("reference"):
             old_BA, entropy_BA = models.logprobs(models.actor, rollout, with_entropy=True)
             ref_BA = None if models.reference is None else models.logprobs(models.reference, rollout)[0]
-        with self.phase("values", step):
+        with self.phase("values", step), self.offload.using():
             values_BA = None if models.critic is None else models.values(models.critic, rollout)
         with self.phase("adv", step):
             tables, advantages_BA = self.advantages(rollout, scores_B, old_BA, entropy_BA, ref_BA, values_BA)
@@ -205,12 +213,9 @@ class PPO(Run):
         kept, scores_B, drawn, stale, seconds = Rollout([], [], []), torch.zeros(0), 0, 0.0, 0.0
         for refills_left in range(config.max_refills if config.dynamic_sampling else 0, -1, -1):
             missing = config.batch_size - kept.size // n
-            with self.phase("gen", step):
-                if drawn and self.sampler.sleeps:
-                    self.sync_weights()
+            with self.phase("gen", step), self.offload.generating(self.sync_weights):
                 prompts = self.prompts.draw(missing)
                 rollout = self.generate(self.inputs.train, prompts, step=step, n=n, sampling=self.sampling, first=drawn)
-                self.sampler.sleep()
             if not refills_left:
                 self.request_rollout(step + 1)
             with self.phase("reward", step), self.offload.using(*self.rewards.models):
@@ -321,7 +326,7 @@ class PPO(Run):
 
     def sync_weights(self) -> Metrics:
         """Sends the actor's weights to vLLM. Collective."""
-        received, seconds = self.sampler.write_weights(self.models.actor.parameters())
+        received, seconds = self.offload.write_weights(self.models.actor.parameters())
         worst = torch.tensor([received, seconds], dtype=torch.float64)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return {"reshard/bytes": float(worst[0]), "reshard/seconds": float(worst[1])}
@@ -349,7 +354,8 @@ class PPO(Run):
         greedy, rows = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1), range(self.inputs.eval.num_samples)
         # a stop request ends the evaluation only: the step is complete, the loop saves it and ends
         with contextlib.suppress(Interrupted), self.phase("evaluate", step):
-            rollout = self.generate(self.inputs.eval, list(rows), step=0, n=1, sampling=greedy)
+            with self.offload.generating(self.sync_weights):
+                rollout = self.generate(self.inputs.eval, list(rows), step=0, n=1, sampling=greedy)
             with self.offload.using(*self.rewards.models):
                 scores_B, _ = self.score(rollout)
             length = float(rollout.lengths_B().float().mean())
@@ -367,8 +373,7 @@ class PPO(Run):
 
     def save(self, step: int) -> None:
         # The seed of answer i to prompt p of rollout s is (train.seed, s, p, i): the manifest needs no further state.
-        with self.phase("save", step):
-            self.offload.fetch("actor", "critic")
+        with self.phase("save", step), self.offload.using("actor", "critic"):
             content = {
                 "kl": self.kl.state_dict(),
                 "scheduler": self.models.actor.scheduler.num_steps,
@@ -385,7 +390,8 @@ class PPO(Run):
         """Continues after the checkpoint's step; answers that it holds for the next rollout are not drawn again."""
         manifest, where = source.manifest, str(source.path)
         updates = manifest["step"] * self.updates_per_rollout
-        self.models.resume(source.path, updates_done=updates, scheduler=manifest["scheduler"])
+        with self.offload.using("actor", "critic"):
+            self.models.resume(source.path, updates_done=updates, scheduler=manifest["scheduler"])
         hf_dir, allowed = self.inputs.source.hf_dir, self.config.train.allow_changes
         self.prompts.restore(manifest, where=where, hf_dir=hf_dir, allowed=allowed)
         self.kl.load_state_dict(manifest["kl"])

@@ -290,6 +290,8 @@ class SupervisedRun(Run):
             "perf/tflops": tflops,
             "memory/max_reserved_gib": self.phase.memory.reserved,
         }
+        if device.current().is_cuda:
+            values["memory/device_gib"] = self.phase.memory.device_peak
         if device.current().is_cuda and "H100" in torch.cuda.get_device_name():
             values["perf/mfu"] = tflops / _H100_BF16_TFLOPS
         return values

@@ -321,12 +321,21 @@ class Trainer(Model):
         if kind != "optimizer":
             return super().tensors(kind)
         weights = {t.untyped_storage()._cdata for t in super().tensors("weights")}
+        held = self._held_parameters()
+        states = [x for o, p in held for x in o.state.get(p, {}).values() if isinstance(x, torch.Tensor)]
+        # in fp32 the optimizer's parameters are views of the weights themselves
+        masters = [p.data for _, p in held]
+        return [t for t in (*states, *masters) if t.untyped_storage()._cdata not in weights]
+
+    def _held_parameters(self) -> list[tuple[torch.optim.Optimizer, torch.nn.Parameter]]:
+        """This rank's part of the parameters, each with its optimizer."""
         parts = self.optimizer.chained_optimizers
         held = [part.optimizer for part in parts if not getattr(part, "is_stub_optimizer", False)]
-        states = [x for o in held for s in o.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
-        # in fp32 the optimizer's parameters are views of the weights themselves
-        masters = [p.data for o in held for group in o.param_groups for p in group["params"]]
-        return [t for t in (*states, *masters) if t.untyped_storage()._cdata not in weights]
+        return [(o, p) for o in held for group in o.param_groups for p in group["params"]]
+
+    def moments_to_come(self) -> int:
+        """Bytes of Adam's fp32 moments that do not exist yet: the first step allocates them."""
+        return sum(2 * 4 * p.numel() for o, p in self._held_parameters() if not o.state.get(p))
 
     def _noise(self, batch: MicroBatch) -> torch.Tensor:
         h, alpha = self.spec.hidden_size, self.neftune_alpha

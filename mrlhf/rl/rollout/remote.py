@@ -185,8 +185,9 @@ class RemoteSampler:
         """Of the last `generate`: the updates that its weights were behind, and the seconds on the generating ranks."""
         return dict(self._metrics)
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         """Nothing: the generating ranks have memory of their own."""
+        return 0
 
     def shutdown(self) -> None:
         stop_generators(self.bridge)

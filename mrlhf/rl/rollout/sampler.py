@@ -36,8 +36,8 @@ class Sampler:
     """On every rank of a world with vLLM: the trainer's, or (with `bridge`) that of the generating ranks."""
 
     def __init__(self, config: PPOStage, run: preflight.RunInputs, tokenizer: Any, layout: state.Layout,
-                 bridge: Bridge | None = None) -> None:
-        """layout: the trainer's. Collective."""
+                 bridge: Bridge | None = None, to_come: int = 0) -> None:
+        """layout: the trainer's. to_come: bytes that it will need beside vLLM and does not hold yet. Collective."""
         rollout, hf_dir, rank, world = config.rollout, run.source.hf_dir, dist.get_rank(), dist.get_world_size()
         self.seed, tp = config.train.seed, rollout.tensor_parallel_size
         self.replicas, self.replica = world // tp, rank // tp
@@ -49,7 +49,7 @@ class Sampler:
                                  kv_cache_mib=rollout.kv_cache_mib, max_num_seqs=rollout.max_num_seqs, seed=self.seed,
                                  weights=rollout.weights, sleep=rollout.sleep and bridge is None,
                                  tokenizer_dir=hf_dir if rollout.stop else None,
-                                 log_dir=Path(config.train.output_dir) / "logs")
+                                 log_dir=Path(config.train.output_dir) / "logs", to_come=to_come)
         self.reshard = make_vllm_update(config, run, layout, bridge, self.engine.weights.made)
         self.sleeps, self.sleep = self.engine.sleeps, self.engine.sleep
 
@@ -64,9 +64,9 @@ class Sampler:
 
     def write_weights(self, source: Mapping[str, torch.Tensor]) -> tuple[float, float]:
         """Sends this rank's shard of the actor to vLLM. Collective. Returns the bytes received, and the seconds."""
-        self.engine.wake_weights()
+        self.engine.wake("weights")
         seconds = self.reshard.exchange(source, self.engine.weights.parameters, self.engine.weights.convert)
-        self.engine.wake_cache()
+        self.engine.wake("kv_cache")
         self.engine.weights_changed()
         return float(self.reshard.received), seconds
 

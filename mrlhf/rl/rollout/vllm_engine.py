@@ -1,8 +1,8 @@
 """vLLM inside the trainer's ranks: no server, no second process; weights are written straight into its parameters.
 
 vLLM starts by `external_launcher` on torchrun's own process group, with a config and no weights (load_format dummy). A
-tensor-parallel group is consecutive ranks; there may be any number of replicas. Only this module, vllm_weights and
-vllm_sampler import vllm.
+tensor-parallel group is consecutive ranks; there may be any number of replicas. Only the vllm_* modules
+import vllm.
 
 Models with latent attention run as plain attention over all heads (VLLM_MLA_DISABLE): vLLM's kernels for latent
 attention keep products of the weights, which a write in place does not reach, and on CPU support one head size only.
@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 from mrlhf.errors import ConfigError, EnvironmentProblem
-from mrlhf.memory.estimate import model_bytes
+from mrlhf.memory.vllm_budget import BATCHED_TOKENS, VLLMMemory, cache_bytes, plan_vllm
 from mrlhf.models.families import vllm_config, vllm_map
 from mrlhf.models.families.spec import ModelSpec, read_hf_config
 from mrlhf.parallel import device, state
@@ -83,7 +83,8 @@ class Answer:
 def _process_state_restored() -> Iterator[None]:
     """Restores random states, environment variables and torch attributes that starting or running vLLM changes."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if device.current().is_cuda else None
+    cuda = (torch.cuda.current_device(), torch.cuda.get_rng_state()) if device.current().is_cuda else None
+    precision = torch.get_float32_matmul_precision()
     env = {name: os.environ.get(name) for name in ("RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD")}
     set_num_threads, deterministic = torch.set_num_threads, torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)  # vLLM has its own switch, and operations that torch would refuse
@@ -94,7 +95,9 @@ def _process_state_restored() -> Iterator[None]:
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+            torch.cuda.set_device(cuda[0])
+            torch.cuda.set_rng_state(cuda[1])
+        torch.set_float32_matmul_precision(precision)
         for name, value in env.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -177,19 +180,6 @@ def _check_latent_attention(spec: ModelSpec) -> list[ConfigError]:
     return [ConfigError(text, where="model") for text in texts]
 
 
-@dataclass(frozen=True)
-class VLLMMemory:
-    """Bytes of one rank: for vLLM's weights and key/value cache, and free before it starts."""
-
-    weights: int
-    cache: int
-    free: int
-
-    def summary(self) -> str:
-        weights, cache, free = (f"{x / 2**30:.2f} GiB" for x in (self.weights, self.cache, self.free))
-        return f"{weights} of weights and {cache} of cache on each rank, {free} were free"
-
-
 def _free_bytes() -> int:
     """Free memory of this rank's device; on CPU its share of the machine's."""
     if device.current().is_cuda:
@@ -203,21 +193,41 @@ def _free_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // state.ranks_of_a_node()
 
 
-def check_vllm_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int,
-                      key: str = "rollout.kv_cache_mib") -> VLLMMemory:
-    """Before vLLM allocates anything; collective. Raises ConfigError on all ranks if vLLM does not fit on one."""
-    weights = model_bytes(spec, dtype=dtype, tp=tp, pp=1, dp=1, trained=False, distributed_optimizer=False)
-    free = torch.tensor(float(_free_bytes()), dtype=torch.float64, device=device.current().name)
-    dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    memory = VLLMMemory(weights, kv_cache_mib << 20, int(free))
-    if memory.weights + memory.cache > memory.free:
-        room = (memory.free - memory.weights) >> 20
-        raise ConfigError(
-            f"vLLM does not fit: {memory.summary()}", where=key,
-            expected=f"at most {room}" if room > 0 else "a larger tensor-parallel size, or offload.* to free memory",
-            fix=f"--{key} {room // 2}" if room > 1 else None,
-        )
+def check_vllm_memory(spec: ModelSpec, *, dtype: str, tp: int, kv_cache_mib: int | None, max_num_seqs: int = 256,
+                      max_model_len: int = 1, to_come: int = 0, key: str = "rollout.kv_cache_mib") -> VLLMMemory:
+    """Before vLLM allocates anything; collective. Raises ConfigError on all ranks if vLLM does not fit on one.
+
+    kv_cache_mib: of option `key`; None: what is free. to_come: bytes that the trainer will take beside.
+    """
+    total = torch.cuda.mem_get_info()[1] if device.current().is_cuda else 0
+    least = torch.tensor([free := _free_bytes(), free - to_come], dtype=torch.float64, device=device.current().name)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    free, room = map(int, least.tolist())
+    memory = plan_vllm(spec, dtype=dtype, tp=tp, kv_cache_mib=kv_cache_mib, max_num_seqs=max_num_seqs,
+                       max_model_len=max_model_len, free=free, room=room, total=total)
+    most = room - (memory.taken - memory.cache) >> 20
+    one = -(-cache_bytes(spec, dtype=dtype, tp=tp, tokens=max_model_len) >> 20)
+    if memory.cache >> 20 < one or memory.cache >> 20 > most:
+        later = f", of which the trainer will need {(free - room) / 2**30:.2f} GiB" if room < free else ""
+        what, fix = f"vLLM does not fit: {memory.summary()}{later}", f"--{key} {max(one, most // 2, 1)}"
+        if most < max(1, one):
+            raise ConfigError(what, where=key, expected="a larger tensor-parallel size, or offload.* to free memory")
+        too_small = kv_cache_mib is not None and kv_cache_mib < one
+        expected = f"at least {one}, for one answer" if too_small else f"at most {most}"
+        raise ConfigError(what, where=key, expected=expected, fix=fix if most > 1 else None)
     return memory
+
+
+def device_options(memory: VLLMMemory, *, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
+    """Arguments of vllm.LLM that differ between CUDA and CPU."""
+    if not device.current().is_cuda:
+        # vLLM rewinds a request's seed after a part of its prompt, which CPU generators cannot do
+        return {"enforce_eager": True, "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len)}
+    # With kv_cache_memory_bytes vLLM reads gpu_memory_utilization (0.92) once: this share of the card must be free as
+    # it starts. On Blackwell its default kernel for experts keeps their weights in an order of its own.
+    return {"enforce_eager": False, "enable_chunked_prefill": True, "gpu_memory_utilization": memory.share,
+            "max_num_batched_tokens": max(BATCHED_TOKENS, max_num_seqs), "moe_backend": "triton"}
 
 
 def _configure_vllm(log_dir: Path | None) -> None:
@@ -264,19 +274,21 @@ def _import_vllm(*, weights: str, tp: int) -> Any:
 class VLLMEngine:
     """One rank of a vLLM replica. Its construction is collective in the world; then replicas are independent."""
 
-    def __init__(self, spec: ModelSpec, hf_dir: Path, *, dtype: str, tp: int, max_model_len: int, kv_cache_mib: int,
-                 max_num_seqs: int, seed: int, weights: str = "plain", sleep: bool = False,
+    def __init__(self, spec: ModelSpec, hf_dir: Path, *, dtype: str, tp: int, max_model_len: int,
+                 kv_cache_mib: int | None, max_num_seqs: int, seed: int, weights: str = "plain", sleep: bool = False,
                  tokenizer_dir: Path | None = None, log_dir: Path | None = None,
-                 cache_key: str = "rollout.kv_cache_mib") -> None:
+                 cache_key: str = "rollout.kv_cache_mib", to_come: int = 0) -> None:
         """weights: rollout.weights. tokenizer_dir: needed for stop strings, which vLLM searches in the decoded text.
-        cache_key: the option that sets `kv_cache_mib`, for the error.
+        kv_cache_mib, to_come: see check_vllm_memory. cache_key: the option that sets `kv_cache_mib`, for the error.
         log_dir: where vLLM's log goes; without it only its errors are shown. Raises ConfigError if the memory is not
         free, EnvironmentProblem if vLLM is missing or builds another model than the weight map expects.
         """
         _configure_vllm(log_dir)
-        self.memory = check_vllm_memory(spec, dtype=dtype, tp=tp, kv_cache_mib=kv_cache_mib, key=cache_key)
-        vllm, on_cuda = _import_vllm(weights=weights, tp=tp), device.current().is_cuda
-        self.sleeps = sleep and on_cuda
+        sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+        self.memory = check_vllm_memory(spec, dtype=dtype, tp=tp, kv_cache_mib=kv_cache_mib, to_come=to_come,
+                                        key=cache_key, **sizes)
+        vllm = _import_vllm(weights=weights, tp=tp)
+        self.sleeps = sleep and device.current().is_cuda
         self.should_stop: Callable[[], bool] = lambda: False  # not collective; called between vLLM's steps
         config_only = Path(tempfile.mkdtemp(prefix="mrlhf-vllm-"))
         (config_only / "config.json").write_text(json.dumps(read_hf_config(hf_dir) | vllm_config(spec)))
@@ -288,14 +300,10 @@ class VLLMEngine:
                     tokenizer=None if tokenizer_dir is None else str(tokenizer_dir),
                     skip_tokenizer_init=tokenizer_dir is None,
                     quantization="fp8_per_channel" if weights == "fp8" else None,
-                    max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-                    kv_cache_memory_bytes=kv_cache_mib << 20,
+                    kv_cache_memory_bytes=self.memory.cache,
                     tensor_parallel_size=tp, distributed_executor_backend="external_launcher",
-                    logprobs_mode="processed_logprobs", enforce_eager=not on_cuda, disable_log_stats=True,
-                    # vLLM rewinds a request's seed after a part of its prompt, which CPU generators cannot do
-                    enable_chunked_prefill=on_cuda,
-                    max_num_batched_tokens=None if on_cuda else max(8192, max_model_len),
-                    enable_sleep_mode=self.sleeps,
+                    logprobs_mode="processed_logprobs", disable_log_stats=True,
+                    enable_sleep_mode=self.sleeps, **sizes, **device_options(self.memory, **sizes),
                 )
         finally:
             shutil.rmtree(config_only)
@@ -315,19 +323,19 @@ class VLLMEngine:
         self.weights.finish_write()
         assert self.llm.reset_prefix_cache(), "vLLM still has running requests"
 
-    def sleep(self) -> None:
-        """CUDA: frees the memory while the trainer works; weights are written again before the next answers."""
-        if self.sleeps:
-            self.llm.sleep(level=2)
+    def sleep(self) -> int:
+        """CUDA: frees weights and cache, which are written again before the next answers. Returns the bytes."""
+        if not self.sleeps:
+            return 0
+        from vllm.device_allocator import get_mem_allocator_instance
 
-    def wake_weights(self) -> None:
-        if self.sleeps:
-            torch.cuda.empty_cache()  # vLLM cannot use what training has left in torch's cache
-            self.llm.wake_up(tags=["weights"])
+        self.llm.sleep(level=2)
+        return get_mem_allocator_instance().get_current_usage()
 
-    def wake_cache(self) -> None:
+    def wake(self, part: str) -> None:
+        """part: "weights", or after them "kv_cache": until then what the weights' exchange needs has its room."""
         if self.sleeps:
-            self.llm.wake_up(tags=["kv_cache"])
+            self.llm.wake_up(tags=[part])  # which empties torch's cache first
 
     def shutdown(self) -> None:
         """Leaves vLLM's groups, before torch's default group ends; collective."""
@@ -357,6 +365,10 @@ class VLLMEngine:
         engine.step = step
         try:
             yield
+        except Interrupted:
+            # vLLM would go on with them in the next call, and keeps their part of the cache
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
         finally:
             del engine.step  # the instance attribute; the class has its own
 

@@ -15,6 +15,7 @@ from mrlhf.errors import ConfigError, EnvironmentProblem
 from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.parallel import device
+from mrlhf.rl.rollout.vllm_first_write import FirstWrite
 
 
 def keep_linear_weights() -> None:
@@ -54,9 +55,9 @@ class VLLMWeights:
     """
 
     def __init__(self, llm: Any, spec: ModelSpec, *, packed: bool = False) -> None:
-        """Raises EnvironmentProblem if vLLM's kernel stores experts in an order of its own."""
+        """Raises EnvironmentProblem if vLLM has chosen a kernel that stores experts in an order of its own."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
@@ -80,6 +81,9 @@ class VLLMWeights:
         if spec.tied:
             self.parameters.pop("lm_head.weight", None)
         self._experts = _expert_layers(model)
+        plain = {name: m for name, m in model.named_modules() if f"{name}.weight" in self.parameters
+                 and isinstance(m, (LinearBase, ParallelLMHead))}
+        self.first: FirstWrite | None = FirstWrite(plain, spec, self._config)
         heads = [
             m for name, m in model.named_modules()
             if isinstance(m, VocabParallelEmbedding) and (spec.tied or name.endswith("lm_head"))
@@ -91,6 +95,8 @@ class VLLMWeights:
         names = sorted((set(self.parameters) | set(self.made)) ^ set(expected))
         for name, blocks in expected.items():
             if name in self.parameters:
+                if self.first is not None and blocks[0].dim == 0:
+                    self.first.rows[name] = max(b.offset + b.length for b in blocks)
                 wrong = any(b.offset + b.length > self.parameters[name].size(b.dim) for b in blocks)
             else:  # the blocks must cover it: its memory is new each time
                 wrong = name in self.made and sum(b.length for b in blocks) != self.made[name][blocks[0].dim]
@@ -102,7 +108,8 @@ class VLLMWeights:
         from vllm.config import set_current_vllm_config
 
         layer = self._layers[name]
-        kept = dict(layer.named_parameters(recurse=False))
+        kept = {k: x for k, x in (*layer.named_parameters(recurse=False), *vars(layer).items())
+                if isinstance(x, torch.Tensor)}
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         layer._already_called_process_weights_after_loading = False
         with set_current_vllm_config(self._config):
@@ -114,13 +121,23 @@ class VLLMWeights:
                 assert same_form, f"{name}: vLLM's converted weight has another layout than before"
                 old.data.copy_(new)
                 setattr(layer, parameter, old)
+        if self.first is not None:
+            self.first.converted(name, layer, weight)
 
     def finish_write(self) -> None:
-        """After `parameters` have been written: updates the packed or reordered copies of vLLM's CPU kernels."""
+        """After `parameters` have been written: updates the packed or reordered copies of vLLM's CPU kernels.
+
+        The first time it is collective, and raises EnvironmentProblem if vLLM computes from other weights.
+        """
+        first, self.first = self.first, None
+        if first is not None:
+            first.before_packing(self._experts)
         for layer in self._experts:
             _pack_experts(layer)
         for head in self._packed_heads:  # the plain weight stays, but the product reads a packed copy
             head.quant_method.process_weights_after_loading(head)
+        if first is not None:
+            first.verify()
 
 
 def _expert_layers(model: torch.nn.Module) -> list[Any]:
@@ -129,8 +146,7 @@ def _expert_layers(model: torch.nn.Module) -> list[Any]:
         backend = layer.quant_method.unquantized_backend.name
         if device.current().is_cuda and "TRITON" not in backend:
             what = f"vLLM chose {backend} for the experts, whose weights cannot be written in place"
-            fix = "unset the VLLM_* variables that choose another, e.g. VLLM_USE_FLASHINFER_MOE_FP16=0"
-            raise EnvironmentProblem(what, expected="its Triton kernel", fix=fix)
+            raise EnvironmentProblem(what, expected="its Triton kernel")
     return layers
 
 

@@ -11,7 +11,60 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+def lose_in_sleep(model: Any) -> int:
+    """Overwrites what sleep level 2 drops: the weights, and tensors that a module holds besides its buffers.
+
+    The cache has a tag of its own, and the scales named _cpu stay on the host on a GPU too.
+    """
+    import torch
+
+    kept = {b.untyped_storage().data_ptr() for b in model.buffers()}
+    attributes = [
+        x
+        for module in model.modules()
+        for name, x in vars(module).items()
+        if isinstance(x, torch.Tensor) and name != "kv_cache" and not name.endswith("_cpu")
+    ]
+    lost = [x for x in (*model.parameters(), *attributes) if x.untyped_storage().data_ptr() not in kept]
+    for x in lost:
+        x.data.fill_(float("nan") if x.is_floating_point() else 0)
+    return len(lost)
+
+
+def spoilt(weights: Any, first: Any, write: Callable[[], None]) -> list[str]:
+    """What finish_write says where a linear layer, and the experts, compute from weights in another order."""
+    import torch
+
+    from mrlhf.errors import EnvironmentProblem
+    from mrlhf.rl.rollout import vllm_weights
+    from mrlhf.rl.rollout.vllm_first_write import FirstWrite
+
+    said, pack = [], vllm_weights._pack_experts
+    layer = next(iter(first.layers.values()))
+
+    def reordered(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight.flip(0), bias)
+
+    for of_experts in (False, True):
+        own = layer.cpu_linear
+        if of_experts:
+            vllm_weights._pack_experts = lambda layer: None
+        else:
+            layer.cpu_linear = reordered
+        write()
+        weights.first = FirstWrite(first.layers, first.spec, first.config)
+        weights.first.rows = first.rows
+        try:
+            weights.finish_write()
+        except EnvironmentProblem as error:
+            said.append(str(error))
+        layer.cpu_linear, vllm_weights._pack_experts = own, pack
+    return said
 
 
 def main() -> None:
@@ -71,12 +124,10 @@ def main() -> None:
             seed=1,
         )
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=10, detokenize=False, ignore_eos=True)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-        reader, expected, found = (
-            HFReader(directory, source.spec, head="lm"),
-            vllm_map(source.spec, tp=1, rank=0),
-            VLLMWeights(llm, source.spec).parameters,
-        )
+        reader, expected = HFReader(directory, source.spec, head="lm"), vllm_map(source.spec, tp=1, rank=0)
+        weights = VLLMWeights(llm, source.spec)
+        assert weights.misfits(expected) == []
+        found = weights.parameters
         wrong = sorted(set(found) ^ set(expected))
         # experts are packed on CPU: what is written into them is compared by the answers of tests/rl/test_ppo.py
         wrong += [
@@ -88,7 +139,20 @@ def main() -> None:
                 torch.equal(found[name].narrow(b.dim, b.offset, b.length), reader.read(b)) for b in expected[name]
             )
         ]
+
+        def write() -> None:
+            for name, blocks in expected.items():  # noqa: B023
+                for b in blocks:
+                    found[name].narrow(b.dim, b.offset, b.length).copy_(reader.read(b))  # noqa: B023
+
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        assert lose_in_sleep(runner.get_model()) >= len(found) / 2  # experts are views of one tensor
+        write()
+        first = weights.first
+        weights.finish_write()  # raises where vLLM computes from something else
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         results[directory.name] = {
+            "spoilt": spoilt(weights, first, write),
             "vllm": [list(o.outputs[0].token_ids) for o in outputs],
             "hf": wanted[directory],
             "wrong": wrong,

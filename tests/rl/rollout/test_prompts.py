@@ -46,8 +46,8 @@ def make(equal: set[int], **changes: object) -> Any:
     ppo.config, ppo.inputs = config(**changes), SimpleNamespace(train=data())
     ppo.prompts = Prompts(ppo.config, ppo.inputs.train)
     ppo.total_steps, ppo.phase = ppo.prompts.total_steps, lambda name, step: nullcontext()
-    ppo.sampler = SimpleNamespace(sleeps=False, sleep=lambda: None, generation_metrics=dict)
-    ppo.rewards, ppo.offload = SimpleNamespace(models={}), SimpleNamespace(using=nullcontext)
+    ppo.sampler = SimpleNamespace(generation_metrics=dict)
+    ppo.rewards, ppo.offload = SimpleNamespace(models={}), SimpleNamespace(using=nullcontext, generating=nullcontext)
     ppo.calls = []
 
     def generate(data: Any, rows: list[int], *, step: int, n: int, sampling: Any, first: int = 0) -> Rollout:
