@@ -1,9 +1,9 @@
 """Samples -> micro-batches, packed or padded. order.py decides which rows a step reads.
 
 Legend: B rows, T tokens of a row, N samples of the micro-batch, P pairs.
-Packed: one row [1, T] of all samples, and cu_seqlens. Unpacked: one row per sample. In both, `segments_BT` (a sample's
-number at each of its tokens, N at padding) and `last_N` (flat index of its last token) locate a sample, so one loss
-serves both.
+Packed: one row [1, T] of all samples. Unpacked: one row per sample. In both, `segments_BT` (a sample's number at each
+of its tokens, N at padding) and `last_N` (flat index of its last token) locate a sample, so one loss serves both, and
+`bounds` says which of the tokens [B T] see each other, so one attention serves both.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ class MicroBatch:
     targets_BT: torch.Tensor
     mask_BT: torch.Tensor  # float
     segments_BT: torch.Tensor
+    positions_BT: torch.Tensor  # place of each token in its sample; 0 at padding
     last_N: torch.Tensor
     weights_N: torch.Tensor
     index_N: torch.Tensor
     lengths: tuple[int, ...]
-    cu_seqlens: torch.Tensor | None
-    max_seqlen: int
-    attention_mask: torch.Tensor | None
+    # Attention is causal within the tokens bounds[i] .. bounds[i + 1] of the flattened rows: a sample, alone or with
+    # padding behind it, or padding.
+    bounds: tuple[int, ...]
+    cu_seqlens: torch.Tensor  # bounds as int32, for kernels
     place_BT: torch.Tensor | None = None  # rollouts: index, in its answer, of the token that a position predicts
     # A context-parallel rank's part: the [B, T] fields hold tokens first .. first + T of every row, and last_N is -1 if
-    # the sample ends on another rank. cu_seqlens and attention_mask describe whole rows. over_ranks sums over the
-    # ranks, with gradient.
+    # the sample ends on another rank. bounds are those of whole rows. over_ranks sums over the ranks, with gradient.
     first: int = 0
     over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
     ptx: bool = False  # holds pretraining data, mixed into an update of PPO's actor
@@ -54,6 +55,10 @@ class MicroBatch:
     @property
     def num_samples(self) -> int:
         return len(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(end - start for start, end in zip(self.bounds[:-1], self.bounds[1:], strict=True))
 
     def to(self, device: str) -> MicroBatch:
         if device == "cpu":
@@ -83,7 +88,7 @@ class MicroBatch:
 def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padding_side: str = "right") -> MicroBatch:
     """Makes one micro-batch. pad_multiple: T is a multiple of it (context and sequence parallelism split rows).
 
-    Attention treats the padding of a pack as a separate sample. Left-padded rows get an attention mask.
+    Attention treats padding behind a pack or before a sample as a separate sample.
     """
     lengths = [len(s.tokens) for s in samples]
     n = len(samples)
@@ -98,31 +103,24 @@ def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padd
             starts = starts + width - np.array(lengths)
     tokens, targets = np.zeros(rows * width, np.int64), np.zeros(rows * width, np.int64)
     mask, segments = np.zeros(rows * width, np.float32), np.full(rows * width, n, np.int64)
+    positions = np.zeros(rows * width, np.int64)
     for i, (sample, start, length) in enumerate(zip(samples, starts, lengths, strict=True)):
         end = start + length
         tokens[start:end] = sample.tokens
         targets[start : end - 1] = sample.tokens[1:]
         if sample.weight:
             mask[start : end - 1] = sample.mask[1:]
-        segments[start:end] = i
-    cu, max_seqlen, attention_mask = None, width, None
-    if packing:
-        bounds = [*starts.tolist(), sum(lengths)]
-        cu = torch.tensor(bounds if bounds[-1] == width else [*bounds, width], dtype=torch.int32)
-        max_seqlen = int((cu[1:] - cu[:-1]).max())
-    elif padding_side == "left":
-        real = torch.from_numpy(segments.reshape(rows, width) < n)
-        # a padding query attends to itself, since a softmax over no key is NaN
-        causal, itself = torch.ones(width, width, dtype=torch.bool).tril(), torch.eye(width, dtype=torch.bool)
-        attention_mask = ~((real[:, None, :] & causal) | itself)[:, None]
+        segments[start:end], positions[start:end] = i, np.arange(length)
+    bounds = {*range(0, rows * width + 1, width), *map(int, starts), *([total] if packing else [])}
     shape = (rows, width)
     return MicroBatch(
         tokens_BT=torch.from_numpy(tokens.reshape(shape)), targets_BT=torch.from_numpy(targets.reshape(shape)),
         mask_BT=torch.from_numpy(mask.reshape(shape)), segments_BT=torch.from_numpy(segments.reshape(shape)),
+        positions_BT=torch.from_numpy(positions.reshape(shape)),
         last_N=torch.from_numpy(np.asarray(starts) + np.array(lengths) - 1),
         weights_N=torch.tensor([s.weight for s in samples], dtype=torch.float32),
-        index_N=torch.tensor([s.index for s in samples]), lengths=tuple(lengths), cu_seqlens=cu, max_seqlen=max_seqlen,
-        attention_mask=attention_mask
+        index_N=torch.tensor([s.index for s in samples]), lengths=tuple(lengths), bounds=tuple(sorted(bounds)),
+        cu_seqlens=torch.tensor(sorted(bounds), dtype=torch.int32)
     )
 
 

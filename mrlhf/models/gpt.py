@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -39,11 +38,11 @@ from mrlhf.models.families.rope_frequencies import inverse_frequencies
 from mrlhf.models.families.slices import TensorSlice
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.layer_spec import layer_spec
-from mrlhf.models.layers.attention import RotaryTable
+from mrlhf.models.layers.attention import RotaryTable, Segments
 from mrlhf.models.layers.logprobs import Head
 from mrlhf.models.layers.norms import Norm
 from mrlhf.parallel import device, megatron, state
-from mrlhf.parallel.context import ContextParams, sum_over_ranks
+from mrlhf.parallel.context import sum_over_ranks
 
 _OPTIMIZER_FORMAT = "fully_reshardable"
 CHECKPOINT_CONTENT = {"distrib_optim_sharding_type": _OPTIMIZER_FORMAT}  # Megatron stores it in a checkpoint
@@ -307,18 +306,6 @@ def fill(model: GPTModel, spec: ModelSpec, source: WeightSource, *, head: str, o
                 parameter.narrow(b.dim, b.offset, b.length).copy_(source.read(b))
 
 
-def _positions(batch: MicroBatch) -> torch.Tensor:
-    """Place of each token in its sample, [B, T]; learned positions need it, rotary ones only differences."""
-    b, t = batch.tokens_BT.shape
-    at_T = torch.arange(batch.first, batch.first + t, device=batch.tokens_BT.device)
-    if batch.cu_seqlens is not None:
-        segment_T = torch.searchsorted(batch.cu_seqlens, at_T, right=True) - 1
-        return (at_T - batch.cu_seqlens[segment_T])[None]
-    if batch.attention_mask is not None:  # left padding: the number of visible tokens without itself
-        return ((~batch.attention_mask[:, 0]).sum(-1) - 1)[:, batch.first : batch.first + t]
-    return at_T.expand(b, t)
-
-
 def local_part(batch: MicroBatch, cp: dist.ProcessGroup) -> MicroBatch:
     """This context-parallel rank's tokens of a micro-batch; the batch itself without context parallelism."""
     size, rank = cp.size(), cp.rank()
@@ -344,15 +331,11 @@ def forward(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], to
     samples_BT: each token's sample, for the routers' auxiliary losses (layers/router_losses.py); None: without these
     losses.
     """
-    tokens_BT, positions_BT, packed, cu = batch.tokens_BT, _positions(batch), None, batch.cu_seqlens
-    longest = batch.max_seqlen
-    lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+    tokens_BT, positions_BT = batch.tokens_BT, batch.positions_BT
     mine = slice(batch.first, batch.first + tokens_BT.size(1))  # this rank's tokens of the rows
-    if batch.over_ranks is not None:
-        in_row_T = torch.arange(mine.start, mine.stop, device=tokens_BT.device)
-        packed = ContextParams(**lengths, positions_s=in_row_T if cu is None else positions_BT[0])
-    elif cu is not None:
-        packed = PackedSeqParams(qkv_format="thd", **lengths)
+    in_row_s = torch.arange(mine.start, mine.stop, device=tokens_BT.device)
+    segments = Segments(cu_seqlens_q=batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, bounds=batch.bounds,
+                        positions_s=positions_BT[0] if tokens_BT.size(0) == 1 else in_row_s)
     embedded = None
     inner = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
     if inner.pre_process:
@@ -363,8 +346,8 @@ def forward(model: torch.nn.Module, batch: MicroBatch, *, noise: Callable[[], to
             if inner.config.sequence_parallel:
                 added = added.chunk(inner.tp_group.size())[inner.tp_group.rank()]
             embedded = embedded + added.to(embedded.dtype)
-    options = {"decoder_input": embedded, "packed_seq_params": packed, "padding_mask": samples_BT}
-    return model(tokens_BT, positions_BT, batch.attention_mask, **options)
+    options = {"decoder_input": embedded, "packed_seq_params": segments, "padding_mask": samples_BT}
+    return model(tokens_BT, positions_BT, None, **options)
 
 
 def sharding_metadata(model: Any) -> dict[str, Any]:

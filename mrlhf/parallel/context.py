@@ -11,23 +11,11 @@ masks need no balancing of tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as collective
-from megatron.core.packed_seq_params import PackedSeqParams
-
-
-@dataclass
-class ContextParams(PackedSeqParams):
-    """The lengths of whole rows, packed or not. Its qkv_format is not "thd", so tensors keep their row dimension.
-
-    positions_s: place of this rank's tokens in their samples (padded: in their rows), for rotary positions.
-    """
-
-    positions_s: torch.Tensor | None = None
 
 
 def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -77,9 +77,10 @@ def test_packed() -> None:
         weights_N=[1, 1],
         index_N=[4, 2],
         lengths=(3, 2),
+        positions_BT=[[0, 1, 2, 0, 1]],
+        bounds=(0, 3, 5),
         cu_seqlens=[0, 3, 5],
         max_seqlen=3,
-        attention_mask=None,
     )
 
 
@@ -90,6 +91,8 @@ def test_padding_of_a_pack_is_a_sample_of_its_own_to_the_attention() -> None:
         mask_BT=[[1, 1, 0, 1, 0, 0, 0, 0]],
         segments_BT=[[0, 0, 0, 1, 1, 2, 2, 2]],
         last_N=[2, 4],
+        positions_BT=[[0, 1, 2, 0, 1, 0, 0, 0]],
+        bounds=(0, 3, 5, 8),
         cu_seqlens=[0, 3, 5, 8],
         max_seqlen=3,
     )
@@ -103,14 +106,14 @@ def test_padded_right() -> None:
         mask_BT=[[1, 1, 0, 0], [1, 0, 0, 0]],
         segments_BT=[[0, 0, 0, 2], [1, 1, 2, 2]],
         last_N=[2, 5],
-        cu_seqlens=None,
+        positions_BT=[[0, 1, 2, 0], [0, 1, 0, 0]],
+        bounds=(0, 4, 8),  # causal attention never looks right
+        cu_seqlens=[0, 4, 8],
         max_seqlen=4,
-        attention_mask=None,  # causal attention never looks right
     )
 
 
 def test_padded_left() -> None:
-    x, o = True, False
     equal(
         collate([A, B], packing=False, padding_side="left"),
         tokens_BT=[[5, 6, 7], [0, 8, 9]],
@@ -118,7 +121,10 @@ def test_padded_left() -> None:
         mask_BT=[[1, 1, 0], [0, 1, 0]],
         segments_BT=[[0, 0, 0], [2, 1, 1]],
         last_N=[2, 5],
-        attention_mask=[[[[o, x, x], [o, o, x], [o, o, o]]], [[[o, x, x], [x, o, x], [x, o, o]]]],  # True: may not look
+        positions_BT=[[0, 1, 2], [0, 0, 1]],
+        bounds=(0, 3, 4, 6),
+        cu_seqlens=[0, 3, 4, 6],
+        max_seqlen=3,
     )
 
 

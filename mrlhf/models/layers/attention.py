@@ -1,114 +1,218 @@
-"""Attention: the core, causal, dense or packed (THD), for Megatron's layer specs; rotary positions of each layer.
+"""Attention: the core, causal within segments, for Megatron's layer specs; rotary positions of each layer.
 
-Shapes: s tokens, b rows, t packed tokens, n query heads and g key/value heads on this rank, d head size.
-  dense   query [s, b, n, d], key/value [s, b, g, d] -> [s, b, n*d]
-  packed  query [t, n, d],    key/value [t, g, d]    -> [t, n, d]; sample i is cu_seqlens[i]:cu_seqlens[i+1]
-The head size of values may differ from that of queries and keys (latent attention); the output has the values' head
-size. With a `window` a token sees itself and window - 1 tokens before it. A `softcap` turns every score into cap *
-tanh(score / cap); no kernel of torch has it, so the scores are then built whole, s x s for each head. Packed attention
-on CUDA in half precision uses torch's varlen kernel. On CPU, in fp32 and with a softcap, samples of similar length
-share a call. (One block mask over the whole pack costs 1.5 to 4 times as much as one call a sample.)
+Shapes: s tokens of a row, b rows, t = b s tokens of the flattened rows [b, s], n query heads and g key/value heads on
+this rank, d head size; in one call of a kernel N segments of L tokens.
+  query [s, b, n, d], key/value [s, b, g, d] -> [s, b, n * d]
+
+Every layout of a batch is segments of the flattened rows, one after the other: the samples of a pack; rows padded on
+the right (causality hides the padding); padding and sample of a row padded on the left. No mask describes them, and no
+tensor of L x L exists. With a `window` a token sees itself and window - 1 tokens before it. A `softcap` turns every
+score into cap * tanh(score / cap). The head size of values may be smaller than that of queries and keys.
+  CUDA in half precision   torch's varlen kernel, windows included
+  otherwise                segments of similar length share a call of torch's attention, for windows a call for each
+                           block of queries. (One block mask over a whole pack costs 1.5 to 4 times as much.)
+  with a softcap           which no kernel of torch has: block by block of queries, computed again in backward
 
 Megatron computes one table of angles a forward pass and hands it to all layers. Here the table holds the angles of
-every kind of rotary positions in the model, [s, kinds, 1, d], and each layer's attention takes its own kind, or none.
-Kinds and their frequencies: models/families/rope_frequencies.py.
+every kind of rotary positions in the model, [s, kinds, 1, d], at the positions of this rank's tokens, and each layer's
+attention takes its own kind, or none. So layers need no lengths for it, and the host waits for no device. Kinds and
+their frequencies: models/families/rope_frequencies.py.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 
-from mrlhf.parallel.context import ContextParams, heads_to_tokens, tokens_to_heads
+from mrlhf.parallel.context import heads_to_tokens, tokens_to_heads
+
+_WINDOW_BLOCK = 512  # queries of a call with a window
+_SCORE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # fp32 scores of a block with a softcap
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[s, s], True where row (query) may see column (key)."""
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
+@dataclass
+class Segments(PackedSeqParams):
+    """Segment i is the tokens bounds[i] .. bounds[i + 1] of the flattened whole rows (under context parallelism too).
+
+    Megatron hands it to every layer. Its qkv_format is not "thd", with which Megatron would drop a dimension and copy
+    lengths to the host for rotary positions. bounds are on the host, cu_seqlens_q has the same numbers on the device.
+    positions_s: places of this rank's tokens in their samples; in their rows if there are several rows, which share
+    them (rotary positions matter by their differences alone).
+    """
+
+    bounds: tuple[int, ...] = ()
+    positions_s: torch.Tensor | None = None
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict)  # what `mask` has made, for all layers
+
+    @functools.cached_property
+    def groups(self) -> tuple[list[tuple[torch.Tensor, int, int]], torch.Tensor]:
+        return _by_length(self.bounds, self.cu_seqlens_q.device)
+
+    def mask(self, queries: slice, keys: slice, window: int, dtype: torch.dtype) -> torch.Tensor:
+        """[queries, keys] for torch's attention: 0 where a query may see a key, else -inf. Most blocks share one."""
+        key = queries.start - keys.start, queries.stop - keys.start, window, dtype
+        if key not in self.masks:
+            hidden = ~_visible(queries, keys, window, self.cu_seqlens_q.device)
+            self.masks[key] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
+        return self.masks[key]
 
 
-def _attend(q_bnsd: torch.Tensor, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor, *, scale: float | None,
-            mask: torch.Tensor | None = None, window: int | None = None, softcap: float | None = None) -> torch.Tensor:
-    """mask: [b, 1, s, s], True where a query may see a key, already causal; None: plain causal."""
-    s = q_bnsd.size(2)
-    if window is not None and window < s:
-        band = _visible(s, window, q_bnsd.device)
-        mask = band if mask is None else mask & band
-    if softcap is None:
-        grouped = q_bnsd.size(1) != k_bgsd.size(1)
-        options = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": grouped}
-        return F.scaled_dot_product_attention(q_bnsd, k_bgsd, v_bgsd, **options)
-    repeat = q_bnsd.size(1) // k_bgsd.size(1)
-    k_bnsd, v_bnsd = (x.repeat_interleave(repeat, dim=1) for x in (k_bgsd, v_bgsd))
-    scores = q_bnsd @ k_bnsd.transpose(2, 3) * (q_bnsd.size(3) ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
-    # the lowest finite number, as in transformers: a padding row that sees nothing must not become nan
-    hidden = ~(_visible(s, None, q_bnsd.device) if mask is None else mask)
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q_bnsd.dtype) @ v_bnsd
-
-
-def packed_attention(
-    q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
-    scale: float | None, *, window: int | None = None, softcap: float | None = None
-) -> torch.Tensor:
-    """Causal attention within each sample. The samples must cover all t tokens."""
-    if q_tnd.is_cuda and q_tnd.dtype != torch.float32 and softcap is None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        width = v_tgd.size(-1)
-        return varlen_attn(
-            q_tnd,
-            k_tgd,
-            F.pad(v_tgd, (0, q_tnd.size(-1) - width)),  # the kernel wants one width
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=q_tnd.size(1) != k_tgd.size(1),
-        )[..., :width]
-    cu = tuple(cu_seqlens.tolist())
-    assert cu[-1] == q_tnd.size(0), (cu[-1], q_tnd.shape)
-    groups, place_T = _by_length(cu, q_tnd.device)
-    pieces = []
+def segment_attention(q_sbnd: torch.Tensor, k_sbgd: torch.Tensor, v_sbgd: torch.Tensor, segments: Segments, *,
+                      scale: float | None, window: int | None = None, softcap: float | None = None) -> torch.Tensor:
+    """Causal attention within each segment: [s, b, n, d]. The segments must cover all tokens."""
+    (s, b, n), width, bounds = q_sbnd.shape[:3], v_sbgd.size(-1), segments.bounds
+    assert bounds[-1] == s * b, (bounds[-1], q_sbnd.shape)
+    rows = [x.transpose(0, 1) for x in (q_sbnd, k_sbgd, v_sbgd)]
+    if q_sbnd.is_cuda and q_sbnd.dtype != torch.float32 and softcap is None:
+        q, k, v = (x.flatten(0, 1) for x in rows)
+        out = _varlen(q, k, v, segments, scale=scale, window=window)
+        return out.view(b, s, n, width).transpose(0, 1)
+    limits: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    lengths = {end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)}
+    if len(lengths) == 1:
+        q, k, v = (x.reshape(-1, *lengths, *x.shape[2:]).transpose(1, 2) for x in rows)
+        return _attend(q, k, v, segments, **limits).transpose(1, 2).reshape(b, s, n, width).transpose(0, 1)
+    flat, pieces = [x.flatten(0, 1) for x in rows], []
+    groups, place_T = segments.groups
     for index_NL, count, length in groups:
-        rows = (x.index_select(0, index_NL).view(count, length, *x.shape[1:]) for x in (q_tnd, k_tgd, v_tgd))
-        q, k, v = (x.transpose(1, 2) for x in rows)
-        out = _attend(q, k, v, scale=scale, window=window, softcap=softcap)
-        pieces.append(out.transpose(1, 2).reshape(count * length, q_tnd.size(1), v_tgd.size(2)))
-    return torch.cat(pieces).index_select(0, place_T)
+        q, k, v = (x.index_select(0, index_NL).view(count, length, *x.shape[1:]).transpose(1, 2) for x in flat)
+        out = _attend(q, k, v, segments, **limits)
+        pieces.append(out.transpose(1, 2).reshape(count * length, n, width))
+    return torch.cat(pieces).index_select(0, place_T).view(b, s, n, width).transpose(0, 1)
 
 
-@functools.lru_cache(maxsize=16)
-def _by_length(cu: tuple[int, ...], device: torch.device) -> tuple[list[tuple[torch.Tensor, int, int]], torch.Tensor]:
-    """Samples whose lengths round up to one power of two share a call, padded on the right: log2(longest) calls instead
-    of one a sample.
+def _varlen(q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, segments: Segments, *, scale: float | None,
+            window: int | None) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
 
-    Returns [(token of each padded place, samples, padded length)] and the place of each token among all padded places.
-    Padding repeats a sample's last token: causal attention hides it, and no output is read from its places.
+    width, of_values = -(-q_tnd.size(-1) // 8) * 8, v_tgd.size(-1)  # the kernel wants one width, a multiple of 8
+    scale = q_tnd.size(-1) ** -0.5 if scale is None else scale
+    q, k, v = (F.pad(x, (0, width - x.size(-1))) if x.size(-1) != width else x for x in (q_tnd, k_tgd, v_tgd))
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if q.size(1) != k.size(1):
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    cu_seqlens, longest = segments.cu_seqlens_q, segments.max_seqlen_q
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)[..., :of_values]
+
+
+def _attend(q_NnLd: torch.Tensor, k_NgLd: torch.Tensor, v_NgLd: torch.Tensor, segments: Segments, *,
+            scale: float | None, window: int | None, softcap: float | None) -> torch.Tensor:
+    length, width = q_NnLd.size(2), v_NgLd.size(-1)
+    scale = q_NnLd.size(-1) ** -0.5 if scale is None else scale
+    window = None if window is None or window >= length else window
+    if softcap is not None:
+        return _SoftcapAttention.apply(q_NnLd, k_NgLd, v_NgLd, scale, window, softcap)
+    options: dict[str, Any] = {"scale": scale}
+    k, v = k_NgLd, F.pad(v_NgLd, (0, q_NnLd.size(-1) - width))  # with other widths torch keeps all scores
+    if q_NnLd.size(1) != k.size(1):
+        if k.is_cuda:  # fp32: the kernel without scores knows no groups
+            k, v = (x.repeat_interleave(q_NnLd.size(1) // x.size(1), dim=1) for x in (k, v))
+        else:
+            options["enable_gqa"] = True
+    if window is None:
+        return F.scaled_dot_product_attention(q_NnLd, k, v, is_causal=True, **options)[..., :width]
+    pieces = []
+    for queries, keys in _blocks(length, _WINDOW_BLOCK, window):
+        part = (q_NnLd[:, :, queries], k[:, :, keys], v[:, :, keys])
+        options["attn_mask"] = segments.mask(queries, keys, window, k.dtype)
+        pieces.append(F.scaled_dot_product_attention(*part, **options))
+    return torch.cat(pieces, dim=2)[..., :width]
+
+
+def _blocks(length: int, size: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries, keys, among them all that one of the queries may see), `size` queries at a time."""
+    for start in range(0, length, size):
+        end, first = min(start + size, length), 0 if window is None else max(0, start - window + 1)
+        yield slice(start, end), slice(first - first % 8, end)  # CUDA copies a mask whose rows are not aligned
+
+
+def _visible(queries: slice, keys: slice, window: int | None, device: torch.device) -> torch.Tensor:
+    """[queries, keys], True where a query may see a key."""
+    ahead = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    ahead = ahead - torch.arange(keys.start, keys.stop, device=device)
+    return ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
+
+
+class _SoftcapAttention(torch.autograd.Function):
+    """Keeps queries, keys and values alone: backward computes the scores again, block by block."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window, softcap):
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.softcap, ctx.blocks = scale, softcap, list(_blocks(q.size(2), _score_block(q), window))
+        ctx.window = window
+        pieces = []
+        for queries, keys in ctx.blocks:
+            mask = _visible(queries, keys, window, q.device)
+            pieces.append(_capped(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, scale, softcap))
+        return torch.cat(pieces, dim=2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))  # sums over the blocks
+        for queries, keys in ctx.blocks:
+            mask = _visible(queries, keys, ctx.window, q.device)
+            with torch.enable_grad():
+                part = [x[:, :, at].detach().requires_grad_() for x, at in ((q, queries), (k, keys), (v, keys))]
+                out = _capped(*part, mask, ctx.scale, ctx.softcap)
+            of_q, of_k, of_v = torch.autograd.grad(out, part, grad[:, :, queries])
+            grad_q[:, :, queries] = of_q
+            grad_k[:, :, keys] += of_k
+            grad_v[:, :, keys] += of_v
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+
+
+def _score_block(q_NnLd: torch.Tensor) -> int:
+    return max(16, _SCORE_BYTES[q_NnLd.device.type] // (4 * q_NnLd.numel() // q_NnLd.size(-1)))
+
+
+def _capped(q_NnQd: torch.Tensor, k_NgKd: torch.Tensor, v_NgKd: torch.Tensor, mask_QK: torch.Tensor, scale: float,
+            softcap: float) -> torch.Tensor:
+    """As transformers: softmax in fp32, weights in the dtype of the values. A group's query heads share a product."""
+    groups, shape = k_NgKd.size(1), (*q_NnQd.shape[:3], k_NgKd.size(2))
+    scores = q_NnQd.unflatten(1, (groups, -1)).flatten(2, 3) @ k_NgKd.transpose(2, 3)
+    scores = (torch.tanh(scores * (scale / softcap)) * softcap).view(shape).masked_fill(~mask_QK, -torch.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v_NgKd.dtype)
+    return (weights.unflatten(1, (groups, -1)).flatten(2, 3) @ v_NgKd).view(*shape[:3], -1)
+
+
+def _by_length(
+    bounds: tuple[int, ...], device: torch.device
+) -> tuple[list[tuple[torch.Tensor, int, int]], torch.Tensor]:
+    """Segments whose lengths round up to one power of two share a call, padded on the right: log2(longest) calls
+    instead of one a segment.
+
+    Returns [(token of each padded place, segments, padded length)] and the place of each token among all padded places.
+    Padding repeats a segment's last token: causal attention hides it, and no output is read from its places.
     """
     by_length: dict[int, list[tuple[int, int]]] = {}
-    for start, end in zip(cu[:-1], cu[1:], strict=True):
-        if end > start:
-            by_length.setdefault((end - start - 1).bit_length(), []).append((start, end))
-    groups, place_T, used = [], torch.empty(cu[-1], dtype=torch.long), 0
-    for samples in by_length.values():
-        starts, ends = (torch.tensor(x) for x in zip(*samples, strict=True))
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        by_length.setdefault((end - start - 1).bit_length(), []).append((start, end))
+    groups, place_T, used = [], torch.empty(bounds[-1], dtype=torch.long), 0
+    for segments in by_length.values():
+        starts, ends = (torch.tensor(x) for x in zip(*segments, strict=True))
         length = int((ends - starts).max())
         index_NL = torch.minimum(starts[:, None] + torch.arange(length), ends[:, None] - 1)
-        for row, (start, end) in enumerate(samples):
+        for row, (start, end) in enumerate(segments):
             place_T[start:end] = torch.arange(used + row * length, used + row * length + end - start)
-        groups.append((index_NL.reshape(-1).to(device), len(samples), length))
-        used += len(samples) * length
-    return groups, place_T.to(device)
+        groups.append((index_NL.reshape(-1).to(device, non_blocking=True), len(segments), length))
+        used += len(segments) * length
+    return groups, place_T.to(device, non_blocking=True)
 
 
 class CoreAttention(MegatronModule):
@@ -124,27 +228,15 @@ class CoreAttention(MegatronModule):
         self.tp_group = pg_collection.tp  # sharded_state_dict would take it from Megatron's globals
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, packed_seq_params=None, **_):
-        """attention_mask: [b, 1, s, s], True where a query may not see a key (Megatron's sense); None: plain causal."""
+        """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n * d]. packed_seq_params: `Segments`."""
+        assert isinstance(packed_seq_params, Segments) and attention_mask is None, "segments say what a token sees"
+        limits = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
         if self.context_group is not None:
-            assert packed_seq_params is not None, "context parallelism needs the whole rows' ContextParams"
             query, key, value = (tokens_to_heads(x, self.context_group) for x in (query, key, value))
-            if packed_seq_params.cu_seqlens_q is None:
-                out_sbx = self._whole_rows(query, key, value, attention_mask, None)
-            else:
-                out_sbx = self._whole_rows(query.squeeze(1), key.squeeze(1), value.squeeze(1), None, packed_seq_params)
-            out_sbnd = heads_to_tokens(out_sbx.view(*query.shape[:-1], value.size(-1)), self.context_group)
-            return out_sbnd.reshape(out_sbnd.size(0), out_sbnd.size(1), -1)
-        return self._whole_rows(query, key, value, attention_mask, packed_seq_params)
-
-    def _whole_rows(self, query, key, value, attention_mask, packed_seq_params):
-        limits = {"window": self.window, "softcap": self.softcap}
-        if packed_seq_params is not None:
-            cu_seqlens, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-            return packed_attention(query, key, value, cu_seqlens, longest, self.scale, **limits)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask = None if attention_mask is None else ~attention_mask
-        out_sbnd = _attend(q, k, v, scale=self.scale, mask=mask, **limits).permute(2, 0, 1, 3)
-        return out_sbnd.reshape(out_sbnd.size(0), out_sbnd.size(1), -1)
+        out_sbnd = segment_attention(query, key, value, packed_seq_params, **limits)
+        if self.context_group is not None:
+            out_sbnd = heads_to_tokens(out_sbnd, self.context_group)
+        return out_sbnd.flatten(2)
 
 
 class RotaryTable(RotaryEmbedding):
@@ -157,10 +249,14 @@ class RotaryTable(RotaryEmbedding):
         torch.nn.Module.__init__(self)
         self.inv_freq, self.interleaved = inv_freq_KF, interleaved
 
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
+    def get_rotary_seq_len(self, inference_context, transformer, transformer_input, transformer_config,
+                           packed_seq_params=None, **_):
+        """The positions: Megatron passes on to `forward` what this returns."""
+        return packed_seq_params.positions_s
+
+    def forward(self, positions_s: torch.Tensor, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
         """Angles [s, kinds, 1, rotated dimensions]."""
-        position_S = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=torch.float32) + offset
-        angles_SKF = position_S[:, None, None] * self.inv_freq
+        angles_SKF = positions_s.float()[:, None, None] * self.inv_freq
         angles_SK1F = angles_SKF[:, :, None]
         return angles_SK1F.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles_SK1F,) * 2, dim=-1)
 
@@ -175,9 +271,6 @@ class LayerRope:
     def forward(self, hidden_states, attention_mask, rotary_pos_emb=None, **kwargs):
         if rotary_pos_emb is not None:
             rotary_pos_emb = None if self.rope is None else rotary_pos_emb[:, self.rope : self.rope + 1]
-            packed = kwargs.get("packed_seq_params")
-            if rotary_pos_emb is not None and isinstance(packed, ContextParams):
-                rotary_pos_emb = rotary_pos_emb.index_select(0, packed.positions_s)
         return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)
 
 

@@ -1,13 +1,16 @@
-"""Packed attention is the attention of each sample alone, in value and gradient, whatever stands around it."""
+"""Attention over segments is the attention of each segment alone, in value and gradient, whatever stands around it,
+and keeps nothing of the size of a segment squared.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mrlhf.models.layers.attention import packed_attention
+from mrlhf.models.layers import attention
+from mrlhf.models.layers.attention import Segments, segment_attention
 
 
 def alone(
@@ -32,25 +35,44 @@ def alone(
     return torch.cat(pieces)
 
 
-@settings(max_examples=40, deadline=None)
+def segments_of(bounds: list[int]) -> Segments:
+    lengths = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    return Segments(bounds=tuple(bounds), cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths))
+
+
+def sizes(lengths: list[int]) -> list[int]:
+    return [0, *torch.tensor(lengths).cumsum(0).tolist()]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many blocks for a short segment as for a long one."""
+    monkeypatch.setattr(attention, "_WINDOW_BLOCK", 7)
+    monkeypatch.setattr(attention, "_score_block", lambda q: 7)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=12),
     st.sampled_from([(4, 4), (4, 2), (2, 1)]),
     st.sampled_from([None, 1, 5, 40]),
     st.sampled_from([None, 1.5]),
+    st.sampled_from([8, 5]),
 )
-def test_packed_equals_each_sample_alone(
-    lengths: list[int], heads: tuple[int, int], window: int | None, softcap: float | None
+def test_each_segment_is_as_if_alone(
+    lengths: list[int], heads: tuple[int, int], window: int | None, softcap: float | None, width: int
 ) -> None:
     total = sum(lengths)
     generator = torch.Generator().manual_seed(total)
     q, k, v = (
-        torch.randn(total, n, 8, generator=generator, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+        torch.randn(total, 1, n, d, generator=generator, requires_grad=True)
+        for n, d in ((heads[0], 8), (heads[1], 8), (heads[1], width))
     )
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    weights = torch.randn(total, heads[0], 8, generator=generator)
-    ours = packed_attention(q, k, v, cu, max(lengths), None, window=window, softcap=softcap)
-    theirs = alone(q, k, v, lengths, window=window, softcap=softcap)
+    weights = torch.randn(total, 1, heads[0], width, generator=generator)
+    ours = segment_attention(q, k, v, segments_of(sizes(lengths)), scale=None, window=window, softcap=softcap)
+    theirs = alone(*(x[:, 0] for x in (q, k, v)), lengths, window=window, softcap=softcap)[:, None]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for a, b in zip(
         torch.autograd.grad((ours * weights).sum(), (q, k, v)),
@@ -60,7 +82,44 @@ def test_packed_equals_each_sample_alone(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_samples_must_cover_the_pack() -> None:
-    q = torch.zeros(5, 1, 8)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("bounds", [[0, 9, 18], [0, 4, 9, 18], [0, 2, 9, 9 + 8, 18]])
+def test_rows_and_their_padding_are_segments_of_the_flattened_rows(bounds: list[int], window: int | None) -> None:
+    """Two rows of nine tokens: whole, one of them padded on the left, both."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(9, 2, n, 8, generator=generator) for n in (4, 2, 2))
+    ours = segment_attention(q, k, v, segments_of(bounds), scale=None, window=window)
+    lengths = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    theirs = alone(*(x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)), lengths, window=window)
+    torch.testing.assert_close(ours.transpose(0, 1).flatten(0, 1), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_segments_must_cover_all_tokens() -> None:
+    q = torch.zeros(5, 1, 1, 8)
     with pytest.raises(AssertionError):
-        packed_attention(q, q, q, torch.tensor([0, 3], dtype=torch.int32), 3, None)
+        segment_attention(q, q, q, segments_of([0, 3]), scale=None)
+
+
+def kept_bytes(length: int, heads: tuple[int, int, int], widths: tuple[int, int], **limits: object) -> int:
+    """What autograd keeps of attention over one row with some padding on its left."""
+    shapes = [(length, 1, n, d) for n, d in zip(heads, (widths[0], *widths), strict=True)]
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        segment_attention(q, k, v, segments_of([0, 48, length]), scale=None, **limits)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (8, 4)], ids=["one width", "narrow values"])
+@pytest.mark.parametrize("heads", [(4, 4, 4), (4, 2, 2)], ids=["heads", "groups"])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, None), (None, 5.0), (100, 5.0)])
+def test_memory_grows_with_the_tokens_not_with_their_square(
+    window: int | None, softcap: float | None, heads: tuple[int, int, int], widths: tuple[int, int]
+) -> None:
+    short, long = (kept_bytes(n, heads, widths, window=window, softcap=softcap) for n in (1024, 2048))
+    assert long <= 2.1 * short
