@@ -67,8 +67,36 @@ def adapt() -> None:
     parallel_state._set_global_memory_buffer()
     # Our saves need no process-safe queue. Megatron would spawn a Manager process for it, 4-10 s in each run.
     filesystem_async._results_queue = queue.Queue()
+    _mend_experts()
     # The layer knows MLP classes by name, and our MoE, a subclass, gets its groups in its spec.
     _drop_log_lines("megatron.core.transformer.transformer_layer", "Unknown MLP type")
+
+
+def _mend_experts() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # Without Transformer Engine the module never defines te_general_gemm, and the router reads it.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        vars(moe_utils)["te_general_gemm"] = None
+    permute = _permuted(moe_utils.permute)
+    for module in (moe_utils, token_dispatcher):
+        vars(module)["permute"] = permute
+
+
+def _permuted(real: Callable[..., Any]) -> Callable[..., Any]:
+    """`permute` of moe_utils: Megatron's own selects by a mask, for whose count the host waits twice in each layer,
+    though it knows the count.
+    """
+
+    def permute(tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor | None = None,
+                num_out_tokens: int | None = None, fused: bool = False, drop_and_pad: bool = False) -> Any:
+        if fused or drop_and_pad or probs is None or not isinstance(num_out_tokens, int):
+            return real(tokens, routing_map, probs, num_out_tokens, fused, drop_and_pad)
+        chosen = routing_map.T.flatten().nonzero_static(size=num_out_tokens).squeeze(1)  # by expert, then by token
+        places = chosen % tokens.size(0)
+        return tokens.index_select(0, places), probs.T.flatten().index_select(0, chosen), places
+
+    return permute
 
 
 def _drop_log_lines(logger: str, text: str) -> None:
@@ -91,8 +119,7 @@ def _patch_on_cpu(module: types.ModuleType, facade: cpu_torch.Facade) -> None:
             is_cpu_tensor = isinstance(tensor, torch.Tensor)
             return tensor.numpy() if as_numpy and is_cpu_tensor else move(tensor, as_numpy, record_stream)
 
-        # Without Transformer Engine the module never defines te_general_gemm, and the router reads it.
-        patched.update(maybe_move_tensor_to_cpu=maybe_move_tensor_to_cpu, te_general_gemm=None)
+        patched["maybe_move_tensor_to_cpu"] = maybe_move_tensor_to_cpu
     elif name == "dist_checkpointing.mapping":
         # exchange_utils.py calls it with the literal "cuda"
         init_data = module.ShardedTensor.init_data

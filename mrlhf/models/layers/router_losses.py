@@ -81,19 +81,17 @@ def token_samples(batch: MicroBatch) -> torch.Tensor:
 
 
 def balancing_sum(
-    scores_TE: torch.Tensor, chosen_TK: torch.Tensor, sample_T: torch.Tensor, *, group: Any = None
+    scores_TE: torch.Tensor, chosen_TK: torch.Tensor, sample_T: torch.Tensor, *, samples: int, group: Any = None
 ) -> torch.Tensor:
-    """Sum over this rank's tokens of E sum_e f_e p_e. group: the ranks that share a sample's tokens."""
+    """Sum over this rank's tokens of E sum_e f_e p_e. samples: as many as there are, or more (a number of the host's:
+    the layer must not wait for the device). group: the ranks that share a sample's tokens.
+    """
     tokens, experts = scores_TE.shape
-    real_T, samples = sample_T >= 0, sample_T.max() + 1
-    ranks = 1 if group is None else group.size()
-    if ranks > 1:
-        dist.all_reduce(samples, op=dist.ReduceOp.MAX, group=group)
-    rows = sample_T.clamp(min=0)
-    counts_SE = scores_TE.new_zeros(int(samples) or 1, experts, dtype=torch.float32)
+    real_T, rows = sample_T >= 0, sample_T.clamp(min=0)
+    counts_SE = scores_TE.new_zeros(samples, experts, dtype=torch.float32)
     ones_TE = torch.zeros(tokens, experts, dtype=torch.float32, device=scores_TE.device).scatter(1, chosen_TK, 1.0)
     counts_SE.index_add_(0, rows, ones_TE * real_T[:, None])
-    if ranks > 1:
+    if group is not None and group.size() > 1:
         dist.all_reduce(counts_SE, group=group)
     share_SE = counts_SE / counts_SE.sum(-1, keepdim=True).clamp(min=1)
     p_TE = scores_TE.float() / scores_TE.float().sum(-1, keepdim=True)
@@ -122,11 +120,13 @@ class Balancer:
 
     def __init__(self, balance: Balance) -> None:
         self.balance, self.scale = balance, 0.0
+        self.samples = 0  # at most so many in a micro-batch of the step
         self.sums = torch.zeros(2, dtype=torch.float64, device=device.current().name)
 
     def attach(self, weights: torch.Tensor, logits_TE: torch.Tensor, scores_TE: torch.Tensor, chosen_TK: torch.Tensor,
                sample_T: torch.Tensor, group: Any) -> torch.Tensor:
-        aux, z = balancing_sum(scores_TE, chosen_TK, sample_T, group=group), z_sum(logits_TE, sample_T)
+        aux = balancing_sum(scores_TE, chosen_TK, sample_T, samples=self.samples, group=group)
+        z = z_sum(logits_TE, sample_T)
         self.sums += torch.stack([aux, z]).detach()
         return _Attach.apply(weights, self.scale * (self.balance.aux_coeff * aux + self.balance.z_coeff * z))
 
@@ -144,25 +144,26 @@ class StepBalance:
         The schedule sums gradients and divides them by the stage's count; these losses are means over tokens, so they
         are scaled here.
         """
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals, samples = torch.zeros(2, dtype=torch.float64, device=device.current().name), 1
         for batch in parts:
             tokens, count = (token_samples(batch) >= 0).sum(), self.balance.count(batch)
-            totals += torch.stack([tokens.double().cpu(), count.double().cpu()])
-        totals = _summed(totals, self.dp_cp)
-        self._tokens, self._count = float(totals[0]), float(totals[1])
+            totals += torch.stack([tokens.double(), count.double()])
+            samples = max(samples, batch.num_samples)
+        self._tokens, self._count = _summed(totals, self.dp_cp)
         for balancer in self.balancers:
-            balancer.scale = self._count / max(1.0, self._tokens)
+            balancer.scale, balancer.samples = self._count / max(1.0, self._tokens), samples
             balancer.sums.zero_()
 
     def finish_step(self, count: float) -> dict[str, float]:
         """Collective. Means over tokens and layers. count: the step's count by the stage's loss function."""
         assert abs(count - self._count) <= 1e-4 * self._count, (count, self._count)
-        sums = _summed(sum((b.sums.cpu() for b in self.balancers), torch.zeros(2, dtype=torch.float64)), None)
-        aux, z = (sums / (max(1.0, self._tokens) * self.layers)).tolist()
+        zeros = torch.zeros(2, dtype=torch.float64, device=device.current().name)
+        sums = _summed(sum((b.sums for b in self.balancers), zeros), None)
+        aux, z = (x / (max(1.0, self._tokens) * self.layers) for x in sums)
         return {"moe_aux_loss": aux, "moe_z_loss": z}
 
 
-def _summed(x: torch.Tensor, group: Any) -> torch.Tensor:
-    moved = x.to(device.current().name)
-    dist.all_reduce(moved, group=group)
-    return moved.cpu()
+def _summed(x: torch.Tensor, group: Any) -> list[float]:
+    """The one place of a step where the host waits for these losses."""
+    dist.all_reduce(x, group=group)
+    return x.tolist()

@@ -36,7 +36,7 @@ def test_balancing_loss_is_the_papers_for_every_sample() -> None:
         logits = torch.randn(len(sample_T), 5, generator=generator).requires_grad_()
         s_TE = expert_scores(logits, experts)
         chosen_TK, _ = choose_experts(s_TE, experts, None)
-        ours = balancing_sum(s_TE, chosen_TK, sample_T)
+        ours = balancing_sum(s_TE, chosen_TK, sample_T, samples=4)
         wanted = torch.zeros(())
         for sample in (0, 1, 2):
             rows = sample_T == sample
@@ -51,9 +51,9 @@ def test_balancing_loss_is_the_papers_for_every_sample() -> None:
 def test_balanced_is_one_and_a_single_expert_as_many_as_there_are() -> None:
     sample_T = torch.zeros(8, dtype=torch.long)
     round_robin = torch.arange(8)[:, None] % 4
-    assert float(balancing_sum(torch.full((8, 4), 0.25), round_robin, sample_T)) / 8 == 1.0
+    assert float(balancing_sum(torch.full((8, 4), 0.25), round_robin, sample_T, samples=1)) / 8 == 1.0
     always = torch.zeros(8, 4).index_fill(1, torch.tensor([2]), 1.0)
-    assert float(balancing_sum(always, torch.full((8, 1), 2), sample_T)) / 8 == 4.0
+    assert float(balancing_sum(always, torch.full((8, 1), 2), sample_T, samples=1)) / 8 == 4.0
 
 
 def test_z_loss() -> None:
