@@ -36,8 +36,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from mrlhf.parallel.context import heads_to_tokens, tokens_to_heads
 
-_WINDOW_BLOCK = 512  # queries of a call with a window
-_SCORE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # fp32 scores of a block with a softcap
+BLOCK = 512  # queries of a call, with a window or a softcap
+_SCORE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # with a softcap: fp32 scores of a call
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _attend(q_NnLd: torch.Tensor, k_NgLd: torch.Tensor, v_NgLd: torch.Tensor, se
     if window is None:
         return F.scaled_dot_product_attention(q_NnLd, k, v, is_causal=True, **options)[..., :width]
     pieces = []
-    for queries, keys in _blocks(length, _WINDOW_BLOCK, window):
+    for queries, keys in _blocks(length, BLOCK, window):
         part = (q_NnLd[:, :, queries], k[:, :, keys], v[:, :, keys])
         options["attn_mask"] = segments.mask(queries, keys, window, k.dtype)
         pieces.append(F.scaled_dot_product_attention(*part, **options))
@@ -152,8 +152,9 @@ class _SoftcapAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, window, softcap):
         ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.softcap, ctx.blocks = scale, softcap, list(_blocks(q.size(2), _score_block(q), window))
-        ctx.window = window
+        size = _SCORE_BYTES[q.device.type] // (4 * q.size(0) * q.size(1) * q.size(2))
+        ctx.scale, ctx.window, ctx.softcap = scale, window, softcap
+        ctx.blocks = list(_blocks(q.size(2), min(BLOCK, max(16, size)), window))
         pieces = []
         for queries, keys in ctx.blocks:
             mask = _visible(queries, keys, window, q.device)
@@ -175,10 +176,6 @@ class _SoftcapAttention(torch.autograd.Function):
             grad_k[:, :, keys] += of_k
             grad_v[:, :, keys] += of_v
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
-
-
-def _score_block(q_NnLd: torch.Tensor) -> int:
-    return max(16, _SCORE_BYTES[q_NnLd.device.type] // (4 * q_NnLd.numel() // q_NnLd.size(-1)))
 
 
 def _capped(q_NnQd: torch.Tensor, k_NgKd: torch.Tensor, v_NgKd: torch.Tensor, mask_QK: torch.Tensor, scale: float,

@@ -48,8 +48,7 @@ def sizes(lengths: list[int]) -> list[int]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many blocks for a short segment as for a long one."""
-    monkeypatch.setattr(attention, "_WINDOW_BLOCK", 7)
-    monkeypatch.setattr(attention, "_score_block", lambda q: 7)
+    monkeypatch.setattr(attention, "BLOCK", 7)
 
 
 @pytest.mark.usefixtures("small_blocks")
