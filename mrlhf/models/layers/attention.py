@@ -95,9 +95,8 @@ def _varlen(q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, segme
             window: int | None) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    width, of_values = -(-q_tnd.size(-1) // 8) * 8, v_tgd.size(-1)  # the kernel wants one width, a multiple of 8
-    scale = q_tnd.size(-1) ** -0.5 if scale is None else scale
-    q, k, v = (F.pad(x, (0, width - x.size(-1))) if x.size(-1) != width else x for x in (q_tnd, k_tgd, v_tgd))
+    scale, width = q_tnd.size(-1) ** -0.5 if scale is None else scale, -(-q_tnd.size(-1) // 8) * 8
+    q, k, v = (_widened(x, width) for x in (q_tnd, k_tgd, v_tgd))  # the kernel wants one width, a multiple of 8
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if q.size(1) != k.size(1):
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -105,7 +104,11 @@ def _varlen(q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, segme
         else:  # torch 2.11
             k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     cu_seqlens, longest = segments.cu_seqlens_q, segments.max_seqlen_q
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)[..., :of_values]
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)[..., : v_tgd.size(-1)]
+
+
+def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    return x if x.size(-1) == width else F.pad(x, (0, width - x.size(-1)))
 
 
 def _attend(q_NnLd: torch.Tensor, k_NgLd: torch.Tensor, v_NgLd: torch.Tensor, segments: Segments, *,
@@ -116,7 +119,7 @@ def _attend(q_NnLd: torch.Tensor, k_NgLd: torch.Tensor, v_NgLd: torch.Tensor, se
     if softcap is not None:
         return _SoftcapAttention.apply(q_NnLd, k_NgLd, v_NgLd, scale, window, softcap)
     options: dict[str, Any] = {"scale": scale}
-    k, v = k_NgLd, F.pad(v_NgLd, (0, q_NnLd.size(-1) - width))  # with other widths torch keeps all scores
+    k, v = k_NgLd, _widened(v_NgLd, q_NnLd.size(-1))  # with values of another width torch keeps all scores
     if q_NnLd.size(1) != k.size(1):
         if k.is_cuda:  # fp32: the kernel without scores knows no groups
             k, v = (x.repeat_interleave(q_NnLd.size(1) // x.size(1), dim=1) for x in (k, v))
