@@ -61,6 +61,9 @@ class _ActivationCounter:
         self.cut = self.tp if parallel.sequence_parallel else 1  # divides norms, residuals and column-parallel inputs
         self.expert_tp = expert_tensor_parallel_size(parallel)
         self.selective = parallel.recompute == "selective"
+        self.varlen = cuda and element == 2 and spec.attention_softcap is None  # the kernel of layers/attention.py
+        # whether attention copies queries, keys and values first: rows into a line, or samples by their length
+        self.gathered = shape.rows > 1 if self.varlen else shape.packed and shape.longest < shape.tokens
 
     def norm(self, width: int) -> float:
         """Per token. On CPU RMSNorm works on an fp32 copy and keeps it and the normalised one."""
@@ -84,7 +87,8 @@ class _ActivationCounter:
 
     def angles(self) -> float:
         """The table of rotary angles that all layers share; only full recomputation keeps it."""
-        return sum(4 * int(self.spec.rope_dim * rope.fraction) * self.shape.longest for rope in self.spec.ropes)
+        positions = self.tokens / self.shape.rows
+        return sum(4 * int(self.spec.rope_dim * rope.fraction) * positions for rope in self.spec.ropes)
 
     def _rope(self, layer: Layer) -> float:
         """Cosines and sines for queries and for keys; rows of one length share them."""
@@ -114,8 +118,8 @@ class _ActivationCounter:
             per_token += (q * (copied or n != g) + kv * copied + q) * e
         else:
             per_token += self.core(layer, n, g, d, d)
-            holds_mixed |= not self.shape.packed and self._flash(n, g, d, d) and self.cp == 1
-            if holds_mixed and not self.shape.packed:  # core has counted its values, and what rope has not copied
+            holds_mixed |= not self.gathered and self.cp == 1
+            if holds_mixed and not self.gathered:  # core has counted its values, and what rope has not copied
                 per_token -= (kv + (0 if copied else kv + q * (n == g))) * e
         return (per_token + holds_mixed * mixed * e) * self.tokens + rope
 
@@ -130,19 +134,9 @@ class _ActivationCounter:
             heads = n * (2 * qk + x.nope_dim + spec.head_dim) * e + n * spec.head_dim * e
         else:
             heads = self.core(layer, n, n, qk, spec.head_dim)
-            if not self.shape.packed and (self.cuda or e == 4):  # values are a view of linear_kv_up's output
+            if not self.gathered and qk == spec.head_dim and (self.cuda or e == 4):  # a view of linear_kv_up's output
                 heads += n * x.nope_dim * e
         return (local / self.cut + heads) * self.tokens + self._rope(layer)
-
-    def _flash(self, n: float, g: float, qk: int, v: int) -> bool:
-        """Whether attention keeps no scores.
-
-        It keeps them with a softcap, where values are narrower than keys (on a GPU in fp32 only), and on a GPU in fp32
-        with fewer key heads than query heads.
-        """
-        if self.spec.attention_softcap is not None:
-            return False
-        return self.e == 2 or (n == g and qk == v) if self.cuda else qk == v
 
     def core(self, layer: Layer, n: float, g: float, qk: int, v: int) -> float:
         """Per token: what attention keeps, and the input of its output projection. qk, v: widths of a head."""
@@ -150,17 +144,14 @@ class _ActivationCounter:
         if self.cp > 1:  # the all-to-all shards heads instead of tokens: too few key heads are repeated
             g *= head_repeats(int(g), self.cp)
         out = n * v * e
-        window = length * length * e / self.tokens if layer.window is not None and layer.window < length else 0.0
-        if not self._flash(n, g, qk, v):
-            if self.spec.attention_softcap is None:  # torch's own, in fp32
-                return n * (2 * qk + v + length) * 4 + out + window
-            return n * (2 * qk + v) * e + n * length * (e + 4 + (e if e == 2 else 0)) + out + window
-        if self.cuda:
-            padded = n * qk * e if v != qk else 0.0  # flash attention needs one width
-            window = 0.0 if self.shape.packed else window
-            return (n + g) * qk * e + (g * qk if padded else g * v) * e + 4 * n + (padded + out)
-        twice = out if self.shape.packed or self.cp > 1 else 0.0  # the samples' outputs are concatenated
-        return (n + g) * qk * e + g * v * e + 4 * n + out + twice + window
+        if self.spec.attention_softcap is not None:  # backward computes the rest again
+            return (n * qk + g * (qk + v)) * e + out
+        if self.cuda and e == 4:
+            g = n  # torch's kernel for fp32 knows no groups
+        windowed = not self.varlen and layer.window is not None and layer.window < length
+        # the kernel's output is of one width with queries; its blocks or samples are put together
+        copied = qk != v or (windowed or self.gathered or self.cp > 1) and not self.varlen
+        return (n + 2 * g) * qk * e + 4 * n + n * qk * e + (out if copied else 0)
 
     def mlp(self, width: float, *, scaled: bool = False) -> float:
         """Per token: the activation's input and output, the linear half, the product, the second layer's input.

@@ -68,9 +68,10 @@ def main() -> None:
                 model._set_training(True)
                 loss = language_model_loss(model, aggregation="token")
                 for count, length, packing in ((2, 64, True), (3, 64, False), (1, 192, True)):
-                    samples = [Sample(draw.integers(1, 300, length), np.ones(length, int), i) for i in range(count)]
+                    lengths = [length - 4, length + 4] if (count, packing) == (2, True) else [length] * count
+                    samples = [Sample(draw.integers(1, 300, n), np.ones(n, int), i) for i, n in enumerate(lengths)]
                     batch = collate(samples, packing=packing)
-                    rows = MicroBatchShape(count * length, length, 1 if packing else count, packing)
+                    rows = MicroBatchShape(count * length, max(lengths), 1 if packing else count, packing)
                     forward = lambda: loss(gpt.forward(model.chunks[0], batch), batch)  # noqa: B023, E731
                     measured = kept_bytes(forward, model.modules[0].parameters())
                     formula = estimate_activations(model.spec, parallel, rows, dtype=dtype, cuda=False).kept
