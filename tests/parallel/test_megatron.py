@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import dis
 import importlib
+import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 import mrlhf.parallel  # noqa: F401  (adapts megatron.core before its first import)
+
+# isort: split
+import torch
 
 OWNER = ROOT / "mrlhf/parallel/megatron.py"
 
@@ -107,6 +113,69 @@ def test_only_one_file_knows_private_names() -> None:
 )
 def test_the_rule_sees_each_way(line: str) -> None:
     assert violations(line)
+
+
+def asked_for(source: str) -> set[str]:
+    """Globals that the functions compare with None, so that they should exist. After `HAVE_... and` they need not."""
+    tree = ast.parse(source)
+    behind_a_flag = {
+        part
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BoolOp) and any(name.id.startswith("HAVE_") for name in names_in(node))
+        for part in ast.walk(node)
+    }
+    compared = {
+        node.left.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot)) and node not in behind_a_flag
+        if isinstance(node.left, ast.Name)
+    }
+    codes = [code for code in compile(tree, "", "exec").co_consts if isinstance(code, types.CodeType)]
+    return compared & {name for code in codes for name in global_names(code)}
+
+
+def names_in(node: ast.AST) -> Iterator[ast.Name]:
+    yield from (part for part in ast.walk(node) if isinstance(part, ast.Name))
+
+
+def global_names(code: types.CodeType) -> Iterator[str]:
+    yield from (i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from global_names(inner)
+
+
+def test_megatron_has_the_names_that_it_asks_for(tmp_path: Path) -> None:
+    """On CUDA without Transformer Engine: te_general_gemm ended the first forward pass of an expert."""
+    program = """
+import sys
+from pathlib import Path
+import mrlhf.training.trainer, mrlhf.checkpoint.manager
+from parallel.test_megatron import asked_for
+ours = lambda name: name.startswith("megatron.core.") and not name.startswith("megatron.core.distributed.fsdp.")
+modules = [m for name, m in sys.modules.items() if ours(name) and m.__file__]
+modules = {m: asked_for(Path(m.__file__).read_text()) for m in modules if m.__file__.endswith(".py")}
+print("asked", sum(map(len, modules.values())))
+print("missing", {m.__name__: sorted(names - vars(m).keys()) for m, names in modules.items() if names - vars(m).keys()})
+"""
+    (tmp_path / "program.py").write_text(program)
+    lines = python(tmp_path / "program.py", device="rehearsal").stdout.splitlines()
+    assert int(next(line for line in lines if line.startswith("asked"))[5:]) > 10
+    assert "missing {}" in lines
+
+
+def test_experts_get_their_tokens_in_megatrons_order() -> None:
+    """Without its mask, for whose count the host of a GPU waits."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    ours = moe_utils.permute
+    assert token_dispatcher.permute is ours
+    (real,) = (cell.cell_contents for cell in ours.__closure__)
+    generator = torch.Generator().manual_seed(0)
+    tokens, weights = torch.randn(9, 4, generator=generator), torch.rand(9, 5, generator=generator)
+    routing_map = torch.zeros(9, 5, dtype=torch.bool).scatter(1, weights.topk(2).indices, True)
+    for one, other in zip(ours(tokens, routing_map, weights, 18), real(tokens, routing_map, weights, 18), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_megatrons_globals_stay_empty() -> None:

@@ -122,3 +122,35 @@ def test_memory_grows_with_the_tokens_not_with_their_square(
 ) -> None:
     short, long = (kept_bytes(n, heads, widths, window=window, softcap=softcap) for n in (1024, 2048))
     assert long <= 2.1 * short
+
+
+def varlen_reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """torch's varlen attention as documented, for causal windows: one width of heads, groups only if asked for."""
+    assert q.size(-1) == k.size(-1) == v.size(-1) and q.size(-1) % 8 == 0
+    assert enable_gqa or q.size(1) == k.size(1)
+    assert torch.equal(cu_seq_q, cu_seq_k) and window_size[1] == 0 and max_q == max_k == int(cu_seq_q.diff().max())
+    window = None if window_size[0] == -1 else window_size[0] + 1
+    lengths = cu_seq_q.diff().tolist()
+    return alone(q * scale * q.size(-1) ** 0.5, k, v, lengths, window=window)
+
+
+def without_groups(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """Of torch 2.11."""
+    return varlen_reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("kernel", [varlen_reference, without_groups])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["heads", "groups"])
+@pytest.mark.parametrize("widths", [(8, 8), (12, 12), (16, 5)], ids=str)
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_for_cuda_is_asked_for_the_same(
+    kernel: object, heads: tuple[int, int], widths: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((18, heads[0], widths[0]), (18, heads[1], widths[0]), (18, heads[1], widths[1]))
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    for scale in (None, 0.3):
+        ours = attention._varlen(q, k, v, segments_of([0, 7, 18]), scale=scale, window=window)
+        factor = 1.0 if scale is None else scale * widths[0] ** 0.5
+        torch.testing.assert_close(ours, alone(q * factor, k, v, [7, 11], window=window), rtol=1e-5, atol=1e-5)
