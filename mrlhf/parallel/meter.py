@@ -283,8 +283,9 @@ class Meter(TorchDispatchMode):
 
 @functools.cache
 def _is_composite(func: Any) -> bool:
-    """A mode sees also some operations that are others put together."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
+    """A mode sees also some operations that are others put together; those with a kernel of their own stay whole."""
+    has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    return has_kernel("CompositeImplicitAutograd") and not has_kernel("CUDA")
 
 
 def _is_group(value: Any) -> bool:
