@@ -31,7 +31,8 @@ _FROM_SHAPE = {"arange", "zeros", "ones", "full", "eye", "scalar_tensor", "zeros
 # the size of their result, or a decision in the program, depends on values
 _WAITS = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
           aten.bincount.default, aten.equal.default, aten.repeat_interleave.Tensor, aten.unique_consecutive.default}
-_UNCOALESCED = {"c10d::reduce_scatter_tensor_coalesced_", "c10d::allgather_into_tensor_coalesced_"}
+_UNCOALESCED = {"c10d::reduce_scatter_tensor_coalesced_", "c10d::allgather_into_tensor_coalesced_",
+                "c10d::allreduce_coalesced_"}
 
 
 @dataclass(frozen=True)
