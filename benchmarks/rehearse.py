@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,7 +72,6 @@ class Run:
     parallel: dict[str, Any]
     lengths: tuple[int, ...] = (2048,) * 4
     micro_batches: int = 2
-    options: dict[str, Any] = field(default_factory=dict)  # of `rehearse`
 
 
 _TP8 = {"tensor_model_parallel_size": 8, "sequence_parallel": True}

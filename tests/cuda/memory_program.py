@@ -16,7 +16,8 @@ benchmark = load_benchmark("rehearse")
 def rehearse(case: Case) -> list[int]:
     layers = "n_layer" if case.model == "gpt2" else "num_hidden_layers"
     config = {**(MODELS | benchmark.MODELS)[case.model], **case.changes, layers: case.layers}
-    options = {"lengths": (1024,) * 4, "micro_batches": 4, **case.options}
+    in_pipeline = case.parallel.get("pipeline_model_parallel_size", 1) > 1
+    options = {"lengths": (1024,) * 4, "micro_batches": 4 if in_pipeline else 1, **case.options}
     done = benchmark.rehearse(
         spec_from_hf(config, where=case.label), ParallelConfig(**case.parallel), world=case.world, rank=case.rank,
         optim=OptimConfig(use_distributed_optimizer=case.distributed), **options,
