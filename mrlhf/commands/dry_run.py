@@ -17,7 +17,7 @@ from mrlhf.data.blend import Dataset, names_of, sources_of
 from mrlhf.data.order import Order
 from mrlhf.data.show import marked
 from mrlhf.data.tokenizers.hf import load_tokenizer
-from mrlhf.memory.estimate import GIB, memory_table, update_activations
+from mrlhf.memory.estimate import GIB, memory_table, update_peak
 from mrlhf.memory.vllm_budget import CPU_CACHE_MIB, cache_on_a_card
 from mrlhf.models.families.spec import ModelSpec
 from mrlhf.models.reshard_plan import make_planner
@@ -127,10 +127,12 @@ def _show_memory(
     together = sum(size for _, size in table)
     print("memory   a rank, without activations: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in table))
     print(f"         together {together / GIB:.2f} GiB")
-    update = update_activations(config, spec, data, world=world, critic=others.get("critic"))
-    print(f"         an update on a GPU, estimated: activations {update.kept / GIB:.2f} GiB, "
-          f"a layer recomputed {update.again / GIB:.2f} GiB, log-prob buffers {update.head / GIB:.2f} GiB; "
-          f"with them {(together + update.total) / GIB:.2f} GiB")
+    peak = update_peak(config, spec, data, world=world, others=others)
+    update, stages = peak.update, config.parallel.pipeline_model_parallel_size
+    where = f"pipeline stage {peak.stage}, " if stages > 1 else ""
+    print(f"         peak of an update on a GPU: {peak.total / GIB:.2f} GiB ({where}{update.moment}'s backward): "
+          f"models {peak.models / GIB:.2f} GiB, activations {update.kept / GIB:.2f} GiB, "
+          f"a layer recomputed {update.again / GIB:.2f} GiB, temporary tensors {update.work / GIB:.2f} GiB")
     if isinstance(config, PPOStage) and config.rollout.kv_cache_mib is None:
         card = torch.cuda.mem_get_info()[1] if device.current().is_cuda else 80 * GIB
         tokens = data.max_length + config.rollout.max_new_tokens

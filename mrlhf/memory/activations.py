@@ -1,13 +1,15 @@
-"""Bytes of the tensors that a rank keeps between forward and backward, from the sizes that build the model.
+"""Bytes that a rank needs beside its model in an update: what autograd keeps between forward and backward, and what
+operations make and drop again at the moments that need most.
 
-The structure is that of Korthikanti et al. 2022 (arXiv 2205.05198). Every term is a tensor that autograd keeps of the
-layers as gpt.py builds them: norms, attention, MLPs and experts of Megatron without fused kernels. On CPU the tests
-compare the sum with what torch.autograd.graph.saved_tensors_hooks counts. The terms for a GPU are counted by hand:
-there torch's RMSNorm keeps its input and not two fp32 copies, and half precision goes through flash attention, which
-keeps queries, keys, values and its output.
+The structure is that of Korthikanti et al. 2022 (arXiv 2205.05198). Every term is a tensor of the layers as gpt.py
+builds them: norms, attention, MLPs and experts of Megatron without fused kernels. tests/memory/test_activations.py
+counts on the CPU what autograd keeps; tests/cuda/test_memory.py rehearses whole steps for a GPU, where RMSNorm keeps
+its input and not two fp32 copies, and half precision goes through the varlen kernel.
 
-Not counted: temporary tensors of the operator that runs (gradients of one layer), communication buffers, and the
-allocator's waste.
+An update needs most in the backward of the head, in a layer (its backward; with experts also its forward), or where the
+embedding's gradient is made. Adam's kernel and the gradient norm make no tensors of the size of the parameters.
+
+Not counted: what kernels allocate inside, NCCL's and CUDA's own memory, and the allocator's fragments.
 
 Legend: T tokens of a micro-batch on this rank (its part under context parallelism), e bytes of an element, L tokens of
 the longest sample, n heads, g key/value heads (query groups), d dimensions of a head.
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 
 from mrlhf.config.options import ParallelConfig
 from mrlhf.models.families.spec import Layer, ModelSpec
+from mrlhf.models.layers.attention import BLOCK, SCORE_BYTES
 from mrlhf.models.layers.logprobs import CHUNK_BYTES
 from mrlhf.parallel.context import head_repeats
 from mrlhf.parallel.state import Layout, expert_tensor_parallel_size
@@ -38,15 +41,16 @@ class MicroBatchShape:
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes on the pipeline stage that needs most."""
+    """Bytes of one pipeline stage beside its model, at the moment of an update when it needs most."""
 
+    moment: str
     kept: int  # from forward to backward, for all micro-batches in flight
-    again: int  # of the layer that is being recomputed
-    head: int  # buffers of the log-probs and the fp32 gradient of the head's weight
+    again: int = 0  # of the layer that is being recomputed
+    work: int = 0  # what the operations of that moment make, and buffers of collectives
 
     @property
     def total(self) -> int:
-        return self.kept + self.again + self.head
+        return self.kept + self.again + self.work
 
 
 class _ActivationCounter:
@@ -59,11 +63,11 @@ class _ActivationCounter:
         self.tp, self.cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
         self.tokens = -(-shape.tokens // self.cp)
         self.cut = self.tp if parallel.sequence_parallel else 1  # divides norms, residuals and column-parallel inputs
-        self.expert_tp = expert_tensor_parallel_size(parallel)
+        self.expert_tp, self.expert_ranks = expert_tensor_parallel_size(parallel), parallel.expert_model_parallel_size
         self.selective = parallel.recompute == "selective"
         self.varlen = cuda and element == 2 and spec.attention_softcap is None  # the kernel of layers/attention.py
-        # whether attention copies queries, keys and values first: rows into a line, or samples by their length
-        self.gathered = shape.rows > 1 if self.varlen else shape.packed and shape.longest < shape.tokens
+        # whether other kernels get the samples of a pack by their length
+        self.gathered = shape.packed and shape.longest < shape.tokens and shape.tokens % shape.longest > 0
 
     def norm(self, width: int) -> float:
         """Per token. On CPU RMSNorm works on an fp32 copy and keeps it and the normalised one."""
@@ -75,20 +79,26 @@ class _ActivationCounter:
 
     def layer(self, layer: Layer) -> float:
         """Bytes of a layer that is not recomputed as a whole."""
+        attention = self.attention(layer) if self.spec.latent is None else self.latent_attention(layer)
+        return self._branch_input() + attention + self._second_branch(layer)
+
+    def _branch_input(self) -> float:
+        """The input of attention, or that of MLP or router, and the norms of that branch."""
         spec = self.spec
-        norms = 2 * (spec.pre_norm + spec.post_norm) * self.norm(spec.hidden_size)
-        inputs = 2 * spec.hidden_size * self.e  # of attention and of MLP or router
-        attention = self.attention(layer) if spec.latent is None else self.latent_attention(layer)
-        mlp = self.experts() if layer.moe else self.mlp(spec.ffn_hidden_size / self.tp) * self.tokens
-        return (norms + inputs) * self.tokens / self.cut + attention + mlp
+        norms = (spec.pre_norm + spec.post_norm) * self.norm(spec.hidden_size)
+        return (norms + spec.hidden_size * self.e) * self.tokens / self.cut
+
+    def _second_branch(self, layer: Layer) -> float:
+        mlp = self.experts() if layer.moe else self.mlp(self.spec.ffn_hidden_size / self.tp) * self.tokens
+        return self._branch_input() + mlp
 
     def layer_input(self) -> float:
         return self.spec.hidden_size * self.e * self.tokens / self.cut
 
     def angles(self) -> float:
         """The table of rotary angles that all layers share; only full recomputation keeps it."""
-        positions = self.tokens / self.shape.rows
-        return sum(4 * int(self.spec.rope_dim * rope.fraction) * positions for rope in self.spec.ropes)
+        tokens = self.tokens / self.shape.rows
+        return sum(4 * int(self.spec.rope_dim * rope.fraction) * tokens for rope in self.spec.ropes)
 
     def _rope(self, layer: Layer) -> float:
         """Cosines and sines for queries and for keys; rows of one length share them."""
@@ -118,9 +128,6 @@ class _ActivationCounter:
             per_token += (q * (copied or n != g) + kv * copied + q) * e
         else:
             per_token += self.core(layer, n, g, d, d)
-            holds_mixed |= not self.gathered and self.cp == 1
-            if holds_mixed and not self.gathered:  # core has counted its values, and what rope has not copied
-                per_token -= (kv + (0 if copied else kv + q * (n == g))) * e
         return (per_token + holds_mixed * mixed * e) * self.tokens + rope
 
     def latent_attention(self, layer: Layer) -> float:
@@ -134,23 +141,26 @@ class _ActivationCounter:
             heads = n * (2 * qk + x.nope_dim + spec.head_dim) * e + n * spec.head_dim * e
         else:
             heads = self.core(layer, n, n, qk, spec.head_dim)
-            if not self.gathered and qk == spec.head_dim and (self.cuda or e == 4):  # a view of linear_kv_up's output
-                heads += n * x.nope_dim * e
         return (local / self.cut + heads) * self.tokens + self._rope(layer)
 
     def core(self, layer: Layer, n: float, g: float, qk: int, v: int) -> float:
-        """Per token: what attention keeps, and the input of its output projection. qk, v: widths of a head."""
-        e, length = self.e, self.shape.longest
+        """Per token: queries, keys and values, what attention keeps, and the input of its output projection.
+
+        qk, v: widths of a head. Kernels want one width, so narrower values are padded, and the output is cut.
+        """
+        e = self.e
         if self.cp > 1:  # the all-to-all shards heads instead of tokens: too few key heads are repeated
             g *= head_repeats(int(g), self.cp)
         out = n * v * e
         if self.spec.attention_softcap is not None:  # backward computes the rest again
-            return (n * qk + g * (qk + v)) * e + out
-        if self.cuda and e == 4:
+            return (n * qk + g * (qk + v)) * e + out * (1 + (self.cp > 1))
+        windowed = layer.window is not None and layer.window < self.shape.longest
+        if self.varlen:
+            qk = -(-qk // 8) * 8
+        elif self.cuda:
             g = n  # torch's kernel for fp32 knows no groups
-        windowed = not self.varlen and layer.window is not None and layer.window < length
-        # the kernel's output is of one width with queries; its blocks or samples are put together
-        copied = qk != v or (windowed or self.gathered or self.cp > 1) and not self.varlen
+        # the kernel's output is of one width with queries; its blocks, samples or heads are put together
+        copied = qk != v or self.cp > 1 or (windowed or self.gathered) and not self.varlen
         return (n + 2 * g) * qk * e + 4 * n + n * qk * e + (out if copied else 0)
 
     def mlp(self, width: float, *, scaled: bool = False) -> float:
@@ -178,38 +188,117 @@ class _ActivationCounter:
             return (self.norm(self.spec.hidden_size) + self.spec.hidden_size * 4) * own + _LOSS_BYTES * self.tokens
         return self.norm(self.spec.hidden_size) * own + (self.spec.hidden_size * self.e + _LOSS_BYTES) * self.tokens
 
-    def head_buffers(self) -> float:
-        """Two fp32 buffers for the logits of a chunk, one in half precision, gradients of hidden states and weight."""
+    # what operations make and drop again, at the moments that need most
+
+    def head_work(self, head: str) -> float:
+        """Backward of the head. LM: two fp32 buffers for the logits of a chunk, one in half precision, gradients of
+        hidden states and weight. Value head: the gradient of its fp32 input.
+        """
+        h = self.spec.hidden_size
+        if head == "value":
+            return 4 * h * self.tokens / self.cut
         width = self.spec.vocab_size / self.tp
         chunk = min(self.tokens, max(1, CHUNK_BYTES["cuda" if self.cuda else "cpu"] // (4 * max(1, int(width)))))
-        half = self.e == 2
-        buffers = chunk * width * (8 + half * 2 + 4 * (self.spec.logit_softcap is not None))
-        h = self.spec.hidden_size
-        return buffers + h * self.e * self.tokens + self.spec.padded_vocab_size / self.tp * h * (4 + half * 2)
+        half, logits, weight = self.e == 2, chunk * width, self.vocabulary() / self.e
+        products = logits * (8 + half * 2) + weight * (4 + half * 2)
+        if self.spec.logit_softcap is not None:  # a copy of the capped logits, and two more for the cap's derivative
+            products = max(products + logits * 4, logits * 20 + weight * 4)
+        return products + h * self.e * self.tokens
+
+    def vocabulary(self) -> float:
+        """Bytes of this rank's rows of embedding or head."""
+        return self.spec.padded_vocab_size / self.tp * self.spec.hidden_size * self.e
+
+    def layer_work(self, layer: Layer) -> float:
+        """Beside all that the layer keeps, at its worst moment."""
+        gradient = self.layer_input()  # of the residual
+        if layer.moe:
+            return max(self._experts_forward(), gradient + self._experts_backward())
+        width = self.spec.ffn_hidden_size / self.tp
+        inner, whole = width * self.e * self.tokens, self.layer_input() * self.cut
+        # the second matrix: gradients of its input and of itself; sequence parallelism gathers that of its output
+        second = inner + self.spec.hidden_size * width * self.e + (whole if self.cut > 1 else 0.0)
+        # the activation of a gated MLP: gradients of both factors, and that of the product
+        mlp = max(second, 2 * inner * self.spec.gated)
+        return gradient + max(mlp, self._softcap_backward() - self._second_branch(layer))
+
+    def _softcap_backward(self) -> float:
+        """A block of scores, computed again: as tanh, as weights in fp32, the gradients of both in fp32, and two masks;
+        the gradients of queries, keys and values.
+        """
+        spec = self.spec
+        if spec.attention_softcap is None:
+            return 0.0
+        n, g = spec.num_attention_heads / self.tp / self.cp, spec.num_query_groups / self.tp
+        most = SCORE_BYTES["cuda" if self.cuda else "cpu"]
+        block = min(most, 4 * n * min(BLOCK, self.shape.longest) * self.shape.tokens)
+        heads = (3 * n * self.e + 2 * g * (4 + self.e)) * spec.head_dim * self.shape.tokens
+        return block * (3 + self.e / 4 + 2 / (4 * n)) + heads
+
+    def _experts_forward(self) -> float:
+        """Permuted tokens, those from other ranks, the experts' outputs, and the same in the order of the tokens."""
+        x = self.spec.experts
+        assert x is not None
+        own = self.tokens / self.cut * x.top_k * self.spec.hidden_size
+        if self.expert_tp == 1:
+            return 4 * own * self.e
+        # every rank has all tokens; sums over the ranks are made in fp32
+        return own * self.expert_tp * (2 * self.e + 4) + own * (self.e + 4)
+
+    def _experts_backward(self) -> float:
+        """The last expert: its output is weighted in fp32, so its gradients of both factors are fp32."""
+        x = self.spec.experts
+        assert x is not None
+        local = x.num / self.expert_ranks
+        chosen = x.top_k * (self.tokens if self.expert_tp > 1 else self.tokens / self.cut)
+        inner = chosen / local * x.ffn_hidden_size / self.expert_tp
+        return inner * (3 * 4) + chosen * self.spec.hidden_size * self.e
 
 
-def estimate_activations(spec: ModelSpec, parallel: ParallelConfig, shape: MicroBatchShape, *, dtype: str,
-                         head: str = "lm", micro_batches: int | None = None, cuda: bool = True) -> ActivationMemory:
-    """Activations of a rank during an update.
+def stage_activations(spec: ModelSpec, parallel: ParallelConfig, shape: MicroBatchShape, *, dtype: str,
+                      head: str = "lm", micro_batches: int | None = None,
+                      cuda: bool = True) -> list[list[ActivationMemory]]:
+    """For each pipeline stage the moments of an update that may need most.
 
     micro_batches: of a rank per step; a pipeline may have fewer than it can have in flight. None: as many as it can.
     """
-    counter = _ActivationCounter(spec, parallel, shape, element=4 if dtype == "float32" else 2, cuda=cuda)
+    count = _ActivationCounter(spec, parallel, shape, element=4 if dtype == "float32" else 2, cuda=cuda)
     layout = Layout.from_config(parallel, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     stages = layout.stage_of_layers(spec.num_layers)
     full = parallel.recompute == "full"
-    by_stage = []
-    for stage in range(layout.pp):
-        sizes = [counter.layer(layer) for layer, at in zip(spec.layers, stages, strict=True) if at == stage]
-        kept = len(sizes) * counter.layer_input() + counter.angles() if full else sum(sizes)
-        again = max(sizes, default=0.0) if full else 0.0
-        last = stage == layout.pp - 1
-        # the output of each virtual stage waits for its gradient too
-        outputs = 0 if layout.pp == 1 else layout.virtual_stages * counter.layer_input()
-        kept = _in_flight(stage, layout, micro_batches) * (kept + outputs) + (counter.end(head) if last else 0.0)
-        buffers = counter.head_buffers() if last and head == "lm" else 0.0
-        by_stage.append(ActivationMemory(round(kept), round(again), round(buffers)))
-    return max(by_stage, key=lambda memory: memory.total)
+    return [
+        _moments(count, [layer for layer, at in zip(spec.layers, stages, strict=True) if at == stage], layout, stage,
+                 head=head, full=full, in_flight=_in_flight(stage, layout, micro_batches))
+        for stage in range(layout.pp)
+    ]
+
+
+def estimate_activations(spec: ModelSpec, parallel: ParallelConfig, shape: MicroBatchShape, *, dtype: str,
+                         head: str = "lm", micro_batches: int | None = None) -> ActivationMemory:
+    """The moment and the pipeline stage of an update on a GPU that need most."""
+    stages = stage_activations(spec, parallel, shape, dtype=dtype, head=head, micro_batches=micro_batches)
+    return max((moment for stage in stages for moment in stage), key=lambda moment: moment.total)
+
+
+def _moments(count: _ActivationCounter, layers: list[Layer], layout: Layout, stage: int, *, head: str, full: bool,
+             in_flight: float) -> list[ActivationMemory]:
+    last, tied = stage == layout.pp - 1, count.spec.tied and head == "lm" and layout.pp == 1
+    sizes = [count.layer(layer) for layer in layers]
+    one = len(sizes) * count.layer_input() + count.angles() if full else sum(sizes)
+    # the output of each virtual stage waits for its gradient too
+    one += 0 if layout.pp == 1 else layout.virtual_stages * count.layer_input()
+    waiting = (layout.pp > 2) + 2 * (layout.virtual_stages > 1)  # messages of other micro-batches
+    kept, vocabulary = in_flight * one + waiting * count.layer_input(), count.vocabulary()
+    buffer = count.layer_input() * count.cut if count.cut > 1 else 0.0  # of sequence parallelism's all-gathers
+    # the head's part of the gradient of a tied matrix waits for that of the embedding
+    work = max(map(count.layer_work, layers), default=0.0) + tied * vocabulary + buffer
+    moments = [("a layer", kept, max(sizes, default=0.0) if full else 0.0, work)]
+    if last:
+        moments.append(("the head", kept + count.end(head), 0.0, count.head_work(head) + buffer))
+    if stage == 0:
+        work = count.layer_input() + vocabulary * (1 + 2 * tied) + buffer
+        moments.append(("the embedding", max(0.0, kept - one), 0.0, work))
+    return [ActivationMemory(name, *map(round, sizes)) for name, *sizes in moments]
 
 
 def _in_flight(stage: int, layout: Layout, micro_batches: int | None) -> float:

@@ -69,6 +69,13 @@ def _add_device_guard() -> None:
     _keep_alive.extend([zero, methods, guard, table, yes])
 
 
+def _add_kernels() -> None:
+    """Operations that a GPU has a kernel for; a build for the CPU would put each together from several others."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("silu_backward", lambda grad, x: torch.empty_like(grad), "CUDA")
+    _keep_alive.append(library)
+
+
 class _Idle:
     """A stream or an event: every method does nothing and returns the object."""
 
@@ -151,6 +158,7 @@ def install(devices: int = 8) -> None:
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
 
     _add_device_guard()
+    _add_kernels()
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment, method-assign]
     _replace_cuda(devices)
     _replace_groups()
@@ -256,6 +264,8 @@ def patched() -> Iterator[None]:
             (storage, "resize_", resize_), (storage, "device", property(device)), (torch.nn.Module, "_apply", _apply),
             (FakeTensor, "tolist", lambda self: meter.current().read(self)),
             (torch.Tensor, "record_stream", lambda self, stream: None),
+            # else backward() is one call for `Kernels`, which then sees nothing inside of it (recomputation)
+            (torch.autograd, "has_torch_function", lambda arguments: False),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield

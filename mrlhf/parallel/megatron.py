@@ -45,6 +45,14 @@ def check_version() -> None:
         raise EnvironmentProblem(what, expected=VERSION, fix=fix)
 
 
+def renew_gather_buffer() -> None:
+    """Scratch memory of sequence parallelism's all-gathers; otherwise initialize_model_parallel makes it."""
+    from megatron.core import parallel_state
+
+    parallel_state._GLOBAL_MEMORY_BUFFER = None
+    parallel_state._set_global_memory_buffer()
+
+
 @functools.lru_cache(maxsize=1)
 def adapt() -> None:
     """Makes megatron.core importable on this machine; once, before its first import."""
@@ -62,11 +70,9 @@ def adapt() -> None:
             import megatron.core.jit  # noqa: F401
         finally:
             torch.compile = real_compile
-    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    # Scratch memory of sequence parallelism's all-gathers; otherwise initialize_model_parallel makes it.
-    parallel_state._set_global_memory_buffer()
+    renew_gather_buffer()
     # A save of Megatron's own needs no process-safe queue here. It would spawn a Manager process for it, 4-10 s.
     filesystem_async._results_queue = queue.Queue()
     _mend_experts()

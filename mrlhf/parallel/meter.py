@@ -31,7 +31,8 @@ _FROM_SHAPE = {"arange", "zeros", "ones", "full", "eye", "scalar_tensor", "zeros
 # the size of their result, or a decision in the program, depends on values
 _WAITS = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
           aten.bincount.default, aten.equal.default, aten.repeat_interleave.Tensor, aten.unique_consecutive.default}
-_UNCOALESCED = {"c10d::reduce_scatter_tensor_coalesced_", "c10d::allgather_into_tensor_coalesced_"}
+_UNCOALESCED = {"c10d::reduce_scatter_tensor_coalesced_", "c10d::allgather_into_tensor_coalesced_",
+                "c10d::allreduce_coalesced_"}
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,9 @@ class Meter(TorchDispatchMode):
 
 @functools.cache
 def _is_composite(func: Any) -> bool:
-    """A mode sees also some operations that are others put together."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
+    """A mode sees also some operations that are others put together; those with a kernel of their own stay whole."""
+    has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    return has_kernel("CompositeImplicitAutograd") and not has_kernel("CUDA")
 
 
 def _is_group(value: Any) -> bool:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrlhf.errors import EnvironmentProblem
-from mrlhf.parallel import device, fake_cuda, meter, state
+from mrlhf.parallel import device, fake_cuda, megatron, meter, state
 from mrlhf.parallel.meter import Message
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -95,6 +95,7 @@ class Rehearsal:
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.rank % self.local),
                           LOCAL_WORLD_SIZE=str(min(self.local, self.world)))
         meter.set_current(self.meter)
+        megatron.renew_gather_buffer()
         fake_cuda.start_world(self.rank, self.world)
         return self
 
@@ -110,7 +111,9 @@ class Rehearsal:
     def tracing(self, phase: str) -> Iterator[meter.Meter]:
         """Tensors made inside are fake. Those from outside (batches) are host data with known values."""
         self.meter.enter_phase(phase)
-        with _last_stage_answers(), fake_cuda.patched(), fake_cuda.Kernels(), self._fake, self.meter:
+        # backward on a thread of its own, as for a device, would leave the modes behind
+        one_thread = torch.autograd.set_multithreading_enabled(False)
+        with one_thread, _last_stage_answers(), fake_cuda.patched(), fake_cuda.Kernels(), self._fake, self.meter:
             yield self.meter
 
     def name_parts(self, model: Any) -> None:

@@ -49,7 +49,7 @@ def main() -> None:
     from mrlhf.checkpoint.source import open_source
     from mrlhf.config.options import ParallelConfig
     from mrlhf.data.loader import Sample, collate
-    from mrlhf.memory.activations import MicroBatchShape, estimate_activations
+    from mrlhf.memory.activations import MicroBatchShape, stage_activations
     from mrlhf.models import gpt
     from mrlhf.parallel import state
     from mrlhf.sft import language_model_loss
@@ -74,7 +74,7 @@ def main() -> None:
                     rows = MicroBatchShape(count * length, max(lengths), 1 if packing else count, packing)
                     forward = lambda: loss(gpt.forward(model.chunks[0], batch), batch)  # noqa: B023, E731
                     measured = kept_bytes(forward, model.modules[0].parameters())
-                    formula = estimate_activations(model.spec, parallel, rows, dtype=dtype, cuda=False).kept
+                    formula = stage_activations(model.spec, parallel, rows, dtype=dtype, cuda=False)[0][1].kept
                     found.append((kind, dtype, recompute, count, length, packing, measured, formula))
     if state.is_main():
         print("RESULT " + json.dumps(found))

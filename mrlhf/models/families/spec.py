@@ -156,11 +156,17 @@ class ModelSpec:
         num_layers = sum(layer.moe for layer in self.layers)
         return num_layers * self.experts.num * self.mlp_parameters(self.experts.ffn_hidden_size)
 
-    @property
-    def whole_parameters(self) -> int:
-        """Parameters that tensor parallelism does not shard: all layers' projections down to latent vectors."""
-        x = self.latent
-        return 0 if x is None else self.num_layers * self.hidden_size * ((x.q_rank or 0) + x.kv_rank + x.rope_dim)
+    def whole_parameters(self, layer: Layer) -> int:
+        """Parameters of one layer that tensor parallelism does not shard."""
+        x, h = self.latent, self.hidden_size
+        count = 2 * (self.pre_norm + self.post_norm) * self.norm_parameters + self.output_bias * h
+        if x is not None:  # projections down to latent vectors, and their norms
+            count += h * ((x.q_rank or 0) + x.kv_rank + x.rope_dim) + (x.q_rank or 0) + x.kv_rank
+        elif self.qk_norm == "head":
+            count += 2 * self.head_dim
+        if layer.moe and self.experts is not None:
+            return count + self.experts.num * (h + self.experts.selection_bias)
+        return count + self.mlp_bias * h
 
     @property
     def end_parameters(self) -> int:

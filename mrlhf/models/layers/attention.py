@@ -37,7 +37,7 @@ from megatron.core.transformer.module import MegatronModule
 from mrlhf.parallel.context import heads_to_tokens, tokens_to_heads
 
 BLOCK = 512  # queries of a call, with a window or a softcap
-_SCORE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # with a softcap: fp32 scores of a call
+SCORE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # with a softcap: fp32 scores of a call
 
 
 @dataclass
@@ -72,7 +72,8 @@ def segment_attention(q_sbnd: torch.Tensor, k_sbgd: torch.Tensor, v_sbgd: torch.
     """Causal attention within each segment: [s, b, n, d]. The segments must cover all tokens."""
     (s, b, n), width, bounds = q_sbnd.shape[:3], v_sbgd.size(-1), segments.bounds
     assert bounds[-1] == s * b, (bounds[-1], q_sbnd.shape)
-    rows = [x.transpose(0, 1) for x in (q_sbnd, k_sbgd, v_sbgd)]
+    # for backward a view would keep all of what it is a part of: values the whole output of linear_qkv
+    rows = [x.contiguous().transpose(0, 1) for x in (q_sbnd, k_sbgd, v_sbgd)]
     if q_sbnd.is_cuda and q_sbnd.dtype != torch.float32 and softcap is None:
         q, k, v = (x.flatten(0, 1) for x in rows)
         out = _varlen(q, k, v, segments, scale=scale, window=window)
@@ -155,7 +156,7 @@ class _SoftcapAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, window, softcap):
         ctx.save_for_backward(q, k, v)
-        size = _SCORE_BYTES[q.device.type] // (4 * q.size(0) * q.size(1) * q.size(2))
+        size = SCORE_BYTES[q.device.type] // (4 * q.size(0) * q.size(1) * q.size(2))
         ctx.scale, ctx.window, ctx.softcap = scale, window, softcap
         ctx.blocks = list(_blocks(q.size(2), min(BLOCK, max(16, size)), window))
         pieces = []

@@ -45,17 +45,19 @@ def test_memory_of_experts(tp: int, ep: int, dp: int) -> None:
     cut = {"dtype": "bfloat16", "pp": 1, "trained": False, "distributed_optimizer": True}
     experts = 4 * 8 * 3 * 96 * 64
     assert MOE.expert_parameters == experts
-    dense = MOE.num_parameters - experts - MOE.end_parameters + 2 * 256 * 64
-    assert model_bytes(MOE, tp=tp, ep=ep, dp=dp, **cut) == 2 * (dense // tp + experts // (ep if ep > 1 else tp))
+    whole = 4 * (2 * 64 + 8 * 64) + 64  # norms and routers
+    dense = MOE.num_parameters - experts - whole
+    expected = 2 * (dense // tp + whole + experts // (ep if ep > 1 else tp))
+    assert model_bytes(MOE, tp=tp, ep=ep, dp=dp, **cut) == expected
 
 
 def test_memory_of_latent_attention() -> None:
     """Every tensor-parallel rank has the projections down to the latent vectors whole."""
     spec = replace(DENSE, family="deepseek_v3", num_query_groups=8, latent=Latent(16, 24, 8, 4))
-    down = 4 * 64 * (24 + 16 + 4)
+    whole = 4 * (64 * (24 + 16 + 4) + 24 + 16 + 2 * 64) + 64  # the vectors' projections, and all norms
     cut = {"dtype": "float32", "pp": 1, "dp": 1, "trained": False, "distributed_optimizer": False}
-    assert model_bytes(spec, tp=1, **cut) == 4 * spec.num_parameters - 4 * 64  # the padded vocabulary is the vocabulary
-    assert model_bytes(spec, tp=2, **cut) == 4 * ((spec.num_parameters - spec.norm_parameters - down) // 2 + down)
+    assert model_bytes(spec, tp=1, **cut) == 4 * spec.num_parameters  # the padded vocabulary is the vocabulary
+    assert model_bytes(spec, tp=2, **cut) == 4 * ((spec.num_parameters - whole) // 2 + whole)
 
 
 def test_experts_are_named_at_the_start() -> None:
