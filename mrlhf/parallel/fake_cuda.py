@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,13 @@ def _add_device_guard() -> None:
     real, hooks[0] = hooks[0], ctypes.addressof(table) + 8 * before
     atexit.register(hooks.__setitem__, 0, real)  # C++ asks again when Python has gone
     _keep_alive.extend([zero, methods, guard, table, yes])
+
+
+def _add_kernels() -> None:
+    """Operations that a GPU has a kernel for; a build for the CPU would put each together from several others."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("silu_backward", lambda grad, x: torch.empty_like(grad), "CUDA")
+    _keep_alive.append(library)
 
 
 class _Idle:
@@ -130,19 +138,24 @@ def _replace_groups() -> None:
                   **rest: Any) -> Any:
         return real_group(ranks, backend="fake", **rest)
 
-    def all_gather_object(out: list[Any], value: Any, group: Any = None) -> None:
-        out[:] = [value] * len(out)
+    def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
+        object_list[:] = [obj] * len(object_list)
 
-    def gather_object(value: Any, out: list[Any] | None = None, *args: Any, **kwargs: Any) -> None:
-        if out is not None:
-            out[:] = [value] * len(out)
+    def gather_object(obj: Any, object_gather_list: list[Any] | None = None, *args: Any, **kwargs: Any) -> None:
+        if object_gather_list is not None:
+            object_gather_list[:] = [obj] * len(object_gather_list)
 
     def broadcast_object_list(*args: Any, **kwargs: Any) -> None:
         pass
 
+    def scatter_object_list(scatter_object_output_list: list[Any], scatter_object_input_list: list[Any] | None = None,
+                            *args: Any, **kwargs: Any) -> None:
+        if scatter_object_input_list is not None:
+            scatter_object_output_list[0] = scatter_object_input_list[0]
+
     for module in (dist, dist.distributed_c10d):
         vars(module).update(new_group=new_group, all_gather_object=all_gather_object, gather_object=gather_object,
-                            broadcast_object_list=broadcast_object_list)
+                            broadcast_object_list=broadcast_object_list, scatter_object_list=scatter_object_list)
 
 
 @functools.cache
@@ -151,6 +164,7 @@ def install(devices: int = 8) -> None:
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
 
     _add_device_guard()
+    _add_kernels()
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment, method-assign]
     _replace_cuda(devices)
     _replace_groups()
@@ -256,6 +270,9 @@ def patched() -> Iterator[None]:
             (storage, "resize_", resize_), (storage, "device", property(device)), (torch.nn.Module, "_apply", _apply),
             (FakeTensor, "tolist", lambda self: meter.current().read(self)),
             (torch.Tensor, "record_stream", lambda self, stream: None),
+            # else backward() is one call for `Kernels`, which then sees nothing inside of it (recomputation)
+            (torch.autograd, "has_torch_function", lambda arguments: False),
+            (torch, "Generator", lambda device="cpu", real=torch.Generator: real()),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
@@ -269,4 +286,6 @@ def start_world(rank: int, world: int) -> None:
         dist.destroy_process_group()
     # names of groups count up from here, so that two replayed ranks give a group one name
     dist.distributed_c10d._world.group_count = 0
+    hook = sys.excepthook
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    sys.excepthook = hook  # each start of a group would put one more "[rank0]" before a traceback's lines

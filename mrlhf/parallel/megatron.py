@@ -60,11 +60,9 @@ def adapt() -> None:
             import megatron.core.jit  # noqa: F401
         finally:
             torch.compile = real_compile
-    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    # Scratch memory of sequence parallelism's all-gathers; otherwise initialize_model_parallel makes it.
-    parallel_state._set_global_memory_buffer()
+    renew_gather_buffer()
     # Our saves need no process-safe queue. Megatron would spawn a Manager process for it, 4-10 s in each run.
     filesystem_async._results_queue = queue.Queue()
     # The layer knows MLP classes by name, and our MoE, a subclass, gets its groups in its spec.
@@ -73,6 +71,14 @@ def adapt() -> None:
 
 def _drop_log_lines(logger: str, text: str) -> None:
     logging.getLogger(logger).addFilter(lambda record: text not in record.getMessage())
+
+
+def renew_gather_buffer() -> None:
+    """Scratch memory of sequence parallelism's all-gathers; otherwise initialize_model_parallel makes it."""
+    from megatron.core import parallel_state
+
+    parallel_state._GLOBAL_MEMORY_BUFFER = None
+    parallel_state._set_global_memory_buffer()
 
 
 def _patch_on_cpu(module: types.ModuleType, facade: cpu_torch.Facade) -> None:
