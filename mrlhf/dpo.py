@@ -53,7 +53,7 @@ def preference_loss(config: DPOStage, trainer: Trainer, loader: Loader, referenc
 
     def loss(hidden_BTH: torch.Tensor, batch: MicroBatch):
         policy_N = answer_logps(trainer, hidden_BTH, batch, mean=mean)
-        reference_N = reference[batch.index_N.cpu()].to(policy_N.device)
+        reference_N = reference[batch.index_N].to(policy_N.device, non_blocking=True)
         if mean:
             reference_N = reference_N / batch.sum_N(batch.mask_BT).clamp(min=1)
         chosen, rejected = (i.to(policy_N.device) for i in loader.pairs(batch))

@@ -56,9 +56,11 @@ class MicroBatch:
         return len(self.lengths)
 
     def to(self, device: str) -> MicroBatch:
+        """All tensors but index_N: it finds things of the host's, which must not wait for the device."""
         if device == "cpu":
             return self
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items()
+                 if isinstance(v, torch.Tensor) and k != "index_N"}
         return replace(self, **moved)
 
     def sum_N(self, x_BT: torch.Tensor) -> torch.Tensor:
@@ -166,7 +168,7 @@ class Loader:
     def margins(self, batch: MicroBatch) -> torch.Tensor | None:
         """The margins [P] of a preference micro-batch; None if the data has none."""
         chosen, _ = self.pairs(batch)
-        values = [self.dataset.margin(int(i) // 2) for i in batch.index_N[chosen.to(batch.index_N.device)].tolist()]
+        values = [self.dataset.margin(int(i) // 2) for i in batch.index_N[chosen].tolist()]
         return None if values[0] is None else torch.tensor(values, dtype=torch.float32)
 
     def in_order(self) -> Iterator[list[int]]:

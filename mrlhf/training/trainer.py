@@ -150,7 +150,8 @@ class Model:
         """The schedule's forward step. noise: embedding noise of a whole micro-batch."""
 
         def step(iterator, model):
-            whole = next(iterator).to(self.device)
+            given = next(iterator)
+            whole = given.to(self.device)
             batch = gpt.local_part(whole, self.collection.cp)
 
             def loss(output):
@@ -160,7 +161,7 @@ class Model:
                 return total, count.to(torch.int), {**partials, "loss": logged}
 
             samples_BT = None if balance is None else token_samples(batch)
-            added = None if noise is None else partial(noise, whole)
+            added = None if noise is None else partial(noise, given)
             return gpt.forward(model, batch, noise=added, samples_BT=samples_BT), loss
 
         return step
@@ -317,7 +318,8 @@ class Trainer(Model):
 
     def _noise(self, batch: MicroBatch) -> torch.Tensor:
         h, alpha = self.spec.hidden_size, self.neftune_alpha
-        return neftune.embedding_noise(batch, hidden_size=h, alpha=alpha, seed=self.seed, step=self.steps_done)
+        return neftune.embedding_noise(batch, hidden_size=h, alpha=alpha, seed=self.seed, step=self.steps_done,
+                                       device=self.device)
 
     def _clip_and_step(self, grad_norm: float) -> None:
         """What ChainedOptimizer.step does after it has the norm."""

@@ -13,12 +13,15 @@ import torch
 from mrlhf.data.loader import MicroBatch
 
 
-def embedding_noise(batch: MicroBatch, *, hidden_size: int, alpha: float, seed: int, step: int) -> torch.Tensor:
-    """[B, T, H] in fp32 for a whole micro-batch: uniform in +- alpha / sqrt(length of the sample x H), 0 at padding."""
+def embedding_noise(batch: MicroBatch, *, hidden_size: int, alpha: float, seed: int, step: int,
+                    device: str = "cpu") -> torch.Tensor:
+    """[B, T, H] in fp32 for a whole micro-batch: uniform in +- alpha / sqrt(length of the sample x H), 0 at padding.
+
+    batch: on the host, whose loop must not wait for `device`, where the noise is made.
+    """
     rows, width = batch.tokens_BT.shape
-    where = batch.tokens_BT.device
-    noise_NH = torch.zeros(rows * width, hidden_size, device=where)
-    generator = torch.Generator(where)
+    noise_NH = torch.zeros(rows * width, hidden_size, device=device)
+    generator = torch.Generator(device)
     for index, last, length in zip(batch.index_N.tolist(), batch.last_N.tolist(), batch.lengths, strict=True):
         generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:7], "big"))
         size = alpha / (length * hidden_size) ** 0.5

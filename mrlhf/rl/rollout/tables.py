@@ -161,7 +161,8 @@ def _samples(batch: MicroBatch) -> torch.Tensor:
 def gather_table(batch: MicroBatch, table_BA: torch.Tensor) -> torch.Tensor:
     """A table's values at the positions of a micro-batch that predict these tokens: shape of tokens_BT, 0 elsewhere."""
     assert batch.place_BT is not None
-    values_BT = table_BA.to(batch.mask_BT.device)[batch.index_N[_samples(batch)], batch.place_BT]
+    table_BA, index_N = (x.to(batch.mask_BT.device, non_blocking=True) for x in (table_BA, batch.index_N))
+    values_BT = table_BA[index_N[_samples(batch)], batch.place_BT]
     return values_BT * batch.mask_BT
 
 
