@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from launch import launch
@@ -185,11 +186,8 @@ _OTHER_NAMES = {
 }
 
 
-def make_hf_model(
-    directory: Path, family: str, *, vocab_size: int, seed: int = 0, tied: bool = False, **changes: object
-) -> None:
-    """Random weights with every parameter away from its neutral value, so that a wrong mapping shows."""
-    import torch
+def make_hf_config(family: str, *, vocab_size: int, tied: bool = False, **changes: object) -> Any:
+    """Of the family's smallest interesting model."""
     import transformers as t
 
     name, more = FAMILIES[family]
@@ -213,9 +211,19 @@ def make_hf_model(
         value = values.pop(old)
         if new:
             values[new] = value
-    config = getattr(t, name + ("TextConfig" if family == "gemma3_text" else "Config"))(**{**values, **more, **changes})
+    return getattr(t, name + ("TextConfig" if family == "gemma3_text" else "Config"))(**{**values, **more, **changes})
+
+
+def make_hf_model(
+    directory: Path, family: str, *, vocab_size: int, seed: int = 0, tied: bool = False, **changes: object
+) -> None:
+    """Random weights with every parameter away from its neutral value, so that a wrong mapping shows."""
+    import torch
+    import transformers as t
+
+    config = make_hf_config(family, vocab_size=vocab_size, tied=tied, **changes)
     torch.manual_seed(seed)
-    model = getattr(t, name + ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))(config).float()
+    model = getattr(t, FAMILIES[family][0] + ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))(config).float()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" in name or ".ln_" in name:

@@ -37,6 +37,7 @@ IMPORTS = (
     "mrlhf.commands.score",
     "mrlhf.export",
 )
+REHEARSAL = ("transformers.models.auto.configuration_auto",)  # tests/cuda/rehearse_program.py makes configurations
 VLLM = ("vllm.v1.engine.llm_engine",)
 _servers: dict[tuple[bool, str], subprocess.Popen[bytes]] = {}  # by vLLM, and the device that they chose
 
@@ -71,6 +72,7 @@ def _server(vllm: bool, env: dict[str, str]) -> subprocess.Popen[bytes]:
     kind = vllm, env["MRLHF_DEVICE"]
     if kind not in _servers:
         command = [sys.executable, __file__, *IMPORTS, *(VLLM if vllm else ())]
+        command += REHEARSAL if env["MRLHF_DEVICE"] == "rehearsal" else ()
         # without a configuration of vLLM's logging at import, a run can still make its own
         more = {"VLLM_CONFIGURE_LOGGING": "0"}
         _servers[kind] = subprocess.Popen(

@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,19 +138,24 @@ def _replace_groups() -> None:
                   **rest: Any) -> Any:
         return real_group(ranks, backend="fake", **rest)
 
-    def all_gather_object(out: list[Any], value: Any, group: Any = None) -> None:
-        out[:] = [value] * len(out)
+    def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
+        object_list[:] = [obj] * len(object_list)
 
-    def gather_object(value: Any, out: list[Any] | None = None, *args: Any, **kwargs: Any) -> None:
-        if out is not None:
-            out[:] = [value] * len(out)
+    def gather_object(obj: Any, object_gather_list: list[Any] | None = None, *args: Any, **kwargs: Any) -> None:
+        if object_gather_list is not None:
+            object_gather_list[:] = [obj] * len(object_gather_list)
 
     def broadcast_object_list(*args: Any, **kwargs: Any) -> None:
         pass
 
+    def scatter_object_list(scatter_object_output_list: list[Any], scatter_object_input_list: list[Any] | None = None,
+                            *args: Any, **kwargs: Any) -> None:
+        if scatter_object_input_list is not None:
+            scatter_object_output_list[0] = scatter_object_input_list[0]
+
     for module in (dist, dist.distributed_c10d):
         vars(module).update(new_group=new_group, all_gather_object=all_gather_object, gather_object=gather_object,
-                            broadcast_object_list=broadcast_object_list)
+                            broadcast_object_list=broadcast_object_list, scatter_object_list=scatter_object_list)
 
 
 @functools.cache
@@ -266,6 +272,7 @@ def patched() -> Iterator[None]:
             (torch.Tensor, "record_stream", lambda self, stream: None),
             # else backward() is one call for `Kernels`, which then sees nothing inside of it (recomputation)
             (torch.autograd, "has_torch_function", lambda arguments: False),
+            (torch, "Generator", lambda device="cpu", real=torch.Generator: real()),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
@@ -279,4 +286,6 @@ def start_world(rank: int, world: int) -> None:
         dist.destroy_process_group()
     # names of groups count up from here, so that two replayed ranks give a group one name
     dist.distributed_c10d._world.group_count = 0
+    hook = sys.excepthook
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    sys.excepthook = hook  # each start of a group would put one more "[rank0]" before a traceback's lines

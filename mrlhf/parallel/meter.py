@@ -2,7 +2,8 @@
 
 Values of fake tensors do not exist, but lengths, masks and counts steer the program. So small tensors made from host
 data carry their real value along (`_Values`), computed beside each operation. Where a value is not known, a number
-reads as 1, and what chooses by value (topk) chooses every column equally often.
+reads as 1, and what chooses by value (topk) chooses every column equally often. A few numbers of which some are known
+(a sum of losses and the count beside it) have nan for the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,15 @@ _SMALLEST = 512  # bytes: the CUDA allocator's step
 _MOST_FLOATS, _MOST_INTS = 1 << 16, 1 << 22  # numbers of a tensor whose value is carried along
 _FROM_SHAPE = {"arange", "zeros", "ones", "full", "eye", "scalar_tensor", "zeros_like", "ones_like", "full_like",
                "new_zeros", "new_ones", "new_full"}
-# the size of their result, or a decision in the program, depends on values
+# with nan for what is not known, their results have nan just where they are not known
+_BY_ELEMENT = set("stack cat select slice view reshape _unsafe_view unsqueeze squeeze expand unbind split alias t "
+                  "detach clone lift_fresh _to_copy copy_ zero_ fill_ index_select add add_ sub mul mul_ div div_ "
+                  "sum".split())
+_MOST_PARTLY_KNOWN = 64  # numbers
 _WAITS = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
-          aten.bincount.default, aten.equal.default, aten.repeat_interleave.Tensor, aten.unique_consecutive.default}
-_UNCOALESCED = {"c10d::reduce_scatter_tensor_coalesced_", "c10d::allgather_into_tensor_coalesced_",
-                "c10d::allreduce_coalesced_"}
+          aten.bincount.default, aten.equal.default, aten.repeat_interleave.Tensor, aten.unique_consecutive.default,
+          aten.index.Tensor}
+_UNCOALESCED = {f"c10d::{name}_coalesced_" for name in ("allreduce", "reduce_scatter_tensor", "allgather_into_tensor")}
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,47 @@ class Message:
     device: str
     peer: int | None = None
     splits: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class _Op:
+    """What the meter asks of an operation, once for all its calls."""
+
+    name: str
+    is_message: bool
+    is_device: bool  # a tensor's device, a question and no work
+    is_number: bool
+    is_composite: bool  # others put together; a mode sees also some of these
+    waits: bool  # the size of its result, or a decision of the program, depends on values
+    copies: bool
+    is_view: bool
+    is_varlen: bool
+    from_shape: bool  # its values follow from its arguments' shapes
+    is_random: bool
+    by_element: bool
+    writes: tuple[int, ...]  # arguments
+    flops: Any
+
+
+_ops: dict[int, _Op] = {}
+
+
+def _op(func: Any) -> _Op:
+    if id(func) not in _ops:
+        full = func.name()
+        name, has = full.partition("::")[2].partition(".")[0], torch._C._dispatch_has_kernel_for_dispatch_key
+        # one with a kernel of its own stays whole
+        is_composite = func.namespace != "prim" and has(full, "CompositeImplicitAutograd") and not has(full, "CUDA")
+        arguments = enumerate(func._schema.arguments)
+        _ops[id(func)] = _Op(
+            name, func.namespace == "c10d", func.namespace == "prim", name in ("item", "_local_scalar_dense"),
+            is_composite, func in _WAITS, name in ("_to_copy", "copy_"), func.is_view or name == "_unsafe_view",
+            func.namespace == "torch_attn", name in _FROM_SHAPE,
+            torch.Tag.nondeterministic_seeded in func.tags or name.startswith(("empty", "new_empty", "rand")),
+            name in _BY_ELEMENT, tuple(i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write),
+            flop_registry.get(func._overloadpacket),
+        )
+    return _ops[id(func)]
 
 
 _current: Meter | None = None
@@ -71,12 +117,15 @@ def place(skip: tuple[str, ...] = ("/torch/", "/mrlhf/parallel/meter.py", "/mrlh
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not any(part in file for part in skip) and not file.startswith("<"):
+        is_mode = frame.f_code.co_name in ("__torch_dispatch__", "__torch_function__")
+        if not is_mode and not file.startswith("<") and not any(part in file for part in skip):
             for package in ("/mrlhf/", "/megatron/"):
                 _, at, rest = file.rpartition(package)
                 if at:
                     file = package[1:] + rest
                     break
+            while frame.f_code.co_name.endswith(("comp>", "expr>")) and frame.f_back is not None:
+                frame = frame.f_back
             return f"{file}:{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "torch"
@@ -99,7 +148,7 @@ class Meter(TorchDispatchMode):
         self.messages: list[Message] = []
         self.waits: Counter[tuple[str, str]] = Counter()  # (phase, place)
         self.copies: Counter[tuple[str, str]] = Counter()  # (phase, direction) -> bytes
-        self.squares: Counter[str] = Counter()
+        self.squares: Counter[tuple[str, str]] = Counter()  # (phase, operation, shape and place)
         self.values = _Values()
         self._sizes: dict[int, int] = {}  # storage -> bytes
         self._parts: dict[int, str] = {}
@@ -164,33 +213,32 @@ class Meter(TorchDispatchMode):
             self.waits[self.phase, place()] += 1
         value = self.values.of(tensor)
         with _disable_current_modes():
-            return (torch.ones(tensor.shape, dtype=tensor.dtype) if value is None else value).tolist()
+            return (torch.ones(tensor.shape, dtype=tensor.dtype) if value is None else _readable(value)).tolist()
 
     # operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "prim":  # a tensor's device
-            return func(*args, **kwargs)
-        if func.namespace == "c10d":
+        kwargs, op = kwargs or {}, _op(func)
+        if op.is_device:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+        if op.is_message:
             return self._communicate(func, args, kwargs)
-        if _is_composite(func):
-            with self:
-                return func.decompose(*args, **kwargs)
-        on_device = any(isinstance(x, FakeTensor) and x.device.type == "cuda" for x in tree_leaves((args, kwargs)))
-        if func in (aten._local_scalar_dense.default, aten.item.default):
+        if op.is_number:
             value = self.read(args[0])
             while isinstance(value, list):  # of shape [1]
                 [value] = value
             return value
-        if on_device and (func in _WAITS or func is aten.index.Tensor and _has_mask(args[1])):
+        if op.is_composite:
+            with self:
+                return func.decompose(*args, **kwargs)
+        if op.waits and args[0].device.type == "cuda" and (func is not aten.index.Tensor or _has_mask(args[1])):
             self.wait()
-        value = self.values.compute(func, args, kwargs)
-        out = self._of_unknown_size(func, args, value)
+        value = self.values.compute(func, op, args, kwargs)
+        out = self._of_unknown_size(func, args, value) if op.waits else None
         if out is None:
             out = func(*args, **kwargs)
-        self.values.remember(func, args, out, value)
-        self._count(func, args, kwargs, out)
+        self.values.remember(op, args, out, value)
+        self._count(func, op, args, kwargs, out)
         return out
 
     def _of_unknown_size(self, func: Any, args: Any, value: Any) -> Any:
@@ -201,19 +249,15 @@ class Meter(TorchDispatchMode):
         if func is aten.index.Tensor and _has_mask(args[1]):
             parts = [self._rows_of(i) if _is_mask(i) else [slice(None) if i is None else i] for i in args[1]]
             return args[0][tuple(part for some in parts for part in some)]
-        if func not in _WAITS or isinstance(value, tuple):
-            return None
-        dtype = args[0].dtype
-        if isinstance(value, torch.Tensor):
-            shape, dtype = value.shape, value.dtype
-        elif func is aten.nonzero.default:
-            shape, dtype = torch.Size([self._true(args[0]), args[0].dim()]), torch.long
-        elif func is aten.masked_select.default:
+        device = args[0].device
+        if value is not None:
+            return tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype, device=device), value)
+        if func is aten.nonzero.default:
+            return torch.empty(self._true(args[0]), args[0].dim(), dtype=torch.long, device=device)
+        if func is aten.masked_select.default:
             times = math.prod(torch.broadcast_shapes(args[0].shape, args[1].shape)) // max(1, args[1].numel())
-            shape = torch.Size([self._true(args[1]) * times])
-        else:
-            return None
-        return torch.empty(shape, dtype=dtype, device=args[0].device)
+            return torch.empty(self._true(args[1]) * times, dtype=args[0].dtype, device=device)
+        return None
 
     def _true(self, mask: torch.Tensor) -> int:
         value = self.values.of(mask)
@@ -224,27 +268,27 @@ class Meter(TorchDispatchMode):
         rows = self._true(mask)
         return [torch.zeros(rows, dtype=torch.long, device=mask.device) for _ in range(mask.dim())]
 
-    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _count(self, func: Any, op: _Op, args: Any, kwargs: Any, out: Any) -> None:
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, FakeTensor) and t.device.type == "cuda":
                 self.see(t)
-                if self.square and sum(n >= self.square for n in t.shape) > 1:
-                    self.squares[f"{func.name()} {tuple(t.shape)} at {place()}"] += 1
-        if func in (aten._to_copy.default, aten.copy_.default):
-            source, target = (args[0], out) if func is aten._to_copy.default else (args[1], args[0])
+                if self.square and not op.is_view and sum(n >= self.square for n in t.shape) > 1:
+                    self.squares[self.phase, f"{func.name()} {tuple(t.shape)} at {place()}"] += 1
+        if op.copies:
+            source, target = (args[0], out) if op.name == "_to_copy" else (args[1], args[0])
             if source.device.type != target.device.type:
                 blocks = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
                 self.copies[self.phase, f"{source.device.type}->{target.device.type}"] += source.nbytes
                 if blocks and source.device.type == "cuda":
                     self.wait()
-        elif func._overloadpacket in flop_registry:
-            self.flops[self.phase] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-        elif func.namespace == "torch_attn":
-            self.flops[self.phase] += self._varlen_flops(func, args)
+        elif op.is_varlen:
+            self.flops[self.phase] += self._varlen_flops(op, args)
+        elif op.flops is not None:
+            self.flops[self.phase] += op.flops(*args, **kwargs, out_val=out)
 
-    def _varlen_flops(self, func: Any, args: Any) -> int:
+    def _varlen_flops(self, op: _Op, args: Any) -> int:
         """Of causal attention: 2 products forward and 5 backward, over the pairs that see each other."""
-        products, first = (5, 1) if "backward" in func.name() else (2, 0)
+        products, first = (5, 1) if "backward" in op.name else (2, 0)
         query, cu = args[first], next(x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.int32)
         bounds = self.values.of(cu)
         with _disable_current_modes():
@@ -258,7 +302,7 @@ class Meter(TorchDispatchMode):
         message = self._message(name.removeprefix("c10d::").strip("_"), args)
         self.messages.append(message)
         if name in _UNCOALESCED:  # have no fake kernel; any finished work will do
-            group = next(a for a in args if isinstance(a, torch.ScriptObject))
+            group = next(a for a in args if _is_group(a))
             out = torch.ops.c10d.barrier.default(torch.empty(1), group, [], True)
         else:
             out = func(*args, **kwargs)
@@ -280,13 +324,6 @@ class Meter(TorchDispatchMode):
             splits = to, of
         device = tensors[0].device.type if tensors else "none"
         return Message(self.phase, op, max(sides), group.group_name, ranks, device, peer, splits)
-
-
-@functools.cache
-def _is_composite(func: Any) -> bool:
-    """A mode sees also some operations that are others put together; those with a kernel of their own stay whole."""
-    has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
-    return has_kernel("CompositeImplicitAutograd") and not has_kernel("CUDA")
 
 
 def _is_group(value: Any) -> bool:
@@ -312,29 +349,41 @@ class _Values:
             return x
         return None if x.untyped_storage()._cdata in self._unknown else getattr(x, "_mrlhf_value", None)
 
-    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def compute(self, func: Any, op: _Op, args: Any, kwargs: Any) -> Any:
         """The result on real tensors, if all that go in are known and it is small; else None."""
-        name = func.name().partition("::")[2].partition(".")[0]
+        if op.is_random or op.is_varlen:
+            return None
         if func is aten.topk.default and self.of(args[0]) is None:
             return self._spread(args[0], *args[1:])
-        flat, spec = tree_flatten((args, kwargs))
-        from_shape = name in _FROM_SHAPE
-        if torch.Tag.nondeterministic_seeded in func.tags or name.startswith(("empty", "new_empty", "rand")):
+        if not op.from_shape and not op.by_element and any(_lacks(self, x) for x in args):
             return None
+        flat, spec = tree_flatten((args, kwargs))
         tensors = [x for x in flat if isinstance(x, torch.Tensor)]
-        if from_shape and (not tensors or name.startswith(("zeros", "ones", "new"))):
-            if not self._is_small(name, args, kwargs, tensors):
+        if op.from_shape and (not tensors or op.name.startswith(("zeros", "ones", "new"))):
+            if not self._is_small(op.name, args, kwargs, tensors):
                 return None
-        elif not tensors or any(self.of(x) is None or not _small(x) for x in tensors):
+        elif op.by_element:
+            return self._by_element(func, flat, spec)
+        elif not tensors or any(not _small(x) or _lacks(self, x) for x in tensors):
             return None
         with _disable_current_modes():
-            if from_shape and tensors:  # of the shape and dtype alone
+            if op.from_shape and tensors:  # of the shape and dtype alone
                 flat = [torch.empty(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in flat]
-            flat = [self.of(x) if isinstance(x, torch.Tensor) else torch.device("cpu") if isinstance(x, torch.device)
-                    else x for x in flat]
-            args, kwargs = tree_unflatten(flat, spec)
-            kwargs.pop("pin_memory", None)
-            return func(*args, **kwargs)
+            return _on_host(func, [self.of(x) if isinstance(x, torch.Tensor) else x for x in flat], spec)
+
+    def _by_element(self, func: Any, flat: list[Any], spec: Any) -> Any:
+        """As `compute`, with nan for what is not known of a few numbers."""
+        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+        known = [self.of(x) for x in tensors]
+        if not tensors or all(v is None for v in known) or any(not _small(x) for x in tensors):
+            return None
+        if any(v is None and (x.numel() > _MOST_PARTLY_KNOWN or not x.is_floating_point())
+               for x, v in zip(tensors, known, strict=True)):
+            return None
+        with _disable_current_modes():
+            values = iter(torch.full(x.shape, torch.nan, dtype=x.dtype) if v is None else v
+                          for x, v in zip(tensors, known, strict=True))
+            return _on_host(func, [next(values) if isinstance(x, torch.Tensor) else x for x in flat], spec)
 
     @staticmethod
     def _is_small(name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> bool:
@@ -354,12 +403,11 @@ class _Values:
             rows = math.prod(x.shape[:-1])
             return None, (torch.arange(rows * k) % x.size(-1)).view(*x.shape[:-1], k)
 
-    def remember(self, func: Any, args: Any, out: Any, value: Any) -> None:
+    def remember(self, op: _Op, args: Any, out: Any, value: Any) -> None:
         if value is None:
-            if func._schema.is_mutable:
-                for argument, spec in zip(args, func._schema.arguments, strict=False):
-                    if spec.alias_info is not None and spec.alias_info.is_write:
-                        self._forget(t for t in tree_leaves(argument) if isinstance(t, FakeTensor))
+            for i in op.writes:
+                if i < len(args):
+                    self._forget(t for t in tree_leaves(args[i]) if isinstance(t, FakeTensor))
             return
         flat_out = out if isinstance(out, (tuple, list)) else (out,)
         values = value if isinstance(value, (tuple, list)) else (value,)
@@ -376,36 +424,48 @@ class _Values:
 
     def exchanged(self, name: str, args: Any, size: int) -> None:
         """After a collective. Other ranks' values are taken to be this rank's own."""
-        written = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-        change: Callable[[torch.Tensor], torch.Tensor] | None = None
+        written = [t for t in tree_leaves(args[0]) if isinstance(t, FakeTensor)]
         if name in ("c10d::broadcast_", "c10d::send", "c10d::barrier"):
             return
         if name == "c10d::allreduce_":
-            total = args[2] is not None and "SUM" in str(dist.ReduceOp(dist.ReduceOp.SUM)) and _is_sum(args[2])
             for t in written:
-                v = self.of(t)
-                if v is None:
-                    self._forget(iter([t]) if isinstance(t, FakeTensor) else iter([]))
-                elif total:
+                value = self.of(t)
+                if value is None:
+                    self._forget(iter([t]))
+                elif args[2].op() == dist.ReduceOp.SUM:
                     with _disable_current_modes():
-                        v.mul_(size)
+                        value.mul_(size)
             return
-        if name == "c10d::_allgather_base_":
-            change = lambda v: v.flatten().repeat(size).view(written[0].shape)  # noqa: E731
-        source = self.of(args[1]) if change is not None else None
-        if change is not None and source is not None and isinstance(written[0], FakeTensor):
-            with _disable_current_modes():
-                written[0]._mrlhf_value = change(source)  # type: ignore[attr-defined]
+        source = self.of(args[1]) if name == "c10d::_allgather_base_" else None
+        if source is None:
+            self._forget(iter(written))
             return
-        self._forget(t for t in tree_leaves(written) if isinstance(t, FakeTensor))
+        with _disable_current_modes():
+            for t in written:
+                t._mrlhf_value = source.flatten().repeat(size).view(t.shape)  # type: ignore[attr-defined]
 
 
-def _is_sum(op: Any) -> bool:
-    return "SUM" in str(op)
+def _on_host(func: Any, flat: list[Any], spec: Any) -> Any:
+    args, kwargs = tree_unflatten([torch.device("cpu") if isinstance(x, torch.device) else x for x in flat], spec)
+    kwargs.pop("pin_memory", None)
+    return func(*args, **kwargs)
+
+
+def _readable(value: torch.Tensor) -> torch.Tensor:
+    return torch.where(value.isnan(), 1, value) if value.is_floating_point() else value
+
+
+def _lacks(values: _Values, x: Any) -> bool:
+    """Whether some number of a tensor is not known."""
+    if not isinstance(x, FakeTensor):
+        return False
+    value = values.of(x)
+    if value is None or not value.is_floating_point():
+        return value is None
+    with _disable_current_modes():
+        return bool(value.isnan().any())
 
 
 def _small(x: torch.Tensor) -> bool:
     return x.numel() <= (_MOST_FLOATS if x.dtype.is_floating_point else _MOST_INTS)
 
-
-__all__ = ["Message", "Meter", "current", "place", "set_current", "tree_map"]

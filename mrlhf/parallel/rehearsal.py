@@ -20,9 +20,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,7 @@ class Report:
     collectives: Mapping[tuple[str, str, str], Traffic]  # (phase, operation, group)
     host_waits: Mapping[tuple[str, str], int]  # (phase, file:function)
     copies: Mapping[tuple[str, str], int]  # (phase, "cpu->cuda" or "cuda->cpu") -> bytes
-    squares: Mapping[str, int]  # tensors that are square in the row length, with their place
+    squares: Mapping[tuple[str, str], int]  # (phase, operation, shape and place) of what is square in the row length
     messages: tuple[Message, ...]
 
     def waits(self, phase: str, known: Mapping[str, str] | None = None) -> dict[str, int]:
@@ -87,6 +88,8 @@ class Rehearsal:
         self.meter = meter.Meter(square=square, kept=kept)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._names: dict[str, str] = {}  # torch's name of a group -> ours
+        # the step's [sum, count], which the last pipeline stage tells the others
+        self.from_last_stage: Callable[[], Any] = lambda: {"loss": torch.tensor([1.0, 1.0])}
 
     def __enter__(self) -> Rehearsal:
         self._environment = {name: os.environ.get(name) for name in _VARIABLES}
@@ -113,8 +116,14 @@ class Rehearsal:
         self.meter.enter_phase(phase)
         # backward on a thread of its own, as for a device, would leave the modes behind
         one_thread = torch.autograd.set_multithreading_enabled(False)
-        with one_thread, _last_stage_answers(), fake_cuda.patched(), fake_cuda.Kernels(), self._fake, self.meter:
+        with one_thread, self._other_stages(), fake_cuda.patched(), fake_cuda.Kernels(), self._fake, self.meter:
             yield self.meter
+
+    @contextlib.contextmanager
+    def _other_stages(self) -> Iterator[None]:
+        """What the last pipeline stage, another process, tells the others."""
+        with mock.patch.object(state, "from_last_stage", lambda value, pp: value or self.from_last_stage()):
+            yield
 
     def name_parts(self, model: Any) -> None:
         """Counts the model's tensors by their kind, "weights", "optimizer" or "gradients", from now on."""
@@ -141,17 +150,6 @@ class Rehearsal:
         traffic = {key: Traffic(count, nbytes[key]) for key, count in calls.items()}
         return Report(self.rank, self.world, peaks, dict(m.flops), traffic, dict(m.waits), dict(m.copies),
                       dict(m.squares), tuple(m.messages))
-
-
-@contextlib.contextmanager
-def _last_stage_answers() -> Iterator[None]:
-    """The last pipeline stage, which is another process, tells the others its loss."""
-    real = state.from_last_stage
-    state.from_last_stage = lambda value, pp: value or {"loss": torch.tensor([1.0, 1.0])}
-    try:
-        yield
-    finally:
-        state.from_last_stage = real
 
 
 def unpaired(reports: Sequence[Report]) -> list[str]:
