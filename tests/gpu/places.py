@@ -11,10 +11,13 @@ import torch
 from conftest import python, run, torchrun
 
 
-def in_places(names: str, *, cpu: Iterable[tuple], gpu: Iterable[tuple]) -> pytest.MarkDecorator:
-    """Parametrizes `place` and `names`: the cases of `make test` and, with the marker gpu, those of a GPU."""
+def in_places(
+    names: str, *, cpu: Iterable[tuple], gpu: Iterable[tuple] = (), gpu8: Iterable[tuple] = ()
+) -> pytest.MarkDecorator:
+    """Parametrizes `place` and `names`: the cases of `make test`, and by markers those of one GPU and of eight."""
     cases = [pytest.param("cpu", *case) for case in cpu]
     cases += [pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in gpu]
+    cases += [pytest.param("cuda", *case, marks=pytest.mark.gpu8) for case in gpu8]
     return pytest.mark.parametrize(f"place,{names}", cases)
 
 

@@ -79,14 +79,16 @@ def our_result(model_dir: Path, place: str, dtype: str, layout: str) -> Result:
 
     whole_VBT = trainer.forward([batch], logits, channels=VOCAB)[0].cpu()
     by_channel = [batch.per_sample(x_BT) for x_BT in whole_VBT]
-    loss = trainer.step([batch], language_model_loss(trainer, aggregation="token"))["loss"]
+    step = trainer.step([batch], language_model_loss(trainer, aggregation="token"))
+    squares = [p.main_grad.double().square().sum() for p in trainer.modules[0].parameters() if p.requires_grad]
+    assert abs(float(torch.stack(squares).sum()) ** 0.5 / step["grad_norm"] - 1) < 1e-4
     gradients = {
         (name, i): parameter.main_grad.narrow(b.dim, b.offset, b.length)
         for name, parameter, blocks in gpt.local_blocks(trainer.modules[0], trainer.spec, head="lm")
         for i, b in enumerate(blocks)
         if parameter.requires_grad  # a router's selection bias has no gradient
     }
-    return Result([torch.stack(of_sample, -1) for of_sample in zip(*by_channel)], loss, gradients)
+    return Result([torch.stack(of_sample, -1) for of_sample in zip(*by_channel)], step["loss"], gradients)
 
 
 def distances(found: Result, wanted: Result) -> dict[str, float]:
