@@ -5,6 +5,7 @@ bf16 is held to what transformers' own bf16 is away from its fp32 on the same de
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +27,13 @@ class Result(NamedTuple):
     gradients: dict[tuple[str, int], torch.Tensor]  # of each slice of a HF tensor in a Megatron parameter
 
 
-def samples(place: str) -> list[torch.Tensor]:
+def random_rows(vocab_size: int, lengths: Iterable[int]) -> list[torch.Tensor]:
+    """Token ids without 0, which pads."""
     generator = torch.Generator().manual_seed(5)
-    return [torch.randint(1, VOCAB, (n,), generator=generator) for n in LENGTHS[place]]
+    return [torch.randint(1, vocab_size, (n,), generator=generator) for n in lengths]
 
 
-def transformers_result(model_dir: Path, place: str, dtype: torch.dtype) -> Result:
+def transformers_result(model_dir: Path, place: str, dtype: torch.dtype, rows: list[torch.Tensor]) -> Result:
     from transformers import AutoModelForCausalLM
 
     from mrlhf.checkpoint.source import open_source
@@ -40,7 +42,7 @@ def transformers_result(model_dir: Path, place: str, dtype: torch.dtype) -> Resu
 
     # eager: sdpa leaves out Gemma 2's soft cap
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="eager").eval().to(place)
-    rows = [ids.to(place) for ids in samples(place)]
+    rows = [ids.to(place) for ids in rows]
     logits = [model(ids[None]).logits[0] for ids in rows]
     predicted = [(x[:-1].float(), ids[1:]) for x, ids in zip(logits, rows) if len(ids) > 1]
     loss = sum(torch.nn.functional.cross_entropy(*pair, reduction="sum") for pair in predicted)
@@ -58,7 +60,7 @@ def transformers_result(model_dir: Path, place: str, dtype: torch.dtype) -> Resu
     return Result(logits, float(loss.detach()), gradients)
 
 
-def our_result(model_dir: Path, place: str, dtype: str, layout: str) -> Result:
+def our_result(model_dir: Path, dtype: str, layout: str, rows: list[torch.Tensor]) -> Result:
     from mrlhf.checkpoint.source import open_source
     from mrlhf.config.options import OptimConfig, ParallelConfig
     from mrlhf.data.loader import Sample, collate
@@ -69,15 +71,15 @@ def our_result(model_dir: Path, place: str, dtype: str, layout: str) -> Result:
     optim = OptimConfig(lr=1e-3, lr_decay_style="constant", clip_grad=0.0)
     source = open_source(str(model_dir))
     trainer = Trainer(source, ParallelConfig(), optim, head="lm", dtype=dtype, seed=1, total_steps=9)
-    rows = [Sample(ids.numpy(), ids.numpy() * 0 + 1, i) for i, ids in enumerate(samples(place))]
+    samples = [Sample(ids.numpy(), ids.numpy() * 0 + 1, i) for i, ids in enumerate(rows)]
     side = {} if layout == "packed" else {"padding_side": layout}
-    batch = collate(rows, packing=layout == "packed", **side)
+    batch = collate(samples, packing=layout == "packed", **side)
 
     def logits(hidden_BTH, batch):
-        logits_BTV = gpt.lm_head(trainer.modules[0], trainer.spec).logits(hidden_BTH)[..., :VOCAB]
+        logits_BTV = gpt.lm_head(trainer.modules[0], trainer.spec).logits(hidden_BTH)[..., : trainer.spec.vocab_size]
         return logits_BTV.float().permute(2, 0, 1)
 
-    whole_VBT = trainer.forward([batch], logits, channels=VOCAB)[0].cpu()
+    whole_VBT = trainer.forward([batch], logits, channels=trainer.spec.vocab_size)[0].cpu()
     by_channel = [batch.per_sample(x_BT) for x_BT in whole_VBT]
     step = trainer.step([batch], language_model_loss(trainer, aggregation="token"))
     squares = [p.main_grad.double().square().sum() for p in trainer.modules[0].parameters() if p.requires_grad]
@@ -107,14 +109,15 @@ def test_a_family_equals_transformers(one_rank: None, tmp_path: Path, place: str
     family, changes = KINDS[kind]
     layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
     make_hf_model(tmp_path, family, vocab_size=VOCAB, seed=3, **{**layers, **changes})  # type: ignore[arg-type]
-    exact = transformers_result(tmp_path, place, torch.float32)
-    noise = distances(transformers_result(tmp_path, place, torch.bfloat16), exact)
+    rows = random_rows(VOCAB, LENGTHS[place])
+    exact = transformers_result(tmp_path, place, torch.float32, rows)
+    noise = distances(transformers_result(tmp_path, place, torch.bfloat16, rows), exact)
     print(f"{kind}: noise {noise}")
     for layout in LAYOUTS:
-        ours = distances(our_result(tmp_path, place, "float32", layout), exact)
+        ours = distances(our_result(tmp_path, "float32", layout, rows), exact)
         print(f"{kind} {layout} float32 {ours}")
         assert ours["logits"] < 1e-5 and ours["loss"] < 1e-5 and ours["gradients"] < 1e-4, (layout, ours)
-        ours = distances(our_result(tmp_path, place, "bfloat16", layout), exact)
+        ours = distances(our_result(tmp_path, "bfloat16", layout, rows), exact)
         print(f"{kind} {layout} bfloat16 {ours}")
         for what in ("logits", "gradients"):
             limit = 1.5 * max(noise[what], FLIP[what] if kind in MOE else 0)
