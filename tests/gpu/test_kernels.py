@@ -9,8 +9,7 @@ import torch
 from models.layers.test_attention import alone
 
 from gpu.places import apart, in_places
-from mrlhf.models.layers import logprobs
-from mrlhf.models.layers.attention import packed_attention
+from mrlhf.models.layers import attention, logprobs
 from mrlhf.models.layers.logprobs import Head, head_logprobs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,6 +32,17 @@ LIMITS = {
 ATTENTION = [(shape, limits, dtype) for shape in SHAPES for limits in LIMITS for dtype in DTYPES]
 
 
+def packed(q, k, v, lengths: list[int], **limits):
+    """The package's attention of one row of samples, [t, n, d]."""
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=q.device)
+    if hasattr(attention, "packed_attention"):
+        return attention.packed_attention(q, k, v, cu_seqlens, max(lengths), None, **limits)
+    segments = attention.Segments(bounds=tuple(bounds), cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths))
+    rows = (x[:, None] for x in (q, k, v))
+    return attention.segment_attention(*rows, segments, scale=None, **limits)[:, 0]
+
+
 @in_places("shape,limits,dtype", cpu=ATTENTION, gpu=ATTENTION)
 def test_packed_attention(place: str, shape: str, limits: str, dtype: str) -> None:
     """Samples of one token, of a tile and one more, and long ones; values and gradients."""
@@ -41,7 +51,6 @@ def test_packed_attention(place: str, shape: str, limits: str, dtype: str) -> No
     generator, sizes = torch.Generator().manual_seed(0), ((heads, width), (groups, width), (groups, of_values))
     inputs = [torch.randn(sum(lengths), *size, generator=generator).to(DTYPES[dtype]) for size in sizes]
     weights = torch.randn(sum(lengths), heads, of_values, generator=generator).to(DTYPES[dtype])
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=place)
 
     def outputs(way, given: torch.dtype) -> list[torch.Tensor]:
         leaves = [x.to(place, given).requires_grad_() for x in inputs]
@@ -49,10 +58,11 @@ def test_packed_attention(place: str, shape: str, limits: str, dtype: str) -> No
         return [out, *torch.autograd.grad(out, leaves, weights.to(place, given))]
 
     def written_out(q, k, v):
-        return alone(q, k, v, lengths, **LIMITS[limits])
+        with torch.device(place):
+            return alone(q, k, v, lengths, **LIMITS[limits])
 
     exact = outputs(written_out, torch.float32)
-    found = outputs(lambda q, k, v: packed_attention(q, k, v, cu, max(lengths), None, **LIMITS[limits]), DTYPES[dtype])
+    found = outputs(lambda q, k, v: packed(q, k, v, lengths, **LIMITS[limits]), DTYPES[dtype])
     noise = outputs(written_out, torch.bfloat16) if dtype == "bfloat16" else exact
     for name, ours, rounded, wanted in zip(("output", "of q", "of k", "of v"), found, noise, exact, strict=True):
         if limits == "itself alone" and name in ("of q", "of k"):  # a softmax of one score has no gradient

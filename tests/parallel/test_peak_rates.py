@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from mrlhf.parallel import device, peak_rates
+from mrlhf.training.run import SupervisedRun
 
 BF16 = {
     "NVIDIA A100-SXM4-80GB": 312.0,
@@ -77,6 +80,20 @@ def test_float32_is_held_to_the_units_that_compute_it(peak, monkeypatch: pytest.
     assert peak("NVIDIA H100 80GB HBM3", "float32") == 66.9
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert peak("NVIDIA H100 80GB HBM3", "float32") == 494.7
+
+
+@pytest.mark.parametrize("known", [989.4, None])
+def test_mfu_is_logged_where_the_rate_is_known(known: float | None) -> None:
+    run = SimpleNamespace(
+        _lengths=[4, 4],
+        _peak_tflops=known,
+        layout=SimpleNamespace(dp=2, world=2),
+        trainer=SimpleNamespace(spec=SimpleNamespace(flops_per_token=lambda length: 1e12)),
+        phase=SimpleNamespace(memory=SimpleNamespace(reserved=0.0)),
+    )
+    values = SupervisedRun._performance(run, 2.0)  # type: ignore[arg-type]
+    assert values["perf/tflops"] == 4.0
+    assert values.get("perf/mfu") == (None if known is None else pytest.approx(4.0 / known))
 
 
 def test_there_is_no_rate_of_a_cpu() -> None:
