@@ -46,11 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def environment() -> dict[str, str]:
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONFAULTHANDLER": "1",  # the stacks of a rank that aborts
-        "PYTHONPATH": f"{ROOT}:{TESTS}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS), *inherited]),  # which may have packages
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
         "TORCH_COMPILE_DISABLE": "1",

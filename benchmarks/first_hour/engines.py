@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import statistics
@@ -88,8 +87,7 @@ def vllm(report: Report) -> None:
         sizes = {"rollout.batch_size": 16, "rollout.n": 4, "rollout.max_new_tokens": 128}
         sizes |= {"train.global_batch_size": 64, "train.micro_batch_size": 8}
         program = [sys.executable, "tests/gpu/rl_program.py", str(root / "result.json"), *options(root, **sizes)]
-        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        done = subprocess.run(program, cwd=ROOT, env=env, timeout=500, text=True, capture_output=True)
+        done = subprocess.run(program, cwd=ROOT, timeout=500, text=True, capture_output=True)
         report.check("vLLM starts beside the trainer, and two GRPO steps end", done.returncode == 0, "Qwen2.5-0.5B")
         if done.returncode:
             return report.say("```\n" + (done.stdout + done.stderr)[-4000:] + "\n```")
