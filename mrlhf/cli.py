@@ -31,6 +31,7 @@ SUMMARIES = {
     "generate": "answers to prompts through vLLM",
     "serve-reward": "a reward model behind HTTP, for runs on other machines",
     "data": "what a data set holds, its samples with the trained part marked, and whether it is whole",
+    "doctor": "versions, the device of a run here, and what would stop one",
     "report": "curves and samples of finished runs as one HTML file",
 }
 
@@ -45,6 +46,7 @@ USAGE = (
     "usage: mrlhf STAGE --config FILE [--dry-run] [--section.key VALUE ...]\n"
     "       torchrun --nproc-per-node N -m mrlhf STAGE --config FILE ...\n"
     "       mrlhf data PREFIX [--samples N] [--check] [--tokenizer DIR]\n"
+    "       mrlhf doctor\n"
     "       mrlhf report RUN_DIR [RUN_DIR ...] [--output report.html]\n\n"
     + "".join(f"  {name:<12} {text}\n" for name, text in SUMMARIES.items())
     + "\n  mrlhf STAGE --help   every option of a stage\n  mrlhf --version\n"
@@ -74,6 +76,8 @@ def _dispatch(argv: list[str]) -> int:
         from mrlhf.commands.data import main as show_data
 
         return until_closed(lambda: show_data(args))
+    if name == "doctor":
+        return until_closed(lambda: importlib.import_module("mrlhf.commands.doctor").main())
     if name not in STAGES:
         raise _unknown_stage(name)
     if "--help" in args or "-h" in args:

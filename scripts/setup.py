@@ -186,14 +186,6 @@ def main() -> None:
     partial.write_text(json.dumps(stamp))
     partial.replace(STAMP)
     print(f"setup: done in {time.monotonic() - start:.0f} s; use it with: source .venv/bin/activate", flush=True)
-    if device == "gpu":
-        print(
-            (
-                "setup: optional, compiled with nvcc: .venv/bin/pip install "
-                "--no-build-isolation -r requirements/kernels.txt"
-            ),
-            flush=True,
-        )
 
 
 if __name__ == "__main__":

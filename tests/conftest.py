@@ -17,7 +17,6 @@ from launch import launch
 from mrlhf.observe import log
 
 log.set_up()  # as the command line does
-os.environ.setdefault("MRLHF_DEVICE", "cpu")  # whatever GPU there is; make gpu-test asks for it
 FEW = 18
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
@@ -27,12 +26,33 @@ CHATML = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The CPU, whatever GPU there is, unless `-m gpu` or `-m gpu8` asks for GPUs. One word where there are none."""
+    wanted = {"gpu": 1, "gpu8": 8}.get(config.option.markexpr, 0)
+    os.environ.setdefault("MRLHF_DEVICE", "cuda" if wanted else "cpu")
+    if wanted:
+        import torch
+
+        from mrlhf.errors import EnvironmentProblem
+
+        try:
+            from mrlhf.parallel import device
+
+            device.current()  # says what is wrong with a driver or a build
+        except EnvironmentProblem as problem:
+            raise pytest.UsageError(f"-m {config.option.markexpr} needs {wanted} GPU(s). {problem.what}") from None
+        count = torch.cuda.device_count()
+        if count < wanted:
+            raise pytest.UsageError(f"-m {config.option.markexpr} needs {wanted} GPUs, and torch sees {count}")
+
+
 def environment() -> dict[str, str]:
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONFAULTHANDLER": "1",  # the stacks of a rank that aborts
-        "PYTHONPATH": f"{ROOT}:{TESTS}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS), *inherited]),  # which may have packages
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
         "TORCH_COMPILE_DISABLE": "1",

@@ -7,9 +7,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import resource
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from mrlhf.errors import EnvironmentProblem
 from mrlhf.observe import log
@@ -45,12 +47,33 @@ def naming_file_limit() -> Iterator[None]:
                                  fix="raise it in limits.conf, LimitNOFILE= or --ulimit nofile=65536") from error
 
 
+def names_gpus(value: str) -> bool:
+    """Whether a list of visible devices begins with one: CUDA sees the devices before the first entry that names none.
+    """
+    return re.match(r"\s*(\d|GPU-|MIG-)", value) is not None
+
+
+def gpu_files(dev: Path = Path("/dev"), wsl: Path = Path("/usr/lib/wsl/lib"), *, rocm: bool = False) -> list[Path]:
+    """The device files of GPUs that this process was not told to leave alone. They exist without a working driver.
+
+    rocm: AMD's too. NVIDIA_VISIBLE_DEVICES = all says nothing: CUDA's container images set it where there is no GPU.
+    """
+    lists = ("CUDA_VISIBLE_DEVICES", *(("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES") if rocm else ()))
+    if not all(names_gpus(os.environ.get(name, "0")) for name in lists):
+        return []
+    if os.environ.get("NVIDIA_VISIBLE_DEVICES") in ("void", "none", "") and not rocm:
+        return []
+    patterns = ["nvidia[0-9]*", *(("kfd",) if rocm else ())]
+    if (wsl / "libcuda.so.1").exists():  # Windows' subsystem for Linux has dxg with a GPU of any maker
+        patterns.append("dxg")
+    return sorted(file for pattern in patterns for file in dev.glob(pattern))
+
+
 def prepare_environment() -> None:
     """Sets what torch, tokenizers and Megatron read at import time, and logging; values the user has set are kept."""
     log.set_up()
     raise_file_limit()
-    cuda = os.environ.get("MRLHF_DEVICE") != "cpu"
-    cuda &= any(os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl"))
+    cuda = os.environ.get("MRLHF_DEVICE") != "cpu" and bool(gpu_files())
     wanted = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if "TORCHELASTIC_RUN_ID" in os.environ:
         wanted["OMP_NUM_THREADS"] = "1"

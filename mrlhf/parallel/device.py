@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from mrlhf.config.process import gpu_files, names_gpus
 from mrlhf.errors import EnvironmentProblem
 
 
@@ -57,29 +58,18 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def gpu_files(dev: Path = Path("/dev"), wsl: Path = Path("/usr/lib/wsl/lib")) -> list[Path]:
-    """The device files of GPUs that this process was not told to leave alone. They exist without a working driver.
-
-    NVIDIA_VISIBLE_DEVICES alone says nothing: CUDA's container images set it also where there is no GPU.
-    """
-    # CUDA sees the devices before the first entry that names none
-    none_named = not re.match(r"\s*(\d|GPU-|MIG-)", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
-    if none_named or os.environ.get("NVIDIA_VISIBLE_DEVICES") in ("void", "none", ""):
-        return []
-    patterns = ["nvidia[0-9]*", *(("kfd",) if torch.version.hip else ())]
-    if (wsl / "libcuda.so.1").exists():  # Windows' subsystem for Linux has dxg with a GPU of any maker
-        patterns.append("dxg")
-    return sorted(file for pattern in patterns for file in dev.glob(pattern))
+def driver_version(proc: Path = Path("/proc")) -> str:
+    """NVIDIA's kernel driver, whether or not it works with this torch."""
+    with contextlib.suppress(OSError, AttributeError):
+        text = (proc / "driver/nvidia/version").read_text()
+        return re.search(r"\b\d{3}\.\d+[\d.]*", text)[0]  # type: ignore[index]
+    return "unknown"
 
 
 def _unusable_gpu(what: str, reason: str, proc: Path = Path("/proc")) -> EnvironmentProblem:
     """reason: torch's own words, or nothing."""
     build = torch.version.cuda and f"CUDA {torch.version.cuda}" or torch.version.hip and f"ROCm {torch.version.hip}"
-    driver = "unknown"
-    with contextlib.suppress(OSError, AttributeError):
-        text = (proc / "driver/nvidia/version").read_text()
-        driver = re.search(r"\b\d{3}\.\d+[\d.]*", text)[0]  # type: ignore[index]
-    what = f"{what}: driver {driver}, torch {torch.__version__} (for {build or 'the CPU only'}){reason}"
+    what = f"{what}: driver {driver_version(proc)}, torch {torch.__version__} (for {build or 'the CPU only'}){reason}"
     if build is None:
         expected = "a build of torch for the GPU"
     else:
@@ -110,9 +100,52 @@ def current() -> Device:
         usable = torch.cuda.is_available()
     if usable:
         return Device("cuda", "nccl")
-    reason = "".join(f"; {' '.join(str(w.message).split())[:300]}" for w in caught[:1])
     if forced == "cuda":
-        raise _unusable_gpu("MRLHF_DEVICE = cuda, and torch sees no GPU", reason)
-    if files := gpu_files():
-        raise _unusable_gpu(f"there is a GPU ({files[0]}), and torch cannot use it", reason)
+        raise _unusable_gpu("MRLHF_DEVICE = cuda, and torch sees no GPU", _reason(caught))
+    if files := gpu_files(rocm=bool(torch.version.hip)):
+        raise _unusable_gpu(f"there is a GPU ({files[0]}), and torch cannot use it", _reason(caught))
+    given = os.environ.get("NVIDIA_VISIBLE_DEVICES", "")
+    if names_gpus(given) and names_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", "0")):
+        what = f"NVIDIA_VISIBLE_DEVICES = {given} gives this process a GPU, and there is no device file of one"
+        raise _unusable_gpu(what, _reason(caught))
     return Device("cpu", "gloo")
+
+
+def _reason(caught: list[warnings.WarningMessage]) -> str:
+    """Why torch sees no GPU, in its own words. It warns once a process, which may have been before."""
+    words = [str(w.message) for w in caught[:1]]
+    if not words and (torch.version.cuda or torch.version.hip):
+        try:
+            torch.cuda.init()
+        except Exception as error:  # RuntimeError, AssertionError, errors of the driver: the text is all that counts
+            words = [str(error)]
+    return "".join(f"; {' '.join(text.split())[:300]}" for text in words)
+
+
+def take_gpu() -> None:
+    """Makes this rank's GPU the current one, where there are any.
+
+    Raises EnvironmentProblem on all ranks of a node that has fewer GPUs than ranks, and where torch has no kernels for
+    the GPU. Before the first collective: the ranks with a GPU would wait for the others.
+    """
+    if not current().is_cuda:
+        return
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1))
+    if ranks > gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limit = "" if visible is None else f" (CUDA_VISIBLE_DEVICES = {visible})"
+        raise EnvironmentProblem(f"{ranks} ranks on this node, and torch sees {gpus} GPU(s){limit}",
+                                 expected="a GPU for each rank, and every rank sees all of them",
+                                 fix=f"torchrun --nproc-per-node {gpus}")
+    torch.cuda.set_device(rank)
+    kernels = [(kind, int(version[:-1]), int(version[-1])) for kind, version in
+               re.findall(r"\b(sm|compute)_(\d\d+)", " ".join(torch.cuda.get_arch_list()))]
+    major, minor = torch.cuda.get_device_capability()
+    if kernels and not any(
+        (major == a and minor >= b) if kind == "sm" else (major, minor) >= (a, b) for kind, a, b in kernels
+    ):
+        built = ", ".join(sorted({f"{a}.{b}" for _, a, b in kernels}, key=float))
+        what = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, "
+        what += f"torch {torch.__version__} has kernels for {built}"
+        raise EnvironmentProblem(what, expected="a build of torch for this GPU")

@@ -111,14 +111,6 @@ def _drop_log_lines(logger: str, text: str) -> None:
     logging.getLogger(logger).addFilter(lambda record: text not in record.getMessage())
 
 
-def renew_gather_buffer() -> None:
-    """Scratch memory of sequence parallelism's all-gathers; otherwise initialize_model_parallel makes it."""
-    from megatron.core import parallel_state
-
-    parallel_state._GLOBAL_MEMORY_BUFFER = None
-    parallel_state._set_global_memory_buffer()
-
-
 def _patch_on_cpu(module: types.ModuleType, facade: cpu_torch.Facade) -> None:
     """Called after `module` of megatron.core has executed."""
     name, patched = module.__name__.removeprefix(f"{cpu_torch.PACKAGE}."), vars(module)

@@ -7,7 +7,6 @@ two ranks only.
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,8 +94,7 @@ def wait_for(sending: Sending) -> None:
 def split_world(generators: int, *, timeout_minutes: float, silence_s: float) -> Bridge:
     """Collective. Starts torch.distributed on every rank of torchrun; the last `generators` ranks generate."""
     timeout, here = timedelta(minutes=timeout_minutes), device.current()
-    if here.is_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device.take_gpu()
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store = fresh_store(store, rank=rank, world=world, timeout=timeout)
     trainers = world - generators

@@ -229,8 +229,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Layout:
     global _groups
     world, here = world_size(), device.current()
     timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
-    if here.is_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device.take_gpu()
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             # vLLM's external_launcher reads these too

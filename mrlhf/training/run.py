@@ -30,7 +30,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from mrlhf.checkpoint.manager import Saver, best_criterion
@@ -48,6 +47,7 @@ from mrlhf.observe.directory import DirectoryLock
 from mrlhf.observe.loss_spikes import SpikeDetector
 from mrlhf.observe.tracker import Tracker
 from mrlhf.parallel import device, state, watch
+from mrlhf.parallel.peak_rates import gpu_name, peak_tflops
 from mrlhf.training.batches import (
     data_position,
     few_steps_warning,
@@ -64,7 +64,6 @@ from mrlhf.training.trainer import LossFn, Trainer
 
 log = logging.getLogger(__name__)
 DEFAULT_SAVE_S = 1800.0  # between saves without checkpoint.save_interval
-_H100_BF16_TFLOPS = 989.0  # dense, SXM
 
 
 class Run(ABC):
@@ -244,6 +243,9 @@ class SupervisedRun(Run):
         with self.phase("build"):
             self.trainer = self._make_trainer(head, count)
         log.info(f"model: {inputs.source.spec.summary()}, {config.model.dtype}, Adam: {self.trainer.adam}")
+        self._peak_tflops = peak_tflops(config.model.dtype)
+        if self._peak_tflops is None and device.current().is_cuda:
+            log.info(f"no perf/mfu: parallel/peak_rates.py has no {config.model.dtype} rate of {gpu_name()}")
 
     def _make_trainer(self, head: str, count: Count) -> Trainer:
         config = self.config
@@ -292,8 +294,8 @@ class SupervisedRun(Run):
         }
         if device.current().is_cuda:
             values["memory/device_gib"] = self.phase.memory.device_peak
-        if device.current().is_cuda and "H100" in torch.cuda.get_device_name():
-            values["perf/mfu"] = tflops / _H100_BF16_TFLOPS
+        if self._peak_tflops is not None:
+            values["perf/mfu"] = tflops / self._peak_tflops
         return values
 
     def evaluate(self, step: int, loss_fn: LossFn, prepare: Callable[[list[MicroBatch]], None] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,11 +37,17 @@ except FileNotFoundError:
 """
 
 
-def test_a_gpu_that_is_not_used_needs_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process.os.path, "exists", lambda _: True)
-    monkeypatch.setattr(process.os, "environ", environ := {"MRLHF_DEVICE": "cpu"})
-    process.prepare_environment()
-    assert environ["TORCH_COMPILE_DISABLE"] == "1" and "CUDA_DEVICE_MAX_CONNECTIONS" not in environ
+def test_a_gpu_that_is_not_used_needs_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(process.gpu_files, "__defaults__", (tmp_path, tmp_path))
+    for files in (("nvidia0",), ("nvidia3",), ("dxg", "libcuda.so.1")):  # a container's third GPU; a GPU under WSL
+        for name in files:
+            (tmp_path / name).touch()
+        for values, used in (({}, True), ({"MRLHF_DEVICE": "cpu"}, False), ({"CUDA_VISIBLE_DEVICES": ""}, False)):
+            monkeypatch.setattr(process.os, "environ", environ := dict(values))
+            process.prepare_environment()
+            assert ("TORCH_COMPILE_DISABLE" in environ, "CUDA_DEVICE_MAX_CONNECTIONS" in environ) == (not used, used)
+        for name in files:
+            (tmp_path / name).unlink()
 
 
 def test_the_limit_on_open_files_is_raised_and_named() -> None:

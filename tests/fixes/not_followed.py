@@ -27,6 +27,7 @@ NOT_FOLLOWED = {
     ("mrlhf/rl/rewards/process.py", "_exchange", "--reward.function"): "a slow, or a large process: tests/rl/rewards",
     ("mrlhf/training/resume.py", "open_directory", "wait until"): "two runs: tests/observe/test_directory.py",
     ("mrlhf/training/trainer.py", "_reject_step", "learning rate"): "a run that diverges: tests/training",
+    ("mrlhf/parallel/device.py", "take_gpu", "torchrun"): "needs GPUs: tests/parallel/test_device.py",
     ("mrlhf/parallel/split.py", "_receive", "same command"): "a lost rank: tests/rl/rollout/test_separate.py",
     ("mrlhf/rl/rewards/server.py", "", "pip install"): "raised at the import, and all tests have the packages",
     ("mrlhf/rl/rollout/vllm_engine.py", "_import_vllm", "make setup"): "all tests have vLLM",

@@ -3,8 +3,8 @@ rank 0 prints JSON.
 
 usage: training_program.py ZOO_DIR LAYOUT=KIND,KIND ...
 
-A layout: 1, tp2, tp2+sp, pp2, dp2, cp2, ep2, tp2xep2. KIND+balance: with the routers' auxiliary losses, and padded
-instead of packed under dp2.
+A layout: see below; the rest of the ranks is data-parallel. KIND+balance: with the routers' auxiliary losses, and
+padded instead of packed under dp2.
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ def main() -> None:
         "pp2": ParallelConfig(pipeline_model_parallel_size=2),
         "ep2": ParallelConfig(expert_model_parallel_size=2),
         "tp2xep2": ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True),
+        "ep4": ParallelConfig(expert_model_parallel_size=4),
+        "tp2xcp2": ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True),
+        "tp2xpp2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
+        "overlap": ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+        ),
     }
     rows = [Sample(ids.numpy(), ids.numpy() * 0 + 1, i) for i, ids in enumerate(samples())]
     results: dict[str, dict[str, object]] = {}

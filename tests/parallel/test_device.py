@@ -92,8 +92,11 @@ def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., device.Device]:
     """`device.current` on a machine with these device files, driver and build of torch, where torch sees no GPU."""
 
-    def one(files: tuple[str, ...] = (), *, build: str | None = "13.0", **env: str) -> device.Device:
-        for name in ("MRLHF_DEVICE", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+    def one(files: tuple[str, ...] = (), *, build: str | None = "13.0", warns: bool = True,
+            hip: str | None = None, **env: str) -> device.Device:  # fmt: skip
+        monkeypatch.setattr(torch.version, "hip", hip)
+        names = "MRLHF_DEVICE CUDA_VISIBLE_DEVICES NVIDIA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES"
+        for name in names.split():
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
@@ -107,8 +110,14 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dev
         (proc / "driver/nvidia/version").write_text(text)
 
         def unavailable() -> bool:
-            warnings.warn("The NVIDIA driver on your system is too old (found version 11040).", stacklevel=1)
+            if warns:
+                warnings.warn("The NVIDIA driver on your system is too old (found version 11040).", stacklevel=1)
             return False
+
+        def init() -> None:
+            raise RuntimeError("No CUDA GPUs are available")
+
+        monkeypatch.setattr(torch.cuda, "init", init)
 
         monkeypatch.setattr(torch.cuda, "is_available", unavailable)
         monkeypatch.setattr(torch.version, "cuda", build)
@@ -155,3 +164,83 @@ def test_where_no_gpu_is_meant_the_cpu_is_taken(choose: Callable[..., device.Dev
         assert choose(("nvidia0",), CUDA_VISIBLE_DEVICES=hidden) == CPU
     for hidden in ("void", "none", ""):
         assert choose(("nvidia0",), NVIDIA_VISIBLE_DEVICES=hidden) == CPU
+
+
+def test_the_reason_is_shown_where_torch_has_warned_before(choose: Callable[..., device.Device]) -> None:
+    """torch counts devices once a process: a library that asked first has had the warning."""
+    with pytest.raises(EnvironmentProblem, match="No CUDA GPUs are available"):
+        choose(("nvidia0",), warns=False, CUDA_VISIBLE_DEVICES="7")
+    with pytest.raises(EnvironmentProblem, match=r"\(for the CPU only\)\n"):  # there the build is the reason
+        choose(("nvidia0",), warns=False, build=None)
+
+
+def test_amd_gpus(choose: Callable[..., device.Device]) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"there is a GPU \(.*kfd\).*\(for ROCm 7\.1\)"):
+        choose(("kfd",), build=None, hip="7.1")
+    for hidden in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
+        assert choose(("kfd",), build=None, hip="7.1", **{hidden: "-1"}) == CPU
+
+
+@pytest.mark.parametrize("given", ["0", "0,1", "GPU-8932f937", "MIG-41b36c3b"])
+def test_a_gpu_that_was_given_and_did_not_arrive(choose: Callable[..., device.Device], given: str) -> None:
+    """A container that was promised a GPU, under a runtime that does not mount it."""
+    with pytest.raises(EnvironmentProblem, match=f"NVIDIA_VISIBLE_DEVICES = {given} gives this process a GPU"):
+        choose(NVIDIA_VISIBLE_DEVICES=given)
+    assert choose(NVIDIA_VISIBLE_DEVICES=given, CUDA_VISIBLE_DEVICES="") == CPU
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """`take_gpu` on a node with GPUs of a capability under a torch with kernels for `built`: the device it sets."""
+
+    def one(count: int, *, capability: tuple[int, int] = (9, 0), built: str = "sm_80 sm_90", **env: str) -> list[int]:
+        taken: list[int] = []
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(device, "current", lambda: device.Device("cuda", "nccl"))
+        for name, value in {"device_count": count, "get_device_name": "NVIDIA X", "get_arch_list": built.split(),
+                            "get_device_capability": capability}.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        device.take_gpu()
+        return taken
+
+    return one
+
+
+def test_a_rank_takes_its_gpu(gpus: Callable[..., list[int]]) -> None:
+    assert gpus(1) == [0]
+    assert gpus(8, LOCAL_RANK="5", LOCAL_WORLD_SIZE="8") == [5]
+    assert gpus(8, LOCAL_RANK="3") == [3]  # without torchrun
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "3"])
+def test_fewer_gpus_than_ranks_is_an_error_on_every_rank(gpus: Callable[..., list[int]], rank: str) -> None:
+    """Also on those that have one: they would wait for the others."""
+    with pytest.raises(EnvironmentProblem, match=r"4 ranks on this node, and torch sees 2 GPU\(s\) \(CUDA_VIS.* = 0,1"):
+        gpus(2, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="4", CUDA_VISIBLE_DEVICES="0,1")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "usable"),
+    [
+        ((9, 0), "sm_80 sm_90a", True),
+        ((8, 9), "sm_80 sm_86 sm_90", True),
+        ((12, 0), "sm_80 sm_90 compute_90", True),  # compiled by the driver from what 9.0 can do
+        ((10, 3), "sm_90 sm_100 sm_120", True),
+        ((12, 0), "sm_80 sm_90 sm_100", False),
+        ((7, 0), "sm_75 sm_80 compute_75", False),
+        ((8, 0), "sm_86 sm_90", False),
+        ((9, 4), "gfx942", True),  # AMD's, which torch names otherwise
+    ],
+)
+def test_a_torch_without_kernels_for_the_gpu(
+    gpus: Callable[..., list[int]], capability: tuple[int, int], built: str, usable: bool
+) -> None:
+    if usable:
+        assert gpus(1, capability=capability, built=built) == [0]
+    else:
+        with pytest.raises(EnvironmentProblem, match=r"NVIDIA X has compute capability \d+\.\d, torch .* kernels for"):
+            gpus(1, capability=capability, built=built)
