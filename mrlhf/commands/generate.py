@@ -30,7 +30,8 @@ from mrlhf.parallel import device, state
 from mrlhf.rl.rewards.sources import Rewards, check_reward_sources
 from mrlhf.rl.rollout.environments import check_environment, make_environments
 from mrlhf.rl.rollout.tables import Rollout, generate_rollout, micro_batches
-from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine, check_vllm_model
+from mrlhf.rl.rollout.vllm_checks import check_vllm_model
+from mrlhf.rl.rollout.vllm_engine import Sampling, VLLMEngine
 from mrlhf.training.batches import make_batch_plan
 from mrlhf.training.trainer import DTYPES, Model
 

@@ -15,7 +15,7 @@ from mrlhf.rl.health import truncation_notes
 from mrlhf.rl.rewards.sources import check_reward_sources, critic_source
 from mrlhf.rl.rollout.environments import check_environment
 from mrlhf.rl.rollout.prompts import make_prompt_order
-from mrlhf.rl.rollout.vllm_engine import check_vllm_model
+from mrlhf.rl.rollout.vllm_checks import check_vllm_model
 from mrlhf.rl.rollout.vllm_weights import check_weights
 from mrlhf.training import preflight
 

@@ -31,9 +31,6 @@ from mrlhf.sft import language_model_loss
 from mrlhf.training.trainer import Trainer
 
 # isort: split
-from megatron.core.transformer.moe import moe_utils
-
-vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 def micro_batches(*, packing: bool) -> list[MicroBatch]:

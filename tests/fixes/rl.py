@@ -112,7 +112,7 @@ REWARD = [
 
 def _vllm(**changes: Any) -> Callable[[int], None]:
     from mrlhf.models.families.spec import Layer, ModelSpec
-    from mrlhf.rl.rollout.vllm_engine import check_vllm_model
+    from mrlhf.rl.rollout.vllm_checks import check_vllm_model
 
     spec = ModelSpec("olmo2", 2, 128, 192, 4, 4, 32, 512, 64, 1e-6, tied=False, layers=(Layer(),) * 2)
     spec = dataclasses.replace(spec, **changes)
