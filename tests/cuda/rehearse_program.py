@@ -83,6 +83,8 @@ class Models:
         pipelines = "pp2" in layout
         sizes = {"n_layer" if family == "gpt2" else "num_hidden_layers": 4 if pipelines else 2,
                  "n_positions" if family == "gpt2" else "max_position_embeddings": 2 * ROW}  # fmt: skip
+        if "head_dim" in changes:
+            changes = changes | {"head_dim": 64}  # a wider linear_qkv would be longer than a row
         config = make_hf_config(family, vocab_size=VOCAB, **{**sizes, **changes})
         self.spec = spec_from_hf({**config.to_dict(), "architectures": None}, where=kind)
         self.row, self.rehearsal, self.data = LAYOUTS[layout], rehearsal, data
