@@ -52,5 +52,6 @@ def test_adams_moments_are_counted_before_they_exist(cases: dict[str, Any]) -> N
         assert before == after > 4e9 and case["left"][0] == 0 < case["left"][1], "the actor has stepped, the critic not"
     resident = cases["resident"]
     first, second = (t["live"] for t in resident["turns"] if t["turn"] == "generate")
-    grown = (resident["moments"][0] - resident["left"][1]) / 2**30
-    assert second - first == pytest.approx(grown, rel=0.01)
+    gather_buffer = 4096 * 4096 * 2  # of sequence parallelism, from the first step on
+    grown = (resident["moments"][0] - resident["left"][1] + gather_buffer) / 2**30
+    assert second - first == pytest.approx(grown, rel=0.001)
