@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeProcessGroup
 
@@ -19,7 +18,7 @@ def main() -> None:
         "nothing", lambda store, rank, size, timeout: FakeProcessGroup._create_internal(rank, size), devices=["cuda"]
     )
     here = device.Device("cuda", "nothing")
-    device.current, torch.cuda.set_device = lambda: here, lambda index: None
+    device.current, device.take_gpu = lambda: here, lambda: None
     state.initialize(ParallelConfig(pipeline_model_parallel_size=2), seed=1)
     rank = dist.get_rank()
     result = {
