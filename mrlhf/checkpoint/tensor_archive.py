@@ -5,6 +5,7 @@ torch.save writes a zip archive: `data.pkl` describes the tensor, the member `da
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
 import os
@@ -36,6 +37,15 @@ class _Pickler(pickle.Pickler):
         return None
 
 
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host. `numpy()` would fix the size of its storage, and offload.* shrinks
+    those of models and optimizers."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]  # alive as long as the view
+    return memoryview(memory).cast("B")
+
+
 def save_tensor(tensor: torch.Tensor, fd: int, at: int) -> int:
     """Writes what torch.save writes, from byte `at` of the file on. Returns the length.
 
@@ -43,7 +53,7 @@ def save_tensor(tensor: torch.Tensor, fd: int, at: int) -> int:
     """
     head = io.BytesIO()
     _Pickler(head, protocol=2).dump(tensor)
-    data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    data = memory_of(tensor)
     with ThreadPoolExecutor(1, "writer") as thread:
         window = _Window(fd, at, 0, thread)
         with zipfile.ZipFile(window, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
@@ -114,7 +124,9 @@ def own_storage(view: torch.Tensor) -> torch.Tensor:
     """The same memory as a tensor whose storage holds nothing else: torch.save writes whole storages."""
     if not view.is_contiguous():
         return view.contiguous()
-    return torch.from_numpy(view.reshape(-1).view(torch.uint8).numpy()).view(view.dtype).view(view.shape)
+    if not view.numel():
+        return view.clone()
+    return torch.frombuffer(memory_of(view), dtype=torch.uint8).view(view.dtype).view(view.shape)
 
 
 def read_tensor(fd: int, start: int, length: int, out: torch.Tensor) -> None:
@@ -129,7 +141,7 @@ def read_tensor(fd: int, start: int, length: int, out: torch.Tensor) -> None:
     header = os.pread(fd, 30, start + member.header_offset)
     at = start + member.header_offset + 30
     at += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    data = memoryview(out.view(-1).view(torch.uint8).numpy())
+    data = memory_of(out)
     if member.file_size != len(data) or not _read_into(fd, at, data):
         raise ValueError(f"{member.file_size:,} bytes instead of {len(data):,}")
     if zlib.crc32(data) != member.CRC:
