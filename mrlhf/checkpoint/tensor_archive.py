@@ -5,7 +5,6 @@ torch.save writes a zip archive: `data.pkl` describes the tensor, the member `da
 
 from __future__ import annotations
 
-import ctypes
 import io
 import math
 import os
@@ -23,7 +22,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from mrlhf.checkpoint.names import second_names
-from mrlhf.models.hf_files import write_from
+from mrlhf.models.hf_files import memory_of, write_from
 
 _LARGE_BYTES = 1 << 22
 
@@ -35,15 +34,6 @@ class _Pickler(pickle.Pickler):
         if isinstance(obj, torch.storage.TypedStorage):
             return "storage", getattr(torch, obj._pickle_storage_type()), "0", "cpu", obj._size()
         return None
-
-
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host. `numpy()` would fix the size of its storage, and offload.* shrinks
-    those of models and optimizers."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
-    memory.owner = tensor  # type: ignore[attr-defined]  # alive as long as the view
-    return memoryview(memory).cast("B")
 
 
 def save_tensor(tensor: torch.Tensor, fd: int, at: int) -> int:

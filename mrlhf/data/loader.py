@@ -112,7 +112,7 @@ def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padd
         if sample.weight:
             mask[start : end - 1] = sample.mask[1:]
         segments[start:end], positions[start:end] = i, np.arange(length)
-    bounds = {*range(0, rows * width + 1, width), *map(int, starts), *([total] if packing else [])}
+    bounds = sorted({*range(0, rows * width + 1, width), *map(int, starts), *([total] if packing else [])})
     shape = (rows, width)
     return MicroBatch(
         tokens_BT=torch.from_numpy(tokens.reshape(shape)), targets_BT=torch.from_numpy(targets.reshape(shape)),
@@ -120,8 +120,8 @@ def collate(samples: list[Sample], *, packing: bool, pad_multiple: int = 1, padd
         positions_BT=torch.from_numpy(positions.reshape(shape)),
         last_N=torch.from_numpy(np.asarray(starts) + np.array(lengths) - 1),
         weights_N=torch.tensor([s.weight for s in samples], dtype=torch.float32),
-        index_N=torch.tensor([s.index for s in samples]), lengths=tuple(lengths), bounds=tuple(sorted(bounds)),
-        cu_seqlens=torch.tensor(sorted(bounds), dtype=torch.int32)
+        index_N=torch.tensor([s.index for s in samples]), lengths=tuple(lengths), bounds=tuple(bounds),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32)
     )
 
 

@@ -273,13 +273,6 @@ def stage_activations(spec: ModelSpec, parallel: ParallelConfig, shape: MicroBat
     ]
 
 
-def estimate_activations(spec: ModelSpec, parallel: ParallelConfig, shape: MicroBatchShape, *, dtype: str,
-                         head: str = "lm", micro_batches: int | None = None) -> ActivationMemory:
-    """The moment and the pipeline stage of an update on a GPU that need most."""
-    stages = stage_activations(spec, parallel, shape, dtype=dtype, head=head, micro_batches=micro_batches)
-    return max((moment for stage in stages for moment in stage), key=lambda moment: moment.total)
-
-
 def _moments(count: _ActivationCounter, layers: list[Layer], layout: Layout, stage: int, *, head: str, full: bool,
              in_flight: float) -> list[ActivationMemory]:
     last, tied = stage == layout.pp - 1, count.spec.tied and head == "lm" and layout.pp == 1

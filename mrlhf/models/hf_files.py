@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import logging
@@ -103,7 +104,7 @@ class HFReader:
         if out is None:
             out = torch.empty((length, *entry.shape[1:]), dtype=_TYPES[entry.type])
         first = entry.start + start * math.prod(entry.shape[1:]) * out.element_size()
-        view, done = memoryview(out.view(-1).view(torch.uint8).numpy()), 0
+        view, done = memory_of(out), 0
         while done < len(view):
             count = os.preadv(self._fds[file], [view[done:]], first + done)
             if count <= 0:
@@ -326,6 +327,15 @@ def _output_file(
     return OutputFile(file, len(text).to_bytes(8, "little") + text, places)
 
 
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host. `numpy()` would fix the size of its storage, and offload.* shrinks
+    those of models and optimizers."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]  # alive as long as the view
+    return memoryview(memory).cast("B")
+
+
 def write_from(fd: int, start: int, data: Any, what: str = "") -> int:
     """Writes all of `data` (bytes-like, called `what` in errors) at byte `start`; returns its length.
 
@@ -371,7 +381,7 @@ class HFWriter:
         file, at, nbytes = self._places[name]
         if file not in self._fds:
             self._fds[file] = os.open(self.directory / file, os.O_WRONLY)
-        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        data = memory_of(tensor.contiguous())
         assert len(data) == nbytes, (name, len(data), nbytes)
         return write_from(self._fds[file], at, data, name)
 

@@ -31,7 +31,7 @@ _FACTORIES = (
 ).split()
 
 
-class _NoStream:
+class NoStream:
     """Stands for a CUDA stream or event: every method does nothing and returns the object."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,8 +58,8 @@ class _Cuda(types.ModuleType):
         sizes = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
         vars(self).update(
             is_available=lambda: False, is_initialized=lambda: True, current_device=lambda: _CPU,
-            device_count=lambda: 1, stream=lambda stream: contextlib.nullcontext(), current_stream=_NoStream,
-            default_stream=_NoStream, is_current_stream_capturing=lambda: False, Stream=_NoStream, Event=_NoStream,
+            device_count=lambda: 1, stream=lambda stream: contextlib.nullcontext(), current_stream=NoStream,
+            default_stream=NoStream, is_current_stream_capturing=lambda: False, Stream=NoStream, Event=NoStream,
             manual_seed=lambda seed: torch.default_generator.manual_seed(int(seed)), get_rng_state=lambda *args,
             **kwargs: torch.get_rng_state(), set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
             memory_stats=lambda *args: {}, **{name: lambda *args, **kwargs: None for name in no_ops},

@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from mrlhf.parallel import meter
+from mrlhf.parallel.cpu_torch import NoStream
 
 CARD, CARD_BYTES, CAPABILITY = "rehearsed H100", 85_029_158_912, (9, 0)
 _keep_alive: list[Any] = []  # C++ holds pointers to these
@@ -77,27 +78,13 @@ def _add_kernels() -> None:
     _keep_alive.append(library)
 
 
-class _Idle:
-    """A stream or an event: every method does nothing and returns the object."""
+class _Idle(NoStream):
+    """A stream or an event of the device that does not exist."""
 
     device, cuda_stream = torch.device("cuda", 0), 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: self
-
     def synchronize(self) -> None:
         meter.current().wait()
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: Any) -> float:
-        return 0.0
 
 
 def _give(value: Any = None) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ def rehearse(*, sleeps: bool, parks: bool) -> dict[str, Any]:
     from mrlhf.checkpoint.source import ModelSource
     from mrlhf.config.options import OffloadConfig, OptimConfig, ParallelConfig
     from mrlhf.data.loader import Sample, collate
-    from mrlhf.memory.activations import MicroBatchShape, estimate_activations
+    from mrlhf.memory.activations import MicroBatchShape, stage_activations
     from mrlhf.models.families.spec import Layer, ModelSpec
     from mrlhf.parallel import state
     from mrlhf.parallel.rehearsal import Rehearsal
@@ -73,9 +73,10 @@ def rehearse(*, sleeps: bool, parks: bool) -> dict[str, Any]:
             offload = OffloadConfig(*[parks] * 4)
             owner = Offload(offload, trainers={"actor": actor, "critic": critic}, frozen={"reference": reference})
             shape = MicroBatchShape(tokens, tokens)
-            update = estimate_activations(spec, parallel, shape, dtype="bfloat16")
+            [stage] = stage_activations(spec, parallel, shape, dtype="bfloat16")
+            update = max(moment.total for moment in stage)
             moments = actor.moments_to_come() + critic.moments_to_come()
-            vllm = owner.start_vllm(VLLM, sleeps=sleeps, update=update.total)  # type: ignore[type-var]
+            vllm = owner.start_vllm(VLLM, sleeps=sleeps, update=update)  # type: ignore[type-var]
             turn("start")
         with rehearsal.tracing("steps"):
             for _ in range(2):
